@@ -1,0 +1,4950 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["PyYAML"]
+# ///
+"""Replicate: version control for machine learning, in one Python file.
+
+In a training script::
+
+    import replicate
+    experiment = replicate.init(path=".", params={"learning_rate": 0.01})
+    experiment.checkpoint(path="model.pth", metrics={"loss": 0.1}, primary_metric=("loss", "minimize"))
+
+On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``checkout``, ``rm``, ``help``).
+
+Sections, each of which depends only on those above it:
+
+     0  imports and constants             6  archives: ignore rules, pack, unpack
+     1  errors and the console            7  repository: layout, documents, journals, find, remove
+     2  values: JSON, times, short forms  8  recorder: snapshots, journal, heartbeat, signals
+     3  model: Experiment, Checkpoint     9  library: Project, init, lists, plots
+     4  filters and sorting              10  rendering: tables, show, diff (data in, text out)
+     5  configuration and storage        11  commands, parser, main
+"""
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    import datetime
+    import difflib
+    import errno
+    import json
+    import platform
+    import re
+    import shlex
+    import shutil
+    import signal
+    import stat
+    import tarfile
+    import zlib
+    from typing import (Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence, Set,
+                        TextIO, Tuple, Union)
+    Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
+    Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 0  Imports and constants
+# ------------------------------------------------------------------------------------------------------------------
+
+class _LazyModule:
+    """A standard library module that is imported when it is first used: most commands need few of them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        module = __import__(self._name)
+        globals()[self._name] = module
+        return getattr(module, attribute)
+
+
+if not TYPE_CHECKING:
+    for _name in ("argparse", "datetime", "difflib", "errno", "json", "platform", "re", "shlex", "shutil", "signal",
+                  "stat", "tarfile", "zlib"):
+        globals()[_name] = _LazyModule(_name)
+
+__version__ = "1.0.0"
+__all__ = ["init", "experiments", "Project", "Experiment", "Checkpoint", "ExperimentList", "CheckpointList",
+           "ReplicateError", "DoesNotExist", "ConfigNotFound", "ReadError", "WriteError",
+           "RepositoryConfigurationError", "IncompatibleRepositoryVersion", "CorruptedRepositorySpec"]
+
+HEARTBEAT_INTERVAL = 10.0        # seconds between two heartbeats of a running experiment
+HEARTBEAT_TIMEOUT = 30.0         # seconds after which a silent experiment counts as stopped
+CONFIG_NAMES = ("replicate.yaml", "replicate.yml", "keepsake.yaml")
+IGNORE_NAMES = (".replicateignore", ".keepsakeignore")
+CONFIG_SEARCH_DEPTH = 100        # directories
+DEFAULT_STORAGE = os.path.join(".replicate", "storage")
+REPOSITORY_VERSION = 1
+MAX_NESTING = 50                 # levels of lists and objects in a param or metric
+SHORT_ID = 7                     # hex digits
+LARGE_CODE_BYTES = 1 << 30       # what init() may save before it warns
+LOW_DISK_BYTES = 1 << 30
+ANALYTICS_URL = ""               # no collection server: nothing is sent unless REPLICATE_ANALYTICS_URL names one
+FEEDBACK_URL = ""                # likewise, REPLICATE_FEEDBACK_URL
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 1  Errors and the console
+# ------------------------------------------------------------------------------------------------------------------
+
+class ReplicateError(Exception):
+    """The root of every error that Replicate raises; its text is one clear sentence for the user."""
+
+
+class DoesNotExist(ReplicateError):
+    """No experiment, checkpoint, file or bucket of that name; or a prefix that fits several."""
+
+
+class ConfigNotFound(ReplicateError):
+    """No replicate.yaml and no repository here."""
+
+
+class ReadError(ReplicateError):
+    """Something in the repository or on disk could not be read."""
+
+
+class WriteError(ReplicateError):
+    """Something could not be written; what was there before is unchanged."""
+
+
+class RepositoryConfigurationError(ReplicateError):
+    """The configuration does not name a usable repository."""
+
+
+class IncompatibleRepositoryVersion(ReplicateError):
+    """The repository was written in a newer format."""
+
+
+class CorruptedRepositorySpec(ReplicateError):
+    """repository.json is not of the form {"version": N}."""
+
+
+class UsageError(ReplicateError):
+    """The command line is wrong: exit code 2."""
+
+
+class Console:
+    """Messages for people, on stderr; data goes to stdout and is none of its business."""
+
+    COLORS = {"info": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "bold": "\x1b[1m", "faint": "\x1b[2m",
+              "heading": "\x1b[1;4m"}
+
+    def __init__(self) -> None:
+        self.color: Optional[bool] = None  # None: decided by the terminal and NO_COLOR
+        self.verbose = False
+
+    def colored(self, text: str, style: str, stream: TextIO) -> str:
+        """text in that style if stream takes colours."""
+        return "%s%s\x1b[0m" % (self.COLORS[style], text) if self.uses_color(stream) else text
+
+    def uses_color(self, stream: TextIO) -> bool:
+        wanted = self.color if self.color is not None else not os.environ.get("NO_COLOR")
+        return wanted and is_terminal(stream) and os.environ.get("TERM") != "dumb"
+
+    def info(self, message: str) -> None:
+        self._say(message, "info")
+
+    def warning(self, message: str) -> None:
+        self._say(message, "warning")
+
+    def error(self, message: str) -> None:
+        self._say(message, "error")
+
+    def debug(self, message: str) -> None:
+        if self.verbose:
+            self._say(message, "info")
+
+    def _say(self, message: str, style: str) -> None:
+        lines = []
+        for number, line in enumerate(message.split("\n")):
+            lines.append(self.colored("   │ " if number else "═══╡ ", style, sys.stderr) + escape_control(line) + "\n")
+        write_text(sys.stderr, "".join(lines))
+
+
+def write_text(stream: Optional[TextIO], text: str) -> None:
+    """Write text whatever the stream's encoding is; a stream that is gone (no stderr, a closed pipe) is no error."""
+    if stream is None:
+        return
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            plain = text.replace("═══╡", "===|").replace("   │", "   |")
+            stream.write(plain.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError):
+        if stream is not sys.stderr:
+            raise
+
+
+def is_terminal(stream: Optional[TextIO]) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+console = Console()
+
+# C0 and C1 controls, bidirectional and zero-width marks, line separators, tags and lone surrogates.
+_CONTROL = ("\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+            "\ud800-\udfff\U000e0000-\U000e0fff")
+_control_pattern: Optional[re.Pattern] = None
+
+
+def escape_control(text: str) -> str:
+    """text with everything that could steer a terminal or reorder a line written as an escape (\\n, \\x1b, \\u202e)."""
+    global _control_pattern
+    if text.isascii() and text.isprintable():
+        return text
+    if _control_pattern is None:
+        _control_pattern = re.compile("[%s]" % _CONTROL)
+    return _control_pattern.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
+
+
+class Progress:
+    """One line on a terminal's stderr that counts bytes or things done; silent in a pipe and for quick work."""
+
+    DELAY = 0.5     # seconds before the first line
+    INTERVAL = 0.1  # seconds between two lines
+
+    def __init__(self, label: str, total: int, quiet: bool = False) -> None:
+        self.label, self.total, self.done = label, total, 0
+        self._next = time.monotonic() + self.DELAY
+        self._active = is_terminal(sys.stderr) and not quiet
+        self._shown = False
+
+    def add(self, amount: int) -> None:
+        """Count so many more bytes."""
+        self.done += amount
+        if self._active:
+            share = " of %s (%d %%)" % (format_size(self.total), min(100, 100 * self.done // self.total)
+                                        ) if self.total else ""
+            self.show("%s: %s%s" % (self.label, format_size(self.done), share))
+
+    def show(self, text: str) -> None:
+        """Show a line, unless the last one is very recent."""
+        if self._active and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.INTERVAL
+            self._shown = True
+            write_text(sys.stderr, "\r\x1b[K" + escape_control(text))
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._shown:
+            write_text(sys.stderr, "\r\x1b[K")
+
+
+def confirm(question: str) -> bool:
+    """Ask on the terminal; anything but yes, and the end of input, is no."""
+    write_text(sys.stderr, question + " (y/N) ")
+    answer = sys.stdin.readline() if sys.stdin is not None else ""
+    if not answer.endswith("\n"):
+        write_text(sys.stderr, "\n")
+    return answer.strip().lower() in ("y", "yes")
+
+
+def has_terminal_input() -> bool:
+    return is_terminal(sys.stdin)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 2  Values: JSON, times, short forms
+# ------------------------------------------------------------------------------------------------------------------
+
+NON_FINITE = {"[NaN]": float("nan"), "[+Infinity]": float("inf"), "[-Infinity]": float("-inf")}
+ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
+TIMESTAMP = r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)"
+
+
+def plain_value(value: Any, where: str = "value") -> Any:
+    """value as str, int, float, bool, None, list or dict.
+
+    Scalars and arrays of numpy, torch, tensorflow and jax are known by their methods, so that no library is imported.
+    Raises TypeError, naming `where`, for anything else.
+    """
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if hasattr(value, "tolist") and callable(value.tolist):          # numpy, torch, jax
+        return plain_value(value.tolist(), where)
+    if hasattr(value, "numpy") and callable(value.numpy):            # tensorflow
+        return plain_value(value.numpy(), where)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value) if kind is not str else str.__str__(value)
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, (str, int, float, bool)):
+                raise TypeError("%s has a key that is no string: %r" % (where, key))
+        return {str(key): plain_value(item, "%s[%r]" % (where, key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item, where) for item in value]
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
+    raise TypeError("%s is a %s, which cannot be stored (str, int, float, bool, None, lists and dicts can)" %
+                    (where, type(value).__name__))
+
+
+def pack_floats(value: Any) -> Any:
+    """A plain value with NaN and the infinities as the strings that the repository format has for them."""
+    if isinstance(value, float):
+        if value != value:
+            return "[NaN]"
+        return value if value - value == 0 else "[+Infinity]" if value > 0 else "[-Infinity]"
+    if isinstance(value, dict):
+        return {key: pack_floats(item) for key, item in value.items()}
+    return [pack_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def unpack_floats(value: Any) -> Any:
+    """The inverse of pack_floats."""
+    kind = type(value)
+    if kind is str:
+        return NON_FINITE.get(value, value) if value[:1] == "[" else value
+    if kind is dict:
+        return {key: unpack_floats(item) for key, item in value.items()}
+    return [unpack_floats(item) for item in value] if kind is list else value
+
+
+def encode_json(value: Any, indent: Optional[int] = 1) -> bytes:
+    """value as UTF-8 JSON; a lone surrogate becomes the JSON escape of the same spelling."""
+    separators = (",", ":") if indent is None else None
+    try:
+        text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # 1e999 in somebody's document is read as infinity
+        text = json.dumps(pack_floats(value), indent=indent, separators=separators, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def decode_json(data: bytes, where: str) -> Any:
+    """Parse untrusted JSON; raises ReadError naming `where`."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ReadError("%s is not valid JSON: %s" % (where, short_reason(error))) from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError("%s is not JSON" % name)
+
+
+def short_reason(error: BaseException) -> str:
+    """The reason of an exception as part of a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    return (text[:200] + "..." if len(text) > 200 else text) or type(error).__name__
+
+
+def new_id() -> str:
+    return os.urandom(32).hex()
+
+
+def is_id(text: Any) -> bool:
+    """Whether text may be part of a path or key: hex digits and nothing else."""
+    return isinstance(text, str) and 0 < len(text) <= 128 and not text.strip("0123456789abcdef")
+
+
+def timestamp(seconds: Optional[float] = None) -> str:
+    """An RFC 3339 UTC time with microseconds; now by default."""
+    seconds = time.time() if seconds is None else seconds
+    whole = int(seconds)
+    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(whole)[:6] + ".%06dZ" % ((seconds - whole) * 1e6)
+
+
+def parse_time(text: str) -> datetime.datetime:
+    """An RFC 3339 time as an aware UTC datetime, cut to microseconds. Raises ValueError."""
+    match = re.fullmatch(TIMESTAMP, text)
+    if match is None:
+        raise ValueError("not an RFC 3339 time: %r" % text)
+    day, clock, fraction, zone = match.groups()
+    value = datetime.datetime(int(day[:4]), int(day[5:7]), int(day[8:]), int(clock[:2]), int(clock[3:5]),
+                              int(clock[6:]), int((fraction or "0").ljust(6, "0")[:6]), datetime.timezone.utc)
+    if zone in "Zz":
+        return value
+    minutes = int(zone[1:3]) * 60 + int(zone[4:])
+    try:
+        return value - datetime.timedelta(minutes=minutes if zone[0] == "+" else -minutes)
+    except OverflowError as error:
+        raise ValueError("a time outside the years 1 to 9999: %r" % text) from error
+
+
+def local_time(moment: datetime.datetime) -> datetime.datetime:
+    """moment in the local time zone, or in UTC at the far ends of the calendar."""
+    try:
+        return moment.astimezone()
+    except (OverflowError, ValueError, OSError):
+        return moment
+
+
+def canonical_time(text: str) -> str:
+    """A time as text that sorts by time: UTC, always 9 fractional digits. Raises ValueError."""
+    if len(text) == 27 and text[-1] == "Z" and text[10] == "T" and text[19] == ".":
+        parse_time(text)
+        return text[:-1] + "000Z"
+    moment = parse_time(text)
+    digits = re.fullmatch(TIMESTAMP, text).group(3) or ""
+    return moment.strftime("%Y-%m-%dT%H:%M:%S").rjust(19, "0") + "." + digits.ljust(9, "0") + "Z"
+
+
+RELATIVE_UNITS = ((1, "about a second", "%d seconds"), (60, "about a minute", "%d minutes"),
+                  (3600, "about an hour", "%d hours"), (86400, "one day", "%d days"))
+
+
+def relative_time(moment: datetime.datetime, now: datetime.datetime) -> str:
+    """'2 minutes ago'; the local date past 73 hours."""
+    seconds = (now - moment).total_seconds()
+    distance = abs(seconds)
+    if distance >= 73 * 3600:
+        return "%04d-%02d-%02d" % local_time(moment).timetuple()[:3]
+    text = RELATIVE_UNITS[0][1]
+    for index, (unit, one, many) in enumerate(RELATIVE_UNITS):
+        count = int(distance / unit + 0.5)
+        following = RELATIVE_UNITS[index + 1][0] if index + 1 < len(RELATIVE_UNITS) else None
+        if following is None or (distance < following and count < following // unit):
+            text = text if not count else one if count == 1 else many % count
+            break
+    return text + " ago" if seconds > -0.5 else "in " + text
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def full_time(moment: datetime.datetime) -> str:
+    """'Mon, 02 Jan 2006 22:54:05 +08' in the local time zone, in English whatever the locale."""
+    local = local_time(moment)
+    return "%s, %02d %s %04d %s %s" % (DAYS[local.weekday()], local.day, MONTHS[local.month - 1], local.year,
+                                       local.strftime("%H:%M:%S"), local.tzname())
+
+
+def format_cell(value: Any) -> str:
+    """A param or metric as a table cell: at most 20 characters of a string, 5 significant digits of a float."""
+    kind = type(value)
+    if kind is float:
+        if value != value:
+            return "NaN"
+        if value - value != 0:
+            return "+Inf" if value > 0 else "-Inf"
+        return "%.20g" % value if 1e5 < value < 1e20 else "%.5g" % value
+    if kind is int:
+        return str(value)
+    if kind is str:
+        return escape_control(value if len(value) <= 20 else value[:17] + "...")
+    return format_value(value)
+
+
+def format_value(value: Any) -> str:
+    """A param or metric in full: strings as they are, everything else as JSON (NaN, +Inf and -Inf for floats)."""
+    if isinstance(value, str):
+        return escape_control(value)
+    if isinstance(value, float) and value - value != 0:
+        return format_cell(value)
+    return escape_control(json.dumps(pack_floats(value), ensure_ascii=False, separators=(",", ":")))
+
+
+def format_size(count: float) -> str:
+    """A number of bytes for people: '1.5 GB' (powers of 1000)."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return ("%d %s" if unit == "bytes" else "%.1f %s") % (count, unit)
+        count /= 1000
+    return "%.1f TB" % count
+
+
+def plural(count: int, noun: str) -> str:
+    return "%d %s%s" % (count, noun, "" if count == 1 else "s")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' Did you mean X?' for the closest of names, or nothing."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return " Did you mean %r?" % close[0] if close else ""
+
+
+KIND_RANK = {bool: 1, int: 0, float: 0, str: 2, list: 3, dict: 4}
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Equality by kind: 1 = 1.0, true is no 1, NaN is NaN."""
+    if KIND_RANK.get(type(left)) != KIND_RANK.get(type(right)):
+        return False
+    return left == right or (left != left and right != right)
+
+
+def sort_key(value: Any) -> Tuple[int, Any]:
+    """A key under which values of any kinds sort: numbers, booleans, strings, then the rest as JSON."""
+    rank = KIND_RANK.get(type(value), 5)
+    return (rank, value if rank < 3 else json.dumps(pack_floats(value), sort_keys=True))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3  Model: Experiment, Checkpoint, their lists
+# ------------------------------------------------------------------------------------------------------------------
+
+def _stored(key: str, doc: str) -> property:
+    """A property that reads one key of the stored document."""
+    return property(lambda self: self._document.get(key), doc=doc)
+
+
+class Checkpoint:
+    """A version of an experiment's outputs at one step: files and metrics."""
+
+    __slots__ = ("_document", "_experiment")
+
+    id = _stored("id", "64 hex digits.")
+    path = _stored("path", "What was saved, relative to the project directory; None: no files.")
+
+    def __init__(self, document: Dict[str, Any], experiment: Optional[Experiment] = None) -> None:
+        self._document = document
+        self._experiment = experiment
+
+    def __repr__(self) -> str:
+        return "<Checkpoint %s step=%d>" % (self.short_id(), self.step)
+
+    @property
+    def step(self) -> int:
+        """How far training had come; in the script's own unit."""
+        return self._document.get("step") or 0
+
+    @property
+    def created(self) -> datetime.datetime:
+        """When it was made (UTC)."""
+        return parse_time(self._document["created"])
+
+    @property
+    def created_key(self) -> str:
+        """`created` as text that sorts by time, to the nanosecond."""
+        return canonical_time(self._document["created"])
+
+    @property
+    def metrics(self) -> Dict[str, Any]:
+        """Metric values by name."""
+        return unpack_floats(self._document.get("metrics") or {})
+
+    @property
+    def primary_metric(self) -> Optional[Dict[str, str]]:
+        """{"name": ..., "goal": "maximize" or "minimize"}, or None."""
+        return self._document.get("primary_metric")
+
+    def short_id(self) -> str:
+        """The first 7 digits of the ID, as the command line shows it."""
+        return self.id[:SHORT_ID]
+
+    def checkout(self, output_directory: str, quiet: bool = False) -> None:
+        """Copy the files of the experiment, then those of this checkpoint over them, into output_directory.
+
+        Existing files are replaced. Raises DoesNotExist where the files are gone, WriteError, ReadError.
+        """
+        self._attached().project.checkout(self._experiment, self, output_directory, quiet=quiet)
+
+    def open(self, path: str) -> BinaryIO:
+        """The saved file at path (relative to the project directory), opened for reading in binary.
+
+        Looks in the checkpoint, then in its experiment. Raises DoesNotExist, ReadError.
+        """
+        return self._attached().project.open(self._experiment, self, path)
+
+    def _attached(self) -> Experiment:
+        if self._experiment is None:
+            raise DoesNotExist("Checkpoint %s belongs to no repository." % self.short_id())
+        return self._experiment
+
+    def to_json(self) -> Dict[str, Any]:
+        """The checkpoint as stored."""
+        return self._document
+
+    def _repr_html_(self) -> str:
+        rows = [("ID", self.short_id()), ("Created", full_time(self.created)), ("Path", self.path or ""),
+                ("Step", self.step)]
+        return html_table(("Checkpoint", ""), rows + sorted(self.metrics.items()))
+
+
+class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
+    """Checkpoints, oldest first; slices stay such lists. `.metrics["loss"]` and `.step` are columns of it."""
+
+    @property
+    def step(self) -> List[int]:
+        """The step of each checkpoint."""
+        return [checkpoint.step for checkpoint in self]
+
+    @property
+    def metrics(self) -> CheckpointMetrics:
+        """`.metrics["loss"]`: the value of that metric in each checkpoint, None where it has none."""
+        return CheckpointMetrics(self)
+
+    def primary_metric(self) -> Optional[Dict[str, str]]:
+        """The primary metric of the first checkpoint that has one."""
+        return next((checkpoint.primary_metric for checkpoint in self if checkpoint.primary_metric), None)
+
+    def latest(self) -> Optional[Checkpoint]:
+        """The newest checkpoint by creation time."""
+        ordered = sorted(self, key=lambda checkpoint: checkpoint.created_key)
+        return ordered[-1] if ordered else None
+
+    def best(self) -> Optional[Checkpoint]:
+        """The checkpoint with the best value of the primary metric; of equals the latest."""
+        primary = self.primary_metric()
+        if primary is None:
+            return None
+        sign = 1 if primary["goal"] == "maximize" else -1
+        found, found_key = None, None
+        for checkpoint in self:
+            value = unpack_floats((checkpoint._document.get("metrics") or {}).get(primary["name"]))
+            if type(value) in (int, float) and value == value:
+                key = (sign * value, checkpoint.created_key)
+                if found is None or key >= found_key:
+                    found, found_key = checkpoint, key
+        return found
+
+    def plot(self, metric: Optional[str] = None, logy: bool = False) -> Any:
+        """Draw a metric (by default the primary one) over steps with matplotlib; returns the axes."""
+        experiment = self[0]._experiment if self else None
+        return plot_metric([(experiment.short_id() if experiment else "", self)], metric, logy)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return CheckpointList(found) if isinstance(index, slice) else found
+
+    def _repr_html_(self) -> str:
+        names = sorted({name for checkpoint in self for name in checkpoint.metrics})
+        best = self.best()
+        rows = [[checkpoint.short_id() + (" (best)" if checkpoint is best else ""), checkpoint.step,
+                 full_time(checkpoint.created)] + [checkpoint.metrics.get(name, "") for name in names]
+                for checkpoint in self]
+        return html_table(["ID", "Step", "Created"] + names, rows)
+
+
+class CheckpointMetrics:
+    """The columns of a CheckpointList by metric name."""
+
+    def __init__(self, checkpoints: CheckpointList) -> None:
+        self._checkpoints = checkpoints
+
+    def __getitem__(self, name: str) -> List[Any]:
+        return [checkpoint.metrics.get(name) for checkpoint in self._checkpoints]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({name for checkpoint in self._checkpoints for name in checkpoint.metrics}))
+
+
+class Experiment:
+    """One run of a training script: its inputs (code, params, command, ...) and its checkpoints.
+
+    Made by init(), experiments.create(), experiments.get() and experiments.list(). `project` is where it is kept.
+    """
+
+    __slots__ = ("_document", "project", "checkpoints", "_running", "__weakref__")
+
+    id = _stored("id", "64 hex digits.")
+    host = _stored("host", "The machine's name or address, or None.")
+    user = _stored("user", "Who ran it, or None.")
+    config = _stored("config", "{'repository': URL, 'storage': ''}, or None.")
+    command = _stored("command", "The program's arguments, shell-quoted, without secrets.")
+    path = _stored("path", "What init() saved, relative to the project directory; None: no files.")
+    python_version = _stored("python_version", "For instance '3.11.7'.")
+
+    def __init__(self, document: Dict[str, Any], project: Any = None, running: Optional[bool] = None) -> None:
+        self.project = project
+        self._running = running
+        self._document = document
+        self.checkpoints = CheckpointList(Checkpoint(item, self) for item in document.get("checkpoints") or ())
+
+    def __repr__(self) -> str:
+        return "<Experiment %s %s>" % (self.short_id(), plural(len(self.checkpoints), "checkpoint"))
+
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.stop()
+
+    @property
+    def created(self) -> datetime.datetime:
+        """When it started (UTC)."""
+        return parse_time(self._document["created"])
+
+    @property
+    def params(self) -> Dict[str, Any]:
+        """Hyperparameters by name."""
+        return unpack_floats(self._document.get("params") or {})
+
+    @property
+    def python_packages(self) -> Dict[str, str]:
+        """Installed version by package name."""
+        return self._document.get("python_packages") or {}
+
+    @property
+    def replicate_version(self) -> Optional[str]:
+        """The version that recorded it (keepsake's, if that did)."""
+        return self._document.get("replicate_version") or self._document.get("keepsake_version")
+
+    @property
+    def duration(self) -> Optional[datetime.timedelta]:
+        """From the start to the latest checkpoint; None without checkpoints."""
+        latest = self.latest()
+        return latest.created - self.created if latest else None
+
+    def short_id(self) -> str:
+        """The first 7 digits of the ID, as the command line shows it."""
+        return self.id[:SHORT_ID]
+
+    def latest(self) -> Optional[Checkpoint]:
+        """The newest checkpoint, or None."""
+        return self.checkpoints.latest()
+
+    def best(self) -> Optional[Checkpoint]:
+        """The best checkpoint by the primary metric, or None."""
+        return self.checkpoints.best()
+
+    def primary_metric(self) -> Optional[Dict[str, str]]:
+        """{"name": ..., "goal": ...} of the first checkpoint that has one, or None."""
+        return self.checkpoints.primary_metric()
+
+    def is_running(self) -> bool:
+        """Whether its last heartbeat is less than 30 seconds old."""
+        return self.project.is_running(self)
+
+    def checkpoint(self, path: Optional[str] = None, step: Optional[int] = None,
+                   metrics: Optional[Dict[str, Any]] = None,
+                   primary_metric: Optional[Tuple[str, str]] = None, quiet: bool = False) -> Checkpoint:
+        """Record a checkpoint: a snapshot of the file or directory at path, and metrics.
+
+        path is relative to the project directory; step counts on from the last one (first 0) if left out;
+        primary_metric is (name, "maximize" or "minimize"). Never raises: what is wrong is printed, what is right is
+        recorded. When it has returned, the checkpoint survives the death of the process.
+        """
+        return self.project.record(self, path, step, metrics, primary_metric, quiet)
+
+    def stop(self) -> None:
+        """Finish what is pending and mark the experiment as stopped."""
+        self.project.stop(self)
+
+    def refresh(self) -> None:
+        """Read the experiment again from the repository. Raises DoesNotExist if it was removed."""
+        self.project.refresh(self)
+
+    def delete(self) -> None:
+        """Remove the experiment, its checkpoints and all their files from the repository."""
+        self.project.delete(self)
+
+    def checkout(self, output_directory: str, quiet: bool = False) -> None:
+        """Copy the experiment's files into output_directory, and over them those of its best or latest checkpoint."""
+        self.project.checkout(self, self.best() or self.latest(), output_directory, quiet=quiet)
+
+    def plot(self, metric: Optional[str] = None, logy: bool = False) -> Any:
+        """Draw a metric (by default the primary one) over steps with matplotlib; returns the axes."""
+        return plot_metric([(self.short_id(), self.checkpoints)], metric, logy)
+
+    def to_json(self) -> Dict[str, Any]:
+        """The document as stored."""
+        return dict(self._document, checkpoints=[checkpoint._document for checkpoint in self.checkpoints])
+
+    def _replace(self, document: Dict[str, Any]) -> None:
+        """Take over a newer document in place."""
+        self.__init__(document, self.project)  # type: ignore[misc]
+
+    def _repr_html_(self) -> str:
+        rows = [("ID", self.id), ("Created", full_time(self.created)), ("Host", self.host or ""),
+                ("User", self.user or ""), ("Command", self.command or "")]
+        return (html_table(("Experiment", ""), rows) + html_table(("Param", "Value"), sorted(self.params.items())) +
+                self.checkpoints._repr_html_())
+
+
+class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
+    """Experiments, oldest first; slices stay such lists."""
+
+    def plot(self, metric: Optional[str] = None, logy: bool = False) -> Any:
+        """Draw a metric of every experiment over steps with matplotlib; returns the axes."""
+        return plot_metric([(experiment.short_id(), experiment.checkpoints) for experiment in self], metric, logy)
+
+    def scatter(self, param: str, metric: Optional[str] = None, logx: bool = False, logy: bool = False) -> Any:
+        """Draw the best (or latest) value of a metric over a param with matplotlib; returns the axes."""
+        return plot_scatter(self, param, metric, logx, logy)
+
+    def delete(self) -> None:
+        """Remove all of them from the repository."""
+        for experiment in self:
+            experiment.delete()
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return ExperimentList(found) if isinstance(index, slice) else found
+
+    def _repr_html_(self) -> str:
+        params = sorted({name for experiment in self for name in experiment.params})
+        rows = []
+        for experiment in self:
+            best, latest, values = experiment.best(), experiment.latest(), experiment.params
+            rows.append([experiment.short_id(), full_time(experiment.created),
+                         repr(best) if best else "", repr(latest) if latest else ""] +
+                        [values.get(name, "") for name in params])
+        return html_table(["Experiment", "Started", "Best", "Latest"] + params, rows)
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An HTML table; every cell is escaped."""
+    from html import escape
+
+    def row(cells: Sequence[Any], tag: str) -> str:
+        texts = (cell if isinstance(cell, str) else format_value(cell) for cell in cells)
+        return "<tr>%s</tr>" % "".join("<%s>%s</%s>" % (tag, escape(escape_control(text)), tag) for text in texts)
+
+    return "<table>%s%s</table>" % (row(header, "th"), "".join(row(cells, "td") for cells in rows))
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ReplicateError("Plots need matplotlib: install it with 'pip install matplotlib'. "
+                             "Everything else works without it.") from error
+    return pyplot
+
+
+def _primary_name(lists: Iterable[CheckpointList], metric: Optional[str]) -> str:
+    """metric, or the primary metric of the first list that has one."""
+    for checkpoints in () if metric else lists:
+        primary = checkpoints.primary_metric()
+        if primary:
+            return primary["name"]
+    if not metric:
+        raise ReplicateError("There is no primary metric to plot: pass the name of a metric.")
+    return metric
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[str], logy: bool) -> Any:
+    """One line a curve: the metric over steps, with gaps where a checkpoint does not have it."""
+    name = _primary_name([checkpoints for _, checkpoints in curves], metric)
+    axes = _pyplot().subplots()[1]
+    for label, checkpoints in curves:
+        values = [value if _is_number(value) else float("nan") for value in checkpoints.metrics[name]]
+        axes.plot(checkpoints.step, values, label=label, marker="." if len(values) < 50 else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel(name)
+    if logy:
+        axes.set_yscale("log")
+    if len(curves) > 1:
+        axes.legend()
+    return axes
+
+
+def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str], logx: bool, logy: bool) -> Any:
+    """One point an experiment that has both the param and the metric."""
+    name = _primary_name([experiment.checkpoints for experiment in experiments], metric)
+    points = []
+    for experiment in experiments:
+        checkpoint = experiment.best() or experiment.latest()
+        value = checkpoint.metrics.get(name) if checkpoint else None
+        if param in experiment.params and _is_number(value):
+            points.append((experiment.params[param], value, experiment.short_id()))
+    axes = _pyplot().subplots()[1]
+    axes.scatter([x if _is_number(x) else format_value(x) for x, _, _ in points], [y for _, y, _ in points])
+    for x, y, label in points:
+        axes.annotate(label, (x if _is_number(x) else format_value(x), y))
+    axes.set_xlabel(param)
+    axes.set_ylabel(name)
+    if logx:
+        axes.set_xscale("log")
+    if logy:
+        axes.set_yscale("log")
+    return axes
+
+
+class Summary:
+    """What a listing shows of an experiment: its document with the best and the latest checkpoint alone."""
+
+    __slots__ = ("data", "running", "_params")
+    KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
+            "host")
+
+    def __init__(self, data: Dict[str, Any], running: bool = False) -> None:
+        self.data = data
+        self.running = running
+        self._params: Optional[Dict[str, Any]] = None
+
+    @classmethod
+    def of(cls, experiment: Experiment, running: bool = False) -> Summary:
+        """The summary of a whole experiment."""
+        latest, best, primary = experiment.latest(), experiment.best(), experiment.primary_metric()
+        data = {key: experiment._document.get(key) for key in ("id", "created", "params", "command", "user", "host")}
+        data.update(num_checkpoints=len(experiment.checkpoints),
+                    latest_checkpoint=latest._document if latest else None,
+                    best_checkpoint=best._document if best else None,
+                    primary_metric=primary["name"] if primary else None)
+        return cls(data, running)
+
+    @property
+    def id(self) -> str:
+        return self.data["id"]
+
+    @property
+    def created(self) -> datetime.datetime:
+        return parse_time(self.data["created"])
+
+    @property
+    def params(self) -> Dict[str, Any]:
+        """Hyperparameters by name."""
+        if self._params is None:
+            self._params = unpack_floats(self.data.get("params") or {})
+        return self._params
+
+    @property
+    def latest(self) -> Optional[Dict[str, Any]]:
+        """The latest checkpoint as stored."""
+        return self.data["latest_checkpoint"]
+
+    @property
+    def best(self) -> Optional[Dict[str, Any]]:
+        """The best checkpoint as stored."""
+        return self.data["best_checkpoint"]
+
+    @property
+    def metrics(self) -> Dict[str, Any]:
+        """The metrics of the best checkpoint, or of the latest where there is no best."""
+        checkpoint = self.best or self.latest or {}
+        return unpack_floats(checkpoint.get("metrics") or {})
+
+    def to_json(self) -> Dict[str, Any]:
+        """One element of `ls --json`."""
+        return dict([(key, self.data.get(key)) for key in self.KEYS], running=self.running)
+
+
+# Untrusted documents become a model only after these checks.
+
+_TEXT_OR_NULL = (str, type(None))
+_EXPERIMENT_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user": _TEXT_OR_NULL,
+                      "config": (dict, type(None)), "command": _TEXT_OR_NULL, "path": _TEXT_OR_NULL,
+                      "python_version": _TEXT_OR_NULL, "python_packages": (dict, type(None)),
+                      "replicate_version": _TEXT_OR_NULL, "keepsake_version": _TEXT_OR_NULL,
+                      "checkpoints": (list, type(None))}
+_CHECKPOINT_FIELDS = {"metrics": (dict, type(None)), "step": (int, type(None)), "path": _TEXT_OR_NULL,
+                      "primary_metric": (dict, type(None))}
+
+
+def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
+    """document if it is a valid experiment document of that ID; raises ReadError otherwise."""
+    _check_fields(document, _EXPERIMENT_FIELDS)
+    if document["id"] != experiment_id:
+        raise ReadError("its id is not the name of its file")
+    packages = document.get("python_packages") or {}
+    if not all(type(version) is str for version in packages.values()):
+        raise ReadError("python_packages holds something that is not text")
+    checkpoints = document.get("checkpoints") or ()
+    for item in checkpoints:
+        checked_checkpoint(item)
+    if len({item["id"] for item in checkpoints}) != len(checkpoints):
+        raise ReadError("two of its checkpoints have the same ID")
+    return document
+
+
+def checked_checkpoint(item: Any) -> Dict[str, Any]:
+    """item if it is a valid checkpoint; raises ReadError otherwise."""
+    _check_fields(item, _CHECKPOINT_FIELDS)
+    primary = item.get("primary_metric")
+    if primary is not None and not (type(primary.get("name")) is str
+                                    and primary.get("goal") in ("maximize", "minimize")):
+        raise ReadError("primary_metric is not {name, goal}")
+    return item
+
+
+def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
+    if type(document) is not dict:
+        raise ReadError("it is not a JSON object")
+    if not is_id(document.get("id")):
+        raise ReadError("id is not made of hex digits")
+    try:
+        canonical_time(document.get("created"))
+    except (TypeError, ValueError) as error:
+        raise ReadError("created is not an RFC 3339 time") from error
+    for key, kinds in fields.items():
+        if type(document.get(key)) not in kinds:
+            raise ReadError("%s is a %s" % (key, type(document[key]).__name__))
+    for key, value in document.items():
+        if type(value) in (dict, list) and key != "checkpoints":
+            _check_depth(value)
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ReadError where containers are nested deeper than recursive code can follow."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [item for container in level
+                 for item in (container.values() if type(container) is dict else container)
+                 if type(item) in (dict, list)]
+        if not level:
+            return
+    raise ReadError("it is nested too deeply")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4  Filters and sorting
+# ------------------------------------------------------------------------------------------------------------------
+
+FIELDS: Dict[str, Callable[[Summary], Any]] = {
+    "started": lambda row: row.created,
+    "created": lambda row: row.created,
+    "step": lambda row: (row.latest or {}).get("step") or 0,
+    "user": lambda row: row.data.get("user"),
+    "host": lambda row: row.data.get("host"),
+    "command": lambda row: row.data.get("command"),
+    "status": lambda row: "running" if row.running else "stopped",
+    "id": lambda row: row.id,
+    "duration": lambda row: (parse_time(row.latest["created"]) - row.created).total_seconds() if row.latest else None,
+    "checkpoints": lambda row: row.data["num_checkpoints"],
+}
+TEXT_FIELDS = ("user", "host", "command", "status", "id")
+TIME_FIELDS = ("started", "created")
+ORDER = {"=": lambda a, b: a == b, "==": lambda a, b: a == b, "<": lambda a, b: a < b, "<=": lambda a, b: a <= b,
+         ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
+
+
+def look_up(row: Summary, name: str) -> Any:
+    """The value of a field, metric or param; ABSENT if the experiment has none of that name."""
+    if name in FIELDS:
+        return FIELDS[name](row)
+    if name.startswith("params."):
+        return row.params.get(name[7:], ABSENT)
+    if name.startswith("metrics."):
+        return row.metrics.get(name[8:], ABSENT)
+    value = row.metrics.get(name, ABSENT)
+    return row.params.get(name, ABSENT) if value is ABSENT else value
+
+
+def known_names(rows: Iterable[Summary]) -> Set[str]:
+    """Every name that a filter or sort key could mean in these experiments."""
+    names = set(FIELDS)
+    for row in rows:
+        for group, values in (("params.", row.params), ("metrics.", row.metrics)):
+            names.update(values)
+            names.update(group + name for name in values)
+    return names
+
+
+class Comparison:
+    """<name> <operator> <value>."""
+
+    def __init__(self, name: str, operator: str, value: Any) -> None:
+        self.name, self.operator, self.value = name, operator, value
+
+    def names(self) -> List[str]:
+        """The names that the expression asks for."""
+        return [self.name]
+
+    def matches(self, row: Summary) -> bool:
+        """Whether the experiment satisfies the expression."""
+        actual = look_up(row, self.name)
+        if actual is ABSENT or actual is None:
+            return self.operator in ("=", "==") and self.value is None
+        if self.name in TIME_FIELDS:
+            return self._matches_time(actual)
+        if self.operator == "~":
+            return isinstance(actual, str) and self.value.search(actual) is not None
+        if self.operator == "in":
+            return any(same_value(actual, item) for item in self.value)
+        if self.operator in ("=", "=="):
+            return same_value(actual, self.value)
+        if self.operator == "!=":
+            return not same_value(actual, self.value)
+        if KIND_RANK.get(type(actual)) != KIND_RANK.get(type(self.value)) or KIND_RANK[type(actual)] > 2:
+            return False
+        return ORDER[self.operator](actual, self.value)
+
+    def _matches_time(self, actual: datetime.datetime) -> bool:
+        if self.value is None:
+            return self.operator == "!="
+        start, end = self.value
+        inside = start <= actual < end
+        return {"=": inside, "==": inside, "!=": not inside, "<": actual < start, "<=": actual < end,
+                ">": actual >= end, ">=": actual >= start}[self.operator]
+
+
+class Not:
+    """not <expression>."""
+
+    def __init__(self, operand: Any) -> None:
+        self.operand = operand
+
+    def names(self) -> List[str]:
+        return self.operand.names()
+
+    def matches(self, row: Summary) -> bool:
+        return not self.operand.matches(row)
+
+
+class Junction:
+    """Expressions joined by `and` (decide=all) or `or` (decide=any)."""
+
+    def __init__(self, decide: Callable[[Iterable[bool]], bool], operands: List[Any]) -> None:
+        self.decide, self.operands = decide, operands
+
+    def names(self) -> List[str]:
+        return [name for operand in self.operands for name in operand.names()]
+
+    def matches(self, row: Summary) -> bool:
+        return self.decide(operand.matches(row) for operand in self.operands)
+
+
+FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <operator> is one of
+  =  !=  <  <=  >  >=    equal, not equal, less, greater
+  ~                      a regular expression is found in it
+  in [a, b]              it is one of these
+Several can be joined with and, or, not and parentheses."""
+
+
+def parse_filter(text: str) -> Any:
+    """The expression tree of a filter. Raises ReplicateError that names the position and shows the format."""
+    return FilterParser(text).parse()
+
+
+class FilterParser:
+    """A recursive-descent parser; each method is one production of the grammar in its docstring."""
+
+    MAX_DEPTH = 50
+    HEAD = r"""\s*(?:"([^"]*)"|'([^']*)'|([\w\-./:]+(?:[ \t]+[\w\-./:]+)*?))\s*(?:([=!<>~]+)|(?<=\s)(in)\s*(?=\[))"""
+    OPERATORS = ("=", "==", "!=", "<", "<=", ">", ">=", "~", "in")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.position = 0
+        self.depth = 0
+
+    def parse(self) -> Any:
+        """filter := either END"""
+        if not self.text.strip():
+            self.fail("it is empty")
+        tree = self.either()
+        self.space()
+        if self.position < len(self.text):
+            self.fail("there is an unexpected %r" % self.text[self.position])
+        return tree
+
+    def either(self) -> Any:
+        """either := both ("or" both)*"""
+        return self.joined("or", any, self.both)
+
+    def both(self) -> Any:
+        """both := term ("and" term)*"""
+        return self.joined("and", all, self.term)
+
+    def joined(self, word: str, decide: Callable[[Iterable[bool]], bool], operand: Callable[[], Any]) -> Any:
+        """operand (word operand)*"""
+        operands = [operand()]
+        while self.take_word(word):
+            operands.append(operand())
+        return operands[0] if len(operands) == 1 else Junction(decide, operands)
+
+    def term(self) -> Any:
+        """term := "not" term | "(" either ")" | comparison"""
+        self.depth += 1
+        if self.depth > self.MAX_DEPTH:
+            self.fail("it is nested too deeply")
+        self.space()
+        if self.text.startswith("(", self.position):
+            self.position += 1
+            tree = self.either()
+            self.space()
+            if not self.text.startswith(")", self.position):
+                self.fail("a closing parenthesis is missing")
+            self.position += 1
+        elif re.compile(r"not\b(?!\s*[=!<>~])").match(self.text, self.position) and self.take_word("not"):
+            tree = Not(self.term())
+        else:
+            tree = self.comparison()
+        self.depth -= 1
+        return tree
+
+    def comparison(self) -> Comparison:
+        """comparison := name operator value"""
+        head = re.compile(self.HEAD).match(self.text, self.position)
+        if head is None:
+            self.fail("a name and an operator are expected")
+        name = next(part for part in head.groups()[:3] if part is not None)
+        operator = head.group(4) or head.group(5)
+        if not name:
+            self.fail("the name is missing")
+        if operator not in self.OPERATORS:
+            self.position = head.start(4)
+            self.fail("%r is no operator" % operator)
+        self.position = head.end()
+        text, quoted = self.value_text()
+        try:
+            return Comparison(name, operator, self.convert(name, operator, text, quoted))
+        except ValueError as error:
+            self.fail(str(error))
+
+    def value_text(self) -> Tuple[str, bool]:
+        """value := quoted | everything up to the end, a joining word before a whole term, or a closing parenthesis"""
+        self.space()
+        start = self.position
+        if start < len(self.text) and self.text[start] in "\"'":
+            end = self.text.find(self.text[start], start + 1)
+            if end < 0:
+                self.fail("the closing quote is missing")
+            self.position = end + 1
+            self.space()
+            if not (self.position == len(self.text) or self.text[self.position] == ")" or self.at_joint()):
+                self.fail("there is something after the closing quote")
+            return self.text[start + 1:end], True
+        nesting = 0
+        while self.position < len(self.text):
+            character = self.text[self.position]
+            if character == "(":
+                nesting += 1
+            elif character == ")":
+                if not nesting and self.depth > 1:
+                    break
+                nesting -= 1
+            elif character.isspace() and self.at_joint():
+                break
+            self.position += 1
+        text = self.text[start:self.position].strip()
+        if not text:
+            self.fail("the value is missing")
+        return text, False
+
+    def at_joint(self) -> bool:
+        """Whether `and` or `or` stands here, followed by the start of a whole term with a value."""
+        match = re.compile(r"\s*(?:and|or)\b").match(self.text, self.position)
+        if match is None:
+            return False
+        start = re.compile(r"(?:\s*(?:\(|not\b(?!\s*[=!<>~])))*").match(self.text, match.end()).end()
+        head = re.compile(self.HEAD).match(self.text, start)
+        return head is not None and bool(self.text[head.end():].strip())
+
+    def convert(self, name: str, operator: str, text: str, quoted: bool) -> Any:
+        """The value of a comparison: null, number, boolean, JSON, time or text. Raises ValueError."""
+        if operator == "~":
+            try:
+                return re.compile(text)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError("the regular expression is wrong: %s" % error) from error
+        if operator == "in":
+            items = read_list(text)
+            if name in TIME_FIELDS:
+                raise ValueError("%s cannot be used with 'in'" % name)
+            return [str(item) for item in items] if name in TEXT_FIELDS else items
+        if not quoted and text in ("null", "None"):
+            return None
+        if name in TIME_FIELDS:
+            return read_date(text)
+        return text if quoted or name in TEXT_FIELDS else read_value(text)
+
+    def space(self) -> None:
+        """Skip white space."""
+        while self.position < len(self.text) and self.text[self.position].isspace():
+            self.position += 1
+
+    def take_word(self, word: str) -> bool:
+        """Skip that word if it stands here."""
+        match = re.compile(r"\s*%s\b" % word).match(self.text, self.position)
+        if match:
+            self.position = match.end()
+        return match is not None
+
+    def fail(self, reason: str) -> NoReturn:
+        """Raise the error for the current position."""
+        raise ReplicateError("Filter %s cannot be read at character %d: %s.\n\n%s" % (
+            json.dumps(self.text, ensure_ascii=False), self.position + 1, reason, FILTER_HELP))
+
+
+def read_value(text: str) -> Any:
+    """A value as typed by a person: null, number, true or false, JSON array or object; otherwise the text itself."""
+    lowered = text.lower()
+    if lowered in ("null", "none"):
+        return None
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    if text[0] in "[{":
+        try:
+            return unpack_floats(json.loads(text))
+        except (ValueError, RecursionError):
+            return text
+    for kind in (int, float):
+        try:
+            return kind(text) if "_" not in text else text
+        except ValueError:
+            pass
+    return text
+
+
+def read_list(text: str) -> List[Any]:
+    """`[a, "b", 3]`: JSON, or plain words between commas. Raises ValueError."""
+    value = read_value(text)
+    if isinstance(value, list):
+        return value
+    if not text.endswith("]"):
+        raise ValueError("a list is written [a, b]")
+    items = [item.strip() for item in text[1:-1].split(",")]
+    if not all(items):
+        raise ValueError("an item of the list is missing")
+    return [item[1:-1] if item[0] in "\"'" and item[-1] == item[0] and len(item) > 1 else read_value(item)
+            for item in items]
+
+
+TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
+
+
+def read_date(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
+    """A date, a date and time (local, unless it ends in Z or an offset) or '2 hours ago', as [start, end) in UTC.
+
+    A date means its whole day, a time without seconds its whole minute. Raises ValueError.
+    """
+    ago = re.fullmatch(r"(?i)(\d{1,9}|an?|one)\s+(second|minute|hour|day|week)s?\s+ago", text)
+    if ago:
+        count = int(ago.group(1)) if ago.group(1).isdigit() else 1
+        try:
+            moment = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(
+                seconds=count * TIME_UNITS[ago.group(2).lower()])
+        except OverflowError as error:
+            raise ValueError("%r is before all time" % text) from error
+        return moment, moment + datetime.timedelta(seconds=1)
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d)(:\d\d)?(?:\.(\d+))?(Z|[+-]\d\d:\d\d)?)?", text)
+    if match is None:
+        raise ValueError("%r is no date; write 2026-01-31, 2026-01-31 23:59 or '2 hours ago'" % text)
+    day, clock, seconds, fraction, zone = match.groups()
+    try:
+        if zone:
+            start = parse_time("%sT%s%s%s" % (day, clock, seconds or ":00", zone))
+        else:
+            naive = datetime.datetime.strptime(day + (clock or "00:00") + (seconds or ":00"), "%Y-%m-%d%H:%M:%S")
+            start = naive.astimezone(datetime.timezone.utc)
+        if fraction:
+            start += datetime.timedelta(microseconds=int(fraction.ljust(6, "0")[:6]))
+        length = datetime.timedelta(microseconds=1) if fraction else datetime.timedelta(
+            seconds=1 if seconds else 60 if clock else 86400)
+        return start, start + length
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError("%r is no date: %s" % (text, error)) from error
+
+
+def parse_sort(key: str) -> Tuple[str, bool]:
+    """(name, descending) of a sort key such as `loss` or `started-desc`."""
+    for suffix, descending in (("-desc", True), ("-asc", False)):
+        if key.endswith(suffix):
+            key = key[:-len(suffix)]
+            break
+    else:
+        descending = False
+    if not key.strip():
+        raise ReplicateError("The sort key is empty. Name a field, param or metric, for instance --sort=started-desc.")
+    return key.strip(), descending
+
+
+def sort_rows(rows: List[Summary], name: str, descending: bool) -> List[Summary]:
+    """rows by that value; those without it (or with NaN) last either way; ties by start time."""
+    rows = sorted(rows, key=lambda row: canonical_time(row.data["created"]))
+    if name in TIME_FIELDS:
+        return rows[::-1] if descending else rows
+    present, missing = [], []
+    for row in rows:
+        value = look_up(row, name)
+        usable = value is not ABSENT and value is not None and value == value
+        (present if usable else missing).append((row, value))
+    present.sort(key=lambda pair: sort_key(pair[1]), reverse=descending)
+    return [row for row, _ in present + missing]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5  Configuration and storage
+# ------------------------------------------------------------------------------------------------------------------
+
+class Location:
+    """Where the project and its repository are."""
+
+    def __init__(self, directory: str, url: Optional[str], is_default: bool = False) -> None:
+        self.directory = directory    # absolute path of the project directory
+        self.url = url                # repository URL, file:// ones absolute; None: there is none yet
+        self.is_default = is_default  # the embedded default repository, .replicate/storage
+
+
+def find_location(repository: Optional[str] = None, directory: Optional[str] = None) -> Location:
+    """The project directory and the repository, from arguments, the environment, the configuration or the default.
+
+    Raises RepositoryConfigurationError, ConfigNotFound (a directory that is not there).
+    """
+    if directory is not None and not os.path.isdir(directory):
+        raise ConfigNotFound("There is no directory %s." % directory)
+    start = os.path.abspath(directory or os.getcwd())
+    depth = 1 if directory is not None else CONFIG_SEARCH_DEPTH
+    found = _search_upward(start, CONFIG_NAMES, depth)
+    storage = None if found else _search_upward(start, (DEFAULT_STORAGE,), depth)
+    project = (os.path.dirname(found) if found
+               else storage[:-len(DEFAULT_STORAGE)].rstrip(os.sep) or os.sep if storage else start)
+    url = repository or os.environ.get("REPLICATE_REPOSITORY")
+    if url:
+        return Location(project, absolute_url(url, project))
+    if found:
+        return Location(project, absolute_url(read_config(found)["repository"], project))
+    return Location(project, "file://" + storage if storage else None, is_default=True)
+
+
+def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional[str]:
+    """The nearest existing one of names in directory or above it."""
+    for _ in range(depth):
+        for name in names:
+            path = os.path.join(directory, name)
+            if os.path.exists(path):
+                return path
+        parent = os.path.dirname(directory)
+        if parent == directory:
+            return None
+        directory = parent
+    return None
+
+
+def read_config(path: str) -> Dict[str, str]:
+    """{"repository": url} from a replicate.yaml. Raises RepositoryConfigurationError."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RepositoryConfigurationError("%s cannot be read: %s." % (path, short_reason(error))) from error
+    values = read_flat_yaml(text)
+    if values is None:
+        values = _read_yaml(text, path)
+    if not values:
+        raise RepositoryConfigurationError("%s is empty. It needs a line such as 'repository: s3://my-bucket'." % path)
+    if not isinstance(values, dict):
+        raise RepositoryConfigurationError("%s holds no 'key: value' lines. It needs one such as "
+                                           "'repository: s3://my-bucket'." % path)
+    unknown = [str(key) for key in values if key not in ("repository", "storage")]
+    if unknown:
+        raise RepositoryConfigurationError("%s has the unknown key %r. The valid keys are 'repository' and its old "
+                                           "name 'storage'." % (path, unknown[0]))
+    if len(values) == 2:
+        raise RepositoryConfigurationError("%s has both 'repository' and its old name 'storage'. Remove 'storage'." %
+                                           path)
+    key, url = next(iter(values.items()))
+    if not isinstance(url, str) or not url:
+        raise RepositoryConfigurationError("%s: '%s' must be a URL such as 's3://my-bucket'." % (path, key))
+    if key == "storage":
+        console.warning("%s: 'storage' is deprecated, call it 'repository'." % path)
+    return {"repository": url}
+
+
+def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
+    """The part of YAML that needs no library: `key: text` lines, quotes, comments. None for anything richer."""
+    values = {}
+    for line in text.splitlines():
+        if re.fullmatch(r"[ ]*(#.*)?", line):
+            continue
+        match = re.fullmatch(r"""([a-z_]+):[ ]+(?:"([^"\\]*)"|'([^']*)'|([a-z0-9]+://[^\s"'#,\[\]{}&*!|>%@`]*[^\s"'#,"""
+                             r"""\[\]{}&*!|>%@`:]))[ ]*(?:[ ]#.*)?""", line)
+        if match is None or match.group(1) in values or not line.isprintable():
+            return None
+        values[match.group(1)] = next(part for part in match.groups()[1:] if part is not None)
+    return values
+
+
+def _read_yaml(text: str, path: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise RepositoryConfigurationError(
+            "%s is more than flat 'key: value' lines, so reading it needs PyYAML: install it with "
+            "'pip install PyYAML'. A plain line such as 'repository: s3://my-bucket' works without it." % path) from error
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RepositoryConfigurationError("%s is not valid YAML: %s." % (path, short_reason(error))) from error
+
+
+def absolute_url(url: str, directory: str) -> str:
+    """url with a relative file:// path made absolute; raises RepositoryConfigurationError for a bad one."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in BACKENDS:
+        raise RepositoryConfigurationError("%r is no repository URL: it must start with %s." % (
+            url, ", ".join("%s://" % name for name in BACKENDS)))
+    if not rest.strip("/") and (scheme != "file" or not rest):
+        raise RepositoryConfigurationError("%r names no %s." % (url, "directory" if scheme == "file" else "bucket"))
+    if "\0" in rest:
+        raise RepositoryConfigurationError("%r has a null character in it." % url)
+    if scheme == "file":
+        return "file://" + os.path.abspath(os.path.join(directory, os.path.expanduser(rest)))
+    return scheme + "://" + rest.strip("/")
+
+
+def open_storage(url: str) -> Storage:
+    """The storage behind an absolute URL."""
+    scheme, _, rest = url.partition("://")
+    return BACKENDS[scheme](rest)
+
+
+class Entry:
+    """One stored object in a listing."""
+
+    __slots__ = ("key", "size", "modified", "version")
+
+    def __init__(self, key: str, size: int, modified: float, version: str) -> None:
+        self.key = key            # relative to the repository's root, with forward slashes
+        self.size = size          # bytes
+        self.modified = modified  # seconds since the epoch, by the store's clock
+        self.version = version    # differs whenever the content does
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition("/")[2]
+
+
+class Storage:
+    """What every backend can do; all else is plain functions over these.
+
+    Keys are relative to the repository's root. Everything appears whole or not at all. Methods raise DoesNotExist
+    for a missing key, ReadError and WriteError for other failures, each with one sentence for the user.
+    """
+
+    scheme = ""
+    has_journals = False  # may journals and locks stand beside the documents
+
+    def prepare(self) -> None:
+        """Make sure that it can be written, creating the directory or bucket; called once when recording starts."""
+        raise NotImplementedError
+
+    def list(self, folder: str) -> Iterator[Entry]:
+        """The objects directly in folder ('metadata/experiments/'), in any order."""
+        raise NotImplementedError
+
+    def stat(self, key: str) -> Entry:
+        """Size and version of one object."""
+        raise NotImplementedError
+
+    def open(self, key: str, start: int = 0, end: Optional[int] = None) -> BinaryIO:
+        """A binary stream of the bytes [start, end) of an object."""
+        raise NotImplementedError
+
+    def write(self, key: str, data: bytes) -> None:
+        """Store data under key."""
+        raise NotImplementedError
+
+    def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
+        """Replace an object by change(its bytes, or None if it is missing); no change of others is ever lost.
+
+        change may be called several times, and returns None to leave things as they are.
+        """
+        raise NotImplementedError
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects by exact key; missing ones are no error."""
+        raise NotImplementedError
+
+    def read(self, key: str) -> bytes:
+        """The bytes of an object."""
+        with self.open(key) as stream:
+            return stream.read()
+
+
+class DiskStorage(Storage):
+    """A directory. Writes go to a temporary file in its tmp/ and are then renamed into place."""
+
+    scheme = "file"
+    has_journals = True
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def path(self, key: str) -> str:
+        """The file of a key."""
+        return os.path.join(self.root, *key.split("/"))
+
+    def prepare(self) -> None:
+        path = self.temporary("probe")
+        try:
+            self._create(path, b"")
+            os.unlink(path)
+        except OSError as error:
+            raise WriteError("The repository %s cannot be written: %s." % (self.root, short_reason(error))) from error
+        self._remove_stale()
+
+    def list(self, folder: str) -> Iterator[Entry]:
+        try:
+            with os.scandir(self.path(folder)) as entries:
+                for entry in entries:
+                    try:
+                        if entry.is_file():
+                            yield self._entry(folder + entry.name, entry.stat())
+                    except OSError:  # deleted meanwhile
+                        continue
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise ReadError("%s cannot be listed: %s." % (self.path(folder), short_reason(error))) from error
+
+    def stat(self, key: str) -> Entry:
+        try:
+            return self._entry(key, os.stat(self.path(key)))
+        except OSError as error:
+            raise self._read_failure(key, error) from error
+
+    def open(self, key: str, start: int = 0, end: Optional[int] = None) -> BinaryIO:
+        path = self.path(key)
+        try:  # without O_NONBLOCK a FIFO in somebody's repository would hang every command
+            file = os.fdopen(os.open(path, os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC), "rb", 0)
+        except OSError as error:
+            raise self._read_failure(key, error) from error
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise ReadError("%s is not a regular file." % path)
+        if start:
+            file.seek(start)
+        return file if end is None else LimitedStream(file, end - start)
+
+    def read(self, key: str) -> bytes:
+        try:
+            return super().read(key)
+        except OSError as error:
+            raise self._read_failure(key, error) from error
+
+    def write(self, key: str, data: bytes) -> None:
+        path = self.temporary(key.rpartition("/")[2])
+        try:
+            self._create(path, data)
+            self.move_in(path, key)
+        except OSError as error:
+            remove_file(path)
+            raise self.write_failure(key, error) from error
+
+    def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
+        lock = self.path("tmp/%s.lock" % key.rpartition("/")[2])
+        try:
+            os.makedirs(os.path.dirname(lock), exist_ok=True)
+            with FileLock(lock):
+                try:
+                    old: Optional[bytes] = self.read(key)
+                except DoesNotExist:
+                    old = None
+                new = change(old)
+                if new is not None:
+                    self.write(key, new)
+        except OSError as error:
+            raise self.write_failure(key, error) from error
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            try:
+                os.unlink(self.path(key))
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
+
+    def temporary(self, name: str) -> str:
+        """A new path in tmp/ for something that will be called name."""
+        return self.path("tmp/%s.%s" % (name, os.urandom(6).hex()))
+
+    def move_in(self, path: str, key: str) -> None:
+        """Rename a finished temporary file to its place. Raises OSError."""
+        target = self.path(key)
+        try:
+            os.replace(path, target)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(path, target)
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """Wait until these objects are on the disk itself; what is gone meanwhile is passed over."""
+        for key in keys:
+            for path in (self.path(key), os.path.dirname(self.path(key))):
+                try:
+                    descriptor = os.open(path, os.O_RDONLY)
+                except OSError:
+                    continue
+                try:
+                    os.fsync(descriptor)
+                except OSError:
+                    pass
+                finally:
+                    os.close(descriptor)
+
+    def write_failure(self, key: str, error: OSError) -> WriteError:
+        """The error for a failed write of key."""
+        return WriteError("%s could not be written: %s." % (self.path(key), short_reason(error)))
+
+    def _create(self, path: str, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY | CLOEXEC
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            descriptor = os.open(path, flags, 0o666)
+        with os.fdopen(descriptor, "wb", 0) as file:
+            write_all(file, data)
+
+    def _remove_stale(self) -> None:
+        """Remove what killed processes left in tmp/ more than a day ago."""
+        for entry in self.list("tmp/"):
+            if entry.modified < time.time() - 86400:
+                remove_file(self.path(entry.key))
+
+    def _read_failure(self, key: str, error: OSError) -> ReplicateError:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return DoesNotExist("%s does not exist." % self.path(key))
+        return ReadError("%s cannot be read: %s." % (self.path(key), short_reason(error)))
+
+    @staticmethod
+    def _entry(key: str, status: os.stat_result) -> Entry:
+        return Entry(key, status.st_size, status.st_mtime,
+                     "%d-%d-%d" % (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+BINARY = getattr(os, "O_BINARY", 0)
+CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+class LimitedStream:
+    """The next `length` bytes of a stream."""
+
+    def __init__(self, stream: BinaryIO, length: int) -> None:
+        self._stream, self._left = stream, length
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
+        return data
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> LimitedStream:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
+
+
+class FileLock:
+    """An exclusive lock between processes that dies with its holder; its file is gone when nobody holds it.
+
+    On systems without fcntl it is no lock: there, two processes should not record into one experiment.
+    """
+
+    def __init__(self, path: str, flags: int = 0) -> None:
+        self.path = path
+        self.descriptor: int = -1
+        self._flags = os.O_RDWR | os.O_CREAT | CLOEXEC | flags
+
+    def acquire(self, wait: bool = True) -> bool:
+        """Take the lock; False if it is held by another and wait is False. Raises OSError."""
+        while True:
+            descriptor = os.open(self.path, self._flags, 0o666)
+            if not lock_descriptor(descriptor, wait):
+                os.close(descriptor)
+                return False
+            try:
+                current = os.stat(self.path)
+            except FileNotFoundError:
+                current = None
+            if current is not None and os.path.samestat(current, os.fstat(descriptor)):
+                self.descriptor = descriptor
+                return True
+            os.close(descriptor)  # its holder removed the file while we waited
+
+    def release(self, remove: bool = True) -> None:
+        """Give the lock back, and remove its file while it is still held."""
+        if self.descriptor >= 0:
+            if remove:
+                remove_file(self.path)
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> FileLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.release()
+
+
+def lock_descriptor(descriptor: int, wait: bool) -> bool:
+    """Lock an open file until it is closed; False if another process holds it. True where locks do not exist."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+    return True
+
+
+def write_all(file: BinaryIO, data: Union[bytes, memoryview]) -> None:
+    """Write all of data to an unbuffered file."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view):]
+
+
+def remove_file(path: str) -> None:
+    """Remove a file if it is there and can be removed."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+BACKENDS: Dict[str, Callable[[str], Storage]] = {"file": DiskStorage}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6  Archives: ignore rules, pack, unpack
+# ------------------------------------------------------------------------------------------------------------------
+
+NEVER_SAVED = (".replicate", ".keepsake", ".git", ".mypy_cache", "__pycache__", ".ipynb_checkpoints", ".env")
+STAGING_PREFIX = ".replicate-checkout-"
+
+
+class IgnoreRules:
+    """The patterns of .gitignore syntax that hold in a project; see gitignore(5) for the rules."""
+
+    def __init__(self) -> None:
+        self._rules: List[Tuple[str, Any, bool, bool]] = []  # folder, compiled pattern, negated, directories only
+
+    def read(self, directory: str, folder: str) -> None:
+        """Add the ignore files of a directory; folder is its path relative to the project ('' or 'a/b/')."""
+        for name in IGNORE_NAMES:
+            try:
+                with open(os.path.join(directory, name), "rb") as file:
+                    self.add(file.read(), folder)
+            except (FileNotFoundError, IsADirectoryError, PermissionError):
+                continue
+
+    def add(self, content: bytes, folder: str = "") -> None:
+        """Add the lines of one ignore file."""
+        if content.startswith(b"\xef\xbb\xbf"):
+            content = content[3:]
+        for line in content.split(b"\n"):
+            rule = _ignore_rule(line[:-1] if line.endswith(b"\r") else line)
+            if rule:
+                self._rules.append((folder,) + rule)
+
+    def excludes(self, path: str, is_directory: bool) -> bool:
+        """Whether a path, whose parents are not excluded, is: the last pattern that matches it decides."""
+        for folder, pattern, negated, directories_only in reversed(self._rules):
+            if path.startswith(folder) and (is_directory or not directories_only):
+                if pattern.match(os.fsencode(path[len(folder):])):
+                    return not negated
+        return False
+
+
+def _ignore_rule(line: bytes) -> Optional[Tuple[Any, bool, bool]]:
+    """(compiled pattern, negated, directories only) of one line; None for comments and the like."""
+    if line.startswith(b"#"):
+        return None
+    stripped = line.rstrip(b" ")
+    if len(stripped) < len(line) and (len(stripped) - len(stripped.rstrip(b"\\"))) % 2:
+        stripped += b" "  # the space is escaped
+    line = stripped
+    negated = line.startswith(b"!")
+    line = line[negated:]
+    directories_only = line.endswith(b"/")
+    if directories_only:
+        line = line[:-1]
+    anchored = b"/" in line
+    if line.startswith(b"/"):
+        line = line[1:]
+    if not line:
+        return None
+    expression = _wildcard_expression(line, anchored)
+    if expression is None:
+        return None
+    return re.compile((b"" if anchored else b"(?:.*/)?") + expression + rb"\Z", re.DOTALL), negated, directories_only
+
+
+def _wildcard_expression(pattern: bytes, anchored: bool) -> Optional[bytes]:
+    """A regular expression for a gitignore pattern; None for one that can never match."""
+    parts: List[bytes] = []
+    position = 0
+    while position < len(pattern):
+        character = pattern[position:position + 1]
+        start = position
+        position += 1
+        if character == b"*":
+            while pattern[position:position + 1] == b"*":
+                position += 1
+            alone = (start == 0 or pattern[start - 1:start] == b"/") and pattern[position:position + 1] in (b"", b"/")
+            if position - start > 1 and alone and anchored:
+                if position == len(pattern):
+                    parts.append(b".*")
+                else:
+                    parts.append(b"(?:.*/)?")
+                    position += 1
+            else:
+                parts.append(b"[^/]*")
+        elif character == b"?":
+            parts.append(b"[^/]")
+        elif character == b"[":
+            found = _bracket_expression(pattern, position)
+            if found is None:
+                return None
+            parts.append(found[0])
+            position = found[1]
+        elif character == b"\\":
+            if position == len(pattern):
+                return None
+            parts.append(re.escape(pattern[position:position + 1]))
+            position += 1
+        else:
+            parts.append(re.escape(character))
+    return b"".join(parts)
+
+
+_POSIX_CLASSES = {b"alnum": "isalnum", b"alpha": "isalpha", b"digit": "isdigit", b"lower": "islower",
+                  b"upper": "isupper"}
+
+
+def _posix_class(name: bytes) -> Optional[Set[int]]:
+    """The byte values of [:name:] in the C locale."""
+    if name in _POSIX_CLASSES:
+        return {code for code in range(128) if getattr(chr(code), _POSIX_CLASSES[name])()}
+    sets = {b"blank": b" \t", b"space": b" \t\n\v\f\r", b"xdigit": b"0123456789abcdefABCDEF",
+            b"cntrl": bytes(range(32)) + b"\x7f", b"print": bytes(range(32, 127)), b"graph": bytes(range(33, 127)),
+            b"punct": bytes(code for code in range(33, 127) if not chr(code).isalnum())}
+    return set(sets[name]) if name in sets else None
+
+
+def _bracket_expression(pattern: bytes, position: int) -> Optional[Tuple[bytes, int]]:
+    """(expression, next position) of the bracket whose '[' stands before position; None if it is malformed."""
+    negated = pattern[position:position + 1] in (b"!", b"^")
+    position += negated
+    members: Set[int] = set()
+    previous: Optional[int] = None
+    first = True
+    while True:
+        if position >= len(pattern):
+            return None
+        code = pattern[position]
+        if code == 0x5d and not first:  # ]
+            break
+        first = False
+        if code == 0x5c:  # backslash
+            position += 1
+            if position >= len(pattern):
+                return None
+            previous = pattern[position]
+            members.add(previous)
+        elif (code == 0x2d and previous is not None and position + 1 < len(pattern)
+              and pattern[position + 1] != 0x5d):  # a range
+            position += 1
+            if pattern[position] == 0x5c:
+                position += 1
+                if position >= len(pattern):
+                    return None
+            members.update(range(previous, pattern[position] + 1))
+            previous = None
+        elif code == 0x5b and pattern[position + 1:position + 2] == b":":  # [:name:]
+            end = pattern.find(b"]", position + 2)
+            if end < 0:
+                return None
+            if pattern[end - 1] == 0x3a and end - 1 >= position + 2:
+                members_of_class = _posix_class(pattern[position + 2:end - 1])
+                if members_of_class is None:
+                    return None
+                members |= members_of_class
+                previous = None
+                position = end
+            else:
+                previous = code
+                members.add(code)
+        else:
+            previous = code
+            members.add(code)
+        position += 1
+    if negated:
+        members = set(range(256)) - members
+    members.discard(0x2f)
+    if not members:
+        return b"(?!)", position + 1
+    return b"[" + b"".join(b"\\x%02x" % code for code in sorted(members)) + b"]", position + 1
+
+
+class Source:
+    """A file to be packed."""
+
+    __slots__ = ("name", "path", "size", "mode", "modified")
+
+    def __init__(self, name: str, path: str, status: os.stat_result) -> None:
+        self.name = name          # relative to the project directory, with forward slashes
+        self.path = path          # where it is now
+        self.size = status.st_size
+        self.mode = status.st_mode & 0o777
+        self.modified = int(status.st_mtime)
+
+
+def relative_path(path: Any, directory: str) -> str:
+    """A path given by the user, relative to the project directory, with forward slashes ('.' for all of it).
+
+    Raises TypeError for no path at all, ValueError for one that is empty, missing or outside.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError("path must be a string, not %s" % type(path).__name__)
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError("path is empty" if not text else "path %r is no file name" % (text,))
+    full = os.path.abspath(os.path.join(directory, text))
+    relative = os.path.relpath(full, directory)
+    if relative.split(os.sep)[0] == os.pardir:
+        relative = os.path.relpath(os.path.join(os.path.realpath(os.path.dirname(full)), os.path.basename(full)),
+                                   os.path.realpath(directory))
+    if relative.split(os.sep)[0] == os.pardir or os.path.isabs(relative):
+        raise ValueError("path %r is outside the project directory %s" % (text, directory))
+    if not os.path.exists(full):
+        raise ValueError("path %r does not exist (it is relative to the project directory %s)" % (text, directory))
+    return relative.replace(os.sep, "/")
+
+
+def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
+                 warn: Callable[[str], None] = console.warning) -> List[Source]:
+    """The files to save at path (as relative_path gives it), sorted by name, without what is never saved or ignored.
+
+    excluded are absolute directories to leave out (a repository inside the project). The named path itself is saved
+    even if an ignore file lists it: whoever names it wants it. Raises ValueError where it may never be saved.
+    """
+    for part in path.split("/"):
+        if is_never_saved(part):
+            raise ValueError("path %r is never saved: it is inside %s" % (path, part))
+    top = os.path.join(directory, path)
+    rules = IgnoreRules()
+    rules.read(directory, "")
+    if os.path.isdir(top) and path != ".":
+        rules.read(top, path + "/")
+    found: List[Source] = []
+    if os.path.isdir(top):
+        _walk(top, "" if path == "." else path + "/", rules, {os.path.realpath(item) for item in excluded}, warn, found)
+    else:
+        _add_file(found, path, top, warn)
+    found.sort(key=lambda source: source.name)
+    return found
+
+
+def is_never_saved(name: str) -> bool:
+    """Whether files and directories of that name stay out of every archive."""
+    return name in NEVER_SAVED or name.startswith((".env.", STAGING_PREFIX))
+
+
+def _walk(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[str], warn: Callable[[str], None],
+          found: List[Source]) -> None:
+    try:
+        with os.scandir(directory) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
+    except OSError as error:
+        warn("%s is not saved: %s." % (directory, short_reason(error)))
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if is_never_saved(entry.name):
+            continue
+        is_directory = entry.is_dir(follow_symlinks=False)
+        if rules.excludes(name, is_directory):
+            continue
+        if is_directory:
+            if not _is_environment(entry.path) and not (excluded and os.path.realpath(entry.path) in excluded):
+                _walk(entry.path, name + "/", rules, excluded, warn, found)
+        elif entry.is_symlink() and os.path.isdir(entry.path):
+            warn("%s is not saved: it is a link to a directory." % name)
+        else:
+            _add_file(found, name, entry.path, warn)
+
+
+def _is_environment(directory: str) -> bool:
+    return any(os.path.exists(os.path.join(directory, name)) for name in ("pyvenv.cfg", "conda-meta"))
+
+
+def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], None]) -> None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        warn("%s is not saved: %s." % (name, short_reason(error)))
+        return
+    if stat.S_ISREG(status.st_mode):
+        found.append(Source(name, path, status))
+
+
+# An archive is a .tar.gz in many gzip members, which every reader takes for one file. Members start at files or every
+# MEMBER_BYTES, so that they can be packed and unpacked in parallel and read singly. What does not shrink is stored.
+# Behind the data stand empty gzip members whose extra fields (RFC 1952, subfield "RV") hold a table of contents, as
+# zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset in the tar, size]...]}; the
+# last of them has a fixed length and says where the first one starts.
+
+MEMBER_BYTES = 4 << 20
+GROUP_BYTES = 256 << 10           # small files share a member up to this size
+MAX_MEMBER_BYTES = 64 << 20       # a table of contents that claims more is not believed
+INLINE_BYTES = 256 << 10          # archives up to this size are compressed at once
+COMPRESSION_LEVEL = 6
+SHRINKS = 0.92                    # what compresses to less than this is worth compressing
+GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
+GZIP_EXTRA_HEADER = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
+GZIP_EMPTY_BODY = b"\x03\x00" + bytes(8)
+FOOTER_BYTES = 10 + 2 + 4 + 16 + len(GZIP_EMPTY_BODY)
+MAX_FIELD_BYTES = 65535 - 4
+
+
+class Table:
+    """The table of contents of an archive."""
+
+    def __init__(self, members: List[Tuple[int, int]], files: List[Tuple[str, int, int]]) -> None:
+        self.members = members  # (compressed size, size) of each gzip member with data, from the start of the file
+        self.files = files      # (name in the project, offset of its header in the tar, size)
+
+    def encode(self) -> bytes:
+        """The gzip members that hold it."""
+        content = encode_json({"members": self.members, "files": self.files}, indent=None)
+        packed = zlib.compress(content)
+        chain = b"".join(_extra_member(packed[start:start + MAX_FIELD_BYTES])
+                         for start in range(0, len(packed), MAX_FIELD_BYTES))
+        start = sum(compressed for compressed, _ in self.members)
+        return chain + _extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
+
+    @classmethod
+    def read(cls, read_range: Callable[[int, int], bytes], size: int) -> Optional[Table]:
+        """The table of an archive of that size, or None where there is none that can be believed."""
+        tail_start = max(0, size - 65536)
+        tail = read_range(tail_start, size)
+        field = _extra_field(tail[-FOOTER_BYTES:])
+        if field is None or field[1] != FOOTER_BYTES or len(field[0]) != 16:
+            return None
+        start, length = int.from_bytes(field[0][:8], "little"), int.from_bytes(field[0][8:], "little")
+        if start + length + FOOTER_BYTES != size:
+            return None
+        chain = tail[start - tail_start:-FOOTER_BYTES] if start >= tail_start else read_range(start, start + length)
+        pieces = []
+        while chain:
+            field = _extra_field(chain)
+            if field is None:
+                return None
+            pieces.append(field[0])
+            chain = chain[field[1]:]
+        return cls._decode(b"".join(pieces), start)
+
+    @classmethod
+    def _decode(cls, packed: bytes, start: int) -> Optional[Table]:
+        unpacker = zlib.decompressobj()
+        try:
+            content = json.loads(unpacker.decompress(packed, MAX_MEMBER_BYTES))
+            members = [(int(compressed), int(size)) for compressed, size in content["members"]]
+            files = [(str(name), int(offset), int(size)) for name, offset, size in content["files"]]
+        except (zlib.error, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            return None
+        if sum(compressed for compressed, _ in members) != start:
+            return None
+        if not all(18 < compressed <= 2 * MAX_MEMBER_BYTES and 0 < size <= MAX_MEMBER_BYTES
+                   for compressed, size in members):
+            return None
+        return cls(members, files)
+
+
+def _extra_member(data: bytes) -> bytes:
+    """An empty gzip member with data in its extra field."""
+    return (GZIP_EXTRA_HEADER + (len(data) + 4).to_bytes(2, "little") + b"RV" + len(data).to_bytes(2, "little") + data +
+            GZIP_EMPTY_BODY)
+
+
+def _extra_field(data: bytes) -> Optional[Tuple[bytes, int]]:
+    """(content, length of the member) of the member made by _extra_member at the start of data."""
+    length = int.from_bytes(data[14:16], "little")
+    if (data[:10] != GZIP_EXTRA_HEADER or data[12:14] != b"RV" or data[10:12] != (length + 4).to_bytes(2, "little")
+            or data[16 + length:16 + length + len(GZIP_EMPTY_BODY)] != GZIP_EMPTY_BODY):
+        return None
+    return data[16:16 + length], 16 + length + len(GZIP_EMPTY_BODY)
+
+
+class ArchiveWriter:
+    """Writes gzip members and their table to a file, and keeps the numbers of those that could still shrink."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.table = Table([], [])
+        self.shrinkable: List[int] = []
+
+    def add(self, size: int, parts: Sequence[bytes], shrinkable: bool = False) -> None:
+        """Append one gzip member (given in parts) that holds size bytes of tar."""
+        if shrinkable:
+            self.shrinkable.append(len(self.table.members))
+        self.table.members.append((sum(map(len, parts)), size))
+        write_parts(self.file, parts)
+
+    def finish(self) -> None:
+        """Append the table."""
+        write_all(self.file, self.table.encode())
+
+
+def write_parts(file: BinaryIO, parts: Sequence[bytes]) -> None:
+    """Write buffers to an unbuffered file, without joining them where the system can."""
+    if not hasattr(os, "writev"):
+        write_all(file, b"".join(parts))
+        return
+    for start in range(0, len(parts), 512):
+        some = parts[start:start + 512]
+        written = os.writev(file.fileno(), some)
+        if written < sum(map(len, some)):
+            write_all(file, memoryview(b"".join(some))[written:])
+
+
+def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source], compress: bool,
+         warn: Callable[[str], None] = console.warning) -> ArchiveWriter:
+    """Write the archive of sources to an unbuffered file.
+
+    compress: whether what shrinks is compressed now, or stored for recompress() to do later. Raises OSError.
+    """
+    writer = ArchiveWriter(file)
+    chunks = tar_chunks(archive_id, sources, writer.table.files, warn)
+    for size, parts, shrinkable in workers().map(gzip_chunk if compress else store_chunk, chunks):
+        writer.add(size, parts, shrinkable)
+    writer.finish()
+    return writer
+
+
+def recompress(reader: Archive, file: BinaryIO, shrinkable: Sequence[int]) -> None:
+    """Write the archive that reader reads to another file, its members of those numbers compressed. Raises OSError."""
+    table, wanted = reader.table, set(shrinkable)
+    writer = ArchiveWriter(file)
+    writer.table.files = table.files
+
+    def convert(item: Tuple[int, bytes, int]) -> Tuple[int, Sequence[bytes], bool]:
+        number, data, size = item
+        return gzip_chunk(inflate_member(data, size)) if number in wanted else (size, [data], False)
+
+    for size, parts, _ in workers().map(convert, reader.raw_members()):
+        writer.add(size, parts)
+    writer.finish()
+
+
+def tar_chunks(archive_id: str, sources: Iterable[Source], files: List[Tuple[str, int, int]],
+               warn: Callable[[str], None]) -> Iterator[bytes]:
+    """The tar of sources in pieces that each become a gzip member; notes each file in `files`."""
+    pending: List[bytes] = []
+    waiting = offset = 0
+    for source in sources:
+        try:
+            stream = open(source.path, "rb", 0)
+        except OSError as error:
+            warn("%s is not saved: %s." % (source.name, short_reason(error)))
+            continue
+        with stream:
+            header = tar_header(archive_id, source)
+            if waiting and waiting + source.size > GROUP_BYTES:
+                yield b"".join(pending)
+                pending, waiting = [], 0
+            files.append((source.name, offset, source.size))
+            pending.append(header)
+            waiting += len(header)
+            for data in read_exactly(stream, source, MEMBER_BYTES - waiting, warn):
+                pending.append(data)
+                waiting += len(data)
+                if waiting >= MEMBER_BYTES:
+                    yield b"".join(pending)
+                    pending, waiting = [], 0
+            offset += len(header) + source.size + -source.size % 512
+            pending.append(bytes(-source.size % 512))
+            waiting += -source.size % 512
+    yield b"".join(pending) + bytes(1024)
+
+
+def read_exactly(stream: BinaryIO, source: Source, first: int, warn: Callable[[str], None]) -> Iterator[bytes]:
+    """Exactly source.size bytes, `first` of them first, then MEMBER_BYTES at a time; zeros for what has gone."""
+    left, wanted = source.size, max(first, 1)
+    while left:
+        wanted = min(wanted, left)
+        data = stream.read(wanted)
+        if not data:
+            warn("%s became shorter while it was saved: zeros stand for the rest." % source.name)
+            data = bytes(wanted)
+        left -= len(data)
+        wanted = MEMBER_BYTES if len(data) == wanted else wanted - len(data)
+        yield data
+
+
+def tar_header(archive_id: str, source: Source) -> bytes:
+    """The header blocks of a file, in GNU format, without its owner."""
+    member = tarfile.TarInfo("%s/%s" % (archive_id, source.name))
+    member.size, member.mode, member.mtime = source.size, source.mode, max(0, source.modified)
+    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def store_chunk(data: bytes) -> Tuple[int, Sequence[bytes], bool]:
+    """(size, parts of a gzip member that stores data as it is, whether compressing it would pay)."""
+    view = memoryview(data)
+    parts: List[Any] = [GZIP_HEADER]
+    for start in range(0, len(view), 65535):
+        block = view[start:start + 65535]
+        final = start + 65535 >= len(view)
+        parts.append(bytes([final]) + len(block).to_bytes(2, "little") + (len(block) ^ 0xffff).to_bytes(2, "little"))
+        parts.append(block)
+    parts.append(zlib.crc32(data).to_bytes(4, "little") + (len(data) & 0xffffffff).to_bytes(4, "little"))
+    return len(data), parts, shrinks(data)
+
+
+def gzip_chunk(data: bytes) -> Tuple[int, Sequence[bytes], bool]:
+    """(size, parts of a gzip member, False): compressed if that pays, stored otherwise."""
+    if not shrinks(data):
+        return store_chunk(data)[:2] + (False,)
+    packer = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, 31)
+    return len(data), [packer.compress(data), packer.flush()], False
+
+
+def shrinks(data: bytes) -> bool:
+    """Whether a sample of data compresses well enough."""
+    if len(data) <= 65536:
+        sample = data
+    else:
+        step = len(data) // 4
+        sample = b"".join(data[start:start + 8192] for start in range(step // 2, len(data), step))
+    return len(zlib.compress(sample, 1)) < SHRINKS * len(sample)
+
+
+def inflate_member(data: bytes, size: int) -> bytes:
+    """The content of one gzip member that must hold exactly size bytes. Raises ReadError."""
+    unpacker = zlib.decompressobj(31)
+    try:
+        content = unpacker.decompress(data, size + 1)
+    except zlib.error as error:
+        raise ReadError("it is damaged (%s)" % error) from error
+    if not unpacker.eof or unpacker.unused_data or len(content) != size:
+        raise ReadError("its table of contents is wrong")
+    return content
+
+
+class Workers:
+    """A few threads for work that releases the interpreter's lock. They are started before the interpreter ends, when
+    the pools of the standard library refuse work; where none can be started, the work is done in the calling thread."""
+
+    def __init__(self, count: int) -> None:
+        from queue import SimpleQueue
+        self._new_queue = SimpleQueue
+        self._tasks: Any = SimpleQueue()
+        self._count = 0
+        for _ in range(count):
+            try:
+                threading.Thread(target=self._run, name="replicate-worker", daemon=True).start()
+            except RuntimeError:  # the interpreter is shutting down, or no more threads may be started
+                break
+            self._count += 1
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """function of each item in order, a few of them ahead in parallel."""
+        if not self._count:
+            yield from map(function, items)
+            return
+        waiting: List[Any] = []
+        for item in items:
+            answer = self._new_queue()
+            self._tasks.put((function, item, answer))
+            waiting.append(answer)
+            if len(waiting) > self._count:
+                yield self._result(waiting.pop(0))
+        for answer in waiting:
+            yield self._result(answer)
+
+    @staticmethod
+    def _result(answer: Any) -> Any:
+        succeeded, value = answer.get()
+        if not succeeded:
+            raise value
+        return value
+
+    def _run(self) -> None:
+        while True:
+            function, item, answer = self._tasks.get()
+            try:
+                answer.put((True, function(item)))
+            except BaseException as error:  # handed to whoever waits for the result
+                answer.put((False, error))
+            del function, item, answer
+
+
+_workers: Dict[int, Workers] = {}  # by process, since threads do not survive a fork
+
+
+def workers() -> Workers:
+    """The worker threads of this process."""
+    if os.getpid() not in _workers:
+        _workers.clear()
+        _workers[os.getpid()] = Workers(min(os.cpu_count() or 1, 8))
+    return _workers[os.getpid()]
+
+
+class Archive:
+    """A stored .tar.gz, ours or the peer's, opened for reading."""
+
+    def __init__(self, storage: Storage, key: str) -> None:
+        """Raises DoesNotExist, ReadError."""
+        self.storage, self.key = storage, key
+        self.size = storage.stat(key).size
+        self.table = Table.read(self._read_range, self.size) if self.size > FOOTER_BYTES else None
+
+    def _read_range(self, start: int, end: int) -> bytes:
+        with self.storage.open(self.key, start, end) as stream:
+            return read_fully(stream, end - start)
+
+    def files(self, wanted: Callable[[str], bool], archive_id: str) -> Iterator[Tuple[TarMember, Iterator[Any]]]:
+        """(member, pieces of its content) of each regular file whose name is wanted.
+
+        The pieces of a file must be taken before the next file is asked for. Raises ReadError for every member that
+        is no plain file or directory below `<archive_id>/`, and the errors of zlib and tarfile for a damaged archive:
+        see reading_archive.
+        """
+        reader = TarReader(self.content())
+        for member in reader.members():
+            name = safe_name(member, archive_id)
+            if not member.is_directory and wanted(name):
+                yield TarMember(name, member.size, member.mode, False), reader.data()
+
+    def file(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
+        """(member, pieces) of the one file of that name, read alone where the table allows it; None if there is none."""
+        found = self._located(name, archive_id)
+        return found or next(self.files(lambda candidate: candidate == name, archive_id), None)
+
+    def _located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
+        entries = [entry for entry in self.table.files if entry[0] == name] if self.table else []
+        if not entries:
+            return None
+        _, offset, size = entries[-1]
+        try:
+            reader = TarReader(self._content_at(offset, offset + size + 4096))
+            member = next(iter(reader.members()), None)
+            if member and not member.is_directory and safe_name(member, archive_id) == name:
+                return TarMember(name, member.size, member.mode, False), reader.data()
+        except (ReadError, zlib.error, tarfile.TarError, EOFError, ValueError):
+            pass  # the table is wrong: the headers decide
+        return None
+
+    def _content_at(self, start: int, end: int) -> Iterator[bytes]:
+        """Tar bytes from offset start to the end of the gzip member that holds offset end."""
+        position = raw = 0
+        first, skip, chosen, length = None, 0, [], 0
+        for compressed, size in self.table.members:
+            if position + size > start and position < end:
+                if first is None:
+                    first, skip = raw, start - position
+                chosen.append((compressed, size))
+                length += compressed
+            position += size
+            raw += compressed
+        if first is None:
+            raise ReadError("its table of contents is wrong")
+        with self.storage.open(self.key, first, first + length) as stream:
+            for compressed, size in chosen:
+                data = inflate_member(read_fully(stream, compressed), size)
+                yield data[skip:]
+                skip = 0
+
+    def raw_members(self) -> Iterator[Tuple[int, bytes, int]]:
+        """(number, compressed bytes, size) of each gzip member that the table names."""
+        with self.storage.open(self.key, 0, sum(compressed for compressed, _ in self.table.members)) as stream:
+            for number, (compressed, size) in enumerate(self.table.members):
+                yield number, read_fully(stream, compressed), size
+
+    def content(self) -> Iterator[bytes]:
+        """The tar, decompressed, in order; in parallel where there is a table, as far as it proves right."""
+        done = 0
+        if self.table is not None:
+            inflated = workers().map(lambda item: inflate_member(item[1], item[2]), self.raw_members())
+            for compressed, _ in self.table.members:
+                try:
+                    data = next(inflated)
+                except ReadError:
+                    break
+                yield data
+                done += compressed
+            else:
+                return
+        with self.storage.open(self.key, done) as stream:
+            yield from gunzip(stream)
+
+
+def read_fully(stream: BinaryIO, length: int) -> bytes:
+    """Exactly length bytes; raises ReadError if the stream ends before."""
+    data = stream.read(length)
+    if len(data) < length:
+        parts = [data]
+        left = length - len(data)
+        while left and data:
+            data = stream.read(left)
+            parts.append(data)
+            left -= len(data)
+        if left:
+            raise ReadError("it is cut off")
+        data = b"".join(parts)
+    return data
+
+
+def gunzip(stream: BinaryIO) -> Iterator[bytes]:
+    """The content of a gzip file of one or more members, in pieces. Raises EOFError, zlib.error."""
+    unpacker, data = zlib.decompressobj(31), b""
+    started = False
+    while True:
+        data = data or stream.read(1 << 20)
+        if not data:
+            if started:
+                raise EOFError("it is cut off")
+            return
+        started = True
+        content = unpacker.decompress(data, MEMBER_BYTES)
+        if content:
+            yield content
+        data = unpacker.unconsumed_tail
+        if unpacker.eof:
+            data = unpacker.unused_data.lstrip(b"\0")
+            unpacker, started = zlib.decompressobj(31), False
+
+
+class TarMember:
+    """A header of a tar."""
+
+    __slots__ = ("name", "size", "mode", "is_directory")
+
+    def __init__(self, name: str, size: int, mode: int, is_directory: bool) -> None:
+        self.name, self.size, self.mode, self.is_directory = name, size, mode, is_directory
+
+
+class TarReader:
+    """Members of an untrusted tar stream; anything but regular files and directories is a ReadError."""
+
+    MAX_HEADER_BYTES = 1 << 20
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._buffer = memoryview(b"")
+        self._left = 0     # bytes of the current member's content
+        self._padding = 0  # and of the padding behind it
+
+    def members(self) -> Iterator[TarMember]:
+        """Each member; its content can be taken from data() before the next one is asked for."""
+        overrides: Dict[str, str] = {}
+        while True:
+            self._skip()
+            block = self._read(512)
+            if not block or not block.strip(b"\0"):
+                for _ in self._pieces:  # so that the checksum at the end is looked at
+                    pass
+                return
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            size = int(overrides.get("size", info.size))
+            if size < 0:
+                raise ReadError("it has a member of negative size")
+            self._left, self._padding = size, -size % 512
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
+                overrides.update(self._extended_header(info.type, size))
+                continue
+            name = overrides.get("path", info.name)
+            if any(key.startswith("GNU.sparse") for key in overrides) or info.type not in (
+                    tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
+                raise ReadError("%s in it is no regular file or directory" % (escape_control(name) or "something"))
+            is_directory = info.type == tarfile.DIRTYPE
+            if is_directory:
+                self._left = self._padding = 0
+            overrides = {}
+            yield TarMember(name, size, info.mode, is_directory)
+
+    def data(self) -> Iterator[memoryview]:
+        """The content of the current member in pieces."""
+        while self._left:
+            piece = self._take(self._left)
+            if not piece:
+                raise EOFError("it is cut off")
+            self._left -= len(piece)
+            yield piece
+
+    def _extended_header(self, kind: bytes, size: int) -> Dict[str, str]:
+        """What a GNU long name or a PAX header says of the next member."""
+        if size > self.MAX_HEADER_BYTES:
+            raise ReadError("it has a header of %d bytes" % size)
+        content = b"".join(self.data())
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+        if kind == tarfile.XHDTYPE:
+            return read_pax(content)
+        return {}
+
+    def _skip(self) -> None:
+        """Pass over what was not read of the current member."""
+        self._left += self._padding
+        self._padding = 0
+        for _ in self.data():
+            pass
+
+    def _take(self, limit: int) -> memoryview:
+        """Some of the next bytes, at most limit; empty at the end."""
+        while not self._buffer:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return self._buffer
+            self._buffer = memoryview(piece)
+        taken, self._buffer = self._buffer[:limit], self._buffer[limit:]
+        return taken
+
+    def _read(self, length: int) -> bytes:
+        """Exactly length bytes, or none at the end. Raises EOFError."""
+        parts = []
+        while length:
+            piece = self._take(length)
+            if not piece:
+                if parts:
+                    raise EOFError("it is cut off")
+                return b""
+            parts.append(piece)
+            length -= len(piece)
+        return b"".join(parts)
+
+
+def read_pax(content: bytes) -> Dict[str, str]:
+    """The records of a PAX header ("<length> <key>=<value>\\n"; POSIX.1-2001). Raises ReadError."""
+    records = {}
+    while content:
+        match = re.match(rb"(\d{1,7}) ([^=\n]+)=", content)
+        length = int(match.group(1)) if match else 0
+        if match is None or not match.end() < length <= len(content) or content[length - 1:length] != b"\n":
+            raise ReadError("it has a malformed PAX header")
+        key = match.group(2).decode("utf-8", "replace")
+        value = content[match.end():length - 1].decode("utf-8", "surrogateescape")
+        if key == "size" and not (value.isascii() and value.isdigit() and len(value) < 20):
+            raise ReadError("it has a malformed PAX header")
+        records[key] = value
+        content = content[length:]
+    return records
+
+
+def safe_name(member: TarMember, archive_id: str) -> str:
+    """The member's path in the project, or '' for its top directory. Raises ReadError for a dangerous one."""
+    name = member.name
+    parts = name.rstrip("/").split("/")
+    if parts[0] != archive_id:
+        raise ReadError("%s in it is not below the folder %s" % (escape_control(name), archive_id[:SHORT_ID]))
+    for part in parts[1:]:
+        if part in ("", ".", "..") or "\\" in part or "\0" in part or re.match(r"[A-Za-z]:", part) or len(part) > 255:
+            raise ReadError("%s in it is no safe file name" % escape_control(name))
+        if is_protected(part):
+            raise ReadError("%s in it would be written into %s" % (escape_control(name), escape_control(part)))
+    return "/".join(parts[1:])
+
+
+def is_protected(part: str) -> bool:
+    """Whether a path component names .git or .replicate on any file system (case, dots, ignorable characters)."""
+    plain = re.sub("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]", "", part).lower().rstrip(". ").partition(":")[0]
+    return plain in (".git", ".replicate", "git~1", "replic~1") or plain.startswith(STAGING_PREFIX)
+
+
+def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
+              progress: Optional[Progress] = None) -> Dict[str, str]:
+    """Write files below a private directory; returns {name: path written}. Raises ReadError, OSError."""
+    written: Dict[str, str] = {}
+    for member, pieces in files:
+        path = os.path.join(directory, *member.name.split("/"))
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY | CLOEXEC, 0o600)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise ReadError("%s in it is both a file and a directory" % escape_control(member.name)) from error
+        with os.fdopen(descriptor, "wb", 0) as file:
+            for piece in pieces:
+                write_all(file, piece)
+                if progress:
+                    progress.add(len(piece))
+        os.chmod(path, member.mode & 0o755 | 0o600)
+        written[member.name] = path
+    return written
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 7  Repository: layout, documents, journals, find, remove, check out
+# ------------------------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = "metadata/experiments/"
+HEARTBEATS = "metadata/heartbeats/"
+JOURNALS = "journals/"
+
+
+def document_key(experiment_id: str) -> str:
+    return "%s%s.json" % (EXPERIMENTS, experiment_id)
+
+
+def heartbeat_key(experiment_id: str) -> str:
+    return "%s%s.json" % (HEARTBEATS, experiment_id)
+
+
+def archive_key(kind: str, item_id: str) -> str:
+    """kind is 'experiments' or 'checkpoints'."""
+    return "%s/%s.tar.gz" % (kind, item_id)
+
+
+class ExperimentGone(ReplicateError):
+    """The document of an experiment that is being recorded was removed."""
+
+
+class Journal:
+    """Checkpoints that are not in their experiment's document yet, a JSON line each; locked while its writer lives.
+
+    `{"checkpoint": {...}}` adds one, `{"removed": "<id>"}` takes one out again. Its name starts with the experiment's
+    ID. A torn last line, left by a full disk or a killed process, is passed over.
+    """
+
+    def __init__(self, storage: DiskStorage, experiment_id: str) -> None:
+        """Raises OSError."""
+        self.key = "%s%s.%s.jsonl" % (JOURNALS, experiment_id, os.urandom(4).hex())
+        self._lock = FileLock(storage.path(self.key), os.O_APPEND)
+        try:
+            self._lock.acquire()
+        except FileNotFoundError:
+            os.makedirs(storage.path(JOURNALS), exist_ok=True)
+            self._lock.acquire()
+
+    def append(self, line: bytes) -> None:
+        """Add a line; it survives the death of the process from here on. Raises OSError."""
+        data = b"\n" + line + b"\n"
+        written = os.write(self._lock.descriptor, data)
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self) -> None:
+        os.fsync(self._lock.descriptor)
+
+    def close(self, remove: bool) -> None:
+        """Give it up: removed if its lines are in the document, else left for whoever comes next."""
+        self._lock.release(remove)
+
+
+def read_journal(data: bytes) -> Tuple[List[Dict[str, Any]], Set[str]]:
+    """(checkpoints, IDs of those removed) of a journal."""
+    added, removed = [], set()
+    for line in data.split(b"\n"):
+        if not line:
+            continue
+        try:
+            record = decode_json(line, "journal")
+            if "removed" in record:
+                removed.add(str(record["removed"]))
+            else:
+                added.append(checked_checkpoint(record["checkpoint"]))
+        except (ReadError, TypeError, KeyError):
+            console.debug("A torn line in a journal was passed over.")
+    return added, removed
+
+
+def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> bool:
+    """Apply journals to a document in place; whether that changed it."""
+    added: Dict[str, Dict[str, Any]] = {}
+    removed: Set[str] = set()
+    for data in journals:
+        some, gone = read_journal(data)
+        added.update((item["id"], item) for item in some)
+        removed |= gone
+    present = document.get("checkpoints") or []
+    known = {item["id"] for item in present}
+    new = [item for item in added.values() if item["id"] not in known and item["id"] not in removed]
+    if new:
+        document["checkpoints"] = present + new
+    return bool(new)
+
+
+class Repository:
+    """Experiments and checkpoints in a storage; the layout is described in the README."""
+
+    def __init__(self, url: str, storage: Optional[Storage] = None) -> None:
+        self.url = url
+        self.storage = storage or open_storage(url)
+
+    # -- the format version
+
+    def check_version(self) -> bool:
+        """Whether it has been written to. Raises IncompatibleRepositoryVersion, CorruptedRepositorySpec."""
+        try:
+            data = self.storage.read("repository.json")
+        except DoesNotExist:
+            return False
+        try:
+            version = decode_json(data, "repository.json")["version"]
+            if type(version) is not int or version < 1:
+                raise ReadError("its version is no number")
+        except (ReadError, TypeError, KeyError) as error:
+            raise CorruptedRepositorySpec("The file repository.json of %s is damaged: it should be {\"version\": 1}." %
+                                          self.url) from error
+        if version > REPOSITORY_VERSION:
+            raise IncompatibleRepositoryVersion(
+                "The repository %s has format version %d, and this Replicate (%s) knows %d: install a newer one." %
+                (self.url, version, __version__, REPOSITORY_VERSION))
+        return True
+
+    def prepare(self) -> None:
+        """Make it ready for recording. Raises what check_version raises, and WriteError."""
+        exists = self.check_version()
+        self.storage.prepare()
+        if not exists:
+            self.storage.write("repository.json", encode_json({"version": REPOSITORY_VERSION}, indent=None))
+
+    # -- documents
+
+    def create(self, document: Dict[str, Any]) -> DocumentText:
+        """Store the document of a new experiment."""
+        text = DocumentText(document)
+        self.storage.write(document_key(document["id"]), text.text)
+        return text
+
+    def load(self, experiment_id: str) -> Dict[str, Any]:
+        """The document of an experiment, with what is in its journals. Raises DoesNotExist, ReadError."""
+        waiting = self._contents(self.journals().get(experiment_id, ()))  # first: they may be folded meanwhile
+        try:
+            data = self.storage.read(document_key(experiment_id))
+        except DoesNotExist as error:
+            raise DoesNotExist("Experiment %s does not exist in %s." %
+                               (experiment_id[:SHORT_ID], self.url)) from error
+        document = self._decode(data, experiment_id)
+        merge_checkpoints(document, waiting)
+        return document
+
+    def documents(self) -> Iterator[Dict[str, Any]]:
+        """Every readable experiment document; a warning for each of the others."""
+        waiting = {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
+        for entry in self.storage.list(EXPERIMENTS):
+            experiment_id = entry.name[:-5] if entry.name.endswith(".json") else entry.name
+            try:
+                if not is_id(experiment_id) or not entry.name.endswith(".json"):
+                    raise ReadError("its name is not that of an experiment")
+                document = self._decode(self.storage.read(entry.key), experiment_id)
+            except DoesNotExist:  # removed since it was listed
+                continue
+            except ReadError as error:
+                console.warning("Skipped the unreadable document %s: %s." % (entry.key, str(error).rstrip(".")))
+                continue
+            if experiment_id in waiting:
+                merge_checkpoints(document, waiting[experiment_id])
+            yield document
+
+    def experiments(self) -> List[Experiment]:
+        """Every readable experiment, oldest first."""
+        running = self.running()
+        found = [Experiment(document, running=document["id"] in running) for document in self.documents()]
+        return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
+
+    def summaries(self) -> List[Summary]:
+        """What a listing shows of every readable experiment, oldest first."""
+        return [Summary.of(experiment, bool(experiment._running)) for experiment in self.experiments()]
+
+    def _decode(self, data: bytes, experiment_id: str) -> Dict[str, Any]:
+        return checked_experiment(decode_json(data, "it"), experiment_id)
+
+    # -- heartbeats
+
+    def beat(self, experiment_id: str) -> None:
+        """Mark an experiment as running now."""
+        self.storage.write(heartbeat_key(experiment_id), encode_json(
+            {"experiment_id": experiment_id, "last_heartbeat": timestamp()}, indent=None))
+
+    def running(self) -> Set[str]:
+        """The IDs of the experiments whose last heartbeat is recent."""
+        return {entry.name[:-5] for entry in self.storage.list(HEARTBEATS)
+                if entry.name.endswith(".json") and self._is_recent(entry.key)}
+
+    def is_running(self, experiment_id: str) -> bool:
+        return self._is_recent(heartbeat_key(experiment_id))
+
+    def _is_recent(self, key: str) -> bool:
+        try:
+            beat = parse_time(decode_json(self.storage.read(key), key)["last_heartbeat"])
+        except (ReplicateError, TypeError, KeyError, ValueError):
+            return False
+        return beat.timestamp() > time.time() - HEARTBEAT_TIMEOUT
+
+    # -- journals
+
+    def journals(self) -> Dict[str, List[str]]:
+        """The keys of the journals of each experiment that has some."""
+        found: Dict[str, List[str]] = {}
+        for entry in self.storage.list(JOURNALS) if self.storage.has_journals else ():
+            experiment_id, _, rest = entry.name.partition(".")
+            if is_id(experiment_id) and rest.endswith(".jsonl"):
+                found.setdefault(experiment_id, []).append(entry.key)
+        return found
+
+    def _contents(self, keys: Iterable[str]) -> List[bytes]:
+        contents = []
+        for key in keys:
+            try:
+                contents.append(self.storage.read(key))
+            except ReplicateError:  # folded since it was listed
+                continue
+        return contents
+
+    def fold(self, experiment_id: str, keys: Sequence[str], last: Optional[DocumentText] = None) -> None:
+        """Put the checkpoints in these journals into the experiment's document.
+
+        last: what the same caller wrote before, so that a document that nobody else changed need not be read again.
+        Raises ExperimentGone if there is no document any more, WriteError, ReadError.
+        """
+        def change(old: Optional[bytes]) -> Optional[bytes]:
+            if old is None:
+                raise ExperimentGone("Experiment %s was removed from %s." % (experiment_id[:SHORT_ID], self.url))
+            contents = [self.storage.read(key) for key in keys]
+            if last is not None and last.text == old:
+                return last.extended(contents)
+            document = self._decode(old, experiment_id)
+            changed = merge_checkpoints(document, contents)
+            text = DocumentText(document)
+            if last is not None:
+                last.take_over(text)
+            return text.text if changed else None
+
+        self.storage.update(document_key(experiment_id), change)
+
+    def fold_abandoned(self) -> None:
+        """Fold the journals that killed processes left, where this repository may be written."""
+        if not isinstance(self.storage, DiskStorage):
+            return
+        for experiment_id, keys in self.journals().items():
+            for key in keys:
+                lock = FileLock(self.storage.path(key), os.O_APPEND)
+                try:
+                    if not lock.acquire(wait=False):
+                        continue
+                except OSError:  # no permission to write: it is merged on every reading
+                    return
+                done = False
+                try:
+                    self.fold(experiment_id, [key])
+                    done = True
+                except (ExperimentGone, DoesNotExist):
+                    done = True
+                except ReplicateError as error:
+                    console.debug("A journal could not be folded: %s" % error)
+                finally:
+                    lock.release(remove=done)
+
+    # -- finding
+
+    def find(self, prefix: str) -> Tuple[Experiment, Optional[Checkpoint]]:
+        """The experiment or checkpoint whose ID starts with prefix (then with its experiment). Raises DoesNotExist."""
+        return self.find_all([prefix])[0]
+
+    def find_all(self, prefixes: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
+        """One experiment or checkpoint for each prefix; raises DoesNotExist for the first that fits none or several."""
+        experiments = self.experiments()
+        found = []
+        for prefix in prefixes:
+            candidates: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
+            for experiment in experiments if prefix else ():
+                if experiment.id.startswith(prefix):
+                    candidates.append((experiment.id, experiment, None))
+                candidates.extend((checkpoint.id, experiment, checkpoint) for checkpoint in experiment.checkpoints
+                                  if checkpoint.id.startswith(prefix))
+            exact = [candidate for candidate in candidates if candidate[0] == prefix]
+            candidates = exact or candidates
+            if not candidates:
+                raise DoesNotExist("Experiment or checkpoint not found: %s" % (prefix or "the ID is empty"))
+            if len(candidates) > 1:
+                kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", item_id[:max(SHORT_ID, len(prefix) + 3)])
+                         for item_id, _, checkpoint in candidates]
+                raise DoesNotExist("The ID %s is ambiguous: it could be %s%s. Type more of it." % (
+                    prefix, ", ".join(kinds[:5]), " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else ""))
+            found.append(candidates[0][1:])
+        return found
+
+    # -- removing
+
+    def remove_experiment(self, experiment: Experiment) -> None:
+        """Remove an experiment and all that belongs to it, its document last. Raises WriteError."""
+        ids = [experiment.id] + [checkpoint.id for checkpoint in experiment.checkpoints]
+        keys = [archive_key("checkpoints", item_id) for item_id in ids[1:]]
+        keys += [archive_key("experiments", experiment.id), heartbeat_key(experiment.id)]
+        if self.storage.has_journals:
+            keys += self.journals().get(experiment.id, [])
+            keys += self._temporary_keys(ids)
+        self.storage.delete(keys)
+        self.storage.delete([document_key(experiment.id)])
+
+    def remove_checkpoint(self, experiment: Experiment, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint's files, then its entry in the document. Raises WriteError."""
+        self.storage.delete([archive_key("checkpoints", checkpoint.id)] +
+                            (self._temporary_keys([checkpoint.id]) if self.storage.has_journals else []))
+
+        def change(old: Optional[bytes]) -> Optional[bytes]:
+            if old is None:
+                return None
+            for key in self.journals().get(experiment.id, ()):
+                self._append_removal(key, checkpoint.id)
+            document = self._decode(old, experiment.id)
+            document["checkpoints"] = [item for item in document.get("checkpoints") or ()
+                                       if item["id"] != checkpoint.id]
+            return encode_json(document)
+
+        self.storage.update(document_key(experiment.id), change)
+
+    def _append_removal(self, key: str, checkpoint_id: str) -> None:
+        """Note in a journal that its checkpoint of that ID is not to be folded."""
+        try:
+            descriptor = os.open(self.storage.path(key), os.O_WRONLY | os.O_APPEND | CLOEXEC)  # type: ignore
+        except FileNotFoundError:
+            return
+        try:
+            os.write(descriptor, b"\n" + encode_json({"removed": checkpoint_id}, indent=None) + b"\n")
+        finally:
+            os.close(descriptor)
+
+    def _temporary_keys(self, ids: Sequence[str]) -> List[str]:
+        """What killed processes left in tmp/ of these experiments and checkpoints."""
+        known = set(ids)
+        return [entry.key for entry in self.storage.list("tmp/") if entry.name.partition(".")[0] in known
+                and not entry.name.endswith(".lock")]
+
+    # -- files
+
+    def archive(self, kind: str, item_id: str) -> Archive:
+        """The archive of an experiment or checkpoint. Raises DoesNotExist, ReadError."""
+        return Archive(self.storage, archive_key(kind, item_id))
+
+    def layers(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
+        """(kind, ID) of the archives that make up a checkout, the uppermost last."""
+        found = [("experiments", experiment.id)] if experiment.path else []
+        return found + ([("checkpoints", checkpoint.id)] if checkpoint and checkpoint.path else [])
+
+    def open_file(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
+        """A saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist."""
+        import tempfile
+        for kind, item_id in reversed(self.layers(experiment, checkpoint)):
+            with reading_archive(self, kind, item_id):
+                found = self.archive(kind, item_id).file(path, item_id)
+                if found:
+                    file = tempfile.TemporaryFile()
+                    for piece in found[1]:
+                        file.write(piece)
+                    file.seek(0)
+                    return file
+        owner = checkpoint or experiment
+        raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
+
+
+class DocumentText:
+    """An experiment document as written, to which checkpoints can be added without encoding the others again."""
+
+    TAIL = b"\n ]\n}"
+
+    def __init__(self, document: Dict[str, Any]) -> None:
+        ordered = {key: value for key, value in document.items() if key != "checkpoints"}
+        ordered["checkpoints"] = document.get("checkpoints")
+        self.ids = {item["id"] for item in document.get("checkpoints") or ()}
+        self.text = encode_json(ordered)
+
+    def extended(self, journals: Iterable[bytes]) -> Optional[bytes]:
+        """The text with the checkpoints of these journals added; None if there is nothing to add."""
+        document: Dict[str, Any] = {"checkpoints": [{"id": item_id} for item_id in self.ids]}
+        if not merge_checkpoints(document, journals):
+            return None
+        new = document["checkpoints"][len(self.ids):]
+        lines = b"\n" + b",\n".join(b"  " + encode_json(item).replace(b"\n", b"\n  ") for item in new)
+        if self.ids:
+            self.text = self.text[:-len(self.TAIL)] + b"," + lines + self.TAIL
+        else:
+            self.text = self.text[:self.text.rindex(b": ")] + b": [" + lines + self.TAIL
+        self.ids.update(item["id"] for item in new)
+        return self.text
+
+    def take_over(self, other: DocumentText) -> None:
+        """Become the same as other."""
+        self.text, self.ids = other.text, other.ids
+
+
+class reading_archive:
+    """A context in which what is wrong with an archive becomes a ReadError that names it."""
+
+    def __init__(self, repository: Repository, kind: str, item_id: str) -> None:
+        self.repository, self.name = repository, "%s %s" % (kind[:-1], item_id[:SHORT_ID])
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, DoesNotExist):
+            raise DoesNotExist("The files of %s are gone from %s: its archive is not there." %
+                               (self.name, self.repository.url)) from error
+        if isinstance(error, (ReadError, EOFError, UnicodeError, ValueError, OverflowError, tarfile.TarError, zlib.error)):
+            raise ReadError("The archive of %s in %s cannot be used: %s." %
+                            (self.name, self.repository.url, short_reason(error).rstrip("."))) from error
+
+
+class Checkout:
+    """Files on their way from archives into a directory: staged in a private folder inside it, then moved."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = os.path.abspath(directory)
+        self._existed = os.path.isdir(self.directory)
+        self._staging = ""
+        self.files: Dict[str, str] = {}  # name -> staged file
+
+    def __enter__(self) -> Checkout:
+        import tempfile
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+            self._remove_leftovers()
+            self._staging = tempfile.mkdtemp(prefix="%s%d-" % (STAGING_PREFIX, os.getpid()), dir=self.directory)
+        except OSError as error:
+            raise WriteError("%s cannot be written: %s." % (self.directory, short_reason(error))) from error
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+        if not self._existed:
+            try:
+                os.rmdir(self.directory)  # only if it is still empty
+            except OSError:
+                pass
+
+    def _remove_leftovers(self) -> None:
+        """Remove the staging folders of processes that were killed."""
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                pid = entry.name[len(STAGING_PREFIX):].partition("-")[0]
+                if entry.name.startswith(STAGING_PREFIX) and pid.isdigit() and not entry.is_symlink():
+                    if not process_is_alive(int(pid)):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+
+    def stage(self, repository: Repository, layers: Sequence[Tuple[str, str]], path: Optional[str],
+              quiet: bool) -> None:
+        """Unpack the wanted files (all, or those at or below path) of archives, later ones over earlier ones.
+
+        Raises DoesNotExist where an archive or path is not there, ReadError, WriteError.
+        """
+        names: List[str] = []
+
+        def wanted(name: str) -> bool:
+            names.append(name)
+            return path is None or name == path or name.startswith(path + "/")
+
+        archives = []
+        for kind, item_id in layers:
+            with reading_archive(repository, kind, item_id):
+                archives.append(repository.archive(kind, item_id))
+        with Progress("Checking out", sum(archive.size for archive in archives), quiet) as progress:
+            for number, (archive, (kind, item_id)) in enumerate(zip(archives, layers)):
+                folder = os.path.join(self._staging, str(number))
+                try:
+                    with reading_archive(repository, kind, item_id):
+                        single = archive.file(path, item_id) if path else None
+                        files = [single] if single else archive.files(wanted, item_id)
+                        self.files.update(unpack_to(folder, files, progress))
+                except OSError as error:
+                    raise WriteError("The files could not be written below %s: %s." %
+                                     (self.directory, short_reason(error))) from error
+        if not self.files:
+            raise DoesNotExist("There is no file or directory %s in it.%s" % (path, nearest(path, names)) if path
+                               else "No file is saved in it.")
+
+    def check_target(self) -> None:
+        """Raises WriteError where a staged file cannot be moved into place safely."""
+        for name in self.files:
+            parts = name.split("/")
+            for depth in range(1, len(parts)):
+                parent = os.path.join(self.directory, *parts[:depth])
+                if os.path.islink(parent) or (os.path.lexists(parent) and not os.path.isdir(parent)):
+                    raise WriteError("%s is in the way of %s: it is %s. Nothing was changed." % (
+                        parent, name, "a link" if os.path.islink(parent) else "no directory"))
+            target = os.path.join(self.directory, *parts)
+            if os.path.isdir(target) and not os.path.islink(target):
+                raise WriteError("%s is in the way: it is a directory. Nothing was changed." % target)
+
+    def drop_foreign_configs(self) -> None:
+        """Leave out each configuration that would make its directory use another repository; says so."""
+        for name in [name for name in self.files if name.rpartition("/")[2] in CONFIG_NAMES]:
+            folder = os.path.join(self.directory, *name.split("/")[:-1])
+            current = _configured_url(folder)
+            if current is not None and _configured_url(folder, self.files[name]) != current:
+                console.warning("%s is left as it is: the saved one names another repository." %
+                                os.path.join(folder, name.rpartition("/")[2]))
+                del self.files[name]
+
+    def conflicts(self) -> List[str]:
+        """The names of existing files that would get other content."""
+        found = []
+        for name, staged in sorted(self.files.items()):
+            target = os.path.join(self.directory, *name.split("/"))
+            if os.path.lexists(target) and (os.path.islink(target) or not same_content(staged, target)):
+                found.append(name)
+        return found
+
+    def move(self) -> None:
+        """Move every staged file into place. Raises WriteError; files moved before stay whole."""
+        for name, staged in sorted(self.files.items()):
+            target = os.path.join(self.directory, *name.split("/"))
+            try:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                os.replace(staged, target)
+            except OSError as error:
+                raise WriteError("%s could not be replaced: %s. Run the checkout again to finish it." %
+                                 (target, short_reason(error))) from error
+
+
+def _configured_url(directory: str, config: Optional[str] = None) -> Optional[str]:
+    """The repository that a directory's configuration (or this one in its place) or default names; '' if unreadable."""
+    if config is None:
+        config = _search_upward(directory, CONFIG_NAMES, 1)
+        if config is None:
+            storage = os.path.join(directory, DEFAULT_STORAGE)
+            return "file://" + storage if os.path.exists(storage) else None
+    try:
+        return absolute_url(read_config(config)["repository"], directory)
+    except RepositoryConfigurationError:
+        return ""
+
+
+def same_content(left: str, right: str) -> bool:
+    """Whether two files hold the same bytes."""
+    try:
+        if os.path.getsize(left) != os.path.getsize(right):
+            return False
+        with open(left, "rb") as one, open(right, "rb") as other:
+            while True:
+                piece = one.read(1 << 20)
+                if piece != other.read(1 << 20):
+                    return False
+                if not piece:
+                    return True
+    except OSError:
+        return False
+
+
+def process_is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 8  Recorder: snapshots, journal, heartbeat, signals
+# ------------------------------------------------------------------------------------------------------------------
+
+FOLD_INTERVAL = 1.0     # seconds between two writings of a document, at least
+FOLD_SHARE = 50         # and at least so many times as long as the last one took,
+MAX_FOLD_INTERVAL = 10  # but at most this
+MAX_PACKING = 2         # archives that wait for compression before checkpoint() waits too
+TERMINATION_SECONDS = 10.0
+
+SECRET_NAMES = ("token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
+                "auth-token", "api-token", "hf-token", "client-secret")
+SECRET_SHAPES = (r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|"
+                 r"github_pat_[A-Za-z0-9_]{20,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|sk-[\w-]{16,})")
+
+
+def masked_command(arguments: Sequence[str]) -> str:
+    """Program arguments as one shell-quoted line, in which `***` stands for secrets."""
+    masked, hide_next = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        is_secret = name.lstrip("-+").replace("_", "-").lower() in SECRET_NAMES
+        if hide_next and not argument.startswith("--"):
+            masked.append("***")
+        elif is_secret and equals:
+            masked.append(shlex.quote(name + "=") + "***")
+        else:
+            quoted = shlex.quote(argument)
+            hidden = re.sub(SECRET_SHAPES, "***", re.sub(r"(://[^/\s:@]*:)[^@/\s]+@", r"\1***@", argument))
+            masked.append(quoted if hidden == argument else hidden if re.fullmatch(r"[\w@%+=:,./*-]+", hidden)
+                          else shlex.quote(hidden))
+        hide_next = is_secret and not equals and argument.startswith("-")
+    return " ".join(masked)
+
+
+def program_arguments(directory: str) -> List[str]:
+    """sys.argv, the program's path relative to the project directory if it lies in it."""
+    arguments = list(getattr(sys, "argv", [])) or [""]
+    if os.path.isabs(arguments[0]):
+        relative = os.path.relpath(arguments[0], directory)
+        arguments[0] = arguments[0] if relative.startswith(os.pardir) else relative
+    return arguments
+
+
+def installed_packages() -> Dict[str, str]:
+    """Version by normalized name (PEP 503) of every distribution on the module path, read off the folders' names."""
+    found: Dict[str, str] = {}
+    for directory in sys.path:
+        try:
+            names = os.listdir(directory or ".")
+        except OSError:
+            continue
+        for name in names:
+            match = re.fullmatch(r"([\w.]+(?:-[\w.]+)*?)-(\d[\w.!+]*)(?:-py[\d.]+)?\.(?:dist-info|egg-info)", name)
+            if match:
+                found.setdefault(re.sub(r"[-_.]+", "-", match.group(1)).lower(), match.group(2))
+    return dict(sorted(found.items()))
+
+
+def user_name() -> Optional[str]:
+    """The login name, from the environment or the password database."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    try:
+        import pwd
+        return pwd.getpwuid(os.getuid()).pw_name
+    except (ImportError, KeyError):
+        return None
+
+
+def checked_values(values: Any, what: str) -> Dict[str, Any]:
+    """params or metrics as plain, packed values by name. Raises TypeError."""
+    if not isinstance(values, dict):
+        raise TypeError("%s must be a dict, not %s" % (what, type(values).__name__))
+    return {checked_name(name, what): checked_value(value, "%s[%r]" % (what, name)) for name, value in values.items()}
+
+
+def checked_name(name: Any, what: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError("the names in %s must be strings, not %r" % (what, name))
+    return str(name)
+
+
+def checked_value(value: Any, where: str) -> Any:
+    """A value as it is stored. Raises TypeError."""
+    try:
+        plain = pack_floats(plain_value(value, where))
+        _check_depth([plain])
+    except (RecursionError, ReadError) as error:
+        raise TypeError("%s is nested too deeply" % where) from error
+    return plain
+
+
+def new_document(location: Location, path: Optional[str], params: Dict[str, Any]) -> Dict[str, Any]:
+    """The document of an experiment that starts now."""
+    return {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
+            "config": {"repository": location.url, "storage": ""},
+            "command": masked_command(program_arguments(location.directory)), "path": path,
+            "python_version": platform.python_version(), "python_packages": installed_packages(),
+            "replicate_version": __version__, "checkpoints": []}
+
+
+def new_checkpoint(path: Optional[str], step: int, metrics: Dict[str, Any],
+                   primary_metric: Optional[Dict[str, str]], after: str) -> Dict[str, Any]:
+    """A checkpoint document made now, or just after the time `after` if the clock stands still or was set back."""
+    created = timestamp()
+    if created <= after:
+        created = timestamp(parse_time(after).timestamp() + 2e-6)
+    return {"id": new_id(), "created": created, "metrics": metrics, "step": step, "path": path,
+            "primary_metric": primary_metric}
+
+
+def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequence[Source]) -> List[int]:
+    """Store the archive of sources; returns the numbers of the members that a later recompress() could shrink.
+
+    Small archives are compressed at once, others stored as they are, which takes no longer than a plain copy.
+    Raises WriteError.
+    """
+    key = archive_key(kind, item_id)
+    small = sum(source.size for source in sources) <= INLINE_BYTES
+    return _write_archive(storage, key, lambda file: pack(file, item_id, sources, compress=small)).shrinkable
+
+
+def shrink_archive(storage: DiskStorage, kind: str, item_id: str, shrinkable: Sequence[int]) -> None:
+    """Replace a stored archive by a compressed one. Raises WriteError, ReadError, DoesNotExist."""
+    key = archive_key(kind, item_id)
+    _write_archive(storage, key, lambda file: recompress(Archive(storage, key), file, shrinkable), replace=True)
+
+
+def _write_archive(storage: DiskStorage, key: str, write: Callable[[BinaryIO], Any], replace: bool = False) -> Any:
+    path = storage.temporary(key.rpartition("/")[2])
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "xb", 0) as file:
+            result = write(file)
+        if replace:
+            storage.stat(key)  # whoever removed it meanwhile wants it gone
+        storage.move_in(path, key)
+        return result
+    except OSError as error:
+        raise storage.write_failure(key, error) from error
+    finally:
+        remove_file(path)
+
+
+class Recorder:
+    """Records one experiment of this process into a repository on disk.
+
+    checkpoint() writes the files and a line of a journal, which is all that must not be lost. Two threads do the rest:
+    the clock writes heartbeats and folds the journal into the document, the packer compresses archives.
+    """
+
+    def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True) -> None:
+        self.repository = repository
+        self.storage: DiskStorage = repository.storage  # type: ignore[assignment]
+        self.experiment = experiment
+        self.directory = directory
+        self.heartbeat = heartbeat
+        self.pid = os.getpid()
+        self.gone = False
+        self._text = DocumentText(experiment._document)
+        self._lock = threading.RLock()                # guards the journal and what follows
+        self._changed = threading.Condition(self._lock)
+        self._journal: Optional[Journal] = None
+        self._unfolded: List[Journal] = []            # full journals whose folding failed
+        self._unwritten: List[bytes] = []             # lines that a full disk refused
+        self._keys: List[str] = []                    # archives written by this run
+        self._packing: List[Tuple[str, str, List[int]]] = []
+        self._is_folding = threading.Lock()
+        self._stopping = False
+        self._reported: Set[str] = set()
+        self._next_fold: Optional[float] = None
+        self._next_beat = time.monotonic() + HEARTBEAT_INTERVAL if heartbeat else float("inf")
+        self._last_fold = float("-inf")
+        self._fold_pause = FOLD_INTERVAL
+        self._next_message = 0.0
+        self._skipped_messages = 0
+        self._threads = [threading.Thread(target=work, name="replicate-" + work.__name__.strip("_"), daemon=True)
+                         for work in (self._clock, self._pack)]
+
+    def start(self) -> None:
+        """Start the threads and mark the experiment as running. Raises WriteError."""
+        if self.heartbeat:
+            self.repository.beat(self.experiment.id)
+        for thread in self._threads:
+            thread.start()
+        _recorders.append(self)
+        install_exit_hooks()
+
+    # -- called by the training script
+
+    def checkpoint(self, path: Any, step: Any, metrics: Any, primary_metric: Any, quiet: bool) -> Checkpoint:
+        """See Experiment.checkpoint; never raises."""
+        problems: List[str] = []
+        checkpoints = self.experiment.checkpoints
+        with termination:
+            sources: List[Source] = []
+            last = checkpoints[-1]._document if checkpoints else None
+            item = new_checkpoint(None, _valid_step(step, last, problems), _valid_metrics(metrics, problems),
+                                  _valid_primary(primary_metric, problems),
+                                  last["created"] if last else self.experiment._document["created"])
+            checkpoint = Checkpoint(item, self.experiment)
+            if self.gone or os.getpid() != self.pid:
+                return checkpoint
+            try:
+                if path is not None:
+                    item["path"] = relative_path(path, self.directory)
+                    sources = find_sources(self.directory, item["path"], repository_directories(self.repository))
+                    if not sources:
+                        raise ValueError("path %r holds no file that may be saved" % (path,))
+                    self._save_files(item["id"], sources, quiet)
+            except Exception as error:  # recording must never break training
+                item["path"] = None
+                problems.append(_problem(error))
+            try:
+                self._append(encode_json({"checkpoint": item}, indent=None))
+            except Exception as error:
+                problems.append(_problem(error))
+            checkpoints.append(checkpoint)
+            if problems:
+                console.error("Checkpoint %s: %s.%s" % (checkpoint.short_id(), "; ".join(problems),
+                                                        " The rest of it was recorded." if len(problems) == 1 else ""))
+            elif not quiet:
+                self._announce(checkpoint)
+        return checkpoint
+
+    def stop(self, timeout: Optional[float] = None) -> None:
+        """Finish what is pending (compression at most for `timeout` seconds) and mark the experiment as stopped."""
+        if os.getpid() != self.pid or self not in _recorders:
+            return
+        with termination:
+            deadline = time.monotonic() + timeout if timeout is not None else None
+            _recorders.remove(self)
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            try:
+                self._wait_for_packer(deadline)
+                self._fold()
+                if not self.gone:
+                    if self.heartbeat:
+                        self.storage.delete([heartbeat_key(self.experiment.id)])
+                    self.storage.sync(self._keys + [document_key(self.experiment.id)])
+            except ReplicateError as error:
+                self._report(error)
+
+    def abandon(self) -> None:
+        """Stop recording because the experiment is removed, and remove what this run has written."""
+        with self._changed:
+            self.gone = True
+            self._packing.clear()
+            self._changed.notify_all()
+            for journal in self._unfolded + ([self._journal] if self._journal else []):
+                journal.close(remove=True)
+            self._journal, self._unfolded = None, []
+        try:
+            self.storage.delete(self._keys + [heartbeat_key(self.experiment.id),
+                                              archive_key("experiments", self.experiment.id)])
+        except ReplicateError as error:
+            console.debug(str(error))
+
+    # -- files
+
+    def _save_files(self, checkpoint_id: str, sources: Sequence[Source], quiet: bool) -> None:
+        size = sum(source.size for source in sources)
+        warn_if_disk_is_low(self.storage.root, size, self._reported)
+        with self._changed:
+            if len(self._packing) >= MAX_PACKING:
+                if not quiet:
+                    console.info("Waiting until earlier checkpoints are compressed...")
+                while len(self._packing) >= MAX_PACKING and not self.gone and self._threads[1].is_alive():
+                    self._changed.wait(1.0)
+        shrinkable = save_archive(self.storage, "checkpoints", checkpoint_id, sources)
+        with self._changed:
+            self._keys.append(archive_key("checkpoints", checkpoint_id))
+        self.pack_later("checkpoints", checkpoint_id, shrinkable)
+
+    def pack_later(self, kind: str, item_id: str, shrinkable: List[int]) -> None:
+        """Have an archive compressed in the background."""
+        if shrinkable:
+            with self._changed:
+                self._packing.append((kind, item_id, shrinkable))
+                self._changed.notify_all()
+
+    def _pack(self) -> None:
+        """The packer thread."""
+        while True:
+            with self._changed:
+                while not self._packing and not self._stopping and not self.gone:
+                    self._changed.wait()
+                if not self._packing:
+                    return
+                kind, item_id, shrinkable = self._packing[0]
+            try:
+                shrink_archive(self.storage, kind, item_id, shrinkable)
+            except DoesNotExist:
+                pass
+            except Exception as error:  # the stored archive stays: it is merely larger
+                self._report(error)
+            with self._changed:
+                if self._packing:
+                    self._packing.pop(0)
+                self._changed.notify_all()
+
+    def _wait_for_packer(self, deadline: Optional[float]) -> None:
+        total = len(self._packing)
+        with Progress("Compressing the last checkpoints", 0) as progress, self._changed:
+            while self._packing and self._threads[1].is_alive():
+                if deadline is not None and time.monotonic() >= deadline:
+                    return
+                self._changed.wait(0.2)
+                progress.show("Compressing the last checkpoints: %d of %d" % (total - len(self._packing), total))
+
+    # -- journal and document
+
+    def _append(self, line: bytes) -> None:
+        """Make a checkpoint survive the death of the process, and see that it comes into the document."""
+        with self._changed:
+            self._unwritten.append(line)
+            try:
+                if self._journal is None:
+                    self._journal = Journal(self.storage, self.experiment.id)
+                while self._unwritten:
+                    self._journal.append(self._unwritten[0])
+                    self._unwritten.pop(0)
+            except OSError as error:
+                del self._unwritten[:-100000]
+                raise self.storage.write_failure(JOURNALS + self.experiment.id, error) from error
+            if self._next_fold is None:
+                self._next_fold = max(time.monotonic(), self._last_fold + self._fold_pause)
+                self._changed.notify_all()
+
+    def _clock(self) -> None:
+        """The clock thread: heartbeats and folding, each when it is due."""
+        while True:
+            with self._changed:
+                while not self._stopping and not self.gone:
+                    due = self._next_beat if self._next_fold is None else min(self._next_beat, self._next_fold)
+                    left = due - time.monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(min(left, HEARTBEAT_INTERVAL))
+                if self._stopping or self.gone:
+                    return
+            try:
+                now = time.monotonic()
+                if self._next_fold is not None and now >= self._next_fold:
+                    self._fold()
+                if now >= self._next_beat:
+                    self._next_beat = now + HEARTBEAT_INTERVAL
+                    self.storage.stat(document_key(self.experiment.id))
+                    self.repository.beat(self.experiment.id)
+            except DoesNotExist:
+                self._lose()
+            except Exception as error:  # tried again at the next turn
+                self._report(error)
+
+    def _fold(self) -> None:
+        """Put what is in the journals into the document. Raises WriteError, ReadError."""
+        with self._is_folding:
+            with self._lock:
+                if self._unwritten and self._journal is not None and self._stopping:
+                    self._journal.append(b"\n".join(self._unwritten))
+                    self._unwritten.clear()
+                if self._journal is not None:
+                    self._unfolded.append(self._journal)
+                self._journal = None
+                journals = list(self._unfolded)
+                self._next_fold = None
+            if not journals or self.gone:
+                return
+            started = time.monotonic()
+            try:
+                self.repository.fold(self.experiment.id, [journal.key for journal in journals], self._text)
+            except (ExperimentGone, DoesNotExist):
+                self._lose()
+                return
+            except ReplicateError:
+                with self._lock:
+                    self._next_fold = time.monotonic() + MAX_FOLD_INTERVAL
+                raise
+            for journal in journals:
+                journal.close(remove=True)
+            with self._lock:
+                self._unfolded = [journal for journal in self._unfolded if journal not in journals]
+                self._last_fold = time.monotonic()
+                self._fold_pause = min(MAX_FOLD_INTERVAL, max(FOLD_INTERVAL,
+                                                              FOLD_SHARE * (self._last_fold - started)))
+
+    def _lose(self) -> None:
+        """The experiment was removed by somebody: say so once, and leave nothing behind."""
+        if not self.gone:
+            self.abandon()
+            console.error("Experiment %s was removed from %s: it is not recorded any more." %
+                          (self.experiment.short_id(), self.repository.url))
+
+    # -- messages
+
+    def _report(self, error: BaseException) -> None:
+        """Print an error of the background threads once."""
+        text = str(error) if isinstance(error, ReplicateError) else "%s: %s" % (type(error).__name__, error)
+        if text not in self._reported:
+            self._reported.add(text)
+            console.error(text)
+
+    def _announce(self, checkpoint: Checkpoint) -> None:
+        """Say that a checkpoint was made; of quick ones without files, one a second."""
+        now = time.monotonic()
+        if not checkpoint.path and now < self._next_message:
+            self._skipped_messages += 1
+            return
+        more = " (and %s before it)" % plural(self._skipped_messages, "other") if self._skipped_messages else ""
+        self._next_message, self._skipped_messages = now + 1.0, 0
+        console.info("Checkpoint %s at step %d%s%s" % (
+            checkpoint.short_id(), checkpoint.step,
+            ": saved %s to %s" % (checkpoint.path, self.repository.url) if checkpoint.path else "", more))
+
+
+def _problem(error: BaseException) -> str:
+    text = short_reason(error) if isinstance(error, (ReplicateError, OSError, ValueError, TypeError)) else repr(error)
+    return text.rstrip(".")
+
+
+def _valid_step(step: Any, last: Optional[Dict[str, Any]], problems: List[str]) -> int:
+    following = (last.get("step") or 0) + 1 if last else 0
+    if step is None:
+        return following
+    try:
+        value = plain_value(step, "step")
+    except TypeError:
+        value = step
+    if type(value) is int and -(1 << 63) <= value < 1 << 63:
+        return value
+    problems.append("step must be an integer, not %s, so that it counts as %d" % (repr(step)[:50], following))
+    return following
+
+
+def _valid_metrics(metrics: Any, problems: List[str]) -> Dict[str, Any]:
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, dict):
+        problems.append("metrics must be a dict, not %s" % type(metrics).__name__)
+        return {}
+    valid = {}
+    for name, value in metrics.items():
+        try:
+            valid[checked_name(name, "metrics")] = checked_value(value, "metrics[%r]" % name)
+        except Exception as error:
+            problems.append(_problem(error))
+    return valid
+
+
+def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]]:
+    if primary is None:
+        return None
+    if isinstance(primary, (tuple, list)) and len(primary) == 2:
+        name, goal = primary
+        if isinstance(name, str) and name and goal in ("maximize", "minimize"):
+            return {"name": str(name), "goal": goal}
+    problems.append("primary_metric must be (name, 'maximize' or 'minimize'), not %s" % repr(primary)[:80])
+    return None
+
+
+def repository_directories(repository: Repository) -> List[str]:
+    """The directories of a repository that must not be packed into itself."""
+    return [repository.storage.root] if isinstance(repository.storage, DiskStorage) else []
+
+
+def warn_if_disk_is_low(directory: str, size: int, reported: Set[str]) -> None:
+    """Warn once when what is to be written leaves little room."""
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError:
+        return
+    if free < size + LOW_DISK_BYTES and "disk" not in reported:
+        reported.add("disk")
+        console.warning("Only %s are free on the disk of %s, and %s are about to be saved there." %
+                        (format_size(free), directory, format_size(size)))
+
+
+def warn_if_code_is_large(sources: Sequence[Source]) -> None:
+    """Warn when init() saves surprisingly much, and name what is largest."""
+    size = sum(source.size for source in sources)
+    if size > LARGE_CODE_BYTES:
+        largest = sorted(sources, key=lambda source: -source.size)[:3]
+        console.warning("init() saves %s in %s, the largest of which are %s. List what should stay out in "
+                        ".replicateignore." % (format_size(size), plural(len(sources), "file"), ", ".join(
+                            "%s (%s)" % (source.name, format_size(source.size)) for source in largest)))
+
+
+# What happens when the process ends.
+
+_recorders: List[Recorder] = []
+
+
+class Termination:
+    """Handles SIGTERM, as schedulers send it: stops every experiment, then does what would have happened anyway.
+
+    As a context it puts the signal off while the main thread is inside recording code, whose locks it would need.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._waiting: Optional[Tuple[int, Any]] = None
+        self._previous: Any = None
+
+    def install(self) -> None:
+        """Take over SIGTERM, unless the program ignores it or this is not the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        current = signal.getsignal(signal.SIGTERM)
+        if current in (None, signal.SIG_IGN) or getattr(current, "__self__", None) is self:
+            return
+        self._previous = current
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._depth:
+            self._waiting = (number, frame)
+        else:
+            self._finish(number, frame)
+
+    def _finish(self, number: int, frame: Any) -> None:
+        stop_all(TERMINATION_SECONDS)
+        if callable(self._previous):
+            self._previous(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._depth += 1
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._depth -= 1
+            if not self._depth and self._waiting:
+                waiting, self._waiting = self._waiting, None
+                self._finish(*waiting)
+
+
+termination = Termination()
+
+
+def stop_all(timeout: Optional[float] = None) -> None:
+    """Stop every experiment that this process records."""
+    try:
+        for recorder in list(_recorders):
+            recorder.stop(timeout)
+    except KeyboardInterrupt:
+        console.warning("Interrupted: what was left to do is done by the next replicate command here.")
+
+
+def install_exit_hooks() -> None:
+    """Stop experiments at the end of the process."""
+    import atexit
+    atexit.unregister(stop_all)
+    atexit.register(stop_all)
+    termination.install()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 9  Library: Project, init, experiments
+# ------------------------------------------------------------------------------------------------------------------
+
+HOW_TO_START = ("There is no replicate.yaml and no %s in %%s or above it. Record a first run with replicate.init() in "
+                "a script, see how it looks with 'replicate demo', or name a repository with -R." % DEFAULT_STORAGE)
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+
+
+class ArgumentError(ReplicateError, TypeError, ValueError):
+    """An argument of init() or create() is of the wrong type or value."""
+
+
+class Project:
+    """A project directory and its repository.
+
+    repository is a URL, directory a path; either defaults to what the command line would use there.
+    Raises RepositoryConfigurationError, ConfigNotFound.
+    """
+
+    def __init__(self, repository: Optional[str] = None, directory: Optional[str] = None) -> None:
+        self._location = find_location(repository, directory)
+        self._repository: Optional[Repository] = None
+        self._recorders: Dict[str, Recorder] = {}
+        self.experiments = ExperimentCollection(lambda: self)
+
+    @property
+    def directory(self) -> str:
+        """The project directory (absolute)."""
+        return self._location.directory
+
+    @property
+    def repository(self) -> Repository:
+        """The repository, checked to be readable. Raises ConfigNotFound where there is none, and ReadError."""
+        if self._repository is None:
+            if self._location.url is None:
+                raise ConfigNotFound(HOW_TO_START % self.directory)
+            repository = Repository(self._location.url)
+            repository.check_version()
+            self._repository = repository
+        return self._repository
+
+    def create(self, path: Optional[str], params: Optional[Dict[str, Any]], heartbeat: bool, quiet: bool) -> Experiment:
+        """Create and start an experiment. Raises ArgumentError and whatever a useless repository raises."""
+        try:
+            values = checked_values({} if params is None else params, "params")
+            saved = None if path is None else relative_path(path, self.directory)
+            if self._location.url is None:
+                self._location.url = "file://" + os.path.join(self.directory, DEFAULT_STORAGE)
+                console.info("No replicate.yaml here: recording into %s" % self._location.url)
+            sources = find_sources(self.directory, saved, repository_directories(self.repository)) if saved else []
+        except (TypeError, ValueError) as error:
+            raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
+        for name, value in values.items():
+            if isinstance(value, str) and re.search(SECRET_SHAPES, value):
+                console.warning("The param %r looks like a secret, and everyone who reads the repository can see it." %
+                                name)
+        repository = self.repository
+        repository.prepare()
+        document = new_document(self._location, saved, values)
+        experiment = Experiment(document, self, running=True)
+        if not quiet:
+            console.info("Experiment %s: recording %sto %s" % (
+                experiment.short_id(), "%s " % saved if saved else "", repository.url))
+        recorder = Recorder(repository, experiment, self.directory, heartbeat)
+        shrinkable: List[int] = []
+        if saved:
+            warn_if_code_is_large(sources)
+            warn_if_disk_is_low(self.directory, sum(source.size for source in sources), set())
+            shrinkable = save_archive(recorder.storage, "experiments", experiment.id, sources)
+        repository.create(document)
+        recorder.start()
+        recorder.pack_later("experiments", experiment.id, shrinkable)
+        self._recorders[experiment.id] = recorder
+        return experiment
+
+    # -- what Experiment and Checkpoint ask of their project
+
+    def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
+               quiet: bool) -> Checkpoint:
+        """See Experiment.checkpoint."""
+        recorder = self._recorders.get(experiment.id)
+        if recorder is None or (recorder not in _recorders and recorder.pid == os.getpid() and not recorder.gone):
+            try:
+                heartbeat = recorder.heartbeat if recorder else True
+                self.repository.storage.stat(document_key(experiment.id))
+                recorder = Recorder(self.repository, experiment, self.directory, heartbeat)
+                recorder.start()
+                self._recorders[experiment.id] = recorder
+            except Exception as error:  # recording must never break training
+                console.error("Nothing can be recorded for experiment %s: %s." % (experiment.short_id(),
+                                                                                 _problem(error)))
+                return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
+        return recorder.checkpoint(path, step, metrics, primary_metric, quiet)
+
+    def stop(self, experiment: Experiment) -> None:
+        """See Experiment.stop; of an experiment that another process runs, it removes the heartbeat."""
+        recorder = self._recorders.get(experiment.id)
+        if recorder is not None:
+            recorder.stop()
+        else:
+            self.repository.storage.delete([heartbeat_key(experiment.id)])
+
+    def refresh(self, experiment: Experiment) -> None:
+        """See Experiment.refresh."""
+        experiment._replace(self.repository.load(experiment.id))
+
+    def delete(self, experiment: Experiment) -> None:
+        """See Experiment.delete."""
+        recorder = self._recorders.pop(experiment.id, None)
+        if recorder is not None and recorder in _recorders:
+            _recorders.remove(recorder)
+            recorder.abandon()
+        try:
+            self.refresh(experiment)
+        except DoesNotExist:
+            pass
+        self.repository.remove_experiment(experiment)
+
+    def is_running(self, experiment: Experiment) -> bool:
+        """See Experiment.is_running."""
+        return self.repository.is_running(experiment.id)
+
+    def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
+        """See Checkpoint.open."""
+        return self.repository.open_file(experiment, checkpoint, normal_path(path))
+
+    def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
+                 path: Optional[str] = None, quiet: bool = False,
+                 approve: Callable[[List[str]], None] = lambda names: None) -> List[str]:
+        """Copy files into a directory; approve gets the names that would be replaced, and raises to stop it.
+
+        Returns the names of the files. Raises DoesNotExist, ReadError, WriteError.
+        """
+        layers = self.repository.layers(experiment, checkpoint)
+        if not layers:
+            raise DoesNotExist("Experiment %s has no files, and neither has %s." % (
+                experiment.short_id(), "checkpoint " + checkpoint.short_id() if checkpoint else "a checkpoint of it"))
+        with Checkout(output_directory) as checkout:
+            checkout.stage(self.repository, layers, normal_path(path) if path else None, quiet)
+            checkout.check_target()
+            checkout.drop_foreign_configs()
+            approve(checkout.conflicts())
+            checkout.move()
+            return sorted(checkout.files)
+
+
+def normal_path(path: str) -> str:
+    """A path as typed, in the form that archives have: relative, with forward slashes, without './'."""
+    return os.path.normpath(str(path)).replace(os.sep, "/")
+
+
+def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any) -> Checkpoint:
+    """A checkpoint in memory alone."""
+    last = experiment.checkpoints[-1]._document if experiment.checkpoints else None
+    item = new_checkpoint(str(path) if path else None, _valid_step(step, last, []), _valid_metrics(metrics, []),
+                          _valid_primary(primary_metric, []), last["created"] if last else "")
+    checkpoint = Checkpoint(item, experiment)
+    experiment.checkpoints.append(checkpoint)
+    return checkpoint
+
+
+class InertProject:
+    """The project of an experiment that records nothing: that of every process of a distributed job but the first."""
+
+    def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
+               quiet: bool) -> Checkpoint:
+        return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
+
+    def stop(self, experiment: Experiment) -> None:
+        """Nothing to stop."""
+
+    refresh = delete = stop
+
+    def is_running(self, experiment: Experiment) -> bool:
+        return False
+
+    def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
+        raise DoesNotExist("This process of a distributed job records nothing; process 0 does.")
+
+    def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
+                 path: Optional[str] = None, quiet: bool = False) -> List[str]:
+        return []
+
+
+class ExperimentCollection:
+    """The experiments of a project: `replicate.experiments`, `Project(...).experiments`."""
+
+    def __init__(self, find_project: Callable[[], Project]) -> None:
+        self._find_project = find_project
+
+    def create(self, path: Optional[str] = None, params: Optional[Dict[str, Any]] = None,
+               disable_heartbeat: bool = False, quiet: bool = False) -> Experiment:
+        """Create and start an experiment, as init() does. Other experiments of this process go on."""
+        if is_secondary_process():
+            return inert_experiment(path, params)
+        return self._find_project().create(path, params, not disable_heartbeat, quiet)
+
+    def get(self, experiment_id: str) -> Experiment:
+        """The experiment whose ID starts with experiment_id. Raises DoesNotExist if there is none or several."""
+        if not isinstance(experiment_id, str):
+            raise ArgumentError("experiments.get(): the ID must be a string, not %s." % type(experiment_id).__name__)
+        project = self._find_project()
+        names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS)
+                 if experiment_id and entry.name.startswith(experiment_id) and entry.name.endswith(".json")]
+        names = [experiment_id] if experiment_id in names else [name for name in names if is_id(name)]
+        if not names:
+            raise DoesNotExist("Experiment not found: %s" % (experiment_id or "the ID is empty"))
+        if len(names) > 1:
+            raise DoesNotExist("The ID %s is ambiguous: %d experiments start with it." % (experiment_id, len(names)))
+        try:
+            return Experiment(project.repository.load(names[0]), project)
+        except ReadError as error:
+            raise ReadError("The document of experiment %s cannot be read: %s." % (
+                names[0][:SHORT_ID], str(error).rstrip("."))) from error
+
+    def list(self, filter: Optional[Callable[[Experiment], bool]] = None) -> ExperimentList:
+        """All experiments, or those for which filter(experiment) is true; oldest first."""
+        if filter is not None and not callable(filter):
+            raise ArgumentError("experiments.list(): filter must be a function of an experiment.")
+        project = self._find_project()
+        found = ExperimentList()
+        for experiment in project.repository.experiments():
+            experiment.project = project
+            if filter is None or filter(experiment):
+                found.append(experiment)
+        return found
+
+
+experiments = ExperimentCollection(lambda: Project())
+
+
+def init(path: Optional[str] = None, params: Optional[Dict[str, Any]] = None, disable_heartbeat: bool = False,
+         debug: bool = False, *, quiet: bool = False) -> Experiment:
+    """Create and start an experiment; one that this process started before is stopped.
+
+    path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
+    the hyperparameters. disable_heartbeat: do not mark it as running. debug: print more; quiet: print less.
+    Raises ArgumentError for wrong arguments, RepositoryConfigurationError, WriteError and the like for a repository
+    that can never work.
+    """
+    if debug:
+        console.verbose = True
+    if is_secondary_process():
+        return inert_experiment(path, params)
+    stop_all()
+    return Project().experiments.create(path, params, disable_heartbeat, quiet)
+
+
+def is_secondary_process() -> bool:
+    """Whether this is a process of a distributed job other than the first."""
+    return any(os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0 for name in RANK_VARIABLES)
+
+
+def inert_experiment(path: Optional[str], params: Optional[Dict[str, Any]]) -> Experiment:
+    """An experiment that records nothing."""
+    values = _valid_metrics(params, [])
+    return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path}, InertProject())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 10  Rendering: tables, show, diff (data in, text out)
+# ------------------------------------------------------------------------------------------------------------------
+
+DIFF_WIDTH = 26
+DIFF_CUT = 50
+SHOW_WIDTH = 17
+
+
+def no_paint(text: str, style: str) -> str:
+    return text
+
+
+def display_width(text: str) -> int:
+    """The number of terminal columns that text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+               for character in text)
+
+
+def pad(text: str, width: int) -> str:
+    """text filled up with spaces to a display width."""
+    return text + " " * (width - display_width(text))
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[Sequence[str]]], gap: bool) -> str:
+    """Columns two spaces apart; a cell is a list of lines; gap: an empty line behind each row."""
+    widths = [display_width(title) for title in header]
+    for row in rows:
+        for column, lines in enumerate(row):
+            for line in lines:
+                if len(line) > widths[column] or not line.isascii():
+                    widths[column] = max(widths[column], display_width(line))
+    output = ["  ".join(map(pad, header, widths)).rstrip()]
+    for row in rows:
+        for number in range(max(map(len, row))):
+            cells = [pad(lines[number] if number < len(lines) else "", width) for lines, width in zip(row, widths)]
+            output.append("  ".join(cells).rstrip())
+        if gap:
+            output.append("")
+    return "\n".join(output) + "\n"
+
+
+def differing_names(groups: Sequence[Dict[str, Any]]) -> List[str]:
+    """The names whose values differ between the dicts; absent and null count as one value."""
+    names = sorted({name for group in groups for name in group})
+    return [name for name in names
+            if any(not same_value(group.get(name), groups[0].get(name)) for group in groups[1:])]
+
+
+def render_list(rows: Sequence[Summary], show_all: bool, now: datetime.datetime) -> str:
+    """The table of `ls`."""
+    params = {name for row in rows for name in row.params} if show_all else {
+        name for name in differing_names([row.params for row in rows])
+        if not any(isinstance(row.params.get(name), (dict, list)) for row in rows)}
+    metrics = _listed_metrics(rows, show_all)
+    columns: List[Tuple[str, Callable[[Summary], List[str]]]] = [
+        ("EXPERIMENT", lambda row: [row.id[:SHORT_ID]]),
+        ("STARTED", lambda row: [relative_time(row.created, now)]),
+        ("STATUS", lambda row: ["running" if row.running else "stopped"])]
+    for title, key in (("HOST", "host"), ("USER", "user")):
+        if len({row.data.get(key) or "" for row in rows}) > 1:
+            columns.append((title, lambda row, key=key: [escape_control(row.data.get(key) or "")]))  # type: ignore
+    columns.append(("PARAMS", lambda row: _named_values(row.params, params)))
+    if any(row.best for row in rows):
+        columns.append(("BEST CHECKPOINT", lambda row: _checkpoint_cell(row.best, metrics)))
+    columns.append(("LATEST CHECKPOINT", lambda row: _checkpoint_cell(row.latest, metrics)))
+    return render_table([title for title, _ in columns],
+                        [[cell(row) or [""] for _, cell in columns] for row in rows], gap=True)
+
+
+def _listed_metrics(rows: Sequence[Summary], show_all: bool) -> Set[str]:
+    """The metrics that a listing shows: all, the primary ones, or where there are none those that differ."""
+    shown = [(checkpoint.get("metrics") or {}) for row in rows for checkpoint in (row.best, row.latest) if checkpoint]
+    if show_all:
+        return {name for metrics in shown for name in metrics}
+    primary = {row.data["primary_metric"] for row in rows if row.data.get("primary_metric")}
+    return primary or set(differing_names([unpack_floats(metrics) for metrics in shown]) if shown else ())
+
+
+def _named_values(values: Dict[str, Any], names: Set[str]) -> List[str]:
+    return ["%s=%s" % (escape_control(name), format_cell(values[name])) for name in sorted(values) if name in names]
+
+
+def _checkpoint_cell(checkpoint: Optional[Dict[str, Any]], metrics: Set[str]) -> List[str]:
+    if checkpoint is None:
+        return []
+    return ["%s (step %d)" % (checkpoint["id"][:SHORT_ID], checkpoint.get("step") or 0)] + _named_values(
+        unpack_floats(checkpoint.get("metrics") or {}), metrics)
+
+
+def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
+    return [(label, escape_control(text or "")) for label, text in rows]
+
+
+def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, str]]:
+    """Created to Command, as `show` prints them."""
+    return _facts([("Created", full_time(experiment.created)), ("Status", "running" if running else "stopped"),
+                   ("Host", experiment.host), ("User", experiment.user), ("Command", experiment.command)])
+
+
+def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str, str]]]]:
+    """The blocks Params, System and Python Packages."""
+    return [("Params", [(escape_control(name), format_value(value))
+                        for name, value in sorted(experiment.params.items())]),
+            ("System", _facts([("Python version", experiment.python_version)])),
+            ("Python Packages", [(escape_control(name), escape_control(version))
+                                 for name, version in sorted(experiment.python_packages.items())])]
+
+
+def metric_rows(checkpoint: Checkpoint) -> List[Tuple[str, str]]:
+    """The metrics of a checkpoint, the primary one marked."""
+    primary = checkpoint.primary_metric or {}
+    return [(escape_control(name), format_value(value) + (
+        " (primary, %s)" % primary["goal"] if primary.get("name") == name else ""))
+        for name, value in sorted(checkpoint.metrics.items())]
+
+
+def render_blocks(title: str, blocks: Sequence[Tuple[str, List[Tuple[str, str]]]], paint: Paint) -> str:
+    """A title, then blocks of `label: text` rows in one column width, each below its heading ('' for none)."""
+    width = max([SHOW_WIDTH] + [display_width(label) + 3 for _, rows in blocks for label, _ in rows])
+    parts = [paint(title, "heading") + "\n"]
+    for heading, rows in blocks:
+        lines = [paint(heading, "bold")] if heading else []
+        lines += [(pad(label + ":", width) + text).rstrip() for label, text in rows] or [paint("(none)", "faint")]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, paint: Paint = no_paint) -> str:
+    """`show` of a checkpoint."""
+    blocks = [("", _facts([("Created", full_time(checkpoint.created)), ("Path", checkpoint.path),
+                           ("Step", str(checkpoint.step))])),
+              ("Experiment", _facts([("ID", experiment.id)]) + experiment_facts(experiment, running))]
+    blocks += experiment_blocks(experiment) + [("Metrics", metric_rows(checkpoint))]
+    return render_blocks("Checkpoint: " + checkpoint.id, blocks, paint)
+
+
+def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, paint: Paint = no_paint) -> str:
+    """`show` of an experiment."""
+    text = render_blocks("Experiment: " + experiment.id, [("", experiment_facts(experiment, running))] +
+                         experiment_blocks(experiment), paint)
+    text += "\n" + paint("Checkpoints", "bold") + "\n"
+    if not experiment.checkpoints:
+        return text + paint("(none)", "faint") + "\n"
+    names = sorted({name for checkpoint in experiment.checkpoints for name in checkpoint.metrics})
+    best = experiment.best()
+    primary = (experiment.primary_metric() or {}).get("name")
+    rows = []
+    for checkpoint in experiment.checkpoints:
+        metrics = checkpoint.metrics
+        cells = [checkpoint.short_id(), str(checkpoint.step), relative_time(checkpoint.created, now)]
+        cells += [(format_cell(metrics[name]) if name in metrics else "") +
+                  (" (best)" if checkpoint is best and name == primary else "") for name in names]
+        rows.append([[cell] for cell in cells])
+    header = ["ID", "STEP", "CREATED"] + [escape_control(name.upper()) for name in names]
+    return text + render_table(header, rows, gap=False)
+
+
+class Side:
+    """One side of a diff: an experiment and the checkpoint of it that is compared."""
+
+    def __init__(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> None:
+        self.experiment, self.checkpoint = experiment, checkpoint
+
+    def blocks(self) -> List[Tuple[str, str, Dict[str, str]]]:
+        """(heading, ID, {label: text}) of each block."""
+        experiment, checkpoint = self.experiment, self.checkpoint
+        facts = dict(_facts([("Created", full_time(experiment.created)), ("Host", experiment.host),
+                             ("User", experiment.user), ("Command", experiment.command),
+                             ("Python version", experiment.python_version)]))
+        version = {escape_control(name): escape_control(text) for name, text in experiment.python_packages.items()}
+        about, metrics = {}, {}
+        if checkpoint:
+            about = dict(_facts([("Created", full_time(checkpoint.created)), ("Path", checkpoint.path),
+                                 ("Step", str(checkpoint.step))]))
+            metrics = {escape_control(name): format_value(value) for name, value in checkpoint.metrics.items()}
+        params = {escape_control(name): format_value(value) for name, value in experiment.params.items()}
+        return [("Experiment", experiment.short_id(), facts), ("Params", "", params), ("Python Packages", "", version),
+                ("Checkpoint", checkpoint.short_id() if checkpoint else "(none)", about), ("Metrics", "", metrics)]
+
+
+def render_diff(left: Side, right: Side, paint: Paint = no_paint) -> str:
+    """`diff` of two sides: the IDs, then in each block the rows that differ."""
+    blocks: List[Tuple[str, List[Tuple[str, str, str]]]] = []
+    for (heading, left_id, left_rows), (_, right_id, right_rows) in zip(left.blocks(), right.blocks()):
+        rows = [("ID", left_id, right_id)] if left_id else []
+        rows += [(label, _cut(left_rows.get(label)), _cut(right_rows.get(label)))
+                 for label in sorted(set(left_rows) | set(right_rows)) if left_rows.get(label) != right_rows.get(label)]
+        blocks.append((heading, rows))
+    all_rows = [row for _, rows in blocks for row in rows]
+    first = max([DIFF_WIDTH] + [display_width(label) + 3 for label, _, _ in all_rows])
+    second = max([DIFF_WIDTH] + [display_width(text) + 2 for _, text, _ in all_rows])
+    parts = []
+    for heading, rows in blocks:
+        lines = [paint(heading, "bold")]
+        lines += [pad(label + ":", first) + pad(one, second) + other for label, one, other in rows]
+        parts.append("\n".join(line.rstrip() for line in lines) + "\n" + (
+            "" if rows else paint("(no difference)", "faint") + "\n"))
+    return "\n".join(parts)
+
+
+def _cut(text: Optional[str]) -> str:
+    if text is None:
+        return "(not set)"
+    return text if len(text) <= DIFF_CUT else text[:DIFF_CUT - 3] + "..."
+
+
+def render_json(value: Any) -> str:
+    """JSON for people and programs: nothing in it can steer a terminal."""
+    text = json.dumps(pack_floats(value), indent=2, ensure_ascii=False) + "\n"
+    if text.isascii() and "\x7f" not in text:
+        return text
+
+    def escape(match: re.Match) -> str:
+        return json.dumps(match.group())[1:-1] if match.group() != "\n" else "\n"
+
+    return re.sub("[%s]" % _CONTROL, escape, text)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 11  Commands, parser, main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """A subcommand: its function and the options that stand beside it."""
+
+    def __init__(self, name: str, run: Callable[[argparse.Namespace], int], aliases: Sequence[str], options: Options,
+                 usage: str, epilog: str) -> None:
+        self.name, self.run, self.aliases, self.options = name, run, aliases, options
+        self.usage, self.epilog = usage, epilog
+
+    @property
+    def description(self) -> str:
+        return (self.run.__doc__ or "").replace("\n    ", "\n").strip()
+
+    @property
+    def summary(self) -> str:
+        return self.description.split("\n")[0].rstrip(".")
+
+
+COMMANDS: Dict[str, Command] = {}
+
+
+def command(name: str, *options: Any, aliases: Sequence[str] = (), usage: str = "", epilog: str = "") -> Callable:
+    """Register a function as a subcommand; its docstring is the help text."""
+    def register(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+        COMMANDS[name] = Command(name, run, aliases, options, usage, epilog)
+        return run
+    return register
+
+
+def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    """One argument for argparse's add_argument."""
+    return names, settings
+
+
+REPOSITORY = option("-R", "--repository", metavar="URL",
+                    help="Repository URL, e.g. s3://my-bucket (default: the one in replicate.yaml)")
+GLOBAL_OPTIONS: Options = (
+    option("-h", "--help", action="store_true", help="Show this help"),
+    option("--color", metavar="true|false", help="Display color in output (default: on a terminal, without NO_COLOR)"),
+    option("--no-color", dest="color", action="store_const", const="false", help="The same as --color=false"),
+    option("-D", "--project-directory", metavar="DIRECTORY",
+           help="Project directory (default: nearest parent directory with replicate.yaml)"),
+    REPOSITORY,
+    option("-v", "--verbose", action="store_true", help="Verbose output"))
+LIST_OPTIONS = (
+    option("--all", action="store_true", help="Output all params and metrics (default: only those that differ)"),
+    option("-f", "--filter", action="append", default=[], metavar="FILTER",
+           help='Filter, repeatable (format: "<name> <operator> <value>")'),
+    option("--json", action="store_true", help="Print output in JSON format"),
+    option("-q", "--quiet", action="store_true", help="Only print experiment IDs"),
+    option("-s", "--sort", default="started", metavar="KEY",
+           help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"))
+ID = option("id", metavar="ID", help="An experiment or checkpoint ID, or the start of one")
+JSON = option("--json", action="store_true", help="Print output in JSON format")
+FORCE = option("-f", "--force", action="store_true", help="Do not ask")
+LIST_EXAMPLES = """\
+List all experiments in the current project:
+  replicate ls
+List experiments that have run for 50 steps or less:
+  replicate ls --filter "step <= 50"
+List experiments where the parameter "optimizer" is "adam" and the best "accuracy" metric is greater than 0.8:
+  replicate ls --filter "optimizer = adam" --filter "accuracy > 0.8"
+Sort all stopped experiments by the metric "val_loss":
+  replicate ls --sort "val_loss" --filter "status = stopped"
+
+""" + FILTER_HELP
+
+
+def say(text: str) -> None:
+    """Data, to stdout."""
+    write_text(sys.stdout, text)
+
+
+def paint(text: str, style: str) -> str:
+    """text in a style if stdout takes colours."""
+    return console.colored(text, style, sys.stdout)
+
+
+def opened_project(args: argparse.Namespace) -> Project:
+    """The project that the arguments name, with its abandoned journals folded."""
+    project = Project(args.repository, args.project_directory)
+    explicit = args.repository or os.environ.get("REPLICATE_REPOSITORY")
+    storage = project.repository.storage
+    if explicit and isinstance(storage, DiskStorage) and not os.path.isdir(storage.root):
+        raise ReadError("There is no repository at %s: no such directory." % project.repository.url)
+    project.repository.fold_abandoned()
+    return project
+
+
+def print_list(args: argparse.Namespace, only_running: bool) -> int:
+    """`ls` and `ps`."""
+    if args.quiet and (args.json or args.all):
+        raise UsageError("--quiet cannot be used with --json or --all.")
+    filters = [parse_filter(text) for text in args.filter]
+    name, descending = parse_sort(args.sort)
+    rows = opened_project(args).repository.summaries()
+    wanted = [name for tree in filters for name in tree.names()] + [name]
+    if any(item not in FIELDS for item in wanted) and rows:
+        known = known_names(rows)
+        for item in wanted:
+            if item not in known:
+                console.warning("No experiment has a param or metric called %r.%s" % (item, nearest(item, known)))
+    rows = [row for row in rows if (row.running or not only_running) and all(tree.matches(row) for tree in filters)]
+    rows = sort_rows(rows, name, descending)
+    if args.json:
+        say(render_json([row.to_json() for row in rows]))
+    elif args.quiet:
+        say("".join(row.id + "\n" for row in rows))
+    elif rows:
+        say(render_list(rows, args.all, datetime.datetime.now(datetime.timezone.utc)))
+    else:
+        console.info("No experiments found")
+    return 0
+
+
+@command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
+def ls_command(args: argparse.Namespace) -> int:
+    """List experiments in this project"""
+    return print_list(args, only_running=False)
+
+
+@command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=LIST_EXAMPLES.replace("replicate ls", "replicate ps"))
+def ps_command(args: argparse.Namespace) -> int:
+    """List running experiments in this project"""
+    return print_list(args, only_running=True)
+
+
+@command("show", ID, JSON, usage="<experiment or checkpoint ID>")
+def show_command(args: argparse.Namespace) -> int:
+    """View information about an experiment or checkpoint"""
+    repository = opened_project(args).repository
+    experiment, checkpoint = repository.find(args.id)
+    if args.json:
+        say(render_json((checkpoint or experiment).to_json()))
+        return 0
+    running = repository.is_running(experiment.id)
+    if checkpoint:
+        say(render_checkpoint(experiment, checkpoint, running, paint))
+    else:
+        say(render_experiment(experiment, running, datetime.datetime.now(datetime.timezone.utc), paint))
+        if experiment.checkpoints:
+            console.info("To see more details about a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
+    return 0
+
+
+@command("diff", option("ids", nargs=2, metavar="ID", help="Two experiment or checkpoint IDs"), usage="<ID> <ID>")
+def diff_command(args: argparse.Namespace) -> int:
+    """Compare two experiments or checkpoints.
+
+    If an experiment ID is passed, it will pick the best checkpoint from that experiment. If a primary metric is not
+    defined, it will use the latest checkpoint.
+    """
+    repository = opened_project(args).repository
+    sides = [Side(experiment, checkpoint or chosen_checkpoint(experiment))
+             for experiment, checkpoint in repository.find_all(args.ids)]
+    say(render_diff(sides[0], sides[1], paint))
+    return 0
+
+
+def chosen_checkpoint(experiment: Experiment) -> Optional[Checkpoint]:
+    """The best checkpoint of an experiment, else the latest; says which."""
+    best = experiment.best()
+    checkpoint = best or experiment.latest()
+    if checkpoint:
+        console.info("Of experiment %s, the %s checkpoint %s (step %d) is taken" % (
+            experiment.short_id(), "best" if best else "latest", checkpoint.short_id(), checkpoint.step))
+    return checkpoint
+
+
+@command("checkout", ID, option("-f", "--force", action="store_true", help="Force checkout without prompt, even if "
+                                "files would be overwritten"),
+         option("-o", "--output-directory", metavar="DIRECTORY",
+                help="Output directory (default: the project directory)"),
+         option("--path", help="A specific file or directory to check out (default: all of the checkpoint/experiment)"),
+         usage="<experiment or checkpoint ID>")
+def checkout_command(args: argparse.Namespace) -> int:
+    """Copy files from an experiment or checkpoint into the project directory"""
+    project = opened_project(args)
+    experiment, checkpoint = project.repository.find(args.id)
+    if checkpoint is None:
+        checkpoint = chosen_checkpoint(experiment)
+    directory = args.output_directory or project.directory
+
+    def approve(conflicts: List[str]) -> None:
+        if not conflicts or args.force:
+            return
+        shown = "\n".join("  " + name for name in conflicts[:10])
+        more = "\n  and %d more" % (len(conflicts) - 10) if len(conflicts) > 10 else ""
+        message = "These files in %s would be overwritten with other content:\n%s%s" % (directory, shown, more)
+        if not has_terminal_input():
+            raise ReplicateError(message + "\nNothing was changed. Pass -f to overwrite them, or -o to write elsewhere.")
+        console.warning(message)
+        if not confirm("Do you want to overwrite them?"):
+            raise ReplicateError("Nothing was changed.")
+
+    names = project.checkout(experiment, checkpoint, directory, path=args.path, approve=approve)
+    console.info("Checked out %s of experiment %s%s into %s" % (
+        plural(len(names), "file"), experiment.short_id(),
+        " and its checkpoint %s" % checkpoint.short_id() if checkpoint else "", directory))
+    if experiment.command:
+        console.info("The experiment was run with this command:\n  %s" % experiment.command)
+    return 0
+
+
+@command("rm", option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs"),
+         option("-f", "--force", action="store_true", help="Force delete without interactive prompt"),
+         aliases=("delete",), usage="<experiment or checkpoint ID> [experiment or checkpoint ID...]", epilog="""\
+Delete an experiment and its checkpoints (where a1b2c3d4 is an experiment ID):
+  replicate rm a1b2c3d4
+Delete all experiments where the metric "val_accuracy" is less than 0.2 at the best checkpoints:
+  replicate rm $(replicate ls -q --filter "val_accuracy < 0.2")""")
+def rm_command(args: argparse.Namespace) -> int:
+    """Remove experiments or checkpoints.
+
+    To remove experiments or checkpoints, pass any number of IDs (or prefixes).
+    """
+    repository = opened_project(args).repository
+    found = repository.find_all(args.ids)
+    whole = {experiment.id: experiment for experiment, checkpoint in found if checkpoint is None}
+    single = {checkpoint.id: (experiment, checkpoint) for experiment, checkpoint in found
+              if checkpoint is not None and experiment.id not in whole}
+    if not args.force:
+        running = repository.running()
+        lines = ["* Experiment %s (%s)%s" % (item.short_id(), plural(len(item.checkpoints), "checkpoint"),
+                                             ", which is running" if item.id in running else "")
+                 for item in whole.values()]
+        lines += ["* Checkpoint %s of experiment %s%s" % (checkpoint.short_id(), experiment.short_id(),
+                                                          ", which is running" if experiment.id in running else "")
+                  for experiment, checkpoint in single.values()]
+        if not has_terminal_input():
+            raise ReplicateError("Removing needs a confirmation, and there is no terminal to ask on: pass -f. "
+                                 "Nothing was removed.")
+        console.warning("You are about to delete the following:\n%s" % "\n".join(lines))
+        if not confirm("Do you want to continue?"):
+            raise ReplicateError("Nothing was removed.")
+    for experiment, checkpoint in single.values():
+        repository.remove_checkpoint(experiment, checkpoint)
+        console.info("Removed checkpoint %s of experiment %s" % (checkpoint.short_id(), experiment.short_id()))
+    for experiment in whole.values():
+        repository.remove_experiment(experiment)
+        console.info("Removed experiment %s" % experiment.short_id())
+    return 0
+
+
+# -- demo
+
+DEMO_SCRIPT = '''\
+"""A character model of Python source, in plain Python: how likely is each letter, given the few before it?"""
+import collections
+import json
+import math
+import sys
+
+import replicate
+
+order, smoothing = int(sys.argv[1]), float(sys.argv[2])
+text = open("replicate.py", encoding="utf-8").read()
+split = len(text) * 9 // 10
+letters = sorted(set(text))
+
+experiment = replicate.init(path="train.py", params={"order": order, "smoothing": smoothing})
+counts = collections.defaultdict(collections.Counter)
+for step in range(3):
+    for i in range(split * step // 3, split * (step + 1) // 3):  # train on one more third
+        counts[text[max(0, i - order):i]][text[i]] += 1
+    loss = 0.0
+    for i in range(split, len(text)):  # bits for each letter of the last tenth, which it has not seen
+        seen = counts.get(text[i - order:i], {})
+        loss -= math.log2((seen.get(text[i], 0) + smoothing) / (sum(seen.values()) + smoothing * len(letters)))
+    with open("model.json", "w") as file:
+        json.dump(counts, file)
+    experiment.checkpoint(path="model.json", step=step, metrics={"loss": loss / (len(text) - split)},
+                          primary_metric=("loss", "minimize"))
+experiment.stop()
+'''
+DEMO_RUNS = (("1", "0.1"), ("2", "0.1"), ("3", "0.1"), ("3", "0.01"))
+
+
+@command("demo", option("directory", nargs="?", metavar="DIRECTORY",
+                        help="The new folder to make (default: replicate-demo)"), usage="[directory]")
+def demo_command(args: argparse.Namespace) -> int:
+    """Train a small model four times in a new folder, record the runs, and show them"""
+    import subprocess
+    directory = args.directory or new_directory("replicate-demo")
+    try:
+        os.makedirs(directory)
+        shutil.copyfile(os.path.abspath(__file__), os.path.join(directory, "replicate.py"))
+        with open(os.path.join(directory, "train.py"), "x", encoding="utf-8") as file:
+            file.write(DEMO_SCRIPT)
+    except OSError as error:
+        raise WriteError("The folder %s could not be made: %s." % (directory, short_reason(error))) from error
+    os.makedirs(os.path.join(directory, DEFAULT_STORAGE))
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in RANK_VARIABLES + ("REPLICATE_REPOSITORY", "PYTHONPATH")}
+    for arguments in DEMO_RUNS:
+        console.info("python train.py %s" % " ".join(arguments))
+        run = subprocess.run([sys.executable, "train.py", *arguments], cwd=directory, env=environment)
+        if run.returncode:
+            raise ReplicateError("The demo's training script failed: see above.")
+    say("\n")
+    repository = Project(None, directory).repository if not _search_upward(os.path.abspath(directory), CONFIG_NAMES, 1) \
+        else Project("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).repository
+    rows = repository.summaries()
+    say(render_list(rows, False, datetime.datetime.now(datetime.timezone.utc)))
+    best = min(rows, key=lambda row: row.metrics["loss"])
+    program = "%s -D %s" % (program_name(), shlex.quote(directory))
+    say("The runs are in %s, with the script train.py that made them. Try next:\n\n"
+        "  %s show %s\n  %s diff %s %s\n  %s checkout %s -o %s\n" % (
+            directory, program, best.id[:SHORT_ID], program, rows[0].id[:SHORT_ID], best.id[:SHORT_ID],
+            program, best.id[:SHORT_ID], shlex.quote(os.path.join(directory, "best"))))
+    return 0
+
+
+def new_directory(name: str) -> str:
+    """name, or name-2, name-3, ... if it is taken."""
+    number, candidate = 1, name
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = "%s-%d" % (name, number)
+    return candidate
+
+
+def program_name() -> str:
+    """How the user called this program, as it can be pasted."""
+    program = sys.argv[0] if sys.argv else ""
+    if not program.endswith(".py"):
+        return "replicate"
+    python = os.path.basename(sys.executable) or "python3"
+    if shutil.which(python) != sys.executable:
+        python = sys.executable
+    if sys.modules["__main__"].__spec__ is not None:
+        return "%s -m replicate" % shlex.quote(python)
+    return "%s %s" % (shlex.quote(python), shlex.quote(program))
+
+
+# -- analytics and feedback
+
+class Analytics:
+    """Anonymous usage events, kept in a bounded file and sent in the background; only where a URL is configured."""
+
+    MAX_EVENTS = 100
+    SEND_AFTER_EVENTS = 15
+    SEND_AFTER_SECONDS = 300
+    TIMEOUT = 5.0
+    NOTICE = ("Replicate sends anonymous usage data to %s: a random token for this machine, the name of the command, "
+              "the version, the operating system and the processor type. Nothing has been sent yet.\n"
+              "To switch it off, run: replicate analytics off")
+
+    def __init__(self) -> None:
+        base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+        self.directory = os.path.join(base, "replicate")
+        self.url = os.environ.get("REPLICATE_ANALYTICS_URL", ANALYTICS_URL)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the environment forbids it."""
+        return any(os.environ.get(name, "") not in ("", "0", "false")
+                   for name in ("REPLICATE_NO_ANALYTICS", "DO_NOT_TRACK"))
+
+    def settings(self) -> Dict[str, Any]:
+        """{"analytics_enabled": bool, "anonymous_id": str}, or what there is of it."""
+        try:
+            with open(os.path.join(self.directory, "settings.json"), "rb") as file:
+                settings = decode_json(file.read(), "settings.json")
+            return settings if isinstance(settings, dict) else {}
+        except (OSError, ReadError):
+            return {}
+
+    def save(self, **changes: Any) -> Dict[str, Any]:
+        """Change settings. Raises WriteError."""
+        settings = dict(self.settings(), **changes)
+        settings.setdefault("anonymous_id", new_uuid())
+        self._write("settings.json", encode_json(settings))
+        return settings
+
+    def event(self, command_name: str, anonymous_id: str) -> Dict[str, Any]:
+        """One event: all that is ever sent."""
+        return {"anonymous_id": anonymous_id, "event": "Run command", "properties": {
+            "command": "replicate " + command_name, "replicate_version": __version__,
+            "operating_system": sys.platform, "cpu_architecture": platform.machine(), "timestamp": timestamp()}}
+
+    def track(self, command_name: str) -> None:
+        """Note that a command was run; explains itself first. Never raises, never waits."""
+        if not self.url or self.refused or command_name in ("analytics", "help"):
+            return
+        try:
+            settings = self.settings()
+            if "analytics_enabled" not in settings:
+                self.save(analytics_enabled=True)
+                console.info(self.NOTICE % self.url)
+            elif settings["analytics_enabled"]:
+                events = (self._events() + [self.event(command_name, settings.get("anonymous_id", ""))])
+                self._write("events.json", encode_json(events[-self.MAX_EVENTS:], indent=None))
+                age = time.time() - parse_time(events[0]["properties"]["timestamp"]).timestamp()
+                if len(events) >= self.SEND_AFTER_EVENTS or age >= self.SEND_AFTER_SECONDS:
+                    self._send_in_background()
+        except Exception as error:
+            console.debug("Analytics: %s" % error)
+
+    def send(self) -> None:
+        """Send what is waiting; runs in a process of its own."""
+        path = os.path.join(self.directory, "events.json")
+        taken = "%s.%d" % (path, os.getpid())
+        os.replace(path, taken)  # so that no two processes send the same
+        try:
+            with open(taken, "rb") as file:
+                post_json(self.url, file.read(), self.TIMEOUT)
+        finally:
+            remove_file(taken)
+
+    def _events(self) -> List[Dict[str, Any]]:
+        try:
+            with open(os.path.join(self.directory, "events.json"), "rb") as file:
+                events = decode_json(file.read(), "events.json")
+            return [event for event in events if isinstance(event, dict)
+                    and isinstance(parse_time(event["properties"]["timestamp"]), datetime.datetime)]
+        except (OSError, ReadError, TypeError, KeyError, ValueError):
+            return []
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            os.makedirs(self.directory, 0o700, exist_ok=True)
+            path = os.path.join(self.directory, ".%s.%s" % (name, os.urandom(6).hex()))
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+            os.replace(path, os.path.join(self.directory, name))
+        except OSError as error:
+            raise WriteError("%s could not be written: %s." % (os.path.join(self.directory, name),
+                                                               short_reason(error))) from error
+
+    def _send_in_background(self) -> None:
+        import subprocess
+        subprocess.Popen([sys.executable, os.path.abspath(__file__), "--send-analytics"], start_new_session=True,
+                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def new_uuid() -> str:
+    """A random UUID (RFC 4122, version 4)."""
+    import uuid
+    return str(uuid.uuid4())
+
+
+def post_json(url: str, data: bytes, timeout: float) -> None:
+    """POST JSON to an http(s) URL. Raises ReplicateError."""
+    import urllib.request
+    if not url.startswith(("http://", "https://")):
+        raise ReplicateError("%s is no http or https URL." % url)
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):
+            pass
+    except (OSError, ValueError) as error:
+        raise ReplicateError("%s cannot be reached: %s." % (url, short_reason(error))) from error
+
+
+@command("analytics", option("switch", nargs="?", choices=("on", "off"), metavar="on|off",
+                             help="Switch it on or off (default: print the state)"), usage="<on|off>")
+def analytics_command(args: argparse.Namespace) -> int:
+    """Enable or disable analytics
+
+    The following data is sent for each command, and only where a URL to send it to is configured
+    (REPLICATE_ANALYTICS_URL; there is none by default):
+      * A random token for the machine (e.g. "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")
+      * The subcommand, without any options or arguments (e.g. "replicate ls")
+      * The Replicate version (e.g. "1.0.0")
+      * The CPU architecture (e.g. "x86_64")
+      * The operating system (e.g. "linux")
+    """
+    analytics = Analytics()
+    if args.switch:
+        analytics.save(analytics_enabled=args.switch == "on")
+        console.info("Analytics are switched %s" % args.switch)
+        return 0
+    settings = analytics.settings()
+    if analytics.refused:
+        state = "off (the environment says so)"
+    elif not settings.get("analytics_enabled", True):
+        state = "off"
+    elif not analytics.url:
+        state = "on, but no URL is configured (REPLICATE_ANALYTICS_URL), so that nothing is recorded or sent"
+    else:
+        state = "on, sent to " + analytics.url
+    say("Analytics are %s.\nAn example of an event:\n%s" % (escape_control(state), render_json(
+        analytics.event("ls", settings.get("anonymous_id") or "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a"))))
+    return 0
+
+
+@command("feedback", option("message", nargs="*", metavar="MESSAGE",
+                            help="What to say (default: asked for, or read from standard input)"), usage="[message]")
+def feedback_command(args: argparse.Namespace) -> int:
+    """Submit feedback to the team!"""
+    message = " ".join(args.message)
+    if not message:
+        if has_terminal_input():
+            write_text(sys.stderr, "What would you like to tell us? ")
+            message = sys.stdin.readline()
+        elif sys.stdin is not None:
+            message = sys.stdin.read()
+    message = message.strip()
+    if not message:
+        raise ReplicateError("The feedback is empty: nothing was sent.")
+    content = {"feedback": message, "replicate_version": __version__, "python_version": platform.python_version(),
+               "operating_system": sys.platform, "cpu_architecture": platform.machine()}
+    url = os.environ.get("REPLICATE_FEEDBACK_URL", FEEDBACK_URL)
+    if url:
+        post_json(url, encode_json(content, indent=None), 10.0)
+        console.info("Thank you!")
+    else:
+        console.info("No address is set up to send it to. Set REPLICATE_FEEDBACK_URL to one, or paste this where the "
+                     "project's team reads it:")
+        say(render_json(content))
+    return 0
+
+
+@command("help", option("command", nargs="?", metavar="COMMAND"), usage="[command]")
+def help_command(args: argparse.Namespace) -> int:
+    """Help about any command"""
+    if not args.command:
+        say(general_help())
+    else:
+        say(command_parser(find_command(args.command)).format_help())
+    return 0
+
+
+# -- parsing
+
+def argument_parser(**settings: Any) -> argparse.ArgumentParser:
+    """A parser that raises UsageError, and takes no abbreviations."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError("%s%s." % (message[:1].upper(), message[1:].rstrip(".")))
+
+    return Parser(add_help=False, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+
+def command_parser(chosen: Command) -> argparse.ArgumentParser:
+    """The parser of one subcommand."""
+    aliases = "\n\naliases: %s" % ", ".join(chosen.aliases) if chosen.aliases else ""
+    parser = argument_parser(prog="replicate " + chosen.name, description=chosen.description + aliases,
+                             usage=" ".join(("replicate", chosen.name, chosen.usage, "[flags]")).replace("  ", " "),
+                             epilog=chosen.epilog or None)
+    for names, settings in chosen.options:
+        parser.add_argument(*names, **settings)
+    for names, settings in GLOBAL_OPTIONS:
+        parser.add_argument(*names, **dict(settings, default=argparse.SUPPRESS))
+    return parser
+
+
+def general_parser() -> argparse.ArgumentParser:
+    """The parser of what stands before the subcommand, which takes all that follows it as it is."""
+    parser = argument_parser(prog="replicate")
+    for names, settings in GLOBAL_OPTIONS:
+        parser.add_argument(*names, **settings)
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("command", nargs="?")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def general_help() -> str:
+    """`replicate --help`."""
+    lines = ["Replicate: version control for machine learning", "", "usage: replicate [flags] <command> [flags]", "",
+             "commands:"]
+    lines += ["  %-10s %s" % (chosen.name, chosen.summary) for chosen in COMMANDS.values()]
+    parser = argument_parser(prog="replicate", usage=argparse.SUPPRESS)
+    for names, settings in GLOBAL_OPTIONS + (option("--version", action="store_true", help="Print the version"),):
+        parser.add_argument(*names, **settings)
+    return "\n".join(lines) + "\n\n" + parser.format_help().lstrip("\n") + (
+        "\nRun 'replicate help <command>' for more about a command, 'replicate demo' to see it at work.\n")
+
+
+def find_command(name: str) -> Command:
+    """The command of that name or alias. Raises UsageError with a suggestion."""
+    for chosen in COMMANDS.values():
+        if name == chosen.name or name in chosen.aliases:
+            return chosen
+    names = [alias for chosen in COMMANDS.values() for alias in (chosen.name, *chosen.aliases)]
+    raise UsageError("There is no command %r.%s Run 'replicate --help' for all of them." % (name, nearest(name, names)))
+
+
+def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
+    """The command and its arguments. Raises UsageError."""
+    argv = explicit_color(argv)
+    args = general_parser().parse_args(argv)
+    if args.version:
+        return Command("version", lambda args: say("replicate %s\n" % __version__) or 0, (), (), "", ""), args
+    if not args.command:
+        return COMMANDS["help"], args
+    chosen = find_command(args.command)
+    for name in ("command", "rest"):
+        if name == "rest":
+            rest = args.rest
+        delattr(args, name)
+    args = command_parser(chosen).parse_intermixed_args(rest, args)
+    if args.help and chosen.name != "help":
+        args.command = chosen.name
+        return COMMANDS["help"], args
+    return chosen, args
+
+
+def explicit_color(argv: Sequence[str]) -> List[str]:
+    """A bare --color is a switch: it must not take the next word for its value."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    return ["--color=true" if word == "--color" and number < end else word for number, word in enumerate(argv)]
+
+
+def apply_color(text: Optional[str]) -> None:
+    """Set the console's colours from --color. Raises UsageError."""
+    if text is None:
+        console.color = None
+    elif text.lower() in ("true", "1", "yes", "always"):
+        console.color = True
+    elif text.lower() in ("false", "0", "no", "never"):
+        console.color = False
+    else:
+        raise UsageError("--color takes true or false, not %r." % text)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse and run a command line; returns the exit code. Raises ReplicateError, KeyboardInterrupt, OSError."""
+    chosen, args = parse_arguments(argv)
+    console.verbose = bool(args.verbose)
+    apply_color(args.color)
+    status = chosen.run(args)
+    Analytics().track(chosen.name)
+    return status
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line: the exit code is 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--version"]:
+        argv_status = say("replicate %s\n" % __version__)
+        return argv_status or 0
+    if argv == ["--send-analytics"]:
+        Analytics().send()
+        return 0
+    try:
+        return run(argv)
+    except UsageError as error:
+        console.error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        write_text(sys.stderr, "\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 0
+    except ReplicateError as error:
+        _print_traceback()
+        console.error(str(error))
+        return 1
+    except Exception as error:
+        _print_traceback()
+        console.error("Something unexpected went wrong: %s: %s. Run it with -v for the details." % (
+            type(error).__name__, short_reason(error)))
+        return 1
+
+
+def _print_traceback() -> None:
+    if console.verbose:
+        import traceback
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
