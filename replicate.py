@@ -870,6 +870,7 @@ class Summary:
     """What a listing shows of an experiment: its document with the best and the latest checkpoint alone."""
 
     __slots__ = ("data", "running", "_params")
+    ID_DIGITS = 12  # of each checkpoint's ID that a summary keeps
     KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
             "host")
 
@@ -886,8 +887,24 @@ class Summary:
         data.update(num_checkpoints=len(experiment.checkpoints),
                     latest_checkpoint=latest._document if latest else None,
                     best_checkpoint=best._document if best else None,
-                    primary_metric=primary["name"] if primary else None)
+                    primary_metric=primary["name"] if primary else None,
+                    checkpoint_ids=" ".join(checkpoint.id[:cls.ID_DIGITS] for checkpoint in experiment.checkpoints))
         return cls(data, running)
+
+    @classmethod
+    def checked(cls, data: Any, experiment_id: str) -> Summary:
+        """The summary in untrusted data. Raises ReadError."""
+        _check_fields(data, _SUMMARY_FIELDS)
+        if data["id"] != experiment_id:
+            raise ReadError("its id is another one")
+        for checkpoint in (data["latest_checkpoint"], data["best_checkpoint"]):
+            if checkpoint is not None:
+                checked_checkpoint(checkpoint)
+        return cls(data)
+
+    def may_have_checkpoint(self, prefix: str) -> bool:
+        """Whether a checkpoint's ID may start with prefix, as far as the first digits tell."""
+        return (" " + prefix[:self.ID_DIGITS]) in " " + self.data["checkpoint_ids"]
 
     @property
     def id(self) -> str:
@@ -935,6 +952,9 @@ _EXPERIMENT_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user
                       "checkpoints": (list, type(None))}
 _CHECKPOINT_FIELDS = {"metrics": (dict, type(None)), "step": (int, type(None)), "path": _TEXT_OR_NULL,
                       "primary_metric": (dict, type(None))}
+_SUMMARY_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user": _TEXT_OR_NULL, "command": _TEXT_OR_NULL,
+                   "num_checkpoints": (int,), "latest_checkpoint": (dict, type(None)),
+                   "best_checkpoint": (dict, type(None)), "primary_metric": _TEXT_OR_NULL, "checkpoint_ids": (str,)}
 
 
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
@@ -1511,7 +1531,9 @@ class Storage:
     """
 
     scheme = ""
-    has_journals = False  # may journals and locks stand beside the documents
+    has_journals = False  # journals and locks may stand beside the documents
+    has_index = False     # reading many documents is slow enough to keep an index of them
+    clock_skew = 0.0      # seconds by which the store's clock is ahead of ours
 
     def prepare(self) -> None:
         """Make sure that it can be written, creating the directory or bucket; called once when recording starts."""
@@ -1525,12 +1547,16 @@ class Storage:
         """Size and version of one object."""
         raise NotImplementedError
 
-    def open(self, key: str, start: int = 0, end: Optional[int] = None) -> BinaryIO:
-        """A binary stream of the bytes [start, end) of an object."""
+    def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
+        """A binary stream of the bytes [start, end) of an object; of the version of that entry, if given."""
         raise NotImplementedError
 
     def write(self, key: str, data: bytes) -> None:
         """Store data under key."""
+        raise NotImplementedError
+
+    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Store a copy of a local file under key; progress gets the numbers of bytes as they are sent."""
         raise NotImplementedError
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
@@ -1544,10 +1570,19 @@ class Storage:
         """Remove objects by exact key; missing ones are no error."""
         raise NotImplementedError
 
-    def read(self, key: str) -> bytes:
-        """The bytes of an object."""
-        with self.open(key) as stream:
+    def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
+        """The bytes of an object; of the version of that entry, if given and still there."""
+        with self.open(key, entry=entry) as stream:
             return stream.read()
+
+    def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
+        """An object as it is now, and a function that opens ranges of just this version, whatever replaces it."""
+        entry = self.stat(key)
+        return entry, lambda start, end: self.open(key, start, end, entry)
+
+    def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """function of each item, in order; several at a time where waiting for the store takes the time."""
+        return map(function, items)
 
 
 class DiskStorage(Storage):
@@ -1592,7 +1627,7 @@ class DiskStorage(Storage):
         except OSError as error:
             raise self._read_failure(key, error) from error
 
-    def open(self, key: str, start: int = 0, end: Optional[int] = None) -> BinaryIO:
+    def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
         path = self.path(key)
         try:  # without O_NONBLOCK a FIFO in somebody's repository would hang every command
             file = os.fdopen(os.open(path, os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC), "rb", 0)
@@ -1601,11 +1636,14 @@ class DiskStorage(Storage):
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
             raise ReadError("%s is not a regular file." % path)
-        if start:
-            file.seek(start)
-        return file if end is None else LimitedStream(file, end - start)
+        return file if end is None and not start else FileRange(file, start, sys.maxsize if end is None else end)
 
-    def read(self, key: str) -> bytes:
+    def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
+        file = self.open(key)
+        return (self._entry(key, os.fstat(file.fileno())),
+                lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
+
+    def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
             return super().read(key)
         except OSError as error:
@@ -1620,10 +1658,23 @@ class DiskStorage(Storage):
             remove_file(path)
             raise self.write_failure(key, error) from error
 
+    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        temporary = self.temporary(key.rpartition("/")[2])
+        try:
+            os.makedirs(os.path.dirname(temporary), exist_ok=True)
+            with open(path, "rb", 0) as source, open(temporary, "xb", 0) as target:
+                for data in iter(lambda: source.read(MEMBER_BYTES), b""):
+                    write_all(target, data)
+                    progress(len(data))
+            self.move_in(temporary, key)
+        except OSError as error:
+            raise self.write_failure(key, error) from error
+        finally:
+            remove_file(temporary)
+
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
         lock = self.path("tmp/%s.lock" % key.rpartition("/")[2])
         try:
-            os.makedirs(os.path.dirname(lock), exist_ok=True)
             with FileLock(lock):
                 try:
                     old: Optional[bytes] = self.read(key)
@@ -1708,25 +1759,25 @@ BINARY = getattr(os, "O_BINARY", 0)
 CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 
-class LimitedStream:
-    """The next `length` bytes of a stream."""
+class FileRange:
+    """The bytes [start, end) of an open file, which is left open."""
 
-    def __init__(self, stream: BinaryIO, length: int) -> None:
-        self._stream, self._left = stream, length
+    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
+        self._file, self._position, self._end = file, start, end
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(self._left if size < 0 else min(size, self._left))
-        self._left -= len(data)
+        """Up to size bytes, none at the end."""
+        left = self._end - self._position
+        self._file.seek(self._position)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._position += len(data)
         return data
 
-    def close(self) -> None:
-        self._stream.close()
-
-    def __enter__(self) -> LimitedStream:
+    def __enter__(self) -> FileRange:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        self.close()
+        """The file belongs to others."""
 
 
 class FileLock:
@@ -1743,7 +1794,11 @@ class FileLock:
     def acquire(self, wait: bool = True) -> bool:
         """Take the lock; False if it is held by another and wait is False. Raises OSError."""
         while True:
-            descriptor = os.open(self.path, self._flags, 0o666)
+            try:
+                descriptor = os.open(self.path, self._flags, 0o666)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                continue
             if not lock_descriptor(descriptor, wait):
                 os.close(descriptor)
                 return False
@@ -1803,7 +1858,564 @@ def remove_file(path: str) -> None:
         pass
 
 
-BACKENDS: Dict[str, Callable[[str], Storage]] = {"file": DiskStorage}
+class Unreachable(ReplicateError):
+    """The store did not answer, or not sensibly: worth another try."""
+
+
+class Changed(ReplicateError):
+    """An object is not the version that was expected."""
+
+
+NO_BUCKET = "There is no bucket for %s. Is its name right? Reading never creates one; recording does."
+
+
+class CloudStorage(Storage):
+    """What S3 and Google Cloud Storage have in common: retries, ranged reading that resumes, parallel listing.
+
+    A backend gives the requests themselves and translates the SDK's errors, once, in translate().
+    """
+
+    ATTEMPTS = 10          # for each request, with growing pauses: 10 seconds in all
+    FIRST_PAUSE = 0.05     # seconds
+    LONGEST_PAUSE = 3.0
+    TIMEOUT = 20.0         # seconds without a byte after which a request has failed
+    PARALLEL = 16          # requests at a time
+    PART_BYTES = 8 << 20   # of an upload in parts, and of a ranged reading
+    has_index = True
+
+    def __init__(self, rest: str) -> None:
+        self.bucket, _, root = rest.partition("/")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}", self.bucket):
+            raise RepositoryConfigurationError("%r is no bucket name." % self.bucket)
+        self.root = root.strip("/") + "/" if root.strip("/") else ""
+        self.url = "%s://%s" % (self.scheme, rest)
+        self.attempts = self.ATTEMPTS
+        self._threads: Optional[Workers] = None
+
+    # -- what a backend provides
+
+    def translate(self, error: Exception, key: str) -> ReplicateError:
+        """The error of this module for one of the SDK's."""
+        raise NotImplementedError
+
+    def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
+        """Up to 1,000 entries below prefix, those named after `after` or from a page token on, and the next token."""
+        raise NotImplementedError
+
+    def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
+        """(stream of the bytes [start, end), version, size of the object); raises Changed for another version."""
+        raise NotImplementedError
+
+    def put(self, key: str, data: bytes, version: Optional[str]) -> None:
+        """Store an object; version: only if it is still this one ('' for none at all), else raises Changed."""
+        raise NotImplementedError
+
+    def put_parts(self, key: str, path: str, size: int, progress: Callable[[int], None]) -> None:
+        """Store a large file."""
+        raise NotImplementedError
+
+    def find_bucket(self) -> bool:
+        """Whether the bucket exists. Raises for one that is somebody else's."""
+        raise NotImplementedError
+
+    def create_bucket(self) -> None:
+        """Make the bucket."""
+        raise NotImplementedError
+
+    # -- what they share
+
+    def call(self, request: Callable[[], Any], key: str) -> Any:
+        """The result of a request, tried again with growing pauses while the failure may be a passing one."""
+        pause = self.FIRST_PAUSE
+        for attempt in range(self.attempts):
+            try:
+                return request()
+            except ReplicateError as error:
+                failure = error
+            except Exception as error:
+                failure = self.translate(error, key)
+                failure.__cause__ = error
+            if not isinstance(failure, Unreachable) or attempt == self.attempts - 1:
+                raise failure
+            console.debug("Trying again: %s" % failure)
+            time.sleep(pause * (0.5 + os.urandom(1)[0] / 256))
+            pause = min(2 * pause, self.LONGEST_PAUSE)
+
+    def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """function of each item, in order, several requests at a time."""
+        if self._threads is None:
+            self._threads = Workers(self.PARALLEL)
+        return self._threads.map(function, items)
+
+    def prepare(self) -> None:
+        if not self.call(self.find_bucket, ""):
+            self.call(self.create_bucket, "")
+            console.warning("The bucket %s did not exist: it was created. If that is a misspelling, delete it." %
+                            self.bucket)
+        probe = "tmp/probe.%s" % os.urandom(6).hex()
+        self.write(probe, b"")
+        self.delete([probe])
+
+    def list(self, folder: str) -> Iterator[Entry]:
+        """Pages; from the second on, the hex prefixes of the names are listed in parallel."""
+        def page(request: Tuple[str, str, Any]) -> Tuple[List[Entry], Any]:
+            return self.call(lambda: self.list_page(self.root + request[0], request[1], request[2]), folder)
+
+        def rest(request: Tuple[str, str]) -> List[Entry]:
+            prefix, after = request
+            entries, token = page((prefix, after, None))
+            while token:
+                more, token = page((prefix, "", token))
+                entries += more
+            return entries
+
+        entries, token = page((folder, "", None))
+        yield from (entry for entry in entries if "/" not in entry.key[len(folder):])
+        if not token:
+            return
+        last = entries[-1].key if entries else folder
+        digits = [digit for digit in "0123456789abcdef" if folder + digit >= last[:len(folder) + 1]]
+        requests = [(folder + digit, self.root + last if last.startswith(folder + digit) else "") for digit in digits]
+        for found in self.in_parallel(rest, requests):
+            yield from (entry for entry in found if "/" not in entry.key[len(folder):])
+
+    def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
+        if entry is not None:
+            end = entry.size if end is None else min(end, entry.size)
+        version = entry.version if entry is not None else None
+        return ResumingStream(self, key, start, end, version)  # type: ignore[return-value]
+
+    def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
+        try:
+            return super().read(key, entry)
+        except Changed:  # since it was listed
+            return super().read(key)
+
+    def write(self, key: str, data: bytes) -> None:
+        self.call(lambda: self.put(key, data, None), key)
+
+    def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
+        for _ in range(100):
+            try:
+                stream = ResumingStream(self, key)
+                old: Optional[bytes] = stream.read()
+                version = stream.version
+            except DoesNotExist:
+                old, version = None, ""
+            except Changed:  # while it was read
+                continue
+            new = change(old)
+            if new is None:
+                return
+            try:
+                self.call(lambda: self.put(key, new, version), key)  # noqa: B023
+                return
+            except Changed:  # by another machine, or by our own request whose answer was lost
+                continue
+        raise WriteError("%s in %s changes all the time: it could not be updated." % (key, self.url))
+
+    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        size = os.path.getsize(path)
+        if size > self.PART_BYTES:
+            self.put_parts(key, path, size, progress)
+        else:
+            with open(path, "rb") as file:
+                self.write(key, file.read())
+            progress(size)
+
+
+class ResumingStream:
+    """The bytes [start, end) of an object; when the connection breaks, it goes on where it was, in the same version."""
+
+    def __init__(self, storage: CloudStorage, key: str, start: int = 0, end: Optional[int] = None,
+                 version: Optional[str] = None) -> None:
+        self._storage, self._key = storage, key
+        self._position, self._end = start, end
+        self._stream: Any = None
+        self.version = version
+        if end is None or end > start:
+            self._storage.call(self._connect, key)
+
+    def _connect(self) -> None:
+        end = self._end if self._end is not None else self._position + (1 << 62)
+        self._stream, self.version, size = self._storage.read_part(self._key, self._position, end, self.version)
+        self._end = min(end, size)
+
+    def _read_once(self, size: int) -> bytes:
+        if self._stream is None:
+            self._connect()
+        try:
+            data = self._stream.read(size)
+            if not data:
+                raise Unreachable("%s: the connection was closed too early." % self._storage.url)
+            return data
+        except Exception:
+            self.close()
+            raise
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to size bytes, none at the end. Raises ReadError, Changed."""
+        if size < 0:
+            return b"".join(iter(lambda: self.read(1 << 20), b""))
+        size = min(size, self._end - self._position) if self._end is not None else 0
+        if size <= 0:
+            return b""
+        data = self._storage.call(lambda: self._read_once(size), self._key)
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            try:
+                stream.close()
+            except Exception:  # a broken connection: there is nothing left to close
+                pass
+
+    def __enter__(self) -> ResumingStream:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
+
+
+class S3Storage(CloudStorage):
+    """A bucket of Amazon S3 or of any store that speaks its protocol, with the standard settings of boto3."""
+
+    scheme = "s3"
+    MAX_PARTS = 9000
+    MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchUpload")
+    STALE = ("412", "PreconditionFailed", "ConditionalRequestConflict", "409")
+    PASSING = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed.Retry", "InternalError", "ServiceUnavailable",
+               "Throttling", "ThrottlingException", "TooManyRequests", "OperationAborted")
+
+    def __init__(self, rest: str) -> None:
+        super().__init__(rest)
+        try:
+            import boto3
+            import botocore.config
+            import botocore.exceptions
+        except ImportError as error:
+            raise RepositoryConfigurationError("s3:// repositories need boto3: install it with 'pip install boto3'. "
+                                               "Repositories on disk (file://) work without it.") from error
+        self._errors = botocore.exceptions
+        settings = {"connect_timeout": 5, "read_timeout": self.TIMEOUT, "max_pool_connections": 2 * self.PARALLEL,
+                    "retries": {"total_max_attempts": 1, "mode": "standard"}}
+        new_settings = {"request_checksum_calculation": "when_required",  # the default is refused by some stores
+                        "response_checksum_validation": "when_required"}
+        try:
+            config = botocore.config.Config(**settings, **new_settings)
+        except TypeError:  # an older botocore, which adds no checksums
+            config = botocore.config.Config(**settings)
+        try:
+            self._client = boto3.session.Session().client("s3", config=config)
+            self._client.meta.events.register("after-call.s3", self._note_clock)
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise RepositoryConfigurationError("%s cannot be used: %s." % (
+                self.url, short_reason(error).rstrip("."))) from error
+
+    def _note_clock(self, parsed: Dict[str, Any], **kwargs: Any) -> None:
+        self.clock_skew = http_date_skew(parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
+
+    def translate(self, error: Exception, key: str) -> ReplicateError:
+        name = "%s in %s" % (key, self.url) if key else self.url
+        reason = short_reason(error).rstrip(".")
+        if isinstance(error, self._errors.ClientError):
+            answer = error.response.get("Error", {})
+            code, status = str(answer.get("Code", "")), error.response.get("ResponseMetadata", {}).get(
+                "HTTPStatusCode", 0)
+            reason = "%s (%s)" % (str(answer.get("Message") or "no reason given").rstrip("."), code)
+            if code == "NoSuchBucket" or (status == 404 and not key):
+                return DoesNotExist(NO_BUCKET % self.url)
+            if code in self.STALE or status == 412:
+                return Changed("%s was changed by another process." % name)
+            if status >= 500 and code != "NotImplemented" or status == 429 or code in self.PASSING:
+                return Unreachable("%s cannot be reached: %s." % (self.url, reason))
+            if code in self.MISSING:
+                return DoesNotExist("%s does not exist." % name)
+            return ReadError("%s refuses: %s." % (name, reason))
+        if isinstance(error, (self._errors.NoCredentialsError, self._errors.PartialCredentialsError,
+                              self._errors.CredentialRetrievalError, self._errors.ParamValidationError,
+                              self._errors.NoRegionError, self._errors.SSLError)):
+            return ReadError("%s cannot be used: %s." % (self.url, reason))
+        if isinstance(error, (self._errors.BotoCoreError, OSError)) or type(error).__module__.startswith("urllib3"):
+            return Unreachable("%s cannot be reached: %s." % (self.url, reason))
+        return ReadError("%s: %s." % (name, reason))
+
+    def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
+        extra = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
+        page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1000, **extra)
+        entries = [Entry(item["Key"][len(self.root):], item["Size"], item["LastModified"].timestamp(),
+                         item["ETag"].strip('"')) for item in page.get("Contents", ())]
+        return entries, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+
+    def stat(self, key: str) -> Entry:
+        head = self.call(lambda: self._client.head_object(Bucket=self.bucket, Key=self.root + key), key)
+        return Entry(key, head["ContentLength"], head["LastModified"].timestamp(), head["ETag"].strip('"'))
+
+    def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
+        extra = {"IfMatch": '"%s"' % version} if version else {}
+        if start or end < 1 << 62:
+            extra["Range"] = "bytes=%d-%s" % (start, end - 1 if end < 1 << 62 else "")
+        answer = self._client.get_object(Bucket=self.bucket, Key=self.root + key, **extra)
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange") or "")
+        if extra.get("Range") and (found is None or int(found.group(1)) != start):
+            raise ReadError("%s answers a request for a part of %s with something else." % (self.url, key))
+        size = int(found.group(2)) if found else answer["ContentLength"]
+        return answer["Body"], answer["ETag"].strip('"'), size
+
+    def put(self, key: str, data: bytes, version: Optional[str]) -> None:
+        condition = {} if version is None else {"IfMatch": '"%s"' % version} if version else {"IfNoneMatch": "*"}
+        try:
+            self._client.put_object(Bucket=self.bucket, Key=self.root + key, Body=data, **condition)
+        except self._errors.ParamValidationError:  # an older boto3
+            self._client.put_object(Bucket=self.bucket, Key=self.root + key, Body=data)
+        except self._errors.ClientError as error:
+            if error.response.get("Error", {}).get("Code") != "NotImplemented" or not condition:
+                raise
+            self._client.put_object(Bucket=self.bucket, Key=self.root + key, Body=data)
+
+    def put_parts(self, key: str, path: str, size: int, progress: Callable[[int], None]) -> None:
+        target = {"Bucket": self.bucket, "Key": self.root + key}
+        length = max(self.PART_BYTES, size // self.MAX_PARTS + 1)
+        upload = self.call(lambda: self._client.create_multipart_upload(**target), key)["UploadId"]
+
+        def send(number: int) -> Dict[str, Any]:
+            with open(path, "rb") as file:
+                file.seek((number - 1) * length)
+                data = file.read(length)
+            answer = self.call(lambda: self._client.upload_part(UploadId=upload, PartNumber=number, Body=data, **target),
+                               key)
+            progress(len(data))
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        try:
+            parts = list(workers().map(send, range(1, (size + length - 1) // length + 1)))
+            self.call(lambda: self._complete(target, upload, parts), key)
+        except BaseException:
+            try:
+                self._client.abort_multipart_upload(UploadId=upload, **target)
+            except Exception as error:  # the store's own rules clean it up
+                console.debug("An unfinished upload of %s is left: %s" % (key, error))
+            raise
+
+    def _complete(self, target: Dict[str, str], upload: str, parts: List[Dict[str, Any]]) -> None:
+        try:
+            self._client.complete_multipart_upload(UploadId=upload, MultipartUpload={"Parts": parts}, **target)
+        except self._errors.ClientError as error:
+            if error.response.get("Error", {}).get("Code") != "NoSuchUpload":
+                raise
+            self._client.head_object(**target)  # an earlier try succeeded, and its answer was lost
+
+    def delete(self, keys: Iterable[str]) -> None:
+        names = [{"Key": self.root + key} for key in keys]
+        for start in range(0, len(names), 1000):
+            batch = {"Objects": names[start:start + 1000], "Quiet": True}
+            answer = self.call(lambda: self._client.delete_objects(Bucket=self.bucket, Delete=batch), "")  # noqa: B023
+            for error in answer.get("Errors", ()):
+                if error.get("Code") not in self.MISSING:
+                    raise WriteError("%s in %s cannot be removed: %s." % (
+                        str(error.get("Key", ""))[len(self.root):], self.url, error.get("Message")))
+
+    def find_bucket(self) -> bool:
+        try:
+            self._client.head_bucket(Bucket=self.bucket)
+            return True
+        except self._errors.ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+                return False
+            raise
+
+    def create_bucket(self) -> None:
+        region = self._client.meta.region_name
+        extra = {} if region in (None, "us-east-1", "aws-global") else {
+            "CreateBucketConfiguration": {"LocationConstraint": region}}
+        self._client.create_bucket(Bucket=self.bucket, **extra)
+
+
+class GCSStorage(CloudStorage):
+    """A bucket of Google Cloud Storage, with application default credentials, or STORAGE_EMULATOR_HOST."""
+
+    scheme = "gs"
+    PARALLEL = 10  # the SDK's pool of connections
+
+    def __init__(self, rest: str) -> None:
+        super().__init__(rest)
+        try:
+            import google.api_core.exceptions
+            import google.auth.exceptions
+            from google.cloud import storage
+            from google.cloud.storage.retry import DEFAULT_RETRY
+        except ImportError as error:
+            raise RepositoryConfigurationError(
+                "gs:// repositories need google-cloud-storage: install it with 'pip install google-cloud-storage'. "
+                "Repositories on disk (file://) work without it.") from error
+        self._errors, self._auth_errors = google.api_core.exceptions, google.auth.exceptions
+        self._chunk_retry = DEFAULT_RETRY
+        project = os.environ.get("GOOGLE_CLOUD_PROJECT")
+        try:
+            if os.environ.get("STORAGE_EMULATOR_HOST"):
+                from google.auth.credentials import AnonymousCredentials
+                self._client = storage.Client(project or "replicate", AnonymousCredentials())
+            else:
+                self._client = storage.Client(project)
+        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
+            raise RepositoryConfigurationError("%s cannot be used: %s." % (
+                self.url, short_reason(error).rstrip("."))) from error
+        self._client._http.hooks["response"].append(self._note_clock)
+        self._bucket = self._client.bucket(self.bucket)
+
+    def _note_clock(self, response: Any, *args: Any, **kwargs: Any) -> None:
+        self.clock_skew = http_date_skew(response.headers.get("date"))
+
+    def translate(self, error: Exception, key: str) -> ReplicateError:
+        name = "%s in %s" % (key, self.url) if key else self.url
+        reason = short_reason(getattr(error, "message", None) and Exception(error.message) or error).rstrip(".")
+        code = getattr(error, "code", None)
+        if isinstance(error, self._errors.NotFound):
+            missing = not key or "bucket" in reason.lower()
+            return DoesNotExist(NO_BUCKET % self.url if missing else "%s does not exist." % name)
+        if isinstance(error, self._errors.PreconditionFailed):
+            return Changed("%s was changed by another process." % name)
+        if isinstance(error, self._auth_errors.GoogleAuthError) and not isinstance(
+                error, self._auth_errors.TransportError):
+            return ReadError("%s cannot be used: %s." % (self.url, reason))
+        if isinstance(error, self._errors.GoogleAPICallError) and not (
+                isinstance(code, int) and (code >= 500 or code in (408, 429))):
+            return ReadError("%s refuses: %s." % (name, reason))
+        module = type(error).__module__.split(".")[0]
+        if isinstance(error, OSError) or module in ("google", "requests", "urllib3", "http"):
+            return Unreachable("%s cannot be reached: %s." % (self.url, reason))
+        return ReadError("%s: %s." % (name, reason))
+
+    def _blob(self, key: str) -> Any:
+        return self._bucket.blob(self.root + key)
+
+    def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
+        extra = {"start_offset": after} if after else {}
+        pages = self._client.list_blobs(self._bucket, prefix=prefix, page_token=token, max_results=None, page_size=1000,
+                                        fields="items(name,size,updated,generation),nextPageToken", retry=None,
+                                        timeout=self.TIMEOUT, **extra)
+        page = next(pages.pages, ())
+        entries = [Entry(blob.name[len(self.root):], blob.size or 0, blob.updated.timestamp(), str(blob.generation))
+                   for blob in page if blob.name != after]
+        return entries, pages.next_page_token
+
+    def stat(self, key: str) -> Entry:
+        blob = self._blob(key)
+        self.call(lambda: blob.reload(retry=None, timeout=self.TIMEOUT), key)
+        return Entry(key, blob.size or 0, blob.updated.timestamp(), str(blob.generation))
+
+    def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
+        blob = self._blob(key)
+        if version is None:
+            blob.reload(retry=None, timeout=self.TIMEOUT)
+            version = str(blob.generation)
+            size = blob.size or 0
+        else:
+            size = end
+        return GCSStream(self, blob, start, min(end, size), version), version, size  # type: ignore[return-value]
+
+    def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
+        """In one request, where the inherited method would first ask for the version."""
+        return self.call(lambda: self._blob(key).download_as_bytes(raw_download=True, checksum=None, retry=None,
+                                                                   timeout=self.TIMEOUT), key)
+
+    def download(self, blob: Any, start: int, end: int, version: str) -> bytes:
+        """The bytes [start, end) of one version of an object, in one request."""
+        data = blob.download_as_bytes(start=start, end=end - 1, raw_download=True, checksum=None, retry=None,
+                                      if_generation_match=int(version), timeout=self.TIMEOUT)
+        if len(data) != end - start:
+            raise Unreachable("%s: the connection was closed too early." % self.url)
+        return data
+
+    def put(self, key: str, data: bytes, version: Optional[str]) -> None:
+        self._blob(key).upload_from_string(data, "application/octet-stream", retry=None, timeout=self.TIMEOUT,
+                                           if_generation_match=None if version is None else int(version or 0))
+
+    def put_parts(self, key: str, path: str, size: int, progress: Callable[[int], None]) -> None:
+        blob = self._bucket.blob(self.root + key, chunk_size=self.PART_BYTES)
+
+        def send() -> None:
+            with CountingFile(path, progress) as file:
+                blob.upload_from_file(file, size=size, content_type="application/octet-stream", timeout=self.TIMEOUT,
+                                      retry=self._chunk_retry, checksum=None)
+        self.call(send, key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        def remove(key: str) -> None:
+            try:
+                self.call(lambda: self._blob(key).delete(retry=None, timeout=self.TIMEOUT), key)
+            except DoesNotExist:
+                pass
+
+        for _ in self.in_parallel(remove, keys):
+            pass
+
+    def find_bucket(self) -> bool:
+        return self._client.lookup_bucket(self.bucket, retry=None, timeout=self.TIMEOUT) is not None
+
+    def create_bucket(self) -> None:
+        self._client.create_bucket(self.bucket, retry=None, timeout=self.TIMEOUT)
+
+
+class GCSStream:
+    """A range of one version of an object, fetched in parts, each in one request."""
+
+    def __init__(self, storage: GCSStorage, blob: Any, start: int, end: int, version: str) -> None:
+        self._storage, self._blob, self._version = storage, blob, version
+        self._position, self._end = start, end
+        self._data = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        """Up to size bytes."""
+        if not self._data and self._position < self._end:
+            end = min(self._end, self._position + self._storage.PART_BYTES)
+            self._data = memoryview(self._storage.download(self._blob, self._position, end, self._version))
+            self._position = end
+        taken, self._data = self._data[:size], self._data[size:]
+        return bytes(taken)
+
+    def close(self) -> None:
+        self._data = memoryview(b"")
+
+
+class CountingFile:
+    """A file opened for reading that reports how many bytes are read for the first time."""
+
+    def __init__(self, path: str, progress: Callable[[int], None]) -> None:
+        self._file, self._progress, self._furthest = open(path, "rb"), progress, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        ahead = self._file.tell() - self._furthest
+        if ahead > 0:
+            self._furthest += ahead
+            self._progress(ahead)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> CountingFile:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._file.close()
+
+
+def http_date_skew(date: Optional[str]) -> float:
+    """How many seconds an HTTP Date header is ahead of our clock; 0 without one."""
+    if not date:
+        return 0.0
+    from email.utils import parsedate_to_datetime
+    try:
+        return parsedate_to_datetime(date).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+BACKENDS: Dict[str, Callable[[str], Storage]] = {"file": DiskStorage, "s3": S3Storage, "gs": GCSStorage}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2388,12 +3000,12 @@ class Archive:
 
     def __init__(self, storage: Storage, key: str) -> None:
         """Raises DoesNotExist, ReadError."""
-        self.storage, self.key = storage, key
-        self.size = storage.stat(key).size
+        entry, self._open = storage.pin(key)
+        self.size = entry.size
         self.table = Table.read(self._read_range, self.size) if self.size > FOOTER_BYTES else None
 
     def _read_range(self, start: int, end: int) -> bytes:
-        with self.storage.open(self.key, start, end) as stream:
+        with self._open(start, end) as stream:
             return read_fully(stream, end - start)
 
     def files(self, wanted: Callable[[str], bool], archive_id: str) -> Iterator[Tuple[TarMember, Iterator[Any]]]:
@@ -2442,7 +3054,7 @@ class Archive:
             raw += compressed
         if first is None:
             raise ReadError("its table of contents is wrong")
-        with self.storage.open(self.key, first, first + length) as stream:
+        with self._open(first, first + length) as stream:
             for compressed, size in chosen:
                 data = inflate_member(read_fully(stream, compressed), size)
                 yield data[skip:]
@@ -2450,7 +3062,8 @@ class Archive:
 
     def raw_members(self) -> Iterator[Tuple[int, bytes, int]]:
         """(number, compressed bytes, size) of each gzip member that the table names."""
-        with self.storage.open(self.key, 0, sum(compressed for compressed, _ in self.table.members)) as stream:
+        length = sum(compressed for compressed, _ in self.table.members)
+        with self._open(0, length) as stream:
             for number, (compressed, size) in enumerate(self.table.members):
                 yield number, read_fully(stream, compressed), size
 
@@ -2468,7 +3081,7 @@ class Archive:
                 done += compressed
             else:
                 return
-        with self.storage.open(self.key, done) as stream:
+        with self._open(done, self.size) as stream:
             yield from gunzip(stream)
 
 
@@ -2702,11 +3315,7 @@ class Journal:
         """Raises OSError."""
         self.key = "%s%s.%s.jsonl" % (JOURNALS, experiment_id, os.urandom(4).hex())
         self._lock = FileLock(storage.path(self.key), os.O_APPEND)
-        try:
-            self._lock.acquire()
-        except FileNotFoundError:
-            os.makedirs(storage.path(JOURNALS), exist_ok=True)
-            self._lock.acquire()
+        self._lock.acquire()
 
     def append(self, line: bytes) -> None:
         """Add a line; it survives the death of the process from here on. Raises OSError."""
@@ -2757,11 +3366,15 @@ def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> bo
 
 
 class Repository:
-    """Experiments and checkpoints in a storage; the layout is described in the README."""
+    """Experiments and checkpoints in a storage; the layout is described in the README.
 
-    def __init__(self, url: str, storage: Optional[Storage] = None) -> None:
+    pending: a repository on disk that holds what has not been sent to this one yet.
+    """
+
+    def __init__(self, url: str, storage: Optional[Storage] = None, pending: Optional[Repository] = None) -> None:
         self.url = url
         self.storage = storage or open_storage(url)
+        self.pending = pending
 
     # -- the format version
 
@@ -2811,33 +3424,69 @@ class Repository:
         merge_checkpoints(document, waiting)
         return document
 
-    def documents(self) -> Iterator[Dict[str, Any]]:
-        """Every readable experiment document; a warning for each of the others."""
-        waiting = {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
-        for entry in self.storage.list(EXPERIMENTS):
-            experiment_id = entry.name[:-5] if entry.name.endswith(".json") else entry.name
-            try:
-                if not is_id(experiment_id) or not entry.name.endswith(".json"):
-                    raise ReadError("its name is not that of an experiment")
-                document = self._decode(self.storage.read(entry.key), experiment_id)
-            except DoesNotExist:  # removed since it was listed
-                continue
-            except ReadError as error:
-                console.warning("Skipped the unreadable document %s: %s." % (entry.key, str(error).rstrip(".")))
-                continue
-            if experiment_id in waiting:
-                merge_checkpoints(document, waiting[experiment_id])
-            yield document
-
     def experiments(self) -> List[Experiment]:
-        """Every readable experiment, oldest first."""
-        running = self.running()
-        found = [Experiment(document, running=document["id"] in running) for document in self.documents()]
+        """Every readable experiment with all of its checkpoints, oldest first."""
+        running, waiting = self.running(), self._waiting()
+        found = [Experiment(document, running=document["id"] in running)
+                 for document in self._documents(self._entries(), waiting)]
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
     def summaries(self) -> List[Summary]:
-        """What a listing shows of every readable experiment, oldest first."""
-        return [Summary.of(experiment, bool(experiment._running)) for experiment in self.experiments()]
+        """What a listing shows of every readable experiment, oldest first; only what changed is read again."""
+        running, waiting = self.running(), self._waiting()
+        entries = self._entries()
+        cache = SummaryCache(self.url)
+        found = cache.take(entries, waiting)
+        stale = [entry for entry in entries if entry.name[:-5] not in found]
+        index = None
+        if self.storage.has_index and len(stale) >= SummaryCache.MIN_STALE:
+            index = SummaryCache.of_index(self.storage)
+            found.update(index.take(stale, waiting))
+            stale = [entry for entry in entries if entry.name[:-5] not in found]
+        for document in self._documents(stale, waiting):
+            found[document["id"]] = Summary.of(Experiment(document))
+        cache.keep(entries, found, waiting)
+        if index is not None and len(stale) >= max(SummaryCache.MIN_STALE, len(entries) // 10):
+            index.publish(self.storage, entries, found)
+        for experiment_id, summary in found.items():
+            summary.running = experiment_id in running
+        return sorted(found.values(), key=lambda row: (canonical_time(row.data["created"]), row.id))
+
+    def _waiting(self) -> Dict[str, List[bytes]]:
+        """The contents of the journals by experiment; read before the documents, into which they may be folded."""
+        return {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
+
+    def _entries(self) -> List[Entry]:
+        """The documents in the storage; a warning for each file of another name."""
+        entries = []
+        for entry in self.storage.list(EXPERIMENTS):
+            if entry.name.endswith(".json") and is_id(entry.name[:-5]):
+                entries.append(entry)
+            else:
+                console.warning("Skipped the unreadable document %s: its name is not that of an experiment." % entry.key)
+        return entries
+
+    def _documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Iterator[Dict[str, Any]]:
+        """The readable documents of these entries, with their journals; a warning for each of the others."""
+        def read(entry: Entry) -> Any:
+            try:
+                return self.storage.read(entry.key, entry)
+            except ReplicateError as error:
+                return error
+
+        for entry, data in zip(entries, self.storage.in_parallel(read, entries)):
+            experiment_id = entry.name[:-5]
+            if isinstance(data, DoesNotExist):  # removed since it was listed
+                continue
+            try:
+                if isinstance(data, ReplicateError):
+                    raise data
+                document = self._decode(data, experiment_id)
+            except ReadError as error:
+                console.warning("Skipped the unreadable document %s: %s." % (entry.key, str(error).rstrip(".")))
+                continue
+            merge_checkpoints(document, waiting.get(experiment_id, ()))
+            yield document
 
     def _decode(self, data: bytes, experiment_id: str) -> Dict[str, Any]:
         return checked_experiment(decode_json(data, "it"), experiment_id)
@@ -2852,14 +3501,21 @@ class Repository:
     def running(self) -> Set[str]:
         """The IDs of the experiments whose last heartbeat is recent."""
         return {entry.name[:-5] for entry in self.storage.list(HEARTBEATS)
-                if entry.name.endswith(".json") and self._is_recent(entry.key)}
+                if entry.name.endswith(".json") and self._is_recent(entry)}
 
     def is_running(self, experiment_id: str) -> bool:
-        return self._is_recent(heartbeat_key(experiment_id))
-
-    def _is_recent(self, key: str) -> bool:
+        """Whether the last heartbeat of an experiment is recent."""
         try:
-            beat = parse_time(decode_json(self.storage.read(key), key)["last_heartbeat"])
+            return self._is_recent(self.storage.stat(heartbeat_key(experiment_id)))
+        except DoesNotExist:
+            return False
+
+    def _is_recent(self, entry: Entry) -> bool:
+        """By the heartbeat's content on disk, by its own modification time and the server's clock on a bucket."""
+        if not self.storage.has_journals:
+            return entry.modified > time.time() + self.storage.clock_skew - HEARTBEAT_TIMEOUT
+        try:
+            beat = parse_time(decode_json(self.storage.read(entry.key), entry.key)["last_heartbeat"])
         except (ReplicateError, TypeError, KeyError, ValueError):
             return False
         return beat.timestamp() > time.time() - HEARTBEAT_TIMEOUT
@@ -2936,17 +3592,25 @@ class Repository:
 
     def find_all(self, prefixes: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
         """One experiment or checkpoint for each prefix; raises DoesNotExist for the first that fits none or several."""
-        experiments = self.experiments()
+        summaries = self.summaries()
+        loaded: Dict[str, Experiment] = {}
+
+        def load(experiment_id: str) -> Experiment:
+            if experiment_id not in loaded:
+                loaded[experiment_id] = Experiment(self.load(experiment_id))
+            return loaded[experiment_id]
+
         found = []
         for prefix in prefixes:
             candidates: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
-            for experiment in experiments if prefix else ():
-                if experiment.id.startswith(prefix):
-                    candidates.append((experiment.id, experiment, None))
-                candidates.extend((checkpoint.id, experiment, checkpoint) for checkpoint in experiment.checkpoints
-                                  if checkpoint.id.startswith(prefix))
-            exact = [candidate for candidate in candidates if candidate[0] == prefix]
-            candidates = exact or candidates
+            for summary in summaries if is_id(prefix) else ():
+                if summary.id.startswith(prefix):
+                    candidates.append((summary.id, load(summary.id), None))
+                if summary.may_have_checkpoint(prefix):
+                    experiment = load(summary.id)
+                    candidates.extend((checkpoint.id, experiment, checkpoint) for checkpoint in experiment.checkpoints
+                                      if checkpoint.id.startswith(prefix))
+            candidates = [candidate for candidate in candidates if candidate[0] == prefix] or candidates
             if not candidates:
                 raise DoesNotExist("Experiment or checkpoint not found: %s" % (prefix or "the ID is empty"))
             if len(candidates) > 1:
@@ -3008,6 +3672,11 @@ class Repository:
 
     def archive(self, kind: str, item_id: str) -> Archive:
         """The archive of an experiment or checkpoint. Raises DoesNotExist, ReadError."""
+        if self.pending is not None:
+            try:
+                return self.pending.archive(kind, item_id)
+            except DoesNotExist:
+                pass
         return Archive(self.storage, archive_key(kind, item_id))
 
     def layers(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
@@ -3029,6 +3698,108 @@ class Repository:
                     return file
         owner = checkpoint or experiment
         raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
+
+
+class SummaryCache:
+    """Summaries of documents, each with the version of its document: `<id> <version> <JSON>` lines.
+
+    Kept in a file of this user, and for a bucket as an object too, from which a machine that has never listed it
+    starts. A summary counts only if the document has just that version now, so that a stale cache costs time and never
+    shows anything wrong. Every line is read with the suspicion that documents are read with.
+    """
+
+    KEY = "index/summaries-1.gz"
+    MIN_STALE = 100            # changed documents from which on the index object is read or written
+    MAX_BYTES = 512 << 20      # of an index object when unpacked
+    MAX_FILES = 64             # repositories in the cache directory
+    SETTLED_SECONDS = 2.0      # a file changed more recently could change again without looking different
+
+    def __init__(self, url: str, data: Optional[bytes] = None) -> None:
+        name = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-100:]
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        self._path = os.path.join(base, "replicate", "%s-%08x" % (name, zlib.crc32(os.fsencode(url))))
+        self._lines: Dict[str, bytes] = {}
+        self._listed = time.time()
+        for line in (self._read() if data is None else data).split(b"\n"):
+            if line:
+                self._lines[line[:line.find(b" ")].decode("ascii", "replace")] = line
+
+    def _read(self) -> bytes:
+        try:
+            with open(self._path, "rb") as file:
+                return file.read()
+        except OSError:
+            return b""
+
+    @classmethod
+    def of_index(cls, storage: Storage) -> SummaryCache:
+        """The index object of a bucket; empty if there is none or it cannot be used."""
+        try:
+            data = b"".join(_limited(gunzip(storage.open(cls.KEY)), cls.MAX_BYTES))
+        except (ReplicateError, EOFError, zlib.error):
+            data = b""
+        return cls("", data)
+
+    def take(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Dict[str, Summary]:
+        """The summaries of those entries whose version is known, and that have no journal."""
+        found = {}
+        for entry in entries:
+            experiment_id = entry.name[:-5]
+            line = self._lines.get(experiment_id, b"").split(b" ", 2)
+            if len(line) == 3 and line[1] == entry.version.encode() and experiment_id not in waiting:
+                try:
+                    found[experiment_id] = Summary.checked(decode_json(line[2], "a summary"), experiment_id)
+                except ReadError:
+                    continue
+        return found
+
+    def keep(self, entries: Sequence[Entry], found: Dict[str, Summary], waiting: Dict[str, List[bytes]]) -> None:
+        """Remember the summaries of these entries in the file, if that changes it and it can be written."""
+        lines = {}
+        for entry in entries:
+            experiment_id = entry.name[:-5]
+            settled = entry.modified < self._listed - self.SETTLED_SECONDS
+            if experiment_id in found and experiment_id not in waiting and settled:
+                lines[experiment_id] = self._line(entry, found[experiment_id])
+        if lines == self._lines or not (lines or self._lines):
+            return
+        directory = os.path.dirname(self._path)
+        temporary = "%s.%s" % (self._path, os.urandom(6).hex())
+        try:
+            os.makedirs(directory, 0o700, exist_ok=True)
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(b"\n".join(lines.values()))
+            os.replace(temporary, self._path)
+            files = sorted(os.scandir(directory), key=lambda entry: entry.stat().st_mtime)
+            for entry in files[:-self.MAX_FILES]:
+                remove_file(entry.path)
+        except OSError as error:
+            remove_file(temporary)
+            console.debug("The cache cannot be written: %s" % error)
+
+    def _line(self, entry: Entry, summary: Summary) -> bytes:
+        known = self._lines.get(summary.id)
+        if known is not None and known.startswith(b"%s %s " % (summary.id.encode(), entry.version.encode())):
+            return known
+        return b"%s %s %s" % (summary.id.encode(), entry.version.encode(), encode_json(summary.data, indent=None))
+
+    def publish(self, storage: Storage, entries: Sequence[Entry], found: Dict[str, Summary]) -> None:
+        """Write the index object for others; without permission to write there is none."""
+        lines = [self._line(entry, found[entry.name[:-5]]) for entry in entries if entry.name[:-5] in found]
+        packer = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, 31)
+        try:
+            storage.write(self.KEY, packer.compress(b"\n".join(lines)) + packer.flush())
+        except ReplicateError as error:
+            console.debug("The index was not written: %s" % error)
+
+
+def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """pieces, up to a total length; raises ReadError beyond it."""
+    for piece in pieces:
+        limit -= len(piece)
+        if limit < 0:
+            raise ReadError("it is too large")
+        yield piece
 
 
 class DocumentText:
@@ -3231,7 +4002,7 @@ def process_is_alive(pid: int) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 8  Recorder: snapshots, journal, heartbeat, signals
+# 8  Recorder: snapshots, journal, sending, signals
 # ------------------------------------------------------------------------------------------------------------------
 
 FOLD_INTERVAL = 1.0     # seconds between two writings of a document, at least
@@ -3376,15 +4147,258 @@ def _write_archive(storage: DiskStorage, key: str, write: Callable[[BinaryIO], A
         remove_file(path)
 
 
-class Recorder:
-    """Records one experiment of this process into a repository on disk.
+# What is recorded for a bucket is first a repository of its own on disk, the pending area, from which it is sent.
 
-    checkpoint() writes the files and a line of a journal, which is all that must not be lost. Two threads do the rest:
-    the clock writes heartbeats and folds the journal into the document, the packer compresses archives.
+PENDING = os.path.join(".replicate", "pending")
+SENT_KEY = "replicate_sent"     # in a pending document: the bucket has it, so that it is not created again
+REACH_SECONDS = 5.0             # that init() gives an unreachable bucket
+FIRST_SEND_PAUSE = 1.0          # between two tries to send
+LONGEST_SEND_PAUSE = 60.0
+
+
+def pending_repository(directory: str, url: str) -> Repository:
+    """The pending area of a project for a bucket."""
+    name = "%s-%08x" % (re.sub(r"[^A-Za-z0-9.]+", "-", url), zlib.crc32(os.fsencode(url)))
+    return Repository("file://" + os.path.join(directory, PENDING, name))
+
+
+def owner_lock(pending: Repository, experiment_id: str) -> FileLock:
+    """The lock that the process which records an experiment holds: nobody else sends it meanwhile."""
+    return FileLock(pending.storage.path("%s%s.owner" % (JOURNALS, experiment_id)))  # type: ignore[attr-defined]
+
+
+class Sent:
+    """How much was sent."""
+
+    def __init__(self) -> None:
+        self.experiments = self.checkpoints = self.bytes = 0
+
+    def __str__(self) -> str:
+        return "%s and %s (%s of files)" % (plural(self.experiments, "experiment"),
+                                            plural(self.checkpoints, "checkpoint"), format_size(self.bytes))
+
+
+def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[int], None]) -> int:
+    """Copy an object between storages, unless it is there; returns its size. Raises DoesNotExist for a missing one."""
+    entry = source.stat(key)
+    try:
+        if target.stat(key).size == entry.size:
+            return entry.size
+    except DoesNotExist:
+        pass
+    if isinstance(source, DiskStorage):
+        target.upload(key, source.path(key), progress)
+        return entry.size
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="replicate-") as directory:
+        path = os.path.join(directory, "copy")
+        with source.open(key, entry=entry) as stream, open(path, "xb", 0) as file:
+            for data in iter(lambda: stream.read(1 << 20), b""):
+                write_all(file, data)
+        target.upload(key, path, progress)
+    return entry.size
+
+
+def send_experiment(source: Repository, target: Repository, document: Dict[str, Any], checkpoints: List[Dict[str, Any]],
+                    sent: Sent, progress: Callable[[int], None]) -> None:
+    """Copy an experiment and these of its checkpoints, the document last; what the target has already stays.
+
+    Raises ExperimentGone if the document says that it was sent before, and the target does not have it any more.
+    """
+    keys = [archive_key("experiments", document["id"])] if document.get("path") else []
+    keys += [archive_key("checkpoints", item["id"]) for item in checkpoints if item.get("path")]
+
+    def copy(key: str) -> int:
+        try:
+            return copy_object(source.storage, target.storage, key, progress)
+        except DoesNotExist:  # sent before, or removed
+            return 0
+
+    sent.bytes += sum(target.storage.in_parallel(copy, keys))
+    header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY)}
+
+    def change(old: Optional[bytes]) -> Optional[bytes]:
+        if old is None:
+            if document.get(SENT_KEY):
+                raise ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
+            return DocumentText(dict(header, checkpoints=checkpoints)).text
+        there = target._decode(old, document["id"])
+        known = {item["id"] for item in there.get("checkpoints") or ()}
+        new = [item for item in checkpoints if item["id"] not in known]
+        there["checkpoints"] = (there.get("checkpoints") or []) + new
+        return DocumentText(there).text if new else None
+
+    target.storage.update(document_key(document["id"]), change)
+    sent.checkpoints += len(checkpoints)
+
+
+def send_pending(pending: Repository, remote: Repository, experiment_id: str, unready: Set[str], finished: bool,
+                 sent: Sent, progress: Callable[[int], None] = lambda count: None) -> None:
+    """Send what is pending of an experiment but the unready checkpoints, and remove it here once it is there.
+
+    finished: its recording has ended, so that nothing of it stays here. Raises Unreachable and the like.
+    """
+    document = pending.load(experiment_id)
+    ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]
+    if ready or not document.get(SENT_KEY):
+        if experiment_id in unready:
+            return
+        try:
+            send_experiment(pending, remote, document, ready, sent, progress)
+        except ExperimentGone:
+            pending.remove_experiment(Experiment(document))
+            raise
+        sent.experiments += 1
+    done = {item["id"] for item in ready}
+    if finished and not unready:
+        pending.remove_experiment(Experiment(document))
+        return
+
+    def change(old: Optional[bytes]) -> Optional[bytes]:
+        if old is None:
+            return None
+        kept = pending._decode(old, experiment_id)
+        kept["checkpoints"] = [item for item in kept.get("checkpoints") or () if item["id"] not in done]
+        kept[SENT_KEY] = True
+        return DocumentText(kept).text
+
+    pending.storage.update(document_key(experiment_id), change)
+    pending.storage.delete([archive_key("checkpoints", item_id) for item_id in done] +
+                           [archive_key("experiments", experiment_id)])
+
+
+def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
+                   progress: Callable[[int], None] = lambda count: None) -> List[str]:
+    """Send what processes that have ended left behind; returns the IDs of those that a live process still records."""
+    busy = []
+    pending.fold_abandoned()
+    for entry in list(pending.storage.list(EXPERIMENTS)):
+        experiment_id = entry.name[:-5]
+        if not is_id(experiment_id):
+            continue
+        lock = owner_lock(pending, experiment_id)
+        if not lock.acquire(wait=False):
+            busy.append(experiment_id)
+            continue
+        try:
+            send_pending(pending, remote, experiment_id, set(), True, sent, progress)
+        except (DoesNotExist, ExperimentGone) as error:  # sent by another process meanwhile, or removed from the bucket
+            console.debug(str(error))
+        finally:
+            lock.release()
+    return busy
+
+
+class Sender:
+    """Sends what a recorder has written from the pending area to the bucket, in the background."""
+
+    def __init__(self, recorder: Recorder, remote: Repository, prepared: bool) -> None:
+        self.recorder, self.remote = recorder, remote
+        self.lock = owner_lock(recorder.repository, recorder.experiment.id)
+        self.sent = Sent()
+        self._prepared = prepared
+        self._offline = not prepared
+        self._stopping = False
+        self._due = True
+        self._wake = threading.Condition()
+        self._is_sending = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="replicate-sender", daemon=True)
+
+    def start(self) -> None:
+        """Start sending."""
+        self._thread.start()
+
+    def notify(self) -> None:
+        """Something new is in the document."""
+        with self._wake:
+            self._due = True
+            self._wake.notify_all()
+
+    def _run(self) -> None:
+        pause, abandoned = FIRST_SEND_PAUSE, True
+        while True:
+            with self._wake:
+                while not self._due and not self._stopping:
+                    self._wake.wait()
+                if self._stopping or self.recorder.gone:
+                    return
+                self._due = False
+            try:
+                self.send(finished=False)
+                if abandoned:
+                    send_abandoned(self.recorder.repository, self.remote, Sent())
+                abandoned, pause = False, FIRST_SEND_PAUSE
+                if self._offline:
+                    self._offline = False
+                    console.info("%s can be reached again." % self.remote.url)
+            except (ExperimentGone, DoesNotExist) as error:
+                if isinstance(error, DoesNotExist) and not self.recorder.gone:
+                    self._fail(error)
+                self.recorder.lose()
+                return
+            except Exception as error:  # tried again after a pause
+                self._fail(error)
+                with self._wake:
+                    self._due = True
+                    self._wake.wait_for(lambda: self._stopping, pause)
+                pause = min(2 * pause, LONGEST_SEND_PAUSE)
+
+    def _fail(self, error: Exception) -> None:
+        """Say once that sending does not work, until it works again."""
+        if not self._offline:
+            self._offline = True
+            console.warning("%s\nRecording goes on in %s, and sending is tried again." % (
+                _problem(error) + ".", self.recorder.repository.url))
+        console.debug("Sending failed: %s" % error)
+
+    def send(self, finished: bool, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Send what is in the document, but for archives that are still being compressed."""
+        with self._is_sending:
+            if not self._prepared:
+                self.remote.prepare()
+                self._prepared = True
+            send_pending(self.recorder.repository, self.remote, self.recorder.experiment.id, self.recorder.packing(),
+                         finished, self.sent, progress)
+
+    def stop(self, timeout: Optional[float]) -> None:
+        """Send the rest, for a limited time where the bucket cannot be reached; what is left stays pending."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        url = self.remote.url
+        try:
+            if self._offline or timeout is not None:
+                self.remote.storage.attempts = 2  # type: ignore[attr-defined]
+            with Progress("Sending the last checkpoints to %s" % url, 0) as progress:
+                self._thread.join(timeout)
+                if not self._thread.is_alive():
+                    self.send(finished=True, progress=progress.add)
+                    return
+        except KeyboardInterrupt:
+            console.warning("Interrupted.")
+        except ExperimentGone:
+            self.recorder.lose()
+            return
+        except Exception as error:
+            console.warning(_problem(error) + ".")
+        finally:
+            self.lock.release()
+        console.warning("Not everything was sent to %s. The rest is safe in %s, and is sent by the next run in this "
+                        "project or by '%s push'." % (url, self.recorder.repository.url, program_name()))
+
+
+class Recorder:
+    """Records one experiment of this process into a repository on disk: the user's own, or the pending area.
+
+    checkpoint() writes the files and a line of a journal, which is all that must not be lost. Threads do the rest: the
+    clock folds the journal into the document, the pulse writes heartbeats, the packer compresses archives, and a
+    Sender takes it all to the bucket, if that is where it belongs.
     """
 
-    def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True) -> None:
+    def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True,
+                 remote: Optional[Repository] = None, prepared: bool = True) -> None:
         self.repository = repository
+        self.target = remote or repository
         self.storage: DiskStorage = repository.storage  # type: ignore[assignment]
         self.experiment = experiment
         self.directory = directory
@@ -3403,20 +4417,25 @@ class Recorder:
         self._stopping = False
         self._reported: Set[str] = set()
         self._next_fold: Optional[float] = None
-        self._next_beat = time.monotonic() + HEARTBEAT_INTERVAL if heartbeat else float("inf")
         self._last_fold = float("-inf")
         self._fold_pause = FOLD_INTERVAL
         self._next_message = 0.0
         self._skipped_messages = 0
-        self._threads = [threading.Thread(target=work, name="replicate-" + work.__name__.strip("_"), daemon=True)
-                         for work in (self._clock, self._pack)]
+        self._sender = Sender(self, remote, prepared) if remote else None
+        self._packer = threading.Thread(target=self._pack, name="replicate-packer", daemon=True)
+        self._others = [threading.Thread(target=work, name="replicate-" + work.__name__.strip("_"), daemon=True)
+                        for work in (self._clock, self._pulse)]
+        if self._sender:
+            self._sender.lock.acquire()
 
-    def start(self) -> None:
+    def start(self, beat: bool = True) -> None:
         """Start the threads and mark the experiment as running. Raises WriteError."""
-        if self.heartbeat:
-            self.repository.beat(self.experiment.id)
-        for thread in self._threads:
+        if self.heartbeat and beat:
+            self.target.beat(self.experiment.id)
+        for thread in [self._packer] + self._others:
             thread.start()
+        if self._sender:
+            self._sender.start()
         _recorders.append(self)
         install_exit_hooks()
 
@@ -3438,7 +4457,7 @@ class Recorder:
             try:
                 if path is not None:
                     item["path"] = relative_path(path, self.directory)
-                    sources = find_sources(self.directory, item["path"], repository_directories(self.repository))
+                    sources = find_sources(self.directory, item["path"], [self.storage.root])
                     if not sources:
                         raise ValueError("path %r holds no file that may be saved" % (path,))
                     self._save_files(item["id"], sources, quiet)
@@ -3471,9 +4490,13 @@ class Recorder:
                 self._wait_for_packer(deadline)
                 self._fold()
                 if not self.gone:
-                    if self.heartbeat:
-                        self.storage.delete([heartbeat_key(self.experiment.id)])
                     self.storage.sync(self._keys + [document_key(self.experiment.id)])
+                if self._sender:
+                    self._sender.stop(deadline - time.monotonic() if deadline is not None else None)
+                if self.heartbeat and not self.gone:
+                    self.target.storage.delete([heartbeat_key(self.experiment.id)])
+            except Unreachable as error:
+                console.debug(str(error))  # the heartbeat stops counting by itself
             except ReplicateError as error:
                 self._report(error)
 
@@ -3486,9 +4509,12 @@ class Recorder:
             for journal in self._unfolded + ([self._journal] if self._journal else []):
                 journal.close(remove=True)
             self._journal, self._unfolded = None, []
+        keys = self._keys + [archive_key("experiments", self.experiment.id), heartbeat_key(self.experiment.id)]
         try:
-            self.storage.delete(self._keys + [heartbeat_key(self.experiment.id),
-                                              archive_key("experiments", self.experiment.id)])
+            self.storage.delete(keys)
+            if self._sender:
+                self.repository.remove_experiment(self.experiment)
+                self.target.storage.delete(keys)
         except ReplicateError as error:
             console.debug(str(error))
 
@@ -3501,7 +4527,7 @@ class Recorder:
             if len(self._packing) >= MAX_PACKING:
                 if not quiet:
                     console.info("Waiting until earlier checkpoints are compressed...")
-                while len(self._packing) >= MAX_PACKING and not self.gone and self._threads[1].is_alive():
+                while len(self._packing) >= MAX_PACKING and not self.gone and self._packer.is_alive():
                     self._changed.wait(1.0)
         shrinkable = save_archive(self.storage, "checkpoints", checkpoint_id, sources)
         with self._changed:
@@ -3514,6 +4540,11 @@ class Recorder:
             with self._changed:
                 self._packing.append((kind, item_id, shrinkable))
                 self._changed.notify_all()
+
+    def packing(self) -> Set[str]:
+        """The IDs whose archives are being compressed or wait for it."""
+        with self._lock:
+            return {item_id for _, item_id, _ in self._packing}
 
     def _pack(self) -> None:
         """The packer thread."""
@@ -3534,11 +4565,13 @@ class Recorder:
                 if self._packing:
                     self._packing.pop(0)
                 self._changed.notify_all()
+            if self._sender:
+                self._sender.notify()
 
     def _wait_for_packer(self, deadline: Optional[float]) -> None:
         total = len(self._packing)
         with Progress("Compressing the last checkpoints", 0) as progress, self._changed:
-            while self._packing and self._threads[1].is_alive():
+            while self._packing and self._packer.is_alive():
                 if deadline is not None and time.monotonic() >= deadline:
                     return
                 self._changed.wait(0.2)
@@ -3564,27 +4597,39 @@ class Recorder:
                 self._changed.notify_all()
 
     def _clock(self) -> None:
-        """The clock thread: heartbeats and folding, each when it is due."""
+        """The clock thread folds the journal when that is due."""
         while True:
             with self._changed:
                 while not self._stopping and not self.gone:
-                    due = self._next_beat if self._next_fold is None else min(self._next_beat, self._next_fold)
-                    left = due - time.monotonic()
-                    if left <= 0:
+                    left = self._next_fold - time.monotonic() if self._next_fold is not None else None
+                    if left is not None and left <= 0:
                         break
-                    self._changed.wait(min(left, HEARTBEAT_INTERVAL))
+                    self._changed.wait(left)
                 if self._stopping or self.gone:
                     return
             try:
-                now = time.monotonic()
-                if self._next_fold is not None and now >= self._next_fold:
-                    self._fold()
-                if now >= self._next_beat:
-                    self._next_beat = now + HEARTBEAT_INTERVAL
-                    self.storage.stat(document_key(self.experiment.id))
-                    self.repository.beat(self.experiment.id)
+                self._fold()
+            except Exception as error:  # tried again at the next turn
+                self._report(error)
+
+    def _pulse(self) -> None:
+        """The pulse thread writes heartbeats, as long as the experiment is there."""
+        next_beat = time.monotonic() + HEARTBEAT_INTERVAL
+        while True:
+            with self._changed:
+                while not self._stopping and not self.gone and time.monotonic() < next_beat:
+                    self._changed.wait(next_beat - time.monotonic())
+                if self._stopping or self.gone:
+                    return
+            next_beat = time.monotonic() + HEARTBEAT_INTERVAL
+            try:
+                self.storage.stat(document_key(self.experiment.id))
+                if self.heartbeat:
+                    self.target.beat(self.experiment.id)
+            except Unreachable as error:
+                console.debug(str(error))
             except DoesNotExist:
-                self._lose()
+                self.lose()
             except Exception as error:  # tried again at the next turn
                 self._report(error)
 
@@ -3606,7 +4651,7 @@ class Recorder:
             try:
                 self.repository.fold(self.experiment.id, [journal.key for journal in journals], self._text)
             except (ExperimentGone, DoesNotExist):
-                self._lose()
+                self.lose()
                 return
             except ReplicateError:
                 with self._lock:
@@ -3619,13 +4664,15 @@ class Recorder:
                 self._last_fold = time.monotonic()
                 self._fold_pause = min(MAX_FOLD_INTERVAL, max(FOLD_INTERVAL,
                                                               FOLD_SHARE * (self._last_fold - started)))
+            if self._sender:
+                self._sender.notify()
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
         """The experiment was removed by somebody: say so once, and leave nothing behind."""
         if not self.gone:
             self.abandon()
             console.error("Experiment %s was removed from %s: it is not recorded any more." %
-                          (self.experiment.short_id(), self.repository.url))
+                          (self.experiment.short_id(), self.target.url))
 
     # -- messages
 
@@ -3646,7 +4693,7 @@ class Recorder:
         self._next_message, self._skipped_messages = now + 1.0, 0
         console.info("Checkpoint %s at step %d%s%s" % (
             checkpoint.short_id(), checkpoint.step,
-            ": saved %s to %s" % (checkpoint.path, self.repository.url) if checkpoint.path else "", more))
+            ": saved %s to %s" % (checkpoint.path, self.target.url) if checkpoint.path else "", more))
 
 
 def _problem(error: BaseException) -> str:
@@ -3694,9 +4741,37 @@ def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]
     return None
 
 
-def repository_directories(repository: Repository) -> List[str]:
-    """The directories of a repository that must not be packed into itself."""
-    return [repository.storage.root] if isinstance(repository.storage, DiskStorage) else []
+def warn_of_secrets(params: Dict[str, Any]) -> None:
+    """Warn of params that look like keys."""
+    for name, value in params.items():
+        if isinstance(value, str) and re.search(SECRET_SHAPES, value):
+            console.warning("The param %r looks like a secret, and everyone who reads the repository can see it." % name)
+
+
+def prepare_in_time(repository: Repository) -> bool:
+    """Prepare a repository for recording; False if it could not be reached in time. Raises what makes it useless."""
+    outcome: List[Any] = []
+
+    def prepare() -> None:
+        try:
+            repository.prepare()
+            outcome.append(None)
+        except BaseException as error:  # raised below, in the thread of the caller
+            outcome.append(error)
+
+    if repository.storage.has_journals:
+        repository.prepare()
+        return True
+    thread = threading.Thread(target=prepare, name="replicate-prepare", daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    if not outcome or isinstance(outcome[0], Unreachable):
+        console.warning("%s cannot be reached%s\nRecording goes on in %s, and sending is tried again." % (
+            repository.url, ": it does not answer." if not outcome else ", for now: %s" % _problem(outcome[0]), PENDING))
+        return False
+    if outcome[0] is not None:
+        raise outcome[0]
+    return True
 
 
 def warn_if_disk_is_low(directory: str, size: int, reported: Set[str]) -> None:
@@ -3830,46 +4905,68 @@ class Project:
     def repository(self) -> Repository:
         """The repository, checked to be readable. Raises ConfigNotFound where there is none, and ReadError."""
         if self._repository is None:
-            if self._location.url is None:
-                raise ConfigNotFound(HOW_TO_START % self.directory)
-            repository = Repository(self._location.url)
+            repository = self._open()
             repository.check_version()
             self._repository = repository
         return self._repository
+
+    def _open(self) -> Repository:
+        if self._location.url is None:
+            raise ConfigNotFound(HOW_TO_START % self.directory)
+        repository = Repository(self._location.url)
+        if not repository.storage.has_journals:
+            pending = self.pending()
+            repository.pending = pending if os.path.isdir(pending.storage.root) else None  # type: ignore[attr-defined]
+        return repository
+
+    def pending(self) -> Repository:
+        """The pending area for this repository."""
+        return pending_repository(self.directory, self._location.url or "")
 
     def create(self, path: Optional[str], params: Optional[Dict[str, Any]], heartbeat: bool, quiet: bool) -> Experiment:
         """Create and start an experiment. Raises ArgumentError and whatever a useless repository raises."""
         try:
             values = checked_values({} if params is None else params, "params")
             saved = None if path is None else relative_path(path, self.directory)
-            if self._location.url is None:
-                self._location.url = "file://" + os.path.join(self.directory, DEFAULT_STORAGE)
-                console.info("No replicate.yaml here: recording into %s" % self._location.url)
-            sources = find_sources(self.directory, saved, repository_directories(self.repository)) if saved else []
+            sources = find_sources(self.directory, saved, self._excluded()) if saved else []
         except (TypeError, ValueError) as error:
             raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
-        for name, value in values.items():
-            if isinstance(value, str) and re.search(SECRET_SHAPES, value):
-                console.warning("The param %r looks like a secret, and everyone who reads the repository can see it." %
-                                name)
-        repository = self.repository
-        repository.prepare()
-        document = new_document(self._location, saved, values)
-        experiment = Experiment(document, self, running=True)
+        if self._location.url is None:
+            self._location.url = "file://" + os.path.join(self.directory, DEFAULT_STORAGE)
+            console.info("No replicate.yaml here: recording into %s" % self._location.url)
+        warn_of_secrets(values)
+        repository = self._repository = self._open()
+        prepared = prepare_in_time(repository)
+        experiment = Experiment(new_document(self._location, saved, values), self, running=True)
         if not quiet:
             console.info("Experiment %s: recording %sto %s" % (
                 experiment.short_id(), "%s " % saved if saved else "", repository.url))
-        recorder = Recorder(repository, experiment, self.directory, heartbeat)
+        recorder = self._recorder(repository, experiment, heartbeat, prepared)
         shrinkable: List[int] = []
         if saved:
             warn_if_code_is_large(sources)
             warn_if_disk_is_low(self.directory, sum(source.size for source in sources), set())
             shrinkable = save_archive(recorder.storage, "experiments", experiment.id, sources)
-        repository.create(document)
-        recorder.start()
+        recorder.repository.create(experiment._document)
         recorder.pack_later("experiments", experiment.id, shrinkable)
-        self._recorders[experiment.id] = recorder
+        recorder.start(beat=prepared)
         return experiment
+
+    def _recorder(self, repository: Repository, experiment: Experiment, heartbeat: bool, prepared: bool) -> Recorder:
+        """A recorder into the repository, through the pending area where it is a bucket. Raises WriteError."""
+        if repository.storage.has_journals:
+            recorder = Recorder(repository, experiment, self.directory, heartbeat)
+        else:
+            repository.pending = self.pending()
+            repository.pending.prepare()
+            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, repository, prepared)
+        self._recorders[experiment.id] = recorder
+        return recorder
+
+    def _excluded(self) -> List[str]:
+        """The directories that must not be packed: the repository itself, if it lies in the project."""
+        url = self._location.url or ""
+        return [url[len("file://"):]] if url.startswith("file://") else []
 
     # -- what Experiment and Checkpoint ask of their project
 
@@ -3879,16 +4976,22 @@ class Project:
         recorder = self._recorders.get(experiment.id)
         if recorder is None or (recorder not in _recorders and recorder.pid == os.getpid() and not recorder.gone):
             try:
-                heartbeat = recorder.heartbeat if recorder else True
-                self.repository.storage.stat(document_key(experiment.id))
-                recorder = Recorder(self.repository, experiment, self.directory, heartbeat)
-                recorder.start()
-                self._recorders[experiment.id] = recorder
+                recorder = self._resume(experiment, recorder.heartbeat if recorder else True)
             except Exception as error:  # recording must never break training
                 console.error("Nothing can be recorded for experiment %s: %s." % (experiment.short_id(),
                                                                                  _problem(error)))
                 return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
         return recorder.checkpoint(path, step, metrics, primary_metric, quiet)
+
+    def _resume(self, experiment: Experiment, heartbeat: bool) -> Recorder:
+        """Record into an experiment that is in the repository already."""
+        repository = self.repository
+        document = repository.load(experiment.id)
+        recorder = self._recorder(repository, experiment, heartbeat, prepared=True)
+        if recorder.repository is not repository:
+            recorder.repository.create(dict(document, checkpoints=[], **{SENT_KEY: True}))
+        recorder.start()
+        return recorder
 
     def stop(self, experiment: Experiment) -> None:
         """See Experiment.stop; of an experiment that another process runs, it removes the heartbeat."""
@@ -3900,7 +5003,16 @@ class Project:
 
     def refresh(self, experiment: Experiment) -> None:
         """See Experiment.refresh."""
-        experiment._replace(self.repository.load(experiment.id))
+        document = self.repository.load(experiment.id)
+        if self.repository.pending is not None:
+            try:
+                waiting = self.repository.pending.load(experiment.id).get("checkpoints") or []
+            except DoesNotExist:
+                waiting = []
+            known = {item["id"] for item in document.get("checkpoints") or ()}
+            document["checkpoints"] = (document.get("checkpoints") or []) + [
+                item for item in waiting if item["id"] not in known]
+        experiment._replace(document)
 
     def delete(self, experiment: Experiment) -> None:
         """See Experiment.delete."""
@@ -4523,6 +5635,56 @@ def rm_command(args: argparse.Namespace) -> int:
         repository.remove_experiment(experiment)
         console.info("Removed experiment %s" % experiment.short_id())
     return 0
+
+
+@command("push", option("ids", nargs="*", metavar="ID", help="Experiments to copy (default: all); only with --from"),
+         option("--from", dest="source", metavar="URL", help="Copy experiments from this repository into the project's"),
+         usage="[ID...]")
+def push_command(args: argparse.Namespace) -> int:
+    """Send what is waiting to be sent, or copy experiments from another repository
+
+    Checkpoints that could not be sent to the bucket yet wait below .replicate/pending/ in the project. They are sent
+    by the next run in the project, or by this command. It can be interrupted and run again.
+    """
+    if args.ids and not args.source:
+        raise UsageError("IDs can be given only with --from.")
+    project = Project(args.repository, args.project_directory)
+    sent = Sent()
+    if args.source:
+        source = Repository(absolute_url(args.source, project.directory))
+        if not source.check_version():
+            raise DoesNotExist("There is no repository at %s." % source.url)
+        copy_experiments(source, project._open(), args.ids, sent)
+        console.info("Copied %s from %s to %s" % (sent, source.url, project.repository.url))
+        return 0
+    pending = project.pending()
+    waiting = list(pending.storage.list(EXPERIMENTS))
+    if not waiting:
+        console.info("Nothing is waiting to be sent")
+        return 0
+    remote = project.repository
+    remote.prepare()
+    total = sum(entry.size for kind in ("experiments/", "checkpoints/") for entry in pending.storage.list(kind))
+    try:
+        with Progress("Sending", total) as progress:
+            busy = send_abandoned(pending, remote, sent, progress.add)
+    except ReplicateError as error:
+        raise WriteError("%s\nSent so far: %s. Run the command again for the rest." % (error, sent)) from error
+    console.info("Sent %s to %s" % (sent, remote.url))
+    for experiment_id in busy:
+        console.info("Experiment %s is being recorded, and sent, by another process" % experiment_id[:SHORT_ID])
+    return 0
+
+
+def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[str], sent: Sent) -> None:
+    """Copy experiments (all, or those named) between repositories. Raises DoesNotExist, ReadError, WriteError."""
+    target.prepare()
+    experiments = [experiment for experiment, _ in source.find_all(prefixes)] if prefixes else source.experiments()
+    with Progress("Copying", 0) as progress:
+        for experiment in experiments:
+            document = experiment.to_json()
+            send_experiment(source, target, document, document["checkpoints"], sent, progress.add)
+            sent.experiments += 1
 
 
 # -- demo
