@@ -2748,7 +2748,7 @@ def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], N
 
 MEMBER_BYTES = 4 << 20
 GROUP_BYTES = 256 << 10           # small files share a member up to this size
-MAX_MEMBER_BYTES = 64 << 20       # a table of contents that claims more is not believed
+MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not believed
 INLINE_BYTES = 256 << 10          # archives up to this size are compressed at once
 COMPRESSION_LEVEL = 6
 SHRINKS = 0.92                    # what compresses to less than this is worth compressing
@@ -3071,10 +3071,11 @@ class Archive:
 
     def file(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
         """(member, pieces) of the one file of that name, read alone where the table allows it; None if there is none."""
-        found = self._located(name, archive_id)
+        found = self.located(name, archive_id)
         return found or next(self.files(lambda candidate: candidate == name, archive_id), None)
 
-    def _located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
+    def located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
+        """(member, pieces) of the file of that name, if the table of contents leads to it."""
         entries = [entry for entry in self.table.files if entry[0] == name] if self.table else []
         if not entries:
             return None
@@ -3979,7 +3980,7 @@ class Checkout:
                 folder = os.path.join(self._staging, str(number))
                 try:
                     with reading_archive(repository, kind, item_id):
-                        single = archive.file(path, item_id) if path else None
+                        single = archive.located(path, item_id) if path else None
                         files = [single] if single else archive.files(wanted, item_id)
                         self.files.update(unpack_to(folder, files, progress))
                 except OSError as error:
@@ -4372,8 +4373,9 @@ class Sender:
         self._offline = not prepared
         self._stopping = False
         self._due = True
+        self._bytes = 0                       # sent by this run
+        self._failure: Optional[Exception] = None
         self._wake = threading.Condition()
-        self._is_sending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="replicate-sender", daemon=True)
 
     def start(self) -> None:
@@ -4387,28 +4389,31 @@ class Sender:
             self._wake.notify_all()
 
     def _run(self) -> None:
+        """The sender thread: everything that is sent is sent by it, also when the interpreter is shutting down."""
         pause, abandoned = FIRST_SEND_PAUSE, True
         while True:
             with self._wake:
-                while not self._due and not self._stopping:
-                    self._wake.wait()
-                if self._stopping or self.recorder.gone:
-                    return
-                self._due = False
+                self._wake.wait_for(lambda: self._due or self._stopping)
+                finished, self._due = self._stopping, False
+            if self.recorder.gone:
+                return
             try:
-                self.send(finished=False)
+                self._send(finished)
+                if finished:
+                    return
                 if abandoned:
                     send_abandoned(self.recorder.repository, self.remote, Sent())
                 abandoned, pause = False, FIRST_SEND_PAUSE
                 if self._offline:
                     self._offline = False
                     console.info("%s can be reached again." % self.remote.url)
-            except (ExperimentGone, DoesNotExist) as error:
-                if isinstance(error, DoesNotExist) and not self.recorder.gone:
-                    self._fail(error)
+            except ExperimentGone:
                 self.recorder.lose()
                 return
             except Exception as error:  # tried again after a pause
+                if finished:
+                    self._failure = error
+                    return
                 self._fail(error)
                 with self._wake:
                     self._due = True
@@ -4423,38 +4428,40 @@ class Sender:
                 _problem(error) + ".", self.recorder.repository.url))
         console.debug("Sending failed: %s" % error)
 
-    def send(self, finished: bool, progress: Callable[[int], None] = lambda count: None) -> None:
+    def _send(self, finished: bool) -> None:
         """Send what is in the document, but for archives that are still being compressed."""
-        with self._is_sending:
-            if not self._prepared:
-                self.remote.prepare()
-                self._prepared = True
-            send_pending(self.recorder.repository, self.remote, self.recorder.experiment.id, self.recorder.packing(),
-                         finished, self.sent, progress)
+        if not self._prepared:
+            self.remote.prepare()
+            self._prepared = True
+        send_pending(self.recorder.repository, self.remote, self.recorder.experiment.id, self.recorder.packing(),
+                     finished, self.sent, self._count)
+
+    def _count(self, sent: int) -> None:
+        self._bytes += sent
 
     def stop(self, timeout: Optional[float]) -> None:
-        """Send the rest, for a limited time where the bucket cannot be reached; what is left stays pending."""
+        """Send the rest, for at most `timeout` seconds if given; what is left stays pending."""
+        url = self.remote.url
+        if self._offline or timeout is not None:
+            self.remote.storage.attempts = 2  # type: ignore[attr-defined]
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
-        url = self.remote.url
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         try:
-            if self._offline or timeout is not None:
-                self.remote.storage.attempts = 2  # type: ignore[attr-defined]
-            with Progress("Sending the last checkpoints to %s" % url, 0) as progress:
-                self._thread.join(timeout)
-                if not self._thread.is_alive():
-                    self.send(finished=True, progress=progress.add)
-                    return
+            with Progress("", 0) as progress:
+                while self._thread.is_alive() and time.monotonic() < deadline:
+                    self._thread.join(0.1)
+                    progress.show("Sending the last checkpoints to %s: %s (Ctrl-C leaves the rest for '%s push')" % (
+                        url, format_size(self._bytes), program_name()))
         except KeyboardInterrupt:
             console.warning("Interrupted.")
-        except ExperimentGone:
-            self.recorder.lose()
-            return
-        except Exception as error:
-            console.warning(_problem(error) + ".")
-        finally:
+        if self._failure is not None:
+            console.warning(_problem(self._failure) + ".")
+        if not self._thread.is_alive():
             self.lock.release()
+            if self._failure is None:
+                return
         console.warning("Not everything was sent to %s. The rest is safe in %s, and is sent by the next run in this "
                         "project or by '%s push'." % (url, self.recorder.repository.url, program_name()))
 
@@ -4585,6 +4592,7 @@ class Recorder:
         try:
             self.storage.delete(keys)
             if self._sender:
+                self._sender.lock.release()
                 self.repository.remove_experiment(self.experiment)
                 self.target.storage.delete(keys)
         except ReplicateError as error:
@@ -5058,7 +5066,10 @@ class Project:
     def _resume(self, experiment: Experiment, heartbeat: bool) -> Recorder:
         """Record into an experiment that is in the repository already."""
         repository = self.repository
-        document = repository.load(experiment.id)
+        try:
+            document = repository.load(experiment.id)
+        except Unreachable:  # it is in memory, and the pending area takes what is new
+            document = experiment._document
         recorder = self._recorder(repository, experiment, heartbeat, prepared=True)
         if recorder.repository is not repository:
             recorder.repository.create(dict(document, checkpoints=[], **{SENT_KEY: True}))
@@ -5742,6 +5753,7 @@ def push_command(args: argparse.Namespace) -> int:
         return 0
     pending = project.pending()
     waiting = list(pending.storage.list(EXPERIMENTS))
+    tell_of_other_pending(project.directory, pending)
     if not waiting:
         console.info("Nothing is waiting to be sent")
         return 0
@@ -5757,6 +5769,15 @@ def push_command(args: argparse.Namespace) -> int:
     for experiment_id in busy:
         console.info("Experiment %s is being recorded, and sent, by another process" % experiment_id[:SHORT_ID])
     return 0
+
+
+def tell_of_other_pending(directory: str, pending: Repository) -> None:
+    """Say where something waits for another repository than this one."""
+    base = os.path.join(directory, PENDING)
+    for name in sorted(os.listdir(base)) if os.path.isdir(base) else ():
+        url = "file://" + os.path.join(base, name)
+        if url != pending.url and next(Repository(url).storage.list(EXPERIMENTS), None):
+            console.info("Something for another repository waits in %s: send it with 'push -R URL'" % url)
 
 
 def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[str], sent: Sent) -> None:

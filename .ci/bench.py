@@ -1,0 +1,415 @@
+#!/usr/bin/env python3
+"""Replicate and its peers side by side: whole processes, alternately, on one machine, in one run.
+
+    python3 .ci/bench.py [--only NAME...] [--runs 5] [--scale 1.0] [--json FILE]
+
+Each peer is installed from PyPI into an environment of its own under .ci/venvs/; one that cannot be installed is
+reported as such. Times are medians of `--runs` runs after one that is not counted, so that files are in the page cache;
+each row says what else was cached. Only the ratios mean something: all commands of a row take turns.
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENVS = ROOT / ".ci" / "venvs"
+PEERS = {
+    "keepsake": (["keepsake==0.4.2", "protobuf<3.21", "grpcio<1.60"], "3.9"),
+    "trackio": (["trackio"], None),
+    "mlflow": (["mlflow"], None),
+    "dvc": (["dvc"], None),
+    "aim": (["aim"], "3.11"),
+    "guild": (["guildai", "setuptools<81"], "3.9"),
+}
+
+
+# -- environments
+
+def find_python(version):
+    """The interpreter of that version (any if None) among pyenv's and those on the path."""
+    if version is None:
+        return sys.executable
+    for directory in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/%s*" % version)):
+        return str(directory / "bin" / "python3")
+    return shutil.which("python" + version)
+
+
+def environment(name, packages, version=None):
+    """The bin/ directory of a virtual environment with these packages, or the reason why there is none."""
+    directory = VENVS / ("bench-" + name)
+    if not (directory / "installed").exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        python = find_python(version)
+        if python is None:
+            return None, "no Python " + version
+        subprocess.run([python, "-m", "venv", str(directory)], check=True)
+        done = subprocess.run([str(directory / "bin/pip"), "install", "-q", *packages], capture_output=True, text=True)
+        if done.returncode:
+            return None, (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        (directory / "installed").touch()
+    return directory / "bin", None
+
+
+# -- what is measured
+
+def run_once(command, cwd=None, env=None):
+    """(seconds, peak memory in MB) of one process."""
+    read, write = os.pipe()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    os.close(read), os.close(write)
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") else status >> 8
+    if process.returncode:
+        raise RuntimeError("%s failed: %s" % (command, errors.decode(errors="replace")[-500:]))
+    return seconds, usage.ru_maxrss / 1024
+
+
+def alternate(commands, runs, before=lambda name: None, cwd=None, env=None):
+    """{name: (median seconds, largest MB)} of commands that take turns; before(name) prepares each run."""
+    results = {name: [] for name in commands}
+    for number in range(runs + 1):
+        for name, command in commands.items():
+            before(name)
+            result = run_once(command, cwd=cwd, env=env)
+            if number:
+                results[name].append(result)
+    return {name: (statistics.median(second for second, _ in values), max(memory for _, memory in values))
+            for name, values in results.items()}
+
+
+class Report:
+    """Rows of the table."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, work, cached, results, ours="replicate", note=""):
+        for name, (seconds, memory) in results.items():
+            ratio = seconds / results[ours][0]
+            self.rows.append({"work": work, "cached": cached, "tool": name, "seconds": round(seconds, 4),
+                              "megabytes": round(memory, 1), "ratio": round(ratio, 2), "note": note})
+            print("%-48s %-22s %-16s %9.3f s %8.1f MB %8.2f x  %s" % (
+                work, cached, name, seconds, memory, ratio, note), flush=True)
+
+    def remark(self, text):
+        self.rows.append({"remark": text})
+        print("-- " + text, flush=True)
+
+
+# -- the data
+
+def hex_id(source):
+    return "%064x" % source.getrandbits(256)
+
+
+def make_repository(root, count, files=False):
+    """A repository of `count` experiments with 10 params and 20 checkpoints each, as either tool writes it."""
+    source = random.Random(count)
+    for folder in ("metadata/experiments", "metadata/heartbeats", "checkpoints", "experiments"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "repository.json").write_text('{"version":1}')
+    small = subprocess.run(["tar", "cz", "--files-from", "/dev/null"], capture_output=True).stdout
+    for number in range(count):
+        checkpoints = []
+        for step in range(20):
+            item_id = hex_id(source)
+            checkpoints.append({
+                "id": item_id, "step": step, "path": "model" if files else None,
+                "created": "2026-%02d-%02dT%02d:%02d:%02d.%06dZ" % (1 + number % 12, 1 + number % 28, number % 24, step,
+                                                                    step, number % 1000000),
+                "metrics": {"loss": source.random(), "accuracy": source.random()},
+                "primary_metric": {"name": "loss", "goal": "minimize"}})
+            if files:
+                (root / "checkpoints" / (item_id + ".tar.gz")).write_bytes(small)
+        experiment_id = hex_id(source)
+        document = {
+            "id": experiment_id, "host": "host", "user": "user", "command": "train.py", "path": None,
+            "created": "2026-%02d-%02dT%02d:00:00.%06dZ" % (1 + number % 12, 1 + number % 28, number % 24,
+                                                            number % 1000000),
+            "params": {"param-%d" % index: source.choice([source.random(), source.randrange(10), "adam"])
+                       for index in range(10)},
+            "config": {"repository": "file://" + str(root), "storage": ""}, "python_version": "3.9.1",
+            "python_packages": {"numpy": "1.0"}, "replicate_version": "1.0.0", "checkpoints": checkpoints}
+        (root / "metadata/experiments" / (experiment_id + ".json")).write_text(json.dumps(document, indent=1))
+    time.sleep(2.1)  # so that no file is too young for a cache
+
+
+def make_weights(path, kind, size):
+    """A file of random float32 numbers, of small integers, or of text."""
+    code = ("import numpy, sys; r = numpy.random.default_rng(1); n = int(sys.argv[2]);"
+            "a = r.standard_normal(n // 4, dtype='float32') if sys.argv[1] == 'float32' else "
+            "r.integers(0, 16, n // 4, dtype='int32');"
+            "a.tofile(sys.argv[3])")
+    python = environment("numpy", ["numpy"])[0] / "python"
+    subprocess.run([str(python), "-c", code, kind, str(size), str(path)], check=True)
+
+
+# -- the benchmarks
+
+def bench_lists(report, tools, work, runs, scale):
+    """`ls` of 100, 1,000 and 10,000 experiments."""
+    for count in (100, 1000, 10000):
+        count = max(10, int(count * scale))
+        root = work / ("list-%d" % count)
+        make_repository(root, count)
+        url = "file://" + str(root)
+        cache = work / "cache"
+        env = dict(os.environ, XDG_CACHE_HOME=str(cache), HOME=str(work), TZ="UTC")
+        ours, copied = [str(tools["replicate"] / "replicate")], [str(tools["replicate"] / "python"),
+                                                                  str(ROOT / "replicate.py")]
+        variants = [("ls", ["ls", "-R", url])]
+        if count >= 1000:
+            variants += [("ls --filter --sort", ["ls", "-R", url, "-f", "loss < 0.01", "-s", "loss"]),
+                         ("ls --json", ["ls", "-R", url, "--json"])]
+        for name, arguments in variants:
+            commands = {"replicate": ours + arguments}
+            if "keepsake" in tools:
+                commands["keepsake"] = [str(tools["keepsake"] / "keepsake")] + arguments
+            if name == "ls" and count < 1000:
+                commands["replicate (copied file)"] = copied + arguments
+            report.add("%s, %d experiments" % (name, count), "page cache, summaries", alternate(commands, runs, env=env))
+        commands = {"replicate": ours + ["ls", "-R", url]}
+        if "keepsake" in tools:
+            commands["keepsake"] = [str(tools["keepsake"] / "keepsake"), "ls", "-R", url]
+        report.add("ls, %d experiments, first time" % count, "page cache", alternate(
+            commands, runs, before=lambda name: shutil.rmtree(cache, ignore_errors=True), env=env))
+
+
+def bench_start(report, tools, work, runs, scale):
+    """Start-up above the bare interpreter."""
+    python = str(tools["replicate"] / "python")
+    env = dict(os.environ, HOME=str(work))
+    results = alternate({
+        "bare interpreter": [python, "-c", "pass"],
+        "replicate --version": [str(tools["replicate"] / "replicate"), "--version"],
+        "import replicate": [python, "-c", "import replicate"],
+        "copied file --version": [python, str(ROOT / "replicate.py"), "--version"]}, runs * 3, env=env)
+    bare = results["bare interpreter"][0]
+    report.add("start", "page cache", results, ours="bare interpreter")
+    for name, (seconds, _) in results.items():
+        report.remark("%s: %.1f ms above the bare interpreter" % (name, 1000 * (seconds - bare)))
+
+
+RECORD = """
+import sys, {module} as tool
+count, files = int(sys.argv[1]), sys.argv[2] == "files"
+experiment = tool.init(params={{"lr": 0.1}})
+for step in range(count):
+    experiment.checkpoint(step=step, metrics={{"loss": 1 / (step + 1)}}, quiet=True)
+experiment.stop()
+"""
+SAVE = """
+import os, sys, time, {module} as tool
+experiment = tool.init(params={{"lr": 0.1}})
+started = time.perf_counter()
+experiment.checkpoint(path="weights", step=0, metrics={{"loss": 0.1}}, quiet=True)
+print(time.perf_counter() - started)
+experiment.stop()
+"""
+
+
+def project(work, name):
+    """A new project directory with both tools' configuration."""
+    directory = work / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    for config in ("replicate.yaml", "keepsake.yaml"):
+        (directory / config).write_text("repository: file://repo\n")
+    return directory
+
+
+def bench_checkpoints(report, tools, work, runs, scale):
+    """checkpoint(metrics=...) without files: the growth of its cost."""
+    env = dict(os.environ, HOME=str(work))
+    python = str(tools["replicate"] / "python")
+    directory = project(work, "metrics")
+    sizes = [int(1000 * scale), int(10000 * scale)]
+    results = alternate({"replicate, %d calls" % size: [python, "-c", RECORD.format(module="replicate"), str(size), "no"]
+                         for size in sizes} | {"replicate, none": [python, "-c", RECORD.format(module="replicate"), "0",
+                                                                   "no"]}, runs, cwd=directory, env=env)
+    none = results.pop("replicate, none")[0]
+    small, large = [seconds - none for seconds, _ in results.values()]
+    report.add("checkpoint(metrics=...)", "", results, ours="replicate, %d calls" % sizes[0])
+    report.remark("%.1f microseconds a call; ten times the calls take %.1f times as long" % (
+        1e6 * large / sizes[1], large / small))
+
+
+def bench_files(report, tools, work, runs, scale):
+    """Recording and checking out large files."""
+    env = dict(os.environ, HOME=str(work))
+    modules = {name: str(tools[name] / "python") for name in ("replicate", "keepsake") if name in tools}
+    for kind in ("float32", "integers"):
+        size = int((256 << 20) * scale)
+        directory = project(work, "files-" + kind)
+        make_weights(directory / "weights", kind, size)
+        copy = [sys.executable, "-c", "import shutil; shutil.copyfile('weights', 'copy')"]
+
+        def clean(name):
+            shutil.rmtree(directory / "repo", ignore_errors=True)
+            (directory / "copy").unlink() if (directory / "copy").exists() else None
+
+        commands = {name: [python, "-c", SAVE.format(module=name)] for name, python in modules.items()}
+        commands["plain copy"] = copy
+        report.add("checkpoint of %d MB of %s" % (size >> 20, kind), "page cache",
+                   alternate(commands, runs, before=clean, cwd=directory, env=env))
+        for name, python in modules.items():
+            clean(name)
+            stall = float(subprocess.run([python, "-c", SAVE.format(module=name)], cwd=directory, env=env, check=True,
+                                         capture_output=True, text=True).stdout)
+            archive = next((directory / "repo/checkpoints").iterdir())
+            report.remark("%s: checkpoint() returned after %.3f s; the archive has %.4f of the size" % (
+                name, stall, archive.stat().st_size / size))
+        item = json.loads(next((directory / "repo/metadata/experiments").iterdir()).read_text())["checkpoints"][0]["id"]
+        for recorder in modules:
+            clean("")
+            subprocess.run([modules[recorder], "-c", SAVE.format(module=recorder)], cwd=directory, env=env, check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            item = json.loads(next((directory / "repo/metadata/experiments").iterdir()).read_text())
+            item = item["checkpoints"][0]["id"]
+            url = "file://" + str(directory / "repo")
+            target = work / "target"
+            commands = {name: [str(tools[name] / name), "checkout", "-f", "-R", url, "-o", str(target), item]
+                        for name in modules}
+            commands["plain copy"] = [sys.executable, "-c", "import os, shutil; os.makedirs(%r); "
+                                      "shutil.copyfile('weights', %r)" % (str(target), str(target / "weights"))]
+
+            def empty(name):
+                shutil.rmtree(target, ignore_errors=True)
+                if name == "keepsake":
+                    target.mkdir()
+
+            report.add("checkout of %d MB of %s by %s" % (size >> 20, kind, recorder), "page cache",
+                       alternate(commands, runs, before=empty, cwd=directory, env=env))
+
+
+def bench_remove(report, tools, work, runs, scale):
+    """`rm` of 100 of 1,000 experiments with 20 checkpoint files each; once each, since keepsake takes long."""
+    env = dict(os.environ, HOME=str(work), XDG_CACHE_HOME=str(work / "cache"))
+    results = {}
+    for name in ("replicate", "keepsake"):
+        if name not in tools:
+            continue
+        root = work / ("remove-" + name)
+        make_repository(root, int(1000 * scale), files=True)
+        ids = sorted(path.stem for path in (root / "metadata/experiments").iterdir())[:int(100 * scale)]
+        results[name] = run_once([str(tools[name] / name), "rm", "-f", "-R", "file://" + str(root), *ids], env=env)
+    report.add("rm of %d of %d experiments" % (int(100 * scale), int(1000 * scale)), "page cache", results)
+
+
+# How the other peers are filled with `count` runs, and how they list them. Each script gets count.
+OTHERS = {
+    "trackio": ("import sys, trackio\n"
+                "for i in range(int(sys.argv[1])):\n"
+                "    trackio.init(project='bench', name='run-%d' % i, config={'p%d' % k: i * k for k in range(10)})\n"
+                "    [trackio.log({'loss': 1 / (k + 1)}) for k in range(20)]\n"
+                "    trackio.finish()\n", ["trackio", "list", "runs", "--project", "bench"]),
+    "mlflow": ("import sys, mlflow\n"
+               "for i in range(int(sys.argv[1])):\n"
+               "    with mlflow.start_run():\n"
+               "        mlflow.log_params({'p%d' % k: i * k for k in range(10)})\n"
+               "        [mlflow.log_metric('loss', 1 / (k + 1), step=k) for k in range(20)]\n",
+               ["mlflow", "runs", "list", "--experiment-id", "0"]),
+    "aim": ("import sys, aim\n"
+            "for i in range(int(sys.argv[1])):\n"
+            "    run = aim.Run(system_tracking_interval=None)\n"
+            "    run['hparams'] = {'p%d' % k: i * k for k in range(10)}\n"
+            "    [run.track(1 / (k + 1), name='loss', step=k) for k in range(20)]\n"
+            "    run.close()\n", ["aim", "runs", "ls"]),
+    "guild": ("import subprocess, sys, os\n"
+              "open('train.py', 'w').write('lr = 0.1\\nfor k in range(20): print(\"loss: %f\" % (1 / (k + 1)))\\n')\n"
+              "guild = os.path.join(os.path.dirname(sys.executable), 'guild')\n"
+              "for i in range(int(sys.argv[1])):\n"
+              "    subprocess.run([guild, 'run', 'train.py', '-y', 'lr=%f' % (i / 1000)], check=True,\n"
+              "                   stdout=subprocess.DEVNULL)\n", ["guild", "runs", "-n", "100000"]),
+    "dvc": ("import subprocess, sys, os\n"
+            "dvc = os.path.join(os.path.dirname(sys.executable), 'dvc')\n"
+            "run = lambda *a: subprocess.run(a, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+            "run('git', 'init'); run('git', 'config', 'user.email', 'a@example.com')\n"
+            "run('git', 'config', 'user.name', 'a'); run(dvc, 'init')\n"
+            "open('params.yaml', 'w').write('lr: 0\\n'); open('train.py', 'w').write('"
+            "import json, yaml; json.dump({\"loss\": yaml.safe_load(open(\"params.yaml\"))[\"lr\"]},"
+            " open(\"metrics.json\", \"w\"))')\n"
+            "run(dvc, 'stage', 'add', '-n', 'train', '-p', 'lr', '-M', 'metrics.json', sys.executable + ' train.py')\n"
+            "run('git', 'add', '-A'); run('git', 'commit', '-m', 'start')\n"
+            "for i in range(int(sys.argv[1])):\n"
+            "    run(dvc, 'exp', 'run', '-S', 'lr=%d' % (i + 1))\n", ["dvc", "exp", "show", "--no-pager"]),
+}
+OTHER_COUNTS = {"trackio": 1000, "mlflow": 1000, "aim": 1000, "guild": 100, "dvc": 100}
+
+
+def bench_others(report, tools, work, runs, scale):
+    """The listings of the other peers, filled through their own libraries, against ours of as many experiments."""
+    for name, (fill, listing) in OTHERS.items():
+        if name not in tools:
+            continue
+        count = max(10, int(OTHER_COUNTS[name] * scale))
+        directory = work / name
+        directory.mkdir()
+        env = dict(os.environ, HOME=str(directory), XDG_CACHE_HOME=str(work / "cache"), GUILD_HOME=str(directory / "g"),
+                   TRACKIO_DIR=str(directory / "t"), PATH="%s:%s" % (tools[name], os.environ["PATH"]))
+        if name == "mlflow":
+            env.update(MLFLOW_TRACKING_URI="sqlite:///%s/mlflow.db" % directory)
+        done = subprocess.run([str(tools[name] / "python"), "-c", fill, str(count)], cwd=directory, env=env,
+                              capture_output=True, text=True)
+        if done.returncode:
+            report.remark("%s could not be filled: %s" % (name, (done.stderr.strip().splitlines() or ["?"])[-1]))
+            continue
+        root = work / ("others-%d" % count)
+        if not root.exists():
+            make_repository(root, count)
+        try:
+            report.add("list %d runs" % count, "page cache, summaries", alternate({
+                "replicate": [str(tools["replicate"] / "replicate"), "ls", "-R", "file://" + str(root)],
+                name: [str(tools[name] / listing[0])] + listing[1:]}, runs, cwd=directory, env=env))
+        except RuntimeError as error:
+            report.remark("%s: %s" % (name, str(error).splitlines()[-1][:300]))
+
+
+BENCHMARKS = {"start": bench_start, "lists": bench_lists, "checkpoints": bench_checkpoints, "files": bench_files,
+              "remove": bench_remove, "others": bench_others}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="of all sizes")
+    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--directory", help="where the data is made (default: a temporary directory)")
+    arguments = parser.parse_args()
+    report = Report()
+    report.remark("%s, %d cores, Python %s" % (platform.platform(), os.cpu_count(), platform.python_version()))
+    shutil.rmtree(VENVS / "bench-replicate", ignore_errors=True)
+    tools = {"replicate": environment("replicate", [str(ROOT)])[0]}
+    for name in arguments.peers:
+        if name == "keepsake" or "others" in arguments.only:
+            tools[name], reason = environment(name, *PEERS[name])
+            if reason:
+                del tools[name]
+                report.remark("%s could not be installed: %s" % (name, reason))
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as work:
+        if "keepsake" in tools:
+            subprocess.run([str(tools["keepsake"] / "keepsake"), "analytics", "off"], env=dict(os.environ, HOME=work),
+                           stderr=subprocess.DEVNULL)
+        for name in arguments.only:
+            BENCHMARKS[name](report, tools, Path(work), arguments.runs, arguments.scale)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(report.rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
