@@ -277,7 +277,8 @@ def plain_value(value: Any, where: str = "value") -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
     if hasattr(value, "tolist") and callable(value.tolist):          # numpy, torch, jax
-        return plain_value(value.tolist(), where)
+        plain = value.tolist()
+        return float(plain) if type(plain) is type(value) else plain_value(plain, where)  # a numpy.longdouble stays one
     if hasattr(value, "numpy") and callable(value.numpy):            # tensorflow
         return plain_value(value.numpy(), where)
     for kind in (bool, int, float, str):
@@ -376,9 +377,9 @@ def timestamp(seconds: Optional[float] = None) -> str:
 
 def parse_time(text: str) -> datetime.datetime:
     """An RFC 3339 time as an aware UTC datetime, cut to microseconds. Raises ValueError."""
-    if len(text) == 27 and text[4] == text[7] == "-" and text[10] == "T" and text[19] == "." and text[26] == "Z":
+    if len(text) == 27 and text.isascii() and text[4] == text[7] == "-" and text[10] == "T" and text[19] == "." and text[26] == "Z":
         return datetime.datetime.fromisoformat(text[:26] + "+00:00")  # ten times as fast
-    match = re.fullmatch(TIMESTAMP, text)
+    match = re.fullmatch(TIMESTAMP, text, re.ASCII)
     if match is None:
         raise ValueError("not an RFC 3339 time: %r" % text)
     day, clock, fraction, zone = match.groups()
@@ -404,7 +405,7 @@ def local_time(moment: datetime.datetime) -> datetime.datetime:
 def canonical_time(text: str) -> str:
     """A valid time as text that sorts by time: UTC, always 9 fractional digits."""
     if text[-1] != "Z" or text[10] != "T":
-        match = re.fullmatch(TIMESTAMP, text)
+        match = re.fullmatch(TIMESTAMP, text, re.ASCII)
         fraction = match.group(3) if match and match.group(3) else ""
         moment = parse_time(text)
         text = "%04d-%02d-%02dT%02d:%02d:%02d.%sZ" % (moment.timetuple()[:6] + (fraction,))
@@ -491,8 +492,13 @@ KIND_RANK = {bool: 1, int: 0, float: 0, str: 2, list: 3, dict: 4}
 
 def same_value(left: Any, right: Any) -> bool:
     """Equality by kind: 1 = 1.0, true is no 1, NaN is NaN."""
-    if KIND_RANK.get(type(left)) != KIND_RANK.get(type(right)):
+    kind = type(left)
+    if KIND_RANK.get(kind) != KIND_RANK.get(type(right)):
         return False
+    if kind is list:
+        return len(left) == len(right) and all(map(same_value, left, right))
+    if kind is dict:
+        return left.keys() == right.keys() and all(same_value(item, right[key]) for key, item in left.items())
     return left == right or (left != left and right != right)
 
 
@@ -1015,7 +1021,7 @@ def _plainly_valid(items: Sequence[Any]) -> bool:
             datetime.datetime.fromisoformat(time_text[:19])
         return (set(map(type, items)) <= {dict} and {key for item in items for key in item} <= _CHECKPOINT_KEYS
                 and set(map(len, ids)) <= {64} and not "".join(ids).strip("0123456789abcdef")
-                and len(set(ids)) == len(ids) and re.fullmatch(_PLAIN_TIMES, "\n".join(times + [""])) is not None
+                and len(set(ids)) == len(ids) and re.fullmatch(_PLAIN_TIMES, "\n".join(times + [""]), re.ASCII) is not None
                 and set(map(type, metrics)) <= {dict}
                 and {type(value) for group in metrics for value in group.values()} <= {float, int}
                 and {type(item["step"]) for item in items} <= {int}
@@ -1042,14 +1048,16 @@ def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
     if not is_id(document.get("id")):
         raise ReadError("id is not made of hex digits")
     try:
-        parse_time(document.get("created"))
-    except (TypeError, ValueError) as error:
+        if type(document.get("created")) is not str:
+            raise ValueError("not text")
+        parse_time(document["created"])
+    except ValueError as error:
         raise ReadError("created is not an RFC 3339 time") from error
     for key, kinds in fields.items():
         if type(document.get(key)) not in kinds:
             raise ReadError("%s is a %s" % (key, type(document[key]).__name__))
     for key, value in document.items():
-        if type(value) in (dict, list) and key != "checkpoints":
+        if type(value) in (dict, list) and not (key == "checkpoints" and key in fields):
             _check_depth(value)
 
 
@@ -1189,7 +1197,8 @@ class FilterParser:
     """A recursive-descent parser; each method is one production of the grammar in its docstring."""
 
     MAX_DEPTH = 50
-    HEAD = r"""\s*(?:"([^"]*)"|'([^']*)'|([\w\-./:]+(?:[ \t]+[\w\-./:]+)*?))\s*(?:([=!<>~]+)|(?<=\s)(in)\s*(?=\[))"""
+    HEAD = (r"""\s*(?:"([^"]*)"|'([^']*)'|([\w\-./:]+(?:[ \t]+(?!(?:and|or)\s)[\w\-./:]+)*?))"""
+            r"""\s*(?:([=!<>~]+)|(?<=\s)(in)\s*(?=\[))""")
     OPERATORS = ("=", "==", "!=", "<", "<=", ">", ">=", "~", "in")
 
     def __init__(self, text: str) -> None:
@@ -1235,7 +1244,7 @@ class FilterParser:
             if not self.text.startswith(")", self.position):
                 self.fail("a closing parenthesis is missing")
             self.position += 1
-        elif re.compile(r"not\b(?!\s*[=!<>~])").match(self.text, self.position) and self.take_word("not"):
+        elif re.compile(r"not(?![\w\-./:])(?!\s*[=!<>~])").match(self.text, self.position) and self.take_word("not"):
             tree = Not(self.term())
         else:
             tree = self.comparison()
@@ -1293,15 +1302,17 @@ class FilterParser:
 
     def at_joint(self) -> bool:
         """Whether `and` or `or` stands here, followed by the start of a whole term with a value."""
-        match = re.compile(r"\s*(?:and|or)\b").match(self.text, self.position)
+        match = re.compile(r"\s*(?:and|or)(?![\w\-./:])").match(self.text, self.position)
         if match is None:
             return False
-        start = re.compile(r"(?:\s*(?:\(|not\b(?!\s*[=!<>~])))*").match(self.text, match.end()).end()
+        start = re.compile(r"(?:\s*(?:\(|not(?![\w\-./:])(?!\s*[=!<>~])))*").match(self.text, match.end()).end()
         head = re.compile(self.HEAD).match(self.text, start)
         return head is not None and bool(self.text[head.end():].strip())
 
     def convert(self, name: str, operator: str, text: str, quoted: bool) -> Any:
         """The value of a comparison: null, number, boolean, JSON, time or text. Raises ValueError."""
+        if operator in ("~", "in") and name in TIME_FIELDS:
+            raise ValueError("%s cannot be used with '%s'" % (name, operator))
         if operator == "~":
             try:
                 return re.compile(text)
@@ -1309,8 +1320,6 @@ class FilterParser:
                 raise ValueError("the regular expression is wrong: %s" % error) from error
         if operator == "in":
             items = read_list(text)
-            if name in TIME_FIELDS:
-                raise ValueError("%s cannot be used with 'in'" % name)
             return [str(item) for item in items] if name in TEXT_FIELDS else items
         if not quoted and text in ("null", "None"):
             return None
@@ -1512,6 +1521,8 @@ def read_config(path: str) -> Dict[str, str]:
 
 def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
     """The part of YAML that needs no library: `key: text` lines, quotes, comments. None for anything richer."""
+    if re.search("[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text):
+        return None
     values = {}
     for line in text.splitlines():
         if re.fullmatch(r"[ ]*(#.*)?", line):
@@ -1533,7 +1544,7 @@ def _read_yaml(text: str, path: str) -> Any:
             "'pip install PyYAML'. A plain line such as 'repository: s3://my-bucket' works without it." % path) from error
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # PyYAML lets all sorts through, KeyError for instance
         raise RepositoryConfigurationError("%s is not valid YAML: %s." % (path, short_reason(error))) from error
 
 
@@ -1678,13 +1689,15 @@ class DiskStorage(Storage):
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
         path = self.path(key)
         try:  # without O_NONBLOCK a FIFO in somebody's repository would hang every command
-            file = os.fdopen(os.open(path, os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC), "rb", 0)
+            descriptor = os.open(path, os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC)
         except OSError as error:
             raise self._read_failure(key, error) from error
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
             raise ReadError("%s is not a regular file." % path)
-        return file if end is None and not start else FileRange(file, start, sys.maxsize if end is None else end)
+        file = os.fdopen(descriptor, "rb", 0)
+        return file if end is None and not start else FileRange(file, start, status.st_size if end is None else end)
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
         file = self.open(key)
@@ -2683,6 +2696,8 @@ def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
     for part in path.split("/"):
         if is_never_saved(part):
             raise ValueError("path %r is never saved: it is inside %s" % (path, part))
+        if part != "." and (is_unsafe(part) or is_protected(part)):
+            raise ValueError("path %r is not saved: a file of such a name could not be checked out" % path)
     top = os.path.join(directory, path)
     rules = IgnoreRules()
     rules.read(directory, "")
@@ -2713,6 +2728,9 @@ def _walk(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[str], w
     for entry in entries:
         name = prefix + entry.name
         if is_never_saved(entry.name):
+            continue
+        if is_unsafe(entry.name) or is_protected(entry.name):
+            warn("%s is not saved: a file of such a name could not be checked out." % name)
             continue
         is_directory = entry.is_dir(follow_symlinks=False)
         if rules.excludes(name, is_directory):
@@ -2787,13 +2805,13 @@ class Table:
         if start + length + FOOTER_BYTES != size:
             return None
         chain = tail[start - tail_start:-FOOTER_BYTES] if start >= tail_start else read_range(start, start + length)
-        pieces = []
-        while chain:
-            field = _extra_field(chain)
+        pieces, position = [], 0
+        while position < len(chain):
+            field = _extra_field(chain[position:position + 2 * 65536])
             if field is None:
                 return None
             pieces.append(field[0])
-            chain = chain[field[1]:]
+            position += field[1]
         return cls._decode(b"".join(pieces), start)
 
     @classmethod
@@ -3069,10 +3087,16 @@ class Archive:
             if not member.is_directory and wanted(name):
                 yield TarMember(name, member.size, member.mode, False), reader.data()
 
-    def file(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
-        """(member, pieces) of the one file of that name, read alone where the table allows it; None if there is none."""
-        found = self.located(name, archive_id)
-        return found or next(self.files(lambda candidate: candidate == name, archive_id), None)
+    def copy_file(self, name: str, archive_id: str, target: BinaryIO) -> bool:
+        """Write the one file of that name to target, read alone where the table allows it; False if there is none."""
+        single = self.located(name, archive_id)
+        found = False
+        for _, pieces in [single] if single else self.files(lambda candidate: candidate == name, archive_id):
+            target.seek(0)  # of several the last one counts, as in a checkout
+            target.truncate()
+            target.writelines(pieces)
+            found = True
+        return found
 
     def located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
         """(member, pieces) of the file of that name, if the table of contents leads to it."""
@@ -3081,7 +3105,7 @@ class Archive:
             return None
         _, offset, size = entries[-1]
         try:
-            reader = TarReader(self._content_at(offset, offset + size + 4096))
+            reader = TarReader(self._content_at(offset, offset + size + 8192))
             member = next(iter(reader.members()), None)
             if member and not member.is_directory and safe_name(member, archive_id) == name:
                 return TarMember(name, member.size, member.mode, False), reader.data()
@@ -3196,7 +3220,9 @@ class TarReader:
         while True:
             self._skip()
             block = self._read(512)
-            if not block or not block.strip(b"\0"):
+            if not block:
+                raise EOFError("it is cut off")
+            if not block.strip(b"\0"):
                 for _ in self._pieces:  # so that the checksum at the end is looked at
                     pass
                 return
@@ -3293,11 +3319,17 @@ def safe_name(member: TarMember, archive_id: str) -> str:
     if parts[0] != archive_id:
         raise ReadError("%s in it is not below the folder %s" % (escape_control(name), archive_id[:SHORT_ID]))
     for part in parts[1:]:
-        if part in ("", ".", "..") or "\\" in part or "\0" in part or re.match(r"[A-Za-z]:", part) or len(part) > 255:
+        if is_unsafe(part):
             raise ReadError("%s in it is no safe file name" % escape_control(name))
         if is_protected(part):
             raise ReadError("%s in it would be written into %s" % (escape_control(name), escape_control(part)))
     return "/".join(parts[1:])
+
+
+def is_unsafe(part: str) -> bool:
+    """Whether a path component means something else than a plain name on some system."""
+    return (part in ("", ".", "..") or "\\" in part or "\0" in part or len(part) > 255
+            or re.match(r"[A-Za-z]:", part) is not None)
 
 
 def is_protected(part: str) -> bool:
@@ -3738,13 +3770,11 @@ class Repository:
         import tempfile
         for kind, item_id in reversed(self.layers(experiment, checkpoint)):
             with reading_archive(self, kind, item_id):
-                found = self.archive(kind, item_id).file(path, item_id)
-                if found:
-                    file = tempfile.TemporaryFile()
-                    for piece in found[1]:
-                        file.write(piece)
+                file = tempfile.TemporaryFile()
+                if self.archive(kind, item_id).copy_file(path, item_id, file):
                     file.seek(0)
                     return file
+                file.close()
         owner = checkpoint or experiment
         raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
 
