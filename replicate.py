@@ -2768,8 +2768,9 @@ MEMBER_BYTES = 4 << 20
 GROUP_BYTES = 256 << 10           # small files share a member up to this size
 MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not believed
 INLINE_BYTES = 256 << 10          # archives up to this size are compressed at once
-COMPRESSION_LEVEL = 6
 SHRINKS = 0.92                    # what compresses to less than this is worth compressing
+NEARLY = 1.04                     # how much larger a quicker method may make it
+SAMPLE_BYTES = 32 << 10           # looked at twice in each member to choose the method
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 GZIP_EXTRA_HEADER = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
 GZIP_EMPTY_BODY = b"\x03\x00" + bytes(8)
@@ -2960,7 +2961,13 @@ def tar_header(archive_id: str, source: Source) -> bytes:
 
 
 def store_chunk(data: bytes) -> Tuple[int, Sequence[bytes], bool]:
-    """(size, parts of a gzip member that stores data as it is, whether compressing it would pay)."""
+    """(size, parts of a gzip member that stores data as it is, whether compressing it later would pay)."""
+    if len(data) <= INLINE_BYTES:
+        return gzip_chunk(data)
+    return _stored_member(data) + (shrinks(data),)
+
+
+def _stored_member(data: bytes) -> Tuple[int, Sequence[bytes]]:
     view = memoryview(data)
     parts: List[Any] = [GZIP_HEADER]
     for start in range(0, len(view), 65535):
@@ -2969,24 +2976,38 @@ def store_chunk(data: bytes) -> Tuple[int, Sequence[bytes], bool]:
         parts.append(bytes([final]) + len(block).to_bytes(2, "little") + (len(block) ^ 0xffff).to_bytes(2, "little"))
         parts.append(block)
     parts.append(zlib.crc32(data).to_bytes(4, "little") + (len(data) & 0xffffffff).to_bytes(4, "little"))
-    return len(data), parts, shrinks(data)
+    return len(data), parts
 
 
 def gzip_chunk(data: bytes) -> Tuple[int, Sequence[bytes], bool]:
     """(size, parts of a gzip member, False): compressed if that pays, stored otherwise."""
-    if not shrinks(data):
-        return store_chunk(data)[:2] + (False,)
-    packer = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, 31)
+    method = compression_method(data)
+    if method is None:
+        return _stored_member(data) + (False,)
+    level, strategy = method
+    packer = zlib.compressobj(level, zlib.DEFLATED, 31, 9, strategy)
     return len(data), [packer.compress(data), packer.flush()], False
+
+
+def compression_method(data: bytes) -> Optional[Tuple[int, int]]:
+    """The quickest (level, strategy) of zlib that makes a sample of data nearly as small as any; None if none pays."""
+    sample = data if len(data) <= 2 * SAMPLE_BYTES else (
+        data[len(data) // 4:][:SAMPLE_BYTES] + data[len(data) // 4 * 3:][:SAMPLE_BYTES])
+    quickest_first = ((1, zlib.Z_RLE), (1, zlib.Z_HUFFMAN_ONLY), (1, zlib.Z_DEFAULT_STRATEGY),
+                      (4, zlib.Z_DEFAULT_STRATEGY))
+    sizes = []
+    for level, strategy in quickest_first:
+        packer = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
+        sizes.append(len(packer.compress(sample)) + len(packer.flush()))
+    if min(sizes) >= SHRINKS * len(sample):
+        return None
+    return next(method for method, size in zip(quickest_first, sizes) if size <= NEARLY * min(sizes))
 
 
 def shrinks(data: bytes) -> bool:
     """Whether a sample of data compresses well enough."""
-    if len(data) <= 65536:
-        sample = data
-    else:
-        step = len(data) // 4
-        sample = b"".join(data[start:start + 8192] for start in range(step // 2, len(data), step))
+    step = max(8192, len(data) // 4)
+    sample = b"".join(data[start:start + 8192] for start in range(step // 2 if len(data) > step else 0, len(data), step))
     return len(zlib.compress(sample, 1)) < SHRINKS * len(sample)
 
 
@@ -3880,7 +3901,7 @@ class SummaryCache:
     def publish(self, storage: Storage, entries: Sequence[Entry], found: Dict[str, Summary]) -> None:
         """Write the index object for others; without permission to write there is none."""
         lines = [_line(_line_key(entry), found[entry.name[:-5]]) for entry in entries if entry.name[:-5] in found]
-        packer = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, 31)
+        packer = zlib.compressobj(6, zlib.DEFLATED, 31)
         try:
             storage.write(self.KEY, packer.compress(b"\n".join(lines)) + packer.flush())
         except ReplicateError as error:
