@@ -20,7 +20,7 @@ Sections, each of which depends only on those above it:
      2  values: JSON, times, short forms  8  recorder: snapshots, journal, heartbeat, signals
      3  model: Experiment, Checkpoint     9  library: Project, init, lists, plots
      4  filters and sorting              10  rendering: tables, show, diff (data in, text out)
-     5  configuration and storage        11  commands, parser, main
+     5  configuration, threads, storage  11  commands, parser, main
 """
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ MAX_NESTING = 50                 # levels of lists and objects in a param or met
 SHORT_ID = 7                     # hex digits
 LARGE_CODE_BYTES = 1 << 30       # what init() may save before it warns
 LOW_DISK_BYTES = 1 << 30
+COPY_BYTES = 4 << 20             # read and written at a time
 ANALYTICS_URL = ""               # no collection server: nothing is sent unless REPLICATE_ANALYTICS_URL names one
 FEEDBACK_URL = ""                # likewise, REPLICATE_FEEDBACK_URL
 
@@ -257,6 +258,19 @@ def confirm(question: str) -> bool:
 
 def has_terminal_input() -> bool:
     return is_terminal(sys.stdin)
+
+
+def program_name() -> str:
+    """How the user called this program, as it can be pasted."""
+    program = sys.argv[0] if sys.argv else ""
+    if not program.endswith(".py"):
+        return "replicate"
+    python = os.path.basename(sys.executable) or "python3"
+    if shutil.which(python) != sys.executable:
+        python = sys.executable
+    if sys.modules["__main__"].__spec__ is not None:
+        return "%s -m replicate" % shlex.quote(python)
+    return "%s %s" % (shlex.quote(python), shlex.quote(program))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1442,7 +1456,7 @@ def sort_rows(rows: List[Summary], name: str, descending: bool) -> List[Summary]
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 5  Configuration and storage
+# 5  Configuration, threads, storage
 # ------------------------------------------------------------------------------------------------------------------
 
 class Location:
@@ -1567,6 +1581,65 @@ def open_storage(url: str) -> Storage:
     """The storage behind an absolute URL."""
     scheme, _, rest = url.partition("://")
     return BACKENDS[scheme](rest)
+
+
+class Workers:
+    """A few threads for work that releases the interpreter's lock. They are started before the interpreter ends, when
+    the pools of the standard library refuse work; where none can be started, the work is done in the calling thread."""
+
+    def __init__(self, count: int) -> None:
+        from queue import SimpleQueue
+        self._new_queue = SimpleQueue
+        self._tasks: Any = SimpleQueue()
+        self._count = 0
+        for _ in range(count):
+            try:
+                threading.Thread(target=self._run, name="replicate-worker", daemon=True).start()
+            except RuntimeError:  # the interpreter is shutting down, or no more threads may be started
+                break
+            self._count += 1
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """function of each item in order, a few of them ahead in parallel."""
+        if not self._count:
+            yield from map(function, items)
+            return
+        waiting: List[Any] = []
+        for item in items:
+            answer = self._new_queue()
+            self._tasks.put((function, item, answer))
+            waiting.append(answer)
+            if len(waiting) > self._count:
+                yield self._result(waiting.pop(0))
+        for answer in waiting:
+            yield self._result(answer)
+
+    @staticmethod
+    def _result(answer: Any) -> Any:
+        succeeded, value = answer.get()
+        if not succeeded:
+            raise value
+        return value
+
+    def _run(self) -> None:
+        while True:
+            function, item, answer = self._tasks.get()
+            try:
+                answer.put((True, function(item)))
+            except BaseException as error:  # handed to whoever waits for the result
+                answer.put((False, error))
+            del function, item, answer
+
+
+_workers: Dict[int, Workers] = {}  # by process, since threads do not survive a fork
+
+
+def workers() -> Workers:
+    """The worker threads of this process."""
+    if os.getpid() not in _workers:
+        _workers.clear()
+        _workers[os.getpid()] = Workers(min(os.cpu_count() or 1, 8))
+    return _workers[os.getpid()]
 
 
 class Entry:
@@ -1724,7 +1797,7 @@ class DiskStorage(Storage):
         try:
             os.makedirs(os.path.dirname(temporary), exist_ok=True)
             with open(path, "rb", 0) as source, open(temporary, "xb", 0) as target:
-                for data in iter(lambda: source.read(MEMBER_BYTES), b""):
+                for data in iter(lambda: source.read(COPY_BYTES), b""):
                     write_all(target, data)
                     progress(len(data))
             self.move_in(temporary, key)
@@ -3021,65 +3094,6 @@ def inflate_member(data: bytes, size: int) -> bytes:
     if not unpacker.eof or unpacker.unused_data or len(content) != size:
         raise ReadError("its table of contents is wrong")
     return content
-
-
-class Workers:
-    """A few threads for work that releases the interpreter's lock. They are started before the interpreter ends, when
-    the pools of the standard library refuse work; where none can be started, the work is done in the calling thread."""
-
-    def __init__(self, count: int) -> None:
-        from queue import SimpleQueue
-        self._new_queue = SimpleQueue
-        self._tasks: Any = SimpleQueue()
-        self._count = 0
-        for _ in range(count):
-            try:
-                threading.Thread(target=self._run, name="replicate-worker", daemon=True).start()
-            except RuntimeError:  # the interpreter is shutting down, or no more threads may be started
-                break
-            self._count += 1
-
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """function of each item in order, a few of them ahead in parallel."""
-        if not self._count:
-            yield from map(function, items)
-            return
-        waiting: List[Any] = []
-        for item in items:
-            answer = self._new_queue()
-            self._tasks.put((function, item, answer))
-            waiting.append(answer)
-            if len(waiting) > self._count:
-                yield self._result(waiting.pop(0))
-        for answer in waiting:
-            yield self._result(answer)
-
-    @staticmethod
-    def _result(answer: Any) -> Any:
-        succeeded, value = answer.get()
-        if not succeeded:
-            raise value
-        return value
-
-    def _run(self) -> None:
-        while True:
-            function, item, answer = self._tasks.get()
-            try:
-                answer.put((True, function(item)))
-            except BaseException as error:  # handed to whoever waits for the result
-                answer.put((False, error))
-            del function, item, answer
-
-
-_workers: Dict[int, Workers] = {}  # by process, since threads do not survive a fork
-
-
-def workers() -> Workers:
-    """The worker threads of this process."""
-    if os.getpid() not in _workers:
-        _workers.clear()
-        _workers[os.getpid()] = Workers(min(os.cpu_count() or 1, 8))
-    return _workers[os.getpid()]
 
 
 class Archive:
@@ -5918,19 +5932,6 @@ def new_directory(name: str) -> str:
         number += 1
         candidate = "%s-%d" % (name, number)
     return candidate
-
-
-def program_name() -> str:
-    """How the user called this program, as it can be pasted."""
-    program = sys.argv[0] if sys.argv else ""
-    if not program.endswith(".py"):
-        return "replicate"
-    python = os.path.basename(sys.executable) or "python3"
-    if shutil.which(python) != sys.executable:
-        python = sys.executable
-    if sys.modules["__main__"].__spec__ is not None:
-        return "%s -m replicate" % shlex.quote(python)
-    return "%s %s" % (shlex.quote(python), shlex.quote(program))
 
 
 # -- analytics and feedback
