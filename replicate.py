@@ -175,12 +175,13 @@ def write_text(stream: Optional[TextIO], text: str) -> None:
     if stream is None:
         return
     try:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
-            stream.write(text)
+            text.encode(encoding)  # not by trying to write it: stderr escapes by itself
         except UnicodeEncodeError:
-            encoding = stream.encoding or "ascii"
             plain = text.replace("═══╡", "===|").replace("   │", "   |")
-            stream.write(plain.encode(encoding, "backslashreplace").decode(encoding))
+            text = plain.encode(encoding, "backslashreplace").decode(encoding)
+        stream.write(text)
         stream.flush()
     except (OSError, ValueError):
         if stream is not sys.stderr:
@@ -3579,7 +3580,8 @@ class Repository:
             if entry.name.endswith(".json") and is_id(entry.name[:-5]):
                 entries.append(entry)
             else:
-                console.warning("Skipped the unreadable document %s: its name is not that of an experiment." % entry.key)
+                console.warning("Skipped the unreadable document %s: its name is not that of an experiment." %
+                                escape_control(entry.key))
         return entries
 
     def _documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Iterator[Dict[str, Any]]:
@@ -3993,7 +3995,11 @@ class Checkout:
 
     def __init__(self, directory: str) -> None:
         self.directory = os.path.abspath(directory)
-        self._existed = os.path.isdir(self.directory)
+        self._new: List[str] = []  # directories that are made for it
+        folder = self.directory
+        while not os.path.lexists(folder):
+            self._new.append(folder)
+            folder = os.path.dirname(folder)
         self._staging = ""
         self.files: Dict[str, str] = {}  # name -> staged file
 
@@ -4009,11 +4015,11 @@ class Checkout:
 
     def __exit__(self, *exc_info: Any) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
-        if not self._existed:
+        for folder in self._new:
             try:
-                os.rmdir(self.directory)  # only if it is still empty
+                os.rmdir(folder)  # only if it is still empty
             except OSError:
-                pass
+                break
 
     def _remove_leftovers(self) -> None:
         """Remove the staging folders of processes that were killed."""
@@ -4063,10 +4069,10 @@ class Checkout:
                 parent = os.path.join(self.directory, *parts[:depth])
                 if os.path.islink(parent) or (os.path.lexists(parent) and not os.path.isdir(parent)):
                     raise WriteError("%s is in the way of %s: it is %s. Nothing was changed." % (
-                        parent, name, "a link" if os.path.islink(parent) else "no directory"))
+                        escape_control(parent), escape_control(name), "a link" if os.path.islink(parent) else "no directory"))
             target = os.path.join(self.directory, *parts)
             if os.path.isdir(target) and not os.path.islink(target):
-                raise WriteError("%s is in the way: it is a directory. Nothing was changed." % target)
+                raise WriteError("%s is in the way: it is a directory. Nothing was changed." % escape_control(target))
 
     def drop_foreign_configs(self) -> None:
         """Leave out each configuration that would make its directory use another repository; says so."""
@@ -4075,7 +4081,7 @@ class Checkout:
             current = _configured_url(folder)
             if current is not None and _configured_url(folder, self.files[name]) != current:
                 console.warning("%s is left as it is: the saved one names another repository." %
-                                os.path.join(folder, name.rpartition("/")[2]))
+                                escape_control(os.path.join(folder, name.rpartition("/")[2])))
                 del self.files[name]
 
     def conflicts(self) -> List[str]:
@@ -5194,7 +5200,8 @@ class Project:
             raise DoesNotExist("Experiment %s has no files, and neither has %s." % (
                 experiment.short_id(), "checkpoint " + checkpoint.short_id() if checkpoint else "a checkpoint of it"))
         with Checkout(output_directory) as checkout:
-            checkout.stage(self.repository, layers, normal_path(path) if path else None, quiet)
+            wanted = normal_path(path) if path else "."
+            checkout.stage(self.repository, layers, None if wanted == "." else wanted, quiet)
             checkout.check_target()
             checkout.drop_foreign_configs()
             approve(checkout.conflicts())
@@ -5620,9 +5627,22 @@ Sort all stopped experiments by the metric "val_loss":
 """ + FILTER_HELP
 
 
+VERSION_TEXT = "replicate %s\n" % __version__
+
+
 def say(text: str) -> None:
     """Data, to stdout."""
     write_text(sys.stdout, text)
+
+
+def say_json(value: Any) -> None:
+    """JSON, to stdout; ASCII alone where stdout's encoding lacks something of it."""
+    text = render_json(value)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2) + "\n"
+    say(text)
 
 
 def paint(text: str, style: str) -> str:
@@ -5657,7 +5677,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     rows = [row for row in rows if (row.running or not only_running) and all(tree.matches(row) for tree in filters)]
     rows = sort_rows(rows, name, descending)
     if args.json:
-        say(render_json([row.to_json() for row in rows]))
+        say_json([row.to_json() for row in rows])
     elif args.quiet:
         say("".join(row.id + "\n" for row in rows))
     elif rows:
@@ -5685,7 +5705,7 @@ def show_command(args: argparse.Namespace) -> int:
     repository = opened_project(args).repository
     experiment, checkpoint = repository.find(args.id)
     if args.json:
-        say(render_json((checkpoint or experiment).to_json()))
+        say_json((checkpoint or experiment).to_json())
         return 0
     running = repository.is_running(experiment.id)
     if checkpoint:
@@ -5738,7 +5758,7 @@ def checkout_command(args: argparse.Namespace) -> int:
     def approve(conflicts: List[str]) -> None:
         if not conflicts or args.force:
             return
-        shown = "\n".join("  " + name for name in conflicts[:10])
+        shown = "\n".join("  " + escape_control(name) for name in conflicts[:10])
         more = "\n  and %d more" % (len(conflicts) - 10) if len(conflicts) > 10 else ""
         message = "These files in %s would be overwritten with other content:\n%s%s" % (directory, shown, more)
         if not has_terminal_input():
@@ -5752,7 +5772,7 @@ def checkout_command(args: argparse.Namespace) -> int:
         plural(len(names), "file"), experiment.short_id(),
         " and its checkpoint %s" % checkpoint.short_id() if checkpoint else "", directory))
     if experiment.command:
-        console.info("The experiment was run with this command:\n  %s" % experiment.command)
+        console.info("The experiment was run with this command:\n  %s" % escape_control(experiment.command))
     return 0
 
 
@@ -6109,7 +6129,7 @@ def feedback_command(args: argparse.Namespace) -> int:
     else:
         console.info("No address is set up to send it to. Set REPLICATE_FEEDBACK_URL to one, or paste this where the "
                      "project's team reads it:")
-        say(render_json(content))
+        say_json(content)
     return 0
 
 
@@ -6184,7 +6204,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     argv = explicit_color(argv)
     args = general_parser().parse_args(argv)
     if args.version:
-        return Command("version", lambda args: say("replicate %s\n" % __version__) or 0, (), (), "", ""), args
+        return Command("version", lambda args: say(VERSION_TEXT) or 0, (), (), "", ""), args
     if not args.command:
         return COMMANDS["help"], args
     chosen = find_command(args.command)
@@ -6192,7 +6212,11 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
         if name == "rest":
             rest = args.rest
         delattr(args, name)
-    args = command_parser(chosen).parse_intermixed_args(rest, args)
+    try:
+        args = command_parser(chosen).parse_intermixed_args(rest, args)
+    except UsageError:
+        if not args.help:  # which is set before what is missing is complained of
+            raise
     if args.help and chosen.name != "help":
         args.command = chosen.name
         return COMMANDS["help"], args
@@ -6230,15 +6254,15 @@ def run(argv: Sequence[str]) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line: the exit code is 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv == ["--version"]:
-        argv_status = say("replicate %s\n" % __version__)
-        return argv_status or 0
     if argv == ["--send-analytics"]:
         Analytics().send()
         return 0
     import gc
     gc.disable()  # a command is short, makes no cycles worth collecting, and is a third faster without the search
     try:
+        if argv == ["--version"]:  # without argparse
+            say(VERSION_TEXT)
+            return 0
         return run(argv)
     except UsageError as error:
         console.error(str(error))
