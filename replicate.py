@@ -475,11 +475,11 @@ def format_cell(value: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A param or metric in full: strings as they are, everything else as JSON (NaN, +Inf and -Inf for floats)."""
+    """A param or metric in full: strings as they are, everything else as JSON (floats: NaN, +Inf, -Inf, 2 for 2.0)."""
     if isinstance(value, str):
         return escape_control(value)
-    if isinstance(value, float) and value - value != 0:
-        return format_cell(value)
+    if isinstance(value, float) and (value - value != 0 or (value.is_integer() and abs(value) < 1e15)):
+        return format_cell(value) if value - value != 0 else "%d" % value
     return escape_control(json.dumps(pack_floats(value), ensure_ascii=False, separators=(",", ":")))
 
 
