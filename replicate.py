@@ -83,6 +83,7 @@ IGNORE_NAMES = (".replicateignore", ".keepsakeignore")
 CONFIG_SEARCH_DEPTH = 100        # directories
 DEFAULT_STORAGE = os.path.join(".replicate", "storage")
 REPOSITORY_VERSION = 1
+MAX_INT_BITS = 1000
 MAX_NESTING = 50                 # levels of lists and objects in a param or metric
 SHORT_ID = 7                     # hex digits
 LARGE_CODE_BYTES = 1 << 30       # what init() may save before it warns
@@ -289,7 +290,12 @@ def plain_value(value: Any, where: str = "value") -> Any:
     Scalars and arrays of numpy, torch, tensorflow and jax are known by their methods, so that no library is imported.
     Raises TypeError, naming `where`, for anything else.
     """
-    if value is None or type(value) in (str, int, float, bool):
+    if value is None or type(value) in (str, float, bool):
+        return value
+    if type(value) is int:
+        if value.bit_length() > MAX_INT_BITS:
+            raise TypeError("%s is a number of %d bits: at most %d can be stored" % (where, value.bit_length(),
+                                                                                    MAX_INT_BITS))
         return value
     if hasattr(value, "tolist") and callable(value.tolist):          # numpy, torch, jax
         plain = value.tolist()
@@ -298,7 +304,7 @@ def plain_value(value: Any, where: str = "value") -> Any:
         return plain_value(value.numpy(), where)
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
-            return kind(value) if kind is not str else str.__str__(value)
+            return plain_value(kind(value), where) if kind is not str else str.__str__(value)
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int, float, bool)):
@@ -906,9 +912,11 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
         if param in experiment.params and _is_number(value):
             points.append((experiment.params[param], value, experiment.short_id()))
     axes = _pyplot().subplots()[1]
-    axes.scatter([x if _is_number(x) else format_value(x) for x, _, _ in points], [y for _, y, _ in points])
+    if not all(_is_number(x) for x, _, _ in points):
+        points = [(format_value(x), y, label) for x, y, label in points]
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points])
     for x, y, label in points:
-        axes.annotate(label, (x if _is_number(x) else format_value(x), y))
+        axes.annotate(label, (x, y))
     axes.set_xlabel(param)
     axes.set_ylabel(name)
     if logx:
@@ -1703,6 +1711,10 @@ class Storage:
         """Remove objects by exact key; missing ones are no error."""
         raise NotImplementedError
 
+    def remove(self, key: str) -> None:
+        """Remove one object that others may update at this moment: they will find it missing."""
+        self.delete([key])
+
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         """The bytes of an object; of the version of that entry, if given and still there."""
         with self.open(key, entry=entry) as stream:
@@ -1745,8 +1757,7 @@ class DiskStorage(Storage):
             with os.scandir(self.path(folder)) as entries:
                 for entry in entries:
                     try:
-                        if entry.is_file():
-                            yield self._entry(folder + entry.name, entry.stat())
+                        yield self._entry(folder + entry.name, entry.stat())
                     except OSError:  # deleted meanwhile
                         continue
         except (FileNotFoundError, NotADirectoryError):
@@ -1808,9 +1819,8 @@ class DiskStorage(Storage):
             remove_file(temporary)
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
-        lock = self.path("tmp/%s.lock" % key.rpartition("/")[2])
         try:
-            with FileLock(lock):
+            with self._lock(key):
                 try:
                     old: Optional[bytes] = self.read(key)
                 except DoesNotExist:
@@ -1829,6 +1839,17 @@ class DiskStorage(Storage):
                 pass
             except OSError as error:
                 raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
+
+    def remove(self, key: str) -> None:
+        try:
+            with self._lock(key):
+                self.delete([key])
+        except OSError as error:
+            raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
+
+    def _lock(self, key: str) -> FileLock:
+        """What everybody holds who replaces or removes that object."""
+        return FileLock(self.path("tmp/%s.lock" % key.rpartition("/")[2]))
 
     def temporary(self, name: str) -> str:
         """A new path in tmp/ for something that will be called name."""
@@ -3015,12 +3036,14 @@ def tar_chunks(archive_id: str, sources: Iterable[Source], files: List[Tuple[str
 
 def read_exactly(stream: BinaryIO, source: Source, first: int, warn: Callable[[str], None]) -> Iterator[bytes]:
     """Exactly source.size bytes, `first` of them first, then MEMBER_BYTES at a time; zeros for what has gone."""
-    left, wanted = source.size, max(first, 1)
+    left, wanted, ended = source.size, max(first, 1), False
     while left:
         wanted = min(wanted, left)
-        data = stream.read(wanted)
-        if not data:
+        data = b"" if ended else stream.read(wanted)
+        if not data and not ended:
+            ended = True
             warn("%s became shorter while it was saved: zeros stand for the rest." % source.name)
+        if ended:
             data = bytes(wanted)
         left -= len(data)
         wanted = MEMBER_BYTES if len(data) == wanted else wanted - len(data)
@@ -3424,13 +3447,13 @@ class ExperimentGone(ReplicateError):
 class Journal:
     """Checkpoints that are not in their experiment's document yet, a JSON line each; locked while its writer lives.
 
-    `{"checkpoint": {...}}` adds one, `{"removed": "<id>"}` takes one out again. Its name starts with the experiment's
-    ID. A torn last line, left by a full disk or a killed process, is passed over.
+    `{"checkpoint": {...}}` adds one, `{"removed": "<id>"}` takes one out again. Its name is made of the experiment's
+    ID and the time. A torn last line, left by a full disk or a killed process, is passed over.
     """
 
     def __init__(self, storage: DiskStorage, experiment_id: str) -> None:
         """Raises OSError."""
-        self.key = "%s%s.%s.jsonl" % (JOURNALS, experiment_id, os.urandom(4).hex())
+        self.key = "%s%s.%016x-%s.jsonl" % (JOURNALS, experiment_id, time.time_ns(), os.urandom(4).hex())
         self._lock = FileLock(storage.path(self.key), os.O_APPEND)
         self._lock.acquire()
 
@@ -3476,7 +3499,8 @@ def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> bo
         removed |= gone
     present = document.get("checkpoints") or []
     known = {item["id"] for item in present}
-    new = [item for item in added.values() if item["id"] not in known and item["id"] not in removed]
+    new = sorted((item for item in added.values() if item["id"] not in known and item["id"] not in removed),
+                 key=lambda item: canonical_time(item["created"]))
     if new:
         document["checkpoints"] = present + new
     return bool(new)
@@ -3647,7 +3671,7 @@ class Repository:
             experiment_id, _, rest = entry.name.partition(".")
             if is_id(experiment_id) and rest.endswith(".jsonl"):
                 found.setdefault(experiment_id, []).append(entry.key)
-        return found
+        return {experiment_id: sorted(keys) for experiment_id, keys in found.items()}  # oldest first
 
     def _contents(self, keys: Iterable[str]) -> List[bytes]:
         contents = []
@@ -3658,8 +3682,9 @@ class Repository:
                 continue
         return contents
 
-    def fold(self, experiment_id: str, keys: Sequence[str], last: Optional[DocumentText] = None) -> None:
-        """Put the checkpoints in these journals into the experiment's document.
+    def fold(self, experiment_id: str, keys: Sequence[str], last: Optional[DocumentText] = None,
+             more: bytes = b"") -> None:
+        """Put the checkpoints in these journals, and in `more` lines of one, into the experiment's document.
 
         last: what the same caller wrote before, so that a document that nobody else changed need not be read again.
         Raises ExperimentGone if there is no document any more, WriteError, ReadError.
@@ -3667,7 +3692,7 @@ class Repository:
         def change(old: Optional[bytes]) -> Optional[bytes]:
             if old is None:
                 raise ExperimentGone("Experiment %s was removed from %s." % (experiment_id[:SHORT_ID], self.url))
-            contents = [self.storage.read(key) for key in keys]
+            contents = [self.storage.read(key) for key in keys] + [more]
             if last is not None and last.text == old:
                 return last.extended(contents)
             document = self._decode(old, experiment_id)
@@ -3750,7 +3775,7 @@ class Repository:
             keys += self.journals().get(experiment.id, [])
             keys += self._temporary_keys(ids)
         self.storage.delete(keys)
-        self.storage.delete([document_key(experiment.id)])
+        self.storage.remove(document_key(experiment.id))
 
     def remove_checkpoint(self, experiment: Experiment, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint's files, then its entry in the document. Raises WriteError."""
@@ -4154,7 +4179,9 @@ FOLD_SHARE = 50         # and at least so many times as long as the last one too
 MAX_FOLD_INTERVAL = 10  # but at most this
 MAX_PACKING = 2         # archives that wait for compression before checkpoint() waits too
 TERMINATION_SECONDS = 10.0
+JOIN_SECONDS = 2.0      # that a heartbeat under way may take at the end
 
+MAX_STEP = (1 << 63) - 1
 SECRET_NAMES = ("token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
                 "auth-token", "api-token", "hf-token", "client-secret")
 SECRET_SHAPES = (r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|"
@@ -4236,6 +4263,11 @@ def checked_value(value: Any, where: str) -> Any:
         _check_depth([plain])
     except (RecursionError, ReadError) as error:
         raise TypeError("%s is nested too deeply" % where) from error
+    except TypeError:
+        raise
+    except Exception as error:  # whatever the object does when it is looked at
+        raise TypeError("%s is a %s, which cannot be read: %s" % (where, type(value).__name__,
+                                                                  short_reason(error))) from error
     return plain
 
 
@@ -4563,7 +4595,7 @@ class Recorder:
         self._unwritten: List[bytes] = []             # lines that a full disk refused
         self._keys: List[str] = []                    # archives written by this run
         self._packing: List[Tuple[str, str, List[int]]] = []
-        self._is_folding = threading.Lock()
+        self._is_folding = threading.RLock()
         self._stopping = False
         self._reported: Set[str] = set()
         self._next_fold: Optional[float] = None
@@ -4602,7 +4634,11 @@ class Recorder:
                                   _valid_primary(primary_metric, problems),
                                   last["created"] if last else self.experiment._document["created"])
             checkpoint = Checkpoint(item, self.experiment)
-            if self.gone or os.getpid() != self.pid:
+            if os.getpid() != self.pid:
+                return checkpoint
+            if self.gone:
+                self._report_gone()
+                checkpoints.append(checkpoint)
                 return checkpoint
             try:
                 if path is not None:
@@ -4614,15 +4650,19 @@ class Recorder:
             except Exception as error:  # recording must never break training
                 item["path"] = None
                 problems.append(_problem(error))
+            checkpoints.append(checkpoint)
+            if problems:
+                console.error("Checkpoint %s: %s. The rest of it was recorded." % (checkpoint.short_id(),
+                                                                                  "; ".join(problems)))
             try:
                 self._append(encode_json({"checkpoint": item}, indent=None))
             except Exception as error:
-                problems.append(_problem(error))
-            checkpoints.append(checkpoint)
-            if problems:
-                console.error("Checkpoint %s: %s.%s" % (checkpoint.short_id(), "; ".join(problems),
-                                                        " The rest of it was recorded." if len(problems) == 1 else ""))
-            elif not quiet:
+                if "journal" not in self._reported:
+                    self._reported.add("journal")
+                    console.error("%s. Checkpoint %s and later ones are kept in memory, and writing them is tried again."
+                                  % (_problem(error), checkpoint.short_id()))
+                return checkpoint
+            if not (problems or quiet):
                 self._announce(checkpoint)
         return checkpoint
 
@@ -4636,25 +4676,32 @@ class Recorder:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
+            steps = [lambda: self._wait_for_packer(deadline), self._fold,
+                     lambda: self.storage.sync(self._keys + [document_key(self.experiment.id)])]
+            if self._sender:
+                steps.append(lambda: self._sender.stop(deadline - time.monotonic() if deadline is not None else None))
+            if self.heartbeat:
+                steps.append(self._stop_heartbeat)
+            for step in steps:  # each of them, also if one before fails
+                try:
+                    step()
+                except ReplicateError as error:
+                    self._report(error)
+
+    def _stop_heartbeat(self) -> None:
+        if not self.gone:
+            self._others[1].join(JOIN_SECONDS)  # or its last heartbeat could come after this
             try:
-                self._wait_for_packer(deadline)
-                self._fold()
-                if not self.gone:
-                    self.storage.sync(self._keys + [document_key(self.experiment.id)])
-                if self._sender:
-                    self._sender.stop(deadline - time.monotonic() if deadline is not None else None)
-                if self.heartbeat and not self.gone:
-                    self.target.storage.delete([heartbeat_key(self.experiment.id)])
+                self.target.storage.delete([heartbeat_key(self.experiment.id)])
             except Unreachable as error:
-                console.debug(str(error))  # the heartbeat stops counting by itself
-            except ReplicateError as error:
-                self._report(error)
+                console.debug(str(error))  # it stops counting by itself
 
     def abandon(self) -> None:
         """Stop recording because the experiment is removed, and remove what this run has written."""
-        with self._changed:
+        with self._is_folding, self._changed:
             self.gone = True
             self._packing.clear()
+            self._unwritten.clear()
             self._changed.notify_all()
             for journal in self._unfolded + ([self._journal] if self._journal else []):
                 journal.close(remove=True)
@@ -4669,6 +4716,13 @@ class Recorder:
         except ReplicateError as error:
             console.debug(str(error))
 
+    def forget(self) -> None:
+        """In a forked child: let go of the parent's journals, whose locks would outlive it here."""
+        for journal in self._unfolded + ([self._journal] if self._journal else []):
+            journal.close(remove=False)
+        if self._sender:
+            self._sender.lock.release(remove=False)
+
     # -- files
 
     def _save_files(self, checkpoint_id: str, sources: Sequence[Source], quiet: bool) -> None:
@@ -4678,11 +4732,14 @@ class Recorder:
             if len(self._packing) >= MAX_PACKING:
                 if not quiet:
                     console.info("Waiting until earlier checkpoints are compressed...")
-                while len(self._packing) >= MAX_PACKING and not self.gone and self._packer.is_alive():
+                while (len(self._packing) >= MAX_PACKING and not self.gone and self._packer.is_alive()
+                       and not termination.requested):
                     self._changed.wait(1.0)
         shrinkable = save_archive(self.storage, "checkpoints", checkpoint_id, sources)
         with self._changed:
             self._keys.append(archive_key("checkpoints", checkpoint_id))
+            if self.gone:  # while it was written
+                self.storage.delete(self._keys[-1:])
         self.pack_later("checkpoints", checkpoint_id, shrinkable)
 
     def pack_later(self, kind: str, item_id: str, shrinkable: List[int]) -> None:
@@ -4716,6 +4773,8 @@ class Recorder:
                 if self._packing:
                     self._packing.pop(0)
                 self._changed.notify_all()
+                if self.gone:  # and the archive, which was just replaced, should be
+                    self.storage.delete([archive_key(kind, item_id)])
             if self._sender:
                 self._sender.notify()
 
@@ -4723,6 +4782,8 @@ class Recorder:
         total = len(self._packing)
         with Progress("Compressing the last checkpoints", 0) as progress, self._changed:
             while self._packing and self._packer.is_alive():
+                if termination.requested and deadline is None:
+                    deadline = time.monotonic() + TERMINATION_SECONDS
                 if deadline is not None and time.monotonic() >= deadline:
                     return
                 self._changed.wait(0.2)
@@ -4733,7 +4794,12 @@ class Recorder:
     def _append(self, line: bytes) -> None:
         """Make a checkpoint survive the death of the process, and see that it comes into the document."""
         with self._changed:
+            if self.gone:
+                return
             self._unwritten.append(line)
+            if self._next_fold is None:
+                self._next_fold = max(time.monotonic(), self._last_fold + self._fold_pause)
+                self._changed.notify_all()
             try:
                 if self._journal is None:
                     self._journal = Journal(self.storage, self.experiment.id)
@@ -4743,9 +4809,7 @@ class Recorder:
             except OSError as error:
                 del self._unwritten[:-100000]
                 raise self.storage.write_failure(JOURNALS + self.experiment.id, error) from error
-            if self._next_fold is None:
-                self._next_fold = max(time.monotonic(), self._last_fold + self._fold_pause)
-                self._changed.notify_all()
+            self._reported.discard("journal")
 
     def _clock(self) -> None:
         """The clock thread folds the journal when that is due."""
@@ -4777,6 +4841,8 @@ class Recorder:
                 self.storage.stat(document_key(self.experiment.id))
                 if self.heartbeat:
                     self.target.beat(self.experiment.id)
+                    if self.gone:  # while it was written
+                        self.target.storage.delete([heartbeat_key(self.experiment.id)])
             except Unreachable as error:
                 console.debug(str(error))
             except DoesNotExist:
@@ -4785,22 +4851,20 @@ class Recorder:
                 self._report(error)
 
     def _fold(self) -> None:
-        """Put what is in the journals into the document. Raises WriteError, ReadError."""
+        """Put what is in the journals, and what they could not take, into the document. Raises WriteError, ReadError."""
         with self._is_folding:
             with self._lock:
-                if self._unwritten and self._journal is not None and self._stopping:
-                    self._journal.append(b"\n".join(self._unwritten))
-                    self._unwritten.clear()
                 if self._journal is not None:
                     self._unfolded.append(self._journal)
                 self._journal = None
-                journals = list(self._unfolded)
+                journals, lines = list(self._unfolded), list(self._unwritten)
                 self._next_fold = None
-            if not journals or self.gone:
+            if self.gone or not (journals or lines):
                 return
             started = time.monotonic()
             try:
-                self.repository.fold(self.experiment.id, [journal.key for journal in journals], self._text)
+                self.repository.fold(self.experiment.id, [journal.key for journal in journals], self._text,
+                                     b"\n".join(lines))
             except (ExperimentGone, DoesNotExist):
                 self.lose()
                 return
@@ -4808,10 +4872,11 @@ class Recorder:
                 with self._lock:
                     self._next_fold = time.monotonic() + MAX_FOLD_INTERVAL
                 raise
-            for journal in journals:
-                journal.close(remove=True)
             with self._lock:
+                for journal in journals:
+                    journal.close(remove=True)
                 self._unfolded = [journal for journal in self._unfolded if journal not in journals]
+                self._unwritten = [line for line in self._unwritten if line not in lines]
                 self._last_fold = time.monotonic()
                 self._fold_pause = min(MAX_FOLD_INTERVAL, max(FOLD_INTERVAL,
                                                               FOLD_SHARE * (self._last_fold - started)))
@@ -4822,6 +4887,11 @@ class Recorder:
         """The experiment was removed by somebody: say so once, and leave nothing behind."""
         if not self.gone:
             self.abandon()
+            self._report_gone()
+
+    def _report_gone(self) -> None:
+        if "gone" not in self._reported:
+            self._reported.add("gone")
             console.error("Experiment %s was removed from %s: it is not recorded any more." %
                           (self.experiment.short_id(), self.target.url))
 
@@ -4848,35 +4918,39 @@ class Recorder:
 
 
 def _problem(error: BaseException) -> str:
-    text = short_reason(error) if isinstance(error, (ReplicateError, OSError, ValueError, TypeError)) else repr(error)
+    """An error as part of a sentence."""
+    if isinstance(error, ReplicateError):
+        return str(error).rstrip(".")
+    text = short_reason(error) if isinstance(error, (OSError, ValueError, TypeError)) else repr(error)
     return text.rstrip(".")
 
 
 def _valid_step(step: Any, last: Optional[Dict[str, Any]], problems: List[str]) -> int:
-    following = (last.get("step") or 0) + 1 if last else 0
+    following = min((last.get("step") or 0) + 1, MAX_STEP) if last else 0
     if step is None:
         return following
     try:
         value = plain_value(step, "step")
-    except TypeError:
-        value = step
-    if type(value) is int and -(1 << 63) <= value < 1 << 63:
-        return value
-    problems.append("step must be an integer, not %s, so that it counts as %d" % (repr(step)[:50], following))
+        if type(value) is int and -MAX_STEP <= value <= MAX_STEP:
+            return value
+        shown = repr(step)[:50]
+    except Exception:  # whatever the object does when it is looked at
+        shown = "a " + type(step).__name__
+    problems.append("step must be an integer, not %s, so that it counts as %d" % (shown, following))
     return following
 
 
 def _valid_metrics(metrics: Any, problems: List[str]) -> Dict[str, Any]:
     if metrics is None:
         return {}
-    if not isinstance(metrics, dict):
+    if not issubclass(type(metrics), dict):
         problems.append("metrics must be a dict, not %s" % type(metrics).__name__)
         return {}
     valid = {}
     for name, value in metrics.items():
         try:
-            valid[checked_name(name, "metrics")] = checked_value(value, "metrics[%r]" % name)
-        except Exception as error:
+            valid[checked_name(name, "metrics")] = checked_value(value, "metrics[%r]" % (name,))
+        except Exception as error:  # likewise
             problems.append(_problem(error))
     return valid
 
@@ -4884,11 +4958,15 @@ def _valid_metrics(metrics: Any, problems: List[str]) -> Dict[str, Any]:
 def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]]:
     if primary is None:
         return None
-    if isinstance(primary, (tuple, list)) and len(primary) == 2:
+    try:
         name, goal = primary
-        if isinstance(name, str) and name and goal in ("maximize", "minimize"):
-            return {"name": str(name), "goal": goal}
-    problems.append("primary_metric must be (name, 'maximize' or 'minimize'), not %s" % repr(primary)[:80])
+        if isinstance(primary, (tuple, list)) and isinstance(name, str) and name and goal in ("maximize",
+                                                                                               "minimize"):
+            return {"name": str(name), "goal": str(goal)}
+        shown = repr(primary)[:80]
+    except Exception:  # likewise
+        shown = "a " + type(primary).__name__
+    problems.append("primary_metric must be (name, 'maximize' or 'minimize'), not %s" % shown)
     return None
 
 
@@ -4963,17 +5041,30 @@ class Termination:
     def __init__(self) -> None:
         self._depth = 0
         self._waiting: Optional[Tuple[int, Any]] = None
-        self._previous: Any = None
+        self._previous: List[Any] = []  # the handlers that ours took the place of, the latest last
+        self._active = 0                # how many of ours are running: a script's handler may call the one before it
+        self._mask: Any = None
 
     def install(self) -> None:
         """Take over SIGTERM, unless the program ignores it or this is not the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         current = signal.getsignal(signal.SIGTERM)
-        if current in (None, signal.SIG_IGN) or getattr(current, "__self__", None) is self:
+        if current in (None, signal.SIG_IGN) or self._is_ours(current):
             return
-        self._previous = current
+        if not self._previous and hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
+                                after_in_child=self._in_child)
+        self._previous.append(current)
         signal.signal(signal.SIGTERM, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal is being put off."""
+        return self._waiting is not None
+
+    def _is_ours(self, handler: Any) -> bool:
+        return getattr(handler, "__self__", None) is self
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._depth:
@@ -4983,11 +5074,16 @@ class Termination:
 
     def _finish(self, number: int, frame: Any) -> None:
         stop_all(TERMINATION_SECONDS)
-        if callable(self._previous):
-            self._previous(number, frame)
-        else:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        previous = self._previous[-1 - min(self._active, len(self._previous) - 1)]
+        self._active += 1
+        try:
+            if callable(previous):
+                previous(number, frame)
+            else:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+        finally:
+            self._active -= 1
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -4999,6 +5095,25 @@ class Termination:
             if not self._depth and self._waiting:
                 waiting, self._waiting = self._waiting, None
                 self._finish(*waiting)
+
+    # A child records nothing, so that it gets back the handler that was there before. A signal that comes while it
+    # starts would be lost, since Python forgets what its own handlers have noted before a fork.
+
+    def _before_fork(self) -> None:
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def _after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _in_child(self) -> None:
+        self._depth, self._waiting = 0, None
+        if self._is_ours(signal.getsignal(signal.SIGTERM)):
+            signal.signal(signal.SIGTERM, self._previous[0])
+        self._previous.clear()
+        for recorder in _recorders:
+            recorder.forget()
+        _recorders.clear()
+        self._after_fork()
 
 
 termination = Termination()
@@ -5093,14 +5208,19 @@ class Project:
             console.info("Experiment %s: recording %sto %s" % (
                 experiment.short_id(), "%s " % saved if saved else "", repository.url))
         recorder = self._recorder(repository, experiment, heartbeat, prepared)
-        shrinkable: List[int] = []
-        if saved:
-            warn_if_code_is_large(sources)
-            warn_if_disk_is_low(self.directory, sum(source.size for source in sources), set())
-            shrinkable = save_archive(recorder.storage, "experiments", experiment.id, sources)
-        recorder.repository.create(experiment._document)
-        recorder.pack_later("experiments", experiment.id, shrinkable)
-        recorder.start(beat=prepared)
+        try:
+            shrinkable: List[int] = []
+            if saved:
+                warn_if_code_is_large(sources)
+                warn_if_disk_is_low(self.directory, sum(source.size for source in sources), set())
+                shrinkable = save_archive(recorder.storage, "experiments", experiment.id, sources)
+            recorder.repository.create(experiment._document)
+            recorder.pack_later("experiments", experiment.id, shrinkable)
+            recorder.start(beat=prepared)
+        except BaseException:
+            recorder.abandon()
+            recorder.storage.remove(document_key(experiment.id))
+            raise
         return experiment
 
     def _recorder(self, repository: Repository, experiment: Experiment, heartbeat: bool, prepared: bool) -> Recorder:
@@ -5170,9 +5290,10 @@ class Project:
 
     def delete(self, experiment: Experiment) -> None:
         """See Experiment.delete."""
-        recorder = self._recorders.pop(experiment.id, None)
-        if recorder is not None and recorder in _recorders:
-            _recorders.remove(recorder)
+        recorder = self._recorders.get(experiment.id)
+        if recorder is not None:
+            if recorder in _recorders:
+                _recorders.remove(recorder)
             recorder.abandon()
         try:
             self.refresh(experiment)
