@@ -148,19 +148,24 @@ class Console:
         return "%s%s\x1b[0m" % (self.COLORS[style], text) if self.uses_color(stream) else text
 
     def uses_color(self, stream: TextIO) -> bool:
+        """Whether stream takes colours."""
         wanted = self.color if self.color is not None else not os.environ.get("NO_COLOR")
         return wanted and is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
     def info(self, message: str) -> None:
+        """Print a message, whose further lines are continuations."""
         self._say(message, "info")
 
     def warning(self, message: str) -> None:
+        """Print a warning."""
         self._say(message, "warning")
 
     def error(self, message: str) -> None:
+        """Print an error."""
         self._say(message, "error")
 
     def debug(self, message: str) -> None:
+        """Print a message that only -v shows."""
         if self.verbose:
             self._say(message, "info")
 
@@ -190,6 +195,7 @@ def write_text(stream: Optional[TextIO], text: str) -> None:
 
 
 def is_terminal(stream: Optional[TextIO]) -> bool:
+    """Whether stream leads to a terminal."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
@@ -259,6 +265,7 @@ def confirm(question: str) -> bool:
 
 
 def has_terminal_input() -> bool:
+    """Whether somebody can be asked."""
     return is_terminal(sys.stdin)
 
 
@@ -381,6 +388,7 @@ def short_reason(error: BaseException) -> str:
 
 
 def new_id() -> str:
+    """64 hex digits from the system's random source."""
     return os.urandom(32).hex()
 
 
@@ -499,6 +507,7 @@ def format_size(count: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """'1 file', '2 files'."""
     return "%d %s%s" % (count, noun, "" if count == 1 else "s")
 
 
@@ -1757,7 +1766,8 @@ class DiskStorage(Storage):
             with os.scandir(self.path(folder)) as entries:
                 for entry in entries:
                     try:
-                        yield self._entry(folder + entry.name, entry.stat())
+                        if not entry.is_dir():
+                            yield self._entry(folder + entry.name, entry.stat())
                     except OSError:  # deleted meanwhile
                         continue
         except (FileNotFoundError, NotADirectoryError):
@@ -2650,7 +2660,9 @@ def _wildcard_expression(pattern: bytes, anchored: bool) -> Optional[bytes]:
         if character == b"*":
             while pattern[position:position + 1] == b"*":
                 position += 1
-            alone = (start == 0 or pattern[start - 1:start] == b"/") and pattern[position:position + 1] in (b"", b"/")
+            # Git compares what stands before the first wildcard by itself, so that "**" may start the rest.
+            first = pattern[start - 1:start] in (b"", b"/") or not re.search(rb"[*?\[\\]", pattern[:start])
+            alone = first and pattern[position:position + 1] in (b"", b"/")
             if position - start > 1 and alone and anchored:
                 if position == len(pattern):
                     parts.append(b".*")
@@ -3428,10 +3440,12 @@ JOURNALS = "journals/"
 
 
 def document_key(experiment_id: str) -> str:
+    """Where an experiment's document is."""
     return "%s%s.json" % (EXPERIMENTS, experiment_id)
 
 
 def heartbeat_key(experiment_id: str) -> str:
+    """Where an experiment's heartbeat is."""
     return "%s%s.json" % (HEARTBEATS, experiment_id)
 
 
@@ -4251,6 +4265,7 @@ def checked_values(values: Any, what: str) -> Dict[str, Any]:
 
 
 def checked_name(name: Any, what: str) -> str:
+    """The name of a param or metric. Raises TypeError."""
     if not isinstance(name, str):
         raise TypeError("the names in %s must be strings, not %r" % (what, name))
     return str(name)
@@ -5453,6 +5468,7 @@ SHOW_WIDTH = 17
 
 
 def no_paint(text: str, style: str) -> str:
+    """text as it is."""
     return text
 
 

