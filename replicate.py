@@ -966,6 +966,8 @@ class Summary:
     def checked(cls, data: Any, experiment_id: str) -> Summary:
         """The summary in untrusted data. Raises ReadError."""
         _check_fields(data, _SUMMARY_FIELDS)
+        if not data.keys() >= _SUMMARY_FIELDS.keys():
+            raise ReadError("a field is missing")
         if data["id"] != experiment_id:
             raise ReadError("its id is another one")
         for checkpoint in (data["latest_checkpoint"], data["best_checkpoint"]):
@@ -1087,7 +1089,7 @@ def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
         raise ReadError("created is not an RFC 3339 time") from error
     for key, kinds in fields.items():
         if type(document.get(key)) not in kinds:
-            raise ReadError("%s is a %s" % (key, type(document[key]).__name__))
+            raise ReadError("%s is a %s" % (key, type(document.get(key)).__name__))
     for key, value in document.items():
         if type(value) in (dict, list) and not (key == "checkpoints" and key in fields):
             _check_depth(value)
@@ -1586,7 +1588,7 @@ def absolute_url(url: str, directory: str) -> str:
     if not separator or scheme not in BACKENDS:
         raise RepositoryConfigurationError("%r is no repository URL: it must start with %s." % (
             url, ", ".join("%s://" % name for name in BACKENDS)))
-    if not rest.strip("/") and (scheme != "file" or not rest):
+    if not rest or (scheme != "file" and rest.startswith("/")):
         raise RepositoryConfigurationError("%r names no %s." % (url, "directory" if scheme == "file" else "bucket"))
     if "\0" in rest:
         raise RepositoryConfigurationError("%r has a null character in it." % url)
@@ -1734,7 +1736,7 @@ class Storage:
         entry = self.stat(key)
         return entry, lambda start, end: self.open(key, start, end, entry)
 
-    def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
         """function of each item, in order; several at a time where waiting for the store takes the time."""
         return map(function, items)
 
@@ -2028,6 +2030,10 @@ class Unreachable(ReplicateError):
     """The store did not answer, or not sensibly: worth another try."""
 
 
+class NoBucket(DoesNotExist):
+    """There is no such bucket."""
+
+
 class Changed(ReplicateError):
     """An object is not the version that was expected."""
 
@@ -2047,6 +2053,7 @@ class CloudStorage(Storage):
     TIMEOUT = 20.0         # seconds without a byte after which a request has failed
     PARALLEL = 16          # requests at a time
     PART_BYTES = 8 << 20   # of an upload in parts, and of a ranged reading
+    LARGE_UPLOADS = 2      # whole files at a time: each is in memory
     has_index = True
 
     def __init__(self, rest: str) -> None:
@@ -2056,7 +2063,7 @@ class CloudStorage(Storage):
         self.root = root.strip("/") + "/" if root.strip("/") else ""
         self.url = "%s://%s" % (self.scheme, rest)
         self.attempts = self.ATTEMPTS
-        self._threads: Optional[Workers] = None
+        self._threads: Dict[int, Workers] = {}
 
     # -- what a backend provides
 
@@ -2093,7 +2100,9 @@ class CloudStorage(Storage):
     def call(self, request: Callable[[], Any], key: str) -> Any:
         """The result of a request, tried again with growing pauses while the failure may be a passing one."""
         pause = self.FIRST_PAUSE
-        for attempt in range(self.attempts):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return request()
             except ReplicateError as error:
@@ -2101,21 +2110,26 @@ class CloudStorage(Storage):
             except Exception as error:
                 failure = self.translate(error, key)
                 failure.__cause__ = error
-            if not isinstance(failure, Unreachable) or attempt == self.attempts - 1:
+            if not isinstance(failure, Unreachable) or attempt >= self.attempts:
                 raise failure
             console.debug("Trying again: %s" % failure)
             time.sleep(pause * (0.5 + os.urandom(1)[0] / 256))
             pause = min(2 * pause, self.LONGEST_PAUSE)
 
-    def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """function of each item, in order, several requests at a time."""
-        if self._threads is None:
-            self._threads = Workers(self.PARALLEL)
-        return self._threads.map(function, items)
+    def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
+        """function of each item, in order, several requests at a time; fewer where each takes much memory."""
+        count = self.LARGE_UPLOADS if large else self.PARALLEL
+        if count not in self._threads:
+            self._threads[count] = Workers(count)
+        return self._threads[count].map(function, items)
 
     def prepare(self) -> None:
         if not self.call(self.find_bucket, ""):
-            self.call(self.create_bucket, "")
+            try:
+                self.call(self.create_bucket, "")
+            except ReplicateError:  # made meanwhile, by another machine or by a request whose answer was lost
+                if not self.call(self.find_bucket, ""):
+                    raise
             console.warning("The bucket %s did not exist: it was created. If that is a misspelling, delete it." %
                             self.bucket)
         probe = "tmp/probe.%s" % os.urandom(6).hex()
@@ -2125,7 +2139,7 @@ class CloudStorage(Storage):
     def list(self, folder: str) -> Iterator[Entry]:
         """Pages; from the second on, the hex prefixes of the names are listed in parallel."""
         def page(request: Tuple[str, str, Any]) -> Tuple[List[Entry], Any]:
-            return self.call(lambda: self.list_page(self.root + request[0], request[1], request[2]), folder)
+            return self.call(lambda: self.list_page(self.root + request[0], request[1], request[2]), "")
 
         def rest(request: Tuple[str, str]) -> List[Entry]:
             prefix, after = request
@@ -2166,6 +2180,8 @@ class CloudStorage(Storage):
                 stream = ResumingStream(self, key)
                 old: Optional[bytes] = stream.read()
                 version = stream.version
+            except NoBucket:
+                raise
             except DoesNotExist:
                 old, version = None, ""
             except Changed:  # while it was read
@@ -2292,7 +2308,7 @@ class S3Storage(CloudStorage):
                 "HTTPStatusCode", 0)
             reason = "%s (%s)" % (str(answer.get("Message") or "no reason given").rstrip("."), code)
             if code == "NoSuchBucket" or (status == 404 and not key):
-                return DoesNotExist(NO_BUCKET % self.url)
+                return NoBucket(NO_BUCKET % self.url)
             if code in self.STALE or status == 412:
                 return Changed("%s was changed by another process." % name)
             if status >= 500 and code != "NotImplemented" or status == 429 or code in self.PASSING:
@@ -2416,6 +2432,7 @@ class GCSStorage(CloudStorage):
             raise RepositoryConfigurationError(
                 "gs:// repositories need google-cloud-storage: install it with 'pip install google-cloud-storage'. "
                 "Repositories on disk (file://) work without it.") from error
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # a request of the SDK's own
         self._errors, self._auth_errors = google.api_core.exceptions, google.auth.exceptions
         self._chunk_retry = DEFAULT_RETRY
         project = os.environ.get("GOOGLE_CLOUD_PROJECT")
@@ -2439,8 +2456,9 @@ class GCSStorage(CloudStorage):
         reason = short_reason(getattr(error, "message", None) and Exception(error.message) or error).rstrip(".")
         code = getattr(error, "code", None)
         if isinstance(error, self._errors.NotFound):
-            missing = not key or "bucket" in reason.lower()
-            return DoesNotExist(NO_BUCKET % self.url if missing else "%s does not exist." % name)
+            if not key or "specified bucket" in reason.lower():
+                return NoBucket(NO_BUCKET % self.url)
+            return DoesNotExist("%s does not exist." % name)
         if isinstance(error, self._errors.PreconditionFailed):
             return Changed("%s was changed by another process." % name)
         if isinstance(error, self._auth_errors.GoogleAuthError) and not isinstance(
@@ -3594,14 +3612,16 @@ class Repository:
         found = cache.take(entries, waiting)
         stale = [entry for entry in entries if entry.name[:-5] not in found]
         index = None
-        if self.storage.has_index and len(stale) >= SummaryCache.MIN_STALE:
+        cache.unpublished += len(stale)
+        if self.storage.has_index and cache.unpublished >= SummaryCache.MIN_STALE:
+            cache.unpublished = 0
             index = SummaryCache.of_index(self.storage)
             found.update(index.take(stale, waiting))
             stale = [entry for entry in entries if entry.name[:-5] not in found]
         for document in self._documents(stale, waiting):
             found[document["id"]] = Summary.of(document)
-        cache.keep(entries, found, waiting)
-        if index is not None and len(stale) >= max(SummaryCache.MIN_STALE, len(entries) // 10):
+        cache.keep(entries, found, waiting, settled=not self.storage.has_journals)
+        if index is not None and index.lacks(entries) >= max(SummaryCache.MIN_STALE, len(entries) // 10):
             index.publish(self.storage, entries, found)
         for experiment_id, summary in found.items():
             summary.running = experiment_id in running
@@ -3856,7 +3876,7 @@ class Repository:
 
 
 class SummaryCache:
-    """Summaries of documents, each with the version of its document: `<id> <version> <JSON>` lines.
+    """Summaries of documents, each with the version of its document: `# <unpublished>`, `<id> <version> <JSON>` lines.
 
     Kept in a file of this user, and for a bucket as an object too, from which a machine that has never listed it
     starts. A summary counts only if the document has just that version now, so that a stale cache costs time and never
@@ -3877,7 +3897,9 @@ class SummaryCache:
         self._trusted = index is None
         self._listed = time.time()
         lines = (self._read() if index is None else index).split(b"\n")
-        self._lines: Dict[bytes, bytes] = {line[:line.find(b" {")]: line for line in lines if line}
+        first = lines[0][2:] if lines[0].startswith(b"# ") else b""
+        self.unpublished = int(first) if first.isdigit() and len(first) < 10 else 0  # read since the index was looked at
+        self._lines: Dict[bytes, bytes] = {line[:line.find(b" {")]: line for line in lines if b" {" in line}
 
     def _read(self) -> bytes:
         try:
@@ -3907,7 +3929,7 @@ class SummaryCache:
             for experiment_id, data in self._parsed(lines[start:start + self.BATCH]):
                 try:
                     found[experiment_id] = Summary(data) if self._trusted else Summary.checked(data, experiment_id)
-                except ReadError:
+                except (ReadError, KeyError, TypeError, AttributeError):
                     continue
         return found
 
@@ -3928,23 +3950,24 @@ class SummaryCache:
                 continue
         return found
 
-    def keep(self, entries: Sequence[Entry], found: Dict[str, Summary], waiting: Dict[str, List[bytes]]) -> None:
+    def keep(self, entries: Sequence[Entry], found: Dict[str, Summary], waiting: Dict[str, List[bytes]],
+             settled: bool = False) -> None:
         """Remember the summaries of these entries in the file, if that changes it and it can be written."""
         lines: Dict[bytes, bytes] = {}
         for entry in entries:
             experiment_id = entry.name[:-5]
             if (experiment_id in found and experiment_id not in waiting
-                    and entry.modified < self._listed - self.SETTLED_SECONDS):
+                    and (settled or entry.modified < self._listed - self.SETTLED_SECONDS)):
                 key = _line_key(entry)
                 lines[key] = self._lines.get(key) or _line(key, found[experiment_id])
-        if lines.keys() == self._lines.keys():
+        if lines.keys() == self._lines.keys():  # so that nothing was read either
             return
         directory = os.path.dirname(self._path)
         temporary = "%s.%s" % (self._path, os.urandom(6).hex())
         try:
             os.makedirs(directory, 0o700, exist_ok=True)
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(b"\n".join(lines.values()))
+                file.write(b"\n".join([b"# %d" % self.unpublished, *lines.values()]))
             os.replace(temporary, self._path)
             files = sorted(os.scandir(directory), key=lambda entry: entry.stat().st_mtime)
             for entry in files[:-self.MAX_FILES]:
@@ -3952,6 +3975,10 @@ class SummaryCache:
         except OSError as error:
             remove_file(temporary)
             console.debug("The cache cannot be written: %s" % error)
+
+    def lacks(self, entries: Sequence[Entry]) -> int:
+        """Of how many of these entries it does not have the present version."""
+        return sum(_line_key(entry) not in self._lines for entry in entries)
 
     def publish(self, storage: Storage, entries: Sequence[Entry], found: Dict[str, Summary]) -> None:
         """Write the index object for others; without permission to write there is none."""
@@ -4343,6 +4370,7 @@ def _write_archive(storage: DiskStorage, key: str, write: Callable[[BinaryIO], A
 PENDING = os.path.join(".replicate", "pending")
 SENT_KEY = "replicate_sent"     # in a pending document: the bucket has it, so that it is not created again
 REACH_SECONDS = 5.0             # that init() gives an unreachable bucket
+SMALL_UPLOAD_BYTES = 512 << 10  # many files up to this size are sent at a time
 FIRST_SEND_PAUSE = 1.0          # between two tries to send
 LONGEST_SEND_PAUSE = 60.0
 
@@ -4351,6 +4379,24 @@ def pending_repository(directory: str, url: str) -> Repository:
     """The pending area of a project for a bucket."""
     name = "%s-%08x" % (re.sub(r"[^A-Za-z0-9.]+", "-", url), zlib.crc32(os.fsencode(url)))
     return Repository("file://" + os.path.join(directory, PENDING, name))
+
+
+def pending_areas(pending: Repository) -> List[Repository]:
+    """The pending area and its extra ones, which the second of two processes with one experiment makes for itself."""
+    base, name = os.path.split(pending.storage.root)  # type: ignore[attr-defined]
+    names = sorted(os.listdir(base)) if os.path.isdir(base) else []
+    return [Repository("file://" + os.path.join(base, item)) for item in names
+            if item == name or item.startswith(name + ".")]
+
+
+def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repository, FileLock]:
+    """A pending area in which no other process records this experiment, and the lock of its owner. Raises WriteError."""
+    while True:
+        pending.prepare()
+        lock = owner_lock(pending, experiment_id)
+        if lock.acquire(wait=False):
+            return pending, lock
+        pending = Repository("%s.%s" % (pending.url, os.urandom(4).hex()))
 
 
 def owner_lock(pending: Repository, experiment_id: str) -> FileLock:
@@ -4399,13 +4445,16 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
     keys = [archive_key("experiments", document["id"])] if document.get("path") else []
     keys += [archive_key("checkpoints", item["id"]) for item in checkpoints if item.get("path")]
 
-    def copy(key: str) -> int:
+    sizes = {}
+    for key in keys:
         try:
-            return copy_object(source.storage, target.storage, key, progress)
+            sizes[key] = source.storage.stat(key).size
         except DoesNotExist:  # sent before, or removed
-            return 0
-
-    sent.bytes += sum(target.storage.in_parallel(copy, keys))
+            continue
+    for large in (False, True):
+        chosen = [key for key, size in sizes.items() if (size > SMALL_UPLOAD_BYTES) == large]
+        sent.bytes += sum(target.storage.in_parallel(
+            lambda key: copy_object(source.storage, target.storage, key, progress), chosen, large))
     header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY)}
 
     def change(old: Optional[bytes]) -> Optional[bytes]:
@@ -4462,30 +4511,37 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
                    progress: Callable[[int], None] = lambda count: None) -> List[str]:
     """Send what processes that have ended left behind; returns the IDs of those that a live process still records."""
     busy = []
-    pending.fold_abandoned()
-    for entry in list(pending.storage.list(EXPERIMENTS)):
-        experiment_id = entry.name[:-5]
-        if not is_id(experiment_id):
-            continue
-        lock = owner_lock(pending, experiment_id)
-        if not lock.acquire(wait=False):
-            busy.append(experiment_id)
-            continue
-        try:
-            send_pending(pending, remote, experiment_id, set(), True, sent, progress)
-        except (DoesNotExist, ExperimentGone) as error:  # sent by another process meanwhile, or removed from the bucket
-            console.debug(str(error))
-        finally:
-            lock.release()
+    for area in pending_areas(pending):
+        area.fold_abandoned()
+        for entry in list(area.storage.list(EXPERIMENTS)):
+            experiment_id = entry.name[:-5]
+            lock = owner_lock(area, experiment_id)
+            if not is_id(experiment_id):
+                continue
+            if not lock.acquire(wait=False):
+                busy.append(experiment_id)
+                continue
+            try:
+                send_pending(area, remote, experiment_id, set(), True, sent, progress)
+            except ExperimentGone as error:  # removed from the bucket
+                console.debug(str(error))
+            except DoesNotExist as error:
+                if isinstance(error, NoBucket):
+                    raise
+                console.debug(str(error))  # sent by another process meanwhile
+            finally:
+                lock.release()
+        if area.url != pending.url and not busy and next(area.storage.list(EXPERIMENTS), None) is None:
+            shutil.rmtree(area.storage.root, ignore_errors=True)  # type: ignore[attr-defined]
     return busy
 
 
 class Sender:
     """Sends what a recorder has written from the pending area to the bucket, in the background."""
 
-    def __init__(self, recorder: Recorder, remote: Repository, prepared: bool) -> None:
+    def __init__(self, recorder: Recorder, remote: Repository, prepared: bool, lock: FileLock) -> None:
         self.recorder, self.remote = recorder, remote
-        self.lock = owner_lock(recorder.repository, recorder.experiment.id)
+        self.lock = lock  # that of the owner of the pending experiment
         self.sent = Sent()
         self._prepared = prepared
         self._offline = not prepared
@@ -4494,6 +4550,8 @@ class Sender:
         self._bytes = 0                       # sent by this run
         self._failure: Optional[Exception] = None
         self._wake = threading.Condition()
+        self.interrupted = False
+        self._ended = threading.Event()       # join() and is_alive() go wrong after a KeyboardInterrupt in join()
         self._thread = threading.Thread(target=self._run, name="replicate-sender", daemon=True)
 
     def start(self) -> None:
@@ -4508,6 +4566,12 @@ class Sender:
 
     def _run(self) -> None:
         """The sender thread: everything that is sent is sent by it, also when the interpreter is shutting down."""
+        try:
+            self._send_all()
+        finally:
+            self._ended.set()
+
+    def _send_all(self) -> None:
         pause, abandoned = FIRST_SEND_PAUSE, True
         while True:
             with self._wake:
@@ -4520,7 +4584,7 @@ class Sender:
                 if finished:
                     return
                 if abandoned:
-                    send_abandoned(self.recorder.repository, self.remote, Sent())
+                    send_abandoned(pending_repository(self.recorder.directory, self.remote.url), self.remote, Sent())
                 abandoned, pause = False, FIRST_SEND_PAUSE
                 if self._offline:
                     self._offline = False
@@ -4568,15 +4632,15 @@ class Sender:
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         try:
             with Progress("", 0) as progress:
-                while self._thread.is_alive() and time.monotonic() < deadline:
-                    self._thread.join(0.1)
+                while not self._ended.wait(0.1) and time.monotonic() < deadline:
                     progress.show("Sending the last checkpoints to %s: %s (Ctrl-C leaves the rest for '%s push')" % (
                         url, format_size(self._bytes), program_name()))
         except KeyboardInterrupt:
+            self.interrupted = True
             console.warning("Interrupted.")
         if self._failure is not None:
             console.warning(_problem(self._failure) + ".")
-        if not self._thread.is_alive():
+        if self._ended.is_set():
             self.lock.release()
             if self._failure is None:
                 return
@@ -4593,7 +4657,7 @@ class Recorder:
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True,
-                 remote: Optional[Repository] = None, prepared: bool = True) -> None:
+                 remote: Optional[Repository] = None, prepared: bool = True, lock: Optional[FileLock] = None) -> None:
         self.repository = repository
         self.target = remote or repository
         self.storage: DiskStorage = repository.storage  # type: ignore[assignment]
@@ -4618,17 +4682,18 @@ class Recorder:
         self._fold_pause = FOLD_INTERVAL
         self._next_message = 0.0
         self._skipped_messages = 0
-        self._sender = Sender(self, remote, prepared) if remote else None
+        self._sender = Sender(self, remote, prepared, lock) if remote and lock else None
         self._packer = threading.Thread(target=self._pack, name="replicate-packer", daemon=True)
         self._others = [threading.Thread(target=work, name="replicate-" + work.__name__.strip("_"), daemon=True)
                         for work in (self._clock, self._pulse)]
-        if self._sender:
-            self._sender.lock.acquire()
 
     def start(self, beat: bool = True) -> None:
         """Start the threads and mark the experiment as running. Raises WriteError."""
         if self.heartbeat and beat:
-            self.target.beat(self.experiment.id)
+            try:
+                self.target.beat(self.experiment.id)
+            except Unreachable as error:  # the pulse tries again
+                console.debug(str(error))
         for thread in [self._packer] + self._others:
             thread.start()
         if self._sender:
@@ -4704,7 +4769,7 @@ class Recorder:
                     self._report(error)
 
     def _stop_heartbeat(self) -> None:
-        if not self.gone:
+        if not (self.gone or (self._sender and self._sender.interrupted)):
             self._others[1].join(JOIN_SECONDS)  # or its last heartbeat could come after this
             try:
                 self.target.storage.delete([heartbeat_key(self.experiment.id)])
@@ -5243,9 +5308,8 @@ class Project:
         if repository.storage.has_journals:
             recorder = Recorder(repository, experiment, self.directory, heartbeat)
         else:
-            repository.pending = self.pending()
-            repository.pending.prepare()
-            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, repository, prepared)
+            repository.pending, lock = own_pending_area(self.pending(), experiment.id)
+            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, repository, prepared, lock)
         self._recorders[experiment.id] = recorder
         return recorder
 
@@ -5276,9 +5340,14 @@ class Project:
             document = repository.load(experiment.id)
         except Unreachable:  # it is in memory, and the pending area takes what is new
             document = experiment._document
+        except DoesNotExist:
+            if repository.pending is None:
+                raise
+            document = repository.pending.load(experiment.id)
         recorder = self._recorder(repository, experiment, heartbeat, prepared=True)
         if recorder.repository is not repository:
-            recorder.repository.create(dict(document, checkpoints=[], **{SENT_KEY: True}))
+            header = DocumentText(dict(document, checkpoints=[], **{SENT_KEY: True})).text
+            recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
         recorder.start()
         return recorder
 
@@ -5974,14 +6043,16 @@ def push_command(args: argparse.Namespace) -> int:
         console.info("Copied %s from %s to %s" % (sent, source.url, project.repository.url))
         return 0
     pending = project.pending()
-    waiting = list(pending.storage.list(EXPERIMENTS))
+    areas = pending_areas(pending)
+    waiting = [entry for area in areas for entry in area.storage.list(EXPERIMENTS)]
     tell_of_other_pending(project.directory, pending)
     if not waiting:
         console.info("Nothing is waiting to be sent")
         return 0
     remote = project.repository
     remote.prepare()
-    total = sum(entry.size for kind in ("experiments/", "checkpoints/") for entry in pending.storage.list(kind))
+    total = sum(entry.size for area in areas for kind in ("experiments/", "checkpoints/")
+                for entry in area.storage.list(kind))
     try:
         with Progress("Sending", total) as progress:
             busy = send_abandoned(pending, remote, sent, progress.add)
@@ -5998,7 +6069,7 @@ def tell_of_other_pending(directory: str, pending: Repository) -> None:
     base = os.path.join(directory, PENDING)
     for name in sorted(os.listdir(base)) if os.path.isdir(base) else ():
         url = "file://" + os.path.join(base, name)
-        if url != pending.url and next(Repository(url).storage.list(EXPERIMENTS), None):
+        if not url.startswith(pending.url) and next(Repository(url).storage.list(EXPERIMENTS), None):
             console.info("Something for another repository waits in %s: send it with 'push -R URL'" % url)
 
 
