@@ -137,7 +137,7 @@ def write_repository(root, *documents, running=()):
     for document in documents:
         (Path(root) / "metadata/experiments" / (document["id"] + ".json")).write_text(json.dumps(document))
     for item_id in running:
-        beat = datetime.datetime.utcnow().strftime("%Y-%m-%dT%H:%M:%SZ")
+        beat = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         (Path(root) / "metadata/heartbeats" / (item_id + ".json")).write_text(
             json.dumps({"experiment_id": item_id, "last_heartbeat": beat}))
 
