@@ -2453,7 +2453,10 @@ class GCSStorage(CloudStorage):
 
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
-        reason = short_reason(getattr(error, "message", None) and Exception(error.message) or error).rstrip(".")
+        text = str(getattr(error, "message", None) or short_reason(error))
+        inner = re.search(r'"message":\s*"([^"]+)"', text)  # media requests give the whole answer
+        reason = inner.group(1) if inner else re.sub(r"^[A-Z]+ https?://\S+: ", "", text)
+        reason = reason.strip().rstrip(".:")
         code = getattr(error, "code", None)
         if isinstance(error, self._errors.NotFound):
             if not key or "specified bucket" in reason.lower():
