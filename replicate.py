@@ -3729,7 +3729,7 @@ class Repository:
         def change(old: Optional[bytes]) -> Optional[bytes]:
             if old is None:
                 raise ExperimentGone("Experiment %s was removed from %s." % (experiment_id[:SHORT_ID], self.url))
-            contents = [self.storage.read(key) for key in keys] + [more]
+            contents = self._contents(keys) + [more]
             if last is not None and last.text == old:
                 return last.extended(contents)
             document = self._decode(old, experiment_id)
@@ -4544,6 +4544,7 @@ class Sender:
 
     def __init__(self, recorder: Recorder, remote: Repository, prepared: bool, lock: FileLock) -> None:
         self.recorder, self.remote = recorder, remote
+        remote.storage.attempts = CloudStorage.ATTEMPTS  # type: ignore[attr-defined]
         self.lock = lock  # that of the owner of the pending experiment
         self.sent = Sent()
         self._prepared = prepared
@@ -4922,14 +4923,18 @@ class Recorder:
             next_beat = time.monotonic() + HEARTBEAT_INTERVAL
             try:
                 self.storage.stat(document_key(self.experiment.id))
+            except DoesNotExist:
+                self.lose()
+                return
+            except ReplicateError as error:
+                self._report(error)
+            try:
                 if self.heartbeat:
                     self.target.beat(self.experiment.id)
                     if self.gone:  # while it was written
                         self.target.storage.delete([heartbeat_key(self.experiment.id)])
-            except Unreachable as error:
+            except (Unreachable, NoBucket) as error:  # the sender says so
                 console.debug(str(error))
-            except DoesNotExist:
-                self.lose()
             except Exception as error:  # tried again at the next turn
                 self._report(error)
 
@@ -4948,7 +4953,7 @@ class Recorder:
             try:
                 self.repository.fold(self.experiment.id, [journal.key for journal in journals], self._text,
                                      b"\n".join(lines))
-            except (ExperimentGone, DoesNotExist):
+            except ExperimentGone:
                 self.lose()
                 return
             except ReplicateError:
@@ -5339,8 +5344,10 @@ class Project:
     def _resume(self, experiment: Experiment, heartbeat: bool) -> Recorder:
         """Record into an experiment that is in the repository already."""
         repository = self.repository
+        sent = {}
         try:
             document = repository.load(experiment.id)
+            sent = {SENT_KEY: True}
         except Unreachable:  # it is in memory, and the pending area takes what is new
             document = experiment._document
         except DoesNotExist:
@@ -5349,7 +5356,7 @@ class Project:
             document = repository.pending.load(experiment.id)
         recorder = self._recorder(repository, experiment, heartbeat, prepared=True)
         if recorder.repository is not repository:
-            header = DocumentText(dict(document, checkpoints=[], **{SENT_KEY: True})).text
+            header = DocumentText(dict(document, checkpoints=[], **sent)).text
             recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
         recorder.start()
         return recorder

@@ -2810,6 +2810,7 @@ def test_two_processes_of_one_project_record_into_one_experiment(s3_bucket, proj
 
 def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket, project, training):
     script = training("""
+        replicate.HEARTBEAT_INTERVAL = 0.05
         experiment = replicate.init(quiet=True)
         save(0)
         wait("init")
@@ -2825,6 +2826,7 @@ def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket,
     script.go()
     script.expect("saved")
     until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/"))
+    until(lambda: s3_bucket.proxy.count("PUT", "metadata/heartbeats/") >= 3)
     script.go()
     errors = script.end()
     assert "no bucket" in errors, errors
