@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import ipaddress
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -2806,6 +2808,49 @@ def test_two_processes_of_one_project_record_into_one_experiment(s3_bucket, proj
     first.end()
     run("push")
     assert sorted(s3_bucket.checkpoints().values()) == [1, 2]
+
+
+def self_signed_certificate(directory):
+    """The path of a PEM file with a key and a certificate for 127.0.0.1."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "loopback")])
+    now = datetime.datetime.utcfromtimestamp(time.time())
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number()).not_valid_before(
+        now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1)).add_extension(
+        x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False).add_extension(
+        x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256())
+    path = directory / "loopback.pem"
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                       serialization.NoEncryption()) +
+                     certificate.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_ca_bundle_and_a_profile_are_honoured(s3_bucket, project, tmp_path):
+    """A store behind TLS with a certificate of its own, as MinIO often is, all of it configured in a profile."""
+    with replicate.init(params={"lr": 1}, quiet=True):
+        pass
+    pem = self_signed_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(pem))
+    server = s3_bucket.proxy.server
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    config = tmp_path / "config"
+    config.write_text("[profile mine]\nregion = us-east-1\nendpoint_url = https://127.0.0.1:%d\n"
+                      "aws_access_key_id = test\naws_secret_access_key = test\n" % s3_bucket.proxy.port)
+    env = {"AWS_CONFIG_FILE": str(config), "AWS_PROFILE": "mine", "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "",
+           "AWS_ENDPOINT_URL": ""}
+    for name in env:
+        os.environ.pop(name, None)
+    env = {name: value for name, value in env.items() if value}
+    refused = run("ls", "-q", env=env)
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and "SSL" in refused.stderr
+    listed = run("ls", "-q", env=dict(env, AWS_CA_BUNDLE=str(pem)))
+    assert listed.returncode == 0 and len(listed.stdout.split()) == 1, listed.stderr
 
 
 def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket, project, training):
