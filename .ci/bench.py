@@ -63,11 +63,9 @@ def environment(name, packages, version=None):
 
 def run_once(command, cwd=None, env=None):
     """(seconds, peak memory in MB) of one process."""
-    read, write = os.pipe()
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE)
-    os.close(read), os.close(write)
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
@@ -196,7 +194,7 @@ def bench_start(report, tools, work, runs, scale):
         "bare interpreter": [python, "-c", "pass"],
         "replicate --version": [str(tools["replicate"] / "replicate"), "--version"],
         "import replicate": [python, "-c", "import replicate"],
-        "copied file --version": [python, str(ROOT / "replicate.py"), "--version"]}, runs * 3, env=env)
+        "copied file --version": [python, str(ROOT / "replicate.py"), "--version"]}, runs * 3, cwd=work, env=env)
     bare = results["bare interpreter"][0]
     report.add("start", "page cache", results, ours="bare interpreter")
     for name, (seconds, _) in results.items():
@@ -272,7 +270,6 @@ def bench_files(report, tools, work, runs, scale):
             archive = next((directory / "repo/checkpoints").iterdir())
             report.remark("%s: checkpoint() returned after %.3f s; the archive has %.4f of the size" % (
                 name, stall, archive.stat().st_size / size))
-        item = json.loads(next((directory / "repo/metadata/experiments").iterdir()).read_text())["checkpoints"][0]["id"]
         for recorder in modules:
             clean("")
             subprocess.run([modules[recorder], "-c", SAVE.format(module=recorder)], cwd=directory, env=env, check=True,
