@@ -17,8 +17,8 @@ Sections, each of which depends only on those above it:
 
      0  imports and constants             6  archives: ignore rules, pack, unpack
      1  errors and the console            7  repository: layout, documents, journals, find, remove
-     2  values: JSON, times, short forms  8  recorder: snapshots, journal, heartbeat, signals
-     3  model: Experiment, Checkpoint     9  library: Project, init, lists, plots
+     2  values: JSON, times, short forms  8  recorder: snapshots, journal, sending, signals
+     3  model: Experiment, lists, plots   9  library: Project, init, experiments
      4  filters and sorting              10  rendering: tables, show, diff (data in, text out)
      5  configuration, threads, storage  11  commands, parser, main
 """
@@ -571,11 +571,6 @@ class Checkpoint:
     def created(self) -> datetime.datetime:
         """When it was made (UTC)."""
         return parse_time(self._document["created"])
-
-    @property
-    def created_key(self) -> str:
-        """`created` as text that sorts by time, to the nanosecond."""
-        return canonical_time(self._document["created"])
 
     @property
     def metrics(self) -> Dict[str, Any]:
@@ -3499,9 +3494,6 @@ class Journal:
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def sync(self) -> None:
-        os.fsync(self._lock.descriptor)
-
     def close(self, remove: bool) -> None:
         """Give it up: removed if its lines are in the document, else left for whoever comes next."""
         self._lock.release(remove)
@@ -5829,7 +5821,6 @@ LIST_OPTIONS = (
            help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"))
 ID = option("id", metavar="ID", help="An experiment or checkpoint ID, or the start of one")
 JSON = option("--json", action="store_true", help="Print output in JSON format")
-FORCE = option("-f", "--force", action="store_true", help="Do not ask")
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
