@@ -359,24 +359,70 @@ def unpacked_values(values: Optional[Dict[str, Any]]) -> Dict[str, Any]:
 
 def encode_json(value: Any, indent: Optional[int] = 1) -> bytes:
     """value as UTF-8 JSON; a lone surrogate becomes the JSON escape of the same spelling."""
-    separators = (",", ":") if indent is None else None
-    try:
-        text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # 1e999 in somebody's document is read as infinity
-        text = json.dumps(pack_floats(value), indent=indent, separators=separators, ensure_ascii=False)
+    if indent is not None:
+        text = indented_json(value, "\n", " " * indent)
+    else:
+        try:
+            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        except ValueError:  # 1e999 in somebody's document is read as infinity
+            text = json.dumps(pack_floats(value), separators=(",", ":"), ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace")
 
 
 def decode_json(data: bytes, where: str) -> Any:
     """Parse untrusted JSON; raises ReadError naming `where`."""
+    if not _json_decoders:
+        _json_decoders.append(json.JSONDecoder(parse_constant=_refuse_constant))
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        return _json_decoders[0].decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ReadError("%s is not valid JSON: %s" % (where, short_reason(error))) from error
 
 
+_json_decoders: List[Any] = []  # one that is made when it is first needed
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError("%s is not JSON" % name)
+
+
+def shown_json(value: Any, margin: str = "\n") -> str:
+    """JSON for people and programs, with an indent of two: nothing in it can steer a terminal.
+
+    margin: a line break and the indentation of the line on which it stands.
+    """
+    text = indented_json(value, margin, "  ")
+    if text.isascii() and "\x7f" not in text:
+        return text
+
+    def escape(match: re.Match) -> str:
+        return json.dumps(match.group())[1:-1] if match.group() != "\n" else "\n"
+
+    return re.sub("[%s]" % _CONTROL, escape, text)
+
+
+def indented_json(value: Any, margin: str, indent: str) -> str:
+    """What json.dumps gives with that indent, several times as fast, with NaN and the infinities packed; margin as in
+    shown_json()."""
+    texts, kind = _scalar_texts, type(value)
+    if not texts:
+        texts.update({str: json.encoder.encode_basestring, int: repr, type(None): lambda _: "null",
+                      bool: lambda truth: "true" if truth else "false",
+                      float: lambda number: repr(number) if number - number == 0 else '"%s"' % pack_floats(number)})
+    if kind in texts:
+        return texts[kind](value)
+    if not value or kind not in (dict, list):
+        return json.dumps(value)
+    inner = margin + indent
+    content = [texts[type(item)](item) if type(item) in texts else indented_json(item, inner, indent)
+               for item in (value if kind is list else value.values())]
+    if kind is dict:
+        quote = texts[str]
+        content = ["%s: %s" % (quote(key), text) for key, text in zip(value, content)]
+    return ("[%s%s%s]" if kind is list else "{%s%s%s}") % (inner, ("," + inner).join(content), margin)
+
+
+_scalar_texts: Dict[type, Callable[[Any], str]] = {}  # by the kind of value; filled when first needed
 
 
 def short_reason(error: BaseException) -> str:
@@ -441,15 +487,23 @@ def canonical_time(text: str) -> str:
     return text[:19] + "." + text[20:-1].ljust(9, "0")
 
 
+def sortable_times(times: List[str]) -> List[str]:
+    """Valid times as texts that sort by time, among themselves: as they are, if they are written alike."""
+    if len(set(map(len, times))) == 1 and all([text[-1] == "Z" and text[10] == "T" for text in times]):
+        return times
+    return [canonical_time(text) for text in times]
+
+
 RELATIVE_UNITS = ((1, "about a second", "%d seconds"), (60, "about a minute", "%d minutes"),
                   (3600, "about an hour", "%d hours"), (86400, "one day", "%d days"))
+RELATIVE_HOURS = 73  # from which on the date is told
 
 
 def relative_time(moment: datetime.datetime, now: datetime.datetime) -> str:
     """'2 minutes ago'; the local date past 73 hours."""
     seconds = (now - moment).total_seconds()
     distance = abs(seconds)
-    if distance >= 73 * 3600:
+    if distance >= RELATIVE_HOURS * 3600:
         return "%04d-%02d-%02d" % local_time(moment).timetuple()[:3]
     text = RELATIVE_UNITS[0][1]
     for index, (unit, one, many) in enumerate(RELATIVE_UNITS):
@@ -667,7 +721,7 @@ def primary_of(items: Sequence[Dict[str, Any]]) -> Optional[Dict[str, str]]:
 
 def latest_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     """The position of the newest of these stored checkpoints; of equals the last."""
-    times = [canonical_time(item["created"]) for item in items]
+    times = sortable_times([item["created"] for item in items])
     return len(times) - 1 - times[::-1].index(max(times)) if times else None
 
 
@@ -676,16 +730,15 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     primary = primary_of(items)
     if primary is None:
         return None
-    name, sign = primary["name"], 1 if primary["goal"] == "maximize" else -1
-    best, chosen = None, []
-    for index, item in enumerate(items):
-        value = unpack_floats((item.get("metrics") or {}).get(name))
-        if type(value) in (int, float) and value == value:
-            if best is None or sign * value > best:
-                best, chosen = sign * value, [index]
-            elif sign * value == best:
-                chosen.append(index)
-    return chosen[latest_index([items[index] for index in chosen])] if chosen else None
+    values = [(item.get("metrics") or {}).get(primary["name"]) for item in items]
+    if not set(map(type, values)) <= {int, float}:
+        values = [value if type(value) in (int, float) and value == value else None for value in map(unpack_floats, values)]
+    usable = [value for value in values if value is not None]
+    if not usable:
+        return None
+    best = max(usable) if primary["goal"] == "maximize" else min(usable)
+    chosen = [index for index, value in enumerate(values) if value == best]
+    return chosen[latest_index([items[index] for index in chosen]) or 0] if len(chosen) > 1 else chosen[0]
 
 
 class CheckpointMetrics:
@@ -933,75 +986,174 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
 class Summary:
     """What a listing shows of an experiment: its document with the best and the latest checkpoint alone."""
 
-    __slots__ = ("data", "running", "params", "_metrics")
-    ID_DIGITS = 12  # of each checkpoint's ID that a summary keeps
-    KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
-            "host")
+    __slots__ = ("batch", "position", "line", "id", "version", "running")
 
-    def __init__(self, data: Dict[str, Any], running: bool = False) -> None:
-        self.data = data
-        self.running = running
-        self.params = unpacked_values(data["params"])  # hyperparameters by name
-        self._metrics: Optional[Dict[str, Any]] = None
+    def __init__(self, batch: SummaryBatch, position: int, line: str) -> None:
+        self.batch = batch        # where its parts are, each at this position
+        self.position = position
+        self.line = line          # "<time of creation> <ID> <version>", which sorts by time
+        _, self.id, self.version = line.split(" ", 2)  # the version of the document; empty: not to be remembered
+        self.running = False
 
-    @classmethod
-    def of(cls, document: Dict[str, Any]) -> Summary:
-        """The summary of a whole document."""
-        items = document.get("checkpoints") or ()
-        latest, best, primary = latest_index(items), best_index(items), primary_of(items)
-        data = {key: document.get(key) for key in ("id", "created", "params", "command", "user", "host")}
-        data["num_checkpoints"] = len(items)
-        data["latest_checkpoint"] = None if latest is None else items[latest]
-        data["best_checkpoint"] = None if best is None else items[best]
-        data["primary_metric"] = primary["name"] if primary else None
-        data["checkpoint_ids"] = " ".join([item["id"][:cls.ID_DIGITS] for item in items])
-        return cls(data)
-
-    @classmethod
-    def checked(cls, data: Any, experiment_id: str) -> Summary:
-        """The summary in untrusted data. Raises ReadError."""
-        _check_fields(data, _SUMMARY_FIELDS)
-        if not data.keys() >= _SUMMARY_FIELDS.keys():
-            raise ReadError("a field is missing")
-        if data["id"] != experiment_id:
-            raise ReadError("its id is another one")
-        for checkpoint in (data["latest_checkpoint"], data["best_checkpoint"]):
-            if checkpoint is not None:
-                checked_checkpoint(checkpoint)
-        return cls(data)
+    def part(self, name: str) -> str:
+        """One of SummaryBatch.PARTS."""
+        return self.batch.part(name)[self.position]
 
     def may_have_checkpoint(self, prefix: str) -> bool:
         """Whether a checkpoint's ID may start with prefix, as far as the first digits tell."""
-        return (" " + prefix[:self.ID_DIGITS]) in " " + self.data["checkpoint_ids"]
-
-    @property
-    def id(self) -> str:
-        return self.data["id"]
+        return (" " + prefix[:SUMMARY_DIGITS]) in " " + self.part("checkpoints")
 
     @property
     def created(self) -> datetime.datetime:
-        return parse_time(self.data["created"])
+        return parse_time(self.line[:26] + "Z")
+
+    def fact(self, name: str) -> Any:
+        """command, host, user, num_checkpoints, primary_metric (its name), or for `latest` and `best`: [first digits of
+        the checkpoint's ID, step, time of creation], None without checkpoint."""
+        return self.batch.values()["facts"][name][self.position]
+
+    def group(self, name: str) -> Dict[str, Any]:
+        """The `params`, or the metrics of the `latest` or the `best` checkpoint, by name."""
+        return self.batch.group(name)[self.position]
+
+    def value(self, group: str, name: str) -> Any:
+        """One value of a group; ABSENT if it does not have it."""
+        column = self.batch.values()[group].get(name, {})
+        return column[self.position] if type(column) is list else column.get(str(self.position), ABSENT)
 
     @property
-    def latest(self) -> Optional[Dict[str, Any]]:
-        """The latest checkpoint as stored."""
-        return self.data["latest_checkpoint"]
+    def metrics_group(self) -> str:
+        """`best`, or `latest` where there is no best checkpoint: whose metrics are those of the experiment."""
+        return "best" if self.fact("best") else "latest"
 
-    @property
-    def best(self) -> Optional[Dict[str, Any]]:
-        """The best checkpoint as stored."""
-        return self.data["best_checkpoint"]
 
-    @property
-    def metrics(self) -> Dict[str, Any]:
-        """The metrics of the best checkpoint, or of the latest where there is no best."""
-        if self._metrics is None:
-            self._metrics = unpacked_values((self.best or self.latest or {}).get("metrics"))
-        return self._metrics
+class SummaryBatch:
+    """Summaries that are kept together, each of their parts as a list of texts: a listing touches only what it shows.
 
-    def to_json(self) -> Dict[str, Any]:
-        """One element of `ls --json`."""
-        return dict([(key, self.data.get(key)) for key in self.KEYS], running=self.running)
+    lines: see Summary; checkpoints: the first digits of their IDs; shown: JSON for `ls --json`, without its end;
+    values: a single text, the JSON of what filters, sorting and tables use: {group: {name: column}}, a column being a
+    list of the rows' values, or {position: value} where not all of them have one. The groups: facts, params, latest, best.
+    """
+
+    PARTS = ("lines", "checkpoints", "values", "shown")
+    FACTS = ("host", "user", "command", "num_checkpoints", "primary_metric")
+    GROUPS = ("facts", "params", "latest", "best")
+
+    def __init__(self, parts: Dict[str, List[str]], values: Optional[Dict[str, Dict[str, Any]]] = None) -> None:
+        self._parts = parts
+        self._values = values
+        self._groups: Dict[str, List[Dict[str, Any]]] = {}
+
+    @classmethod
+    def of(cls, found: Iterable[Tuple[Dict[str, Any], str]]) -> SummaryBatch:
+        """From summary_data() and the version of each document."""
+        parts: Dict[str, List[str]] = {name: [] for name in ("lines", "checkpoints", "shown")}
+        facts, params, of_latest, of_best = [], [], [], []
+        for data, version in found:
+            latest, best = data["latest_checkpoint"], data["best_checkpoint"]
+            parts["lines"].append("%s %s %s" % (canonical_time(data["created"]), data["id"], version))
+            parts["checkpoints"].append(data["checkpoint_ids"])
+            parts["shown"].append(shown_json({key: data[key] for key in SHOWN_KEYS}, "\n  ")[:-len("\n  }")])
+            known = {key: data[key] for key in cls.FACTS}
+            known["latest"], known["best"] = _checkpoint_facts(latest), _checkpoint_facts(best)
+            facts.append(known)
+            params.append(unpacked_values(data["params"]))
+            of_latest.append(unpacked_values(latest.get("metrics")) if latest else {})
+            of_best.append(unpacked_values(best.get("metrics")) if best else {})
+        return cls(parts, {"facts": columns_of(facts), "params": columns_of(params), "latest": columns_of(of_latest),
+                           "best": columns_of(of_best)})
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Summary]) -> SummaryBatch:
+        """Of rows from other batches."""
+        parts = {name: [row.part(name) for row in rows] for name in ("lines", "checkpoints", "shown")}
+        return cls(parts, {name: columns_of([row.group(name) for row in rows]) for name in cls.GROUPS})
+
+    def encoded(self) -> bytes:
+        """As in a file, see encode_parts()."""
+        if "values" not in self._parts and self._values is not None:
+            self._parts["values"] = [json.dumps(self._values, ensure_ascii=False, separators=(",", ":"))]
+        return encode_parts([self.part(name) for name in self.PARTS])
+
+    def part(self, name: str) -> List[str]:
+        """The texts of one part, in the order of the rows."""
+        return self._parts[name]
+
+    def values(self) -> Dict[str, Dict[str, Any]]:
+        """The parsed part `values`."""
+        if self._values is None:
+            self._values = json.loads(self.part("values")[0])
+        return self._values
+
+    def group(self, name: str) -> List[Dict[str, Any]]:
+        """A group of each row."""
+        if name not in self._groups:
+            columns = self.values()[name]
+            if columns and all([type(column) is list for column in columns.values()]):
+                self._groups[name] = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            else:
+                self._groups[name] = [
+                    {key: column[position] if type(column) is list else column[str(position)]
+                     for key, column in columns.items() if type(column) is list or str(position) in column}
+                    for position in range(len(self.part("lines")))]
+        return self._groups[name]
+
+    def rows(self) -> List[Summary]:
+        """A new summary for each row."""
+        return [Summary(self, position, line) for position, line in enumerate(self.part("lines"))]
+
+
+def encode_parts(parts: Sequence[Sequence[str]]) -> bytes:
+    """Lists of texts as bytes: `[[<bytes of each list>], <CRC-32 of all>]`, a line feed, the lists, joined by NUL."""
+    encoded = ["\0".join(part).encode("utf-8", "surrogatepass") for part in parts]
+    content = b"".join(encoded)
+    return b"%s\n%s" % (encode_json([list(map(len, encoded)), zlib.crc32(content)], indent=None), content)
+
+
+def columns_of(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """The columns of a group, see SummaryBatch, from the dict of each row."""
+    if len(set(map(tuple, rows))) == 1:  # the same keys in the same order
+        return dict(zip(rows[0], map(list, zip(*[row.values() for row in rows]))))
+    columns: Dict[str, Any] = {}
+    for position, row in enumerate(rows):
+        for name, value in row.items():
+            columns.setdefault(name, {})[str(position)] = value
+    return {name: list(column.values()) if len(column) == len(rows) else column for name, column in columns.items()}
+
+
+SUMMARY_DIGITS = 12  # of each checkpoint's ID that a summary keeps
+SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
+              "host")  # of an element of `ls --json`, which ends with `running`
+
+
+def summary_data(document: Dict[str, Any]) -> Dict[str, Any]:
+    """A valid document with no other checkpoints than the best and the latest."""
+    items = document.get("checkpoints") or ()
+    latest, best, primary = latest_index(items), best_index(items), primary_of(items)
+    data = {key: document.get(key) for key in SHOWN_KEYS}
+    data["num_checkpoints"] = len(items)
+    data["latest_checkpoint"] = None if latest is None else items[latest]
+    data["best_checkpoint"] = None if best is None else items[best]
+    data["primary_metric"] = primary["name"] if primary else None
+    data["checkpoint_ids"] = " ".join([item["id"][:SUMMARY_DIGITS] for item in items])
+    return data
+
+
+def checked_summary(data: Any, experiment_id: str) -> Dict[str, Any]:
+    """data if it is what summary_data() gives for an experiment of that ID; raises ReadError otherwise."""
+    _check_fields(data, _SUMMARY_FIELDS)
+    if not data.keys() >= _SUMMARY_FIELDS.keys():
+        raise ReadError("a field is missing")
+    if data["id"] != experiment_id:
+        raise ReadError("its id is another one")
+    for checkpoint in (data["latest_checkpoint"], data["best_checkpoint"]):
+        if checkpoint is not None:
+            checked_checkpoint(checkpoint)
+    return data
+
+
+def _checkpoint_facts(item: Optional[Dict[str, Any]]) -> Optional[List[Any]]:
+    return item and [item["id"][:SHORT_ID], item.get("step") or 0, item["created"]]
 
 
 # Untrusted documents become a model only after these checks.
@@ -1024,8 +1176,7 @@ def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
     _check_fields(document, _EXPERIMENT_FIELDS)
     if document["id"] != experiment_id:
         raise ReadError("its id is not the name of its file")
-    packages = document.get("python_packages") or {}
-    if not all(type(version) is str for version in packages.values()):
+    if not set(map(type, (document.get("python_packages") or {}).values())) <= {str}:
         raise ReadError("python_packages holds something that is not text")
     checkpoints = document.get("checkpoints") or ()
     if not _plainly_valid(checkpoints):
@@ -1036,28 +1187,30 @@ def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
     return document
 
 
-_CHECKPOINT_KEYS = {"id", "created", "metrics", "step", "path", "primary_metric"}
-_PLAIN_TIMES = r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z\n)*"
+_PLAIN_KEYS = ("id", "created", "metrics", "step", "path", "primary_metric")
+_PLAIN_TIMES = (r"(?:(?!0000)\d{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|"
+                r"(?:0[13578]|1[02])-31)T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?Z\n)*")
 
 
 def _plainly_valid(items: Sequence[Any]) -> bool:
     """Whether these checkpoints are valid, and so ordinary that it can be seen column by column, which is quick."""
+    from operator import itemgetter
     try:
-        ids, times = [item["id"] for item in items], [item["created"] for item in items]
-        metrics = [item["metrics"] for item in items]
-        goals = [item["primary_metric"] for item in items]
-        for time_text in times:
-            datetime.datetime.fromisoformat(time_text[:19])
-        return (set(map(type, items)) <= {dict} and {key for item in items for key in item} <= _CHECKPOINT_KEYS
-                and set(map(len, ids)) <= {64} and not "".join(ids).strip("0123456789abcdef")
-                and len(set(ids)) == len(ids) and re.fullmatch(_PLAIN_TIMES, "\n".join(times + [""]), re.ASCII) is not None
-                and set(map(type, metrics)) <= {dict}
+        if not items:
+            return True
+        if not (set(map(type, items)) == {dict} and set(map(len, items)) == {len(_PLAIN_KEYS)}):
+            return False
+        ids, times, metrics, steps, paths, primaries = zip(*map(itemgetter(*_PLAIN_KEYS), items))
+        primary = primaries[0]
+        return (set(map(len, ids)) == {64} and bytes.fromhex("".join(ids)).hex() == "".join(ids)
+                and len(set(ids)) == len(ids) and re.fullmatch(_PLAIN_TIMES, "\n".join(times) + "\n", re.ASCII) is not None
+                and set(map(type, metrics)) == {dict}
                 and {type(value) for group in metrics for value in group.values()} <= {float, int}
-                and {type(item["step"]) for item in items} <= {int}
-                and {type(item["path"]) for item in items} <= {str, type(None)}
-                and all(goal is None or (len(goal) == 2 and type(goal["name"]) is str
-                                         and goal["goal"] in ("maximize", "minimize")) for goal in goals))
-    except (TypeError, KeyError, ValueError, AttributeError):
+                and set(map(type, steps)) == {int} and set(map(type, paths)) <= {str, type(None)}
+                and primaries.count(primary) == len(primaries)
+                and (primary is None or (len(primary) == 2 and type(primary["name"]) is str
+                                         and primary["goal"] in ("maximize", "minimize"))))
+    except (TypeError, KeyError, ValueError):
         return False
 
 
@@ -1109,14 +1262,14 @@ def _check_depth(value: Any) -> None:
 FIELDS: Dict[str, Callable[[Summary], Any]] = {
     "started": lambda row: row.created,
     "created": lambda row: row.created,
-    "step": lambda row: (row.latest or {}).get("step") or 0,
-    "user": lambda row: row.data.get("user"),
-    "host": lambda row: row.data.get("host"),
-    "command": lambda row: row.data.get("command"),
+    "step": lambda row: row.fact("latest")[1] if row.fact("latest") else 0,
+    "user": lambda row: row.fact("user"),
+    "host": lambda row: row.fact("host"),
+    "command": lambda row: row.fact("command"),
     "status": lambda row: "running" if row.running else "stopped",
     "id": lambda row: row.id,
-    "duration": lambda row: (parse_time(row.latest["created"]) - row.created).total_seconds() if row.latest else None,
-    "checkpoints": lambda row: row.data["num_checkpoints"],
+    "duration": lambda row: (parse_time(row.fact("latest")[2]) - row.created).total_seconds() if row.fact("latest") else None,
+    "checkpoints": lambda row: row.fact("num_checkpoints"),
 }
 TEXT_FIELDS = ("user", "host", "command", "status", "id")
 TIME_FIELDS = ("started", "created")
@@ -1129,20 +1282,21 @@ def look_up(row: Summary, name: str) -> Any:
     if name in FIELDS:
         return FIELDS[name](row)
     if name.startswith("params."):
-        return row.params.get(name[7:], ABSENT)
+        return row.value("params", name[7:])
     if name.startswith("metrics."):
-        return row.metrics.get(name[8:], ABSENT)
-    value = row.metrics.get(name, ABSENT)
-    return row.params.get(name, ABSENT) if value is ABSENT else value
+        return row.value(row.metrics_group, name[8:])
+    value = row.value(row.metrics_group, name)
+    return row.value("params", name) if value is ABSENT else value
 
 
 def known_names(rows: Iterable[Summary]) -> Set[str]:
-    """Every name that a filter or sort key could mean in these experiments."""
+    """Every name that a filter or sort key could mean in the batches of these experiments."""
     names = set(FIELDS)
-    for row in rows:
-        for group, values in (("params.", row.params), ("metrics.", row.metrics)):
-            names.update(values)
-            names.update(group + name for name in values)
+    for batch in {row.batch for row in rows}:
+        groups = batch.values()
+        for prefix, found in (("params.", groups["params"]), ("metrics.", groups["latest"]), ("metrics.", groups["best"])):
+            names.update(found)
+            names.update(prefix + name for name in found)
     return names
 
 
@@ -1614,20 +1768,47 @@ class Workers:
                 break
             self._count += 1
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """function of each item in order, a few of them ahead in parallel."""
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any], drain: bool = False) -> Iterator[Any]:
+        """function of each item in order, a few of them ahead in parallel; drain: if the caller gives up, wait until
+        none of them works on behind his back."""
         if not self._count:
             yield from map(function, items)
             return
         waiting: List[Any] = []
-        for item in items:
-            answer = self._new_queue()
-            self._tasks.put((function, item, answer))
-            waiting.append(answer)
-            if len(waiting) > self._count:
+        try:
+            for item in items:
+                waiting.append(self._submit(function, item))
+                if len(waiting) > self._count:
+                    yield self._result(waiting.pop(0))
+            while waiting:
                 yield self._result(waiting.pop(0))
-        for answer in waiting:
-            yield self._result(answer)
+        finally:
+            for answer in waiting if drain else ():
+                answer.get()
+
+    def ahead(self, items: Iterator[Any]) -> Iterator[Any]:
+        """The items, the next of them being made while one is used."""
+        if not self._count:
+            yield from items
+            return
+        end = object()
+        answer = self._submit(lambda _: next(items, end), None)
+        try:
+            while True:
+                current, answer = answer, None
+                item = self._result(current)
+                if item is end:
+                    return
+                answer = self._submit(lambda _: next(items, end), None)
+                yield item
+        finally:
+            if answer is not None:
+                answer.get()
+
+    def _submit(self, function: Callable[[Any], Any], item: Any) -> Any:
+        answer = self._new_queue()
+        self._tasks.put((function, item, answer))
+        return answer
 
     @staticmethod
     def _result(answer: Any) -> Any:
@@ -1655,6 +1836,40 @@ def workers() -> Workers:
         _workers.clear()
         _workers[os.getpid()] = Workers(min(os.cpu_count() or 1, 8))
     return _workers[os.getpid()]
+
+
+def may_share_work() -> bool:
+    """Whether this process may be copied to use a second core: it is the command, and has no threads."""
+    return (command_runs and hasattr(os, "fork") and (os.cpu_count() or 1) > 1
+            and ("threading" not in sys.modules or threading.active_count() == 1))
+
+
+command_runs = False  # set by main(): we are not a guest in somebody's process
+
+
+def start_copy(function: Callable[[BinaryIO], None]) -> Callable[[], Optional[BinaryIO]]:
+    """Call function in a copy of this process, with a temporary file to write to.
+
+    What is returned waits for the end and gives that file, or None if the copy failed.
+    """
+    import tempfile
+    file = tempfile.TemporaryFile()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            function(file)
+            file.flush()
+            status = 0
+        finally:
+            os._exit(status)
+
+    def result() -> Optional[BinaryIO]:
+        _, status = os.waitpid(pid, 0)
+        file.seek(0)
+        return None if status else file
+
+    return result
 
 
 class Entry:
@@ -1764,7 +1979,7 @@ class DiskStorage(Storage):
                 for entry in entries:
                     try:
                         if not entry.is_dir():
-                            yield self._entry(folder + entry.name, entry.stat())
+                            yield DiskEntry(folder + entry.name, entry.stat())
                     except OSError:  # deleted meanwhile
                         continue
         except (FileNotFoundError, NotADirectoryError):
@@ -1774,7 +1989,7 @@ class DiskStorage(Storage):
 
     def stat(self, key: str) -> Entry:
         try:
-            return self._entry(key, os.stat(self.path(key)))
+            return DiskEntry(key, os.stat(self.path(key)))
         except OSError as error:
             raise self._read_failure(key, error) from error
 
@@ -1793,12 +2008,24 @@ class DiskStorage(Storage):
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
         file = self.open(key)
-        return (self._entry(key, os.fstat(file.fileno())),
+        return (DiskEntry(key, os.fstat(file.fileno())),
                 lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
-            return super().read(key)
+            if entry is None:
+                return super().read(key)
+            descriptor = os.open(self.path(key), os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC)
+            try:
+                data = os.read(descriptor, entry.size + 1)
+                while len(data) > entry.size:  # it has grown since it was listed
+                    more = os.read(descriptor, COPY_BYTES)
+                    if not more:
+                        break
+                    data += more
+                return data
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise self._read_failure(key, error) from error
 
@@ -1911,10 +2138,29 @@ class DiskStorage(Storage):
             return DoesNotExist("%s does not exist." % self.path(key))
         return ReadError("%s cannot be read: %s." % (self.path(key), short_reason(error)))
 
-    @staticmethod
-    def _entry(key: str, status: os.stat_result) -> Entry:
-        return Entry(key, status.st_size, status.st_mtime,
-                     "%d-%d-%d" % (status.st_size, status.st_mtime_ns, status.st_ino))
+
+class DiskEntry(Entry):
+    """An entry whose facts are taken from the file's status when they are asked for."""
+
+    __slots__ = ("status",)
+
+    def __init__(self, key: str, status: os.stat_result) -> None:
+        self.key = key
+        self.name = key[key.rfind("/") + 1:]
+        self.status = status
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.status.st_size
+
+    @property
+    def modified(self) -> float:  # type: ignore[override]
+        return self.status.st_mtime
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        status = self.status
+        return "%d-%d-%d" % (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -1931,10 +2177,18 @@ class FileRange:
     def read(self, size: int = -1) -> bytes:
         """Up to size bytes, none at the end."""
         left = self._end - self._position
-        self._file.seek(self._position)
-        data = self._file.read(left if size < 0 else min(size, left))
+        wanted = left if size < 0 else min(size, left)
+        if hasattr(os, "pread"):
+            data = os.pread(self._file.fileno(), wanted, self._position)
+        else:
+            self._file.seek(self._position)
+            data = self._file.read(wanted)
         self._position += len(data)
         return data
+
+    def scatter(self, views: Sequence[memoryview]) -> bool:
+        """Fill memory views, at most 1,000, one behind the other; whether there was enough."""
+        return os.preadv(self._file.fileno(), views, self._position) == sum(map(len, views))
 
     def __enter__(self) -> FileRange:
         return self
@@ -2887,11 +3141,14 @@ def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], N
 # zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset in the tar, size]...]}; the
 # last of them has a fixed length and says where the first one starts.
 
-MEMBER_BYTES = 4 << 20
+MEMBER_BYTES = 1 << 20            # of a large file that stand in one gzip member
 GROUP_BYTES = 256 << 10           # small files share a member up to this size
+MAX_STORED_BYTES = 8 << 20        # of a stored member that is read in one system call
 MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not believed
-INLINE_BYTES = 256 << 10          # archives up to this size are compressed at once
-SHRINKS = 0.92                    # what compresses to less than this is worth compressing
+STORED_BYTES = 65535              # of a stored deflate block, the most that it can hold
+PIECE_BYTES = 256 << 10           # of an archive without a table that are decompressed at a time
+SHRINKS = 0.9                     # what compresses to less than this is worth compressing
+SAMPLED_MEMBERS = 8               # that are judged together
 NEARLY = 1.04                     # how much larger a quicker method may make it
 SAMPLE_BYTES = 32 << 10           # looked at twice in each member to choose the method
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
@@ -2971,49 +3228,200 @@ def _extra_field(data: bytes) -> Optional[Tuple[bytes, int]]:
 
 
 class ArchiveWriter:
-    """Writes gzip members and their table to a file, and keeps the numbers of those that could still shrink."""
+    """Writes gzip members and their table to an unbuffered file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.table = Table([], [])
-        self.shrinkable: List[int] = []
+        self.position = 0  # where the next member goes
 
-    def add(self, size: int, parts: Sequence[bytes], shrinkable: bool = False) -> None:
+    def add(self, size: int, parts: Sequence[bytes]) -> None:
         """Append one gzip member (given in parts) that holds size bytes of tar."""
-        if shrinkable:
-            self.shrinkable.append(len(self.table.members))
-        self.table.members.append((sum(map(len, parts)), size))
-        write_parts(self.file, parts)
+        self.note(sum(map(len, parts)), size)
+        write_all(self.file, b"".join(parts))
+
+    def note(self, compressed: int, size: int) -> None:
+        """Remember a member that is written by others."""
+        self.table.members.append((compressed, size))
+        self.position += compressed
 
     def finish(self) -> None:
         """Append the table."""
         write_all(self.file, self.table.encode())
 
 
-def write_parts(file: BinaryIO, parts: Sequence[bytes]) -> None:
-    """Write buffers to an unbuffered file, without joining them where the system can."""
-    if not hasattr(os, "writev"):
-        write_all(file, b"".join(parts))
-        return
-    for start in range(0, len(parts), 512):
-        some = parts[start:start + 512]
-        written = os.writev(file.fileno(), some)
-        if written < sum(map(len, some)):
-            write_all(file, memoryview(b"".join(some))[written:])
-
-
-def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source], compress: bool,
+def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
          warn: Callable[[str], None] = console.warning) -> ArchiveWriter:
-    """Write the archive of sources to an unbuffered file.
-
-    compress: whether what shrinks is compressed now, or stored for recompress() to do later. Raises OSError.
-    """
+    """Write the archive of sources to an unbuffered file: small files compressed, large ones as they are, which takes
+    no longer than a copy and can be made good by recompress(). Raises OSError."""
     writer = ArchiveWriter(file)
-    chunks = tar_chunks(archive_id, sources, writer.table.files, warn)
-    for size, parts, shrinkable in workers().map(gzip_chunk if compress else store_chunk, chunks):
-        writer.add(size, parts, shrinkable)
+    large = [source for source in sources if source.size > GROUP_BYTES]
+    offset = _store_large(writer, archive_id, large, warn)
+    file.seek(writer.position)
+    small = (source for source in sources if source.size <= GROUP_BYTES)
+    for size, parts in workers().map(gzip_chunk, tar_chunks(archive_id, small, offset, writer.table.files, warn)):
+        writer.add(size, parts)
     writer.finish()
     return writer
+
+
+def _store_large(writer: ArchiveWriter, archive_id: str, sources: Iterable[Source], warn: Callable[[str], None]) -> int:
+    """Store files in gzip members of their own, which several threads write; returns the size of their tar."""
+    offset = 0
+    streams: List[Tuple[str, BinaryIO]] = []
+    target = writer.file.fileno()
+
+    def members() -> Iterator[StoredMember]:
+        nonlocal offset
+        for source in sources:
+            try:
+                stream = open(source.path, "rb", 0)
+            except OSError as error:
+                warn("%s is not saved: %s." % (source.name, short_reason(error)))
+                continue
+            streams.append((source.name, stream))
+            header = tar_header(archive_id, source)
+            padding = bytes(-source.size % 512)
+            writer.table.files.append((source.name, offset, source.size))
+            offset += len(header) + source.size + len(padding)
+            for start in range(0, source.size, MEMBER_BYTES):
+                end = min(start + MEMBER_BYTES, source.size)
+                member = StoredMember(source.name, stream, start, end, b"" if start else header,
+                                      padding if end == source.size else b"", writer.position)
+                writer.note(member.packed_size, member.size)
+                yield member
+
+    cut_short = set()
+    try:
+        for name, complete in workers().map(lambda member: (member.name, member.write(target)), members(),
+                                              drain=True):
+            if not complete and name not in cut_short:
+                cut_short.add(name)
+                warn("%s became shorter while it was saved: zeros stand for the rest." % name)
+            while streams[0][0] != name:  # of a file before, which is finished
+                streams.pop(0)[1].close()
+    finally:
+        for _, stream in streams:
+            stream.close()
+    return offset
+
+
+class StoredMember:
+    """A part of a file that becomes a gzip member in which it stands as it is, in deflate blocks of STORED_BYTES."""
+
+    def __init__(self, name: str, stream: BinaryIO, start: int, end: int, head: bytes, tail: bytes, position: int) -> None:
+        self.name = name
+        self._stream, self._start = stream, start
+        self._head, self._tail = head, tail  # bytes of the tar before and behind those of the file
+        self._position = position            # of the member in the archive
+        self.size = len(head) + end - start + len(tail)
+        self.packed_size = stored_size(self.size)
+
+    def write(self, target: int) -> bool:
+        """Write the member to that descriptor; False if the file has become shorter, and zeros stand for the rest."""
+        content = own_buffer(self.size)
+        start, end = len(self._head), self.size - len(self._tail)
+        content[:start], content[end:] = self._head, self._tail
+        found = read_at(self._stream.fileno(), content[start:end], self._start)
+        content[start + found:end] = bytes(end - start - found)
+        write_at(target, stored_member(content), self._position)
+        return found == end - start
+
+
+def stored_member(content: Any) -> List[Any]:
+    """The parts of a gzip member that holds content as it is, in full stored blocks."""
+    content = memoryview(content)
+    parts: List[Any] = []
+    for start, frame in zip(range(0, len(content), STORED_BYTES), stored_frames(len(content))):
+        parts += [frame, content[start:start + STORED_BYTES]]
+    parts.append(zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(4, "little"))
+    return parts
+
+
+def stored_frames(size: int) -> List[bytes]:
+    """What stands before each stored block of size bytes: its header (RFC 1951, 3.2.4), and before the first that of
+    the gzip member."""
+    if size not in _frames:
+        if len(_frames) > 16:
+            _frames.clear()
+        lengths = [min(STORED_BYTES, size - start) for start in range(0, size, STORED_BYTES)]
+        frames = [b"\0" + length.to_bytes(2, "little") + (length ^ 0xffff).to_bytes(2, "little") for length in lengths]
+        frames[-1] = b"\1" + frames[-1][1:]
+        frames[0] = GZIP_HEADER + frames[0]
+        _frames[size] = frames
+    return _frames[size]
+
+
+_frames: Dict[int, List[bytes]] = {}  # of sizes that were asked for: nearly all members are as large as can be
+
+
+def stored_size(size: int) -> int:
+    """The bytes of a gzip member that stores size bytes in full blocks."""
+    return len(GZIP_HEADER) + size + 5 * -(-size // STORED_BYTES) + 8
+
+
+_buffers = threading.local()
+
+
+def own_buffer(size: int) -> memoryview:
+    """The buffer of this thread: memory that is new for each use would cost as much time as the copying."""
+    if len(getattr(_buffers, "own", b"")) < size:
+        _buffers.own = memoryview(bytearray(max(size, MEMBER_BYTES + STORED_BYTES)))
+    return _buffers.own[:size]
+
+
+_position_lock = threading.Lock()  # where the system cannot read and write at a position
+
+
+def read_at(descriptor: int, view: memoryview, position: int) -> int:
+    """Fill view from a place of a file; the number of bytes that were there."""
+    found = 0
+    while found < len(view):
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [view[found:]], position + found)
+        else:
+            with _position_lock:
+                os.lseek(descriptor, position + found, os.SEEK_SET)
+                data = os.read(descriptor, len(view) - found)
+            count = len(data)
+            view[found:found + count] = data
+        if not count:
+            break
+        found += count
+    return found
+
+
+def write_at(descriptor: int, parts: Sequence[Any], position: int) -> int:
+    """Write buffers, at most 1,000, one behind the other to a place of a file; their length."""
+    total = sum(map(len, parts))
+    if hasattr(os, "pwritev"):
+        written = os.pwritev(descriptor, parts, position)
+        if written == total:
+            return total
+    else:
+        written = 0
+    rest = memoryview(b"".join(parts))[written:]
+    with _position_lock:
+        while rest:
+            os.lseek(descriptor, position + total - len(rest), os.SEEK_SET)
+            rest = rest[os.write(descriptor, rest):]
+    return total
+
+
+def shrinkable_members(archive: Archive) -> List[int]:
+    """The numbers of the stored members that would compress well enough, going by samples of each few of them."""
+    stored = [(number, start) for number, (start, compressed, size) in enumerate(archive.places())
+              if compressed == stored_size(size)]
+    found: List[int] = []
+    for first in range(0, len(stored), SAMPLED_MEMBERS):
+        group = stored[first:first + SAMPLED_MEMBERS]
+        sample = b""
+        for number, start in group[::SAMPLED_MEMBERS // 2]:
+            start += len(GZIP_HEADER) + 5
+            sample += archive.read_range(start, start + min(8192, archive.table.members[number][1], STORED_BYTES))
+        if shrinks(sample):
+            found += [number for number, _ in group]
+    return found
 
 
 def recompress(reader: Archive, file: BinaryIO, shrinkable: Sequence[int]) -> None:
@@ -3022,60 +3430,42 @@ def recompress(reader: Archive, file: BinaryIO, shrinkable: Sequence[int]) -> No
     writer = ArchiveWriter(file)
     writer.table.files = table.files
 
-    def convert(item: Tuple[int, bytes, int]) -> Tuple[int, Sequence[bytes], bool]:
+    def convert(item: Tuple[int, bytes, int]) -> Tuple[int, Sequence[bytes]]:
         number, data, size = item
-        return gzip_chunk(inflate_member(data, size)) if number in wanted else (size, [data], False)
+        return gzip_chunk(inflate_member(data, size)) if number in wanted else (size, [data])
 
-    for size, parts, _ in workers().map(convert, reader.raw_members()):
+    for size, parts in workers().map(convert, reader.raw_members()):
         writer.add(size, parts)
     writer.finish()
 
 
-def tar_chunks(archive_id: str, sources: Iterable[Source], files: List[Tuple[str, int, int]],
+def tar_chunks(archive_id: str, sources: Iterable[Source], offset: int, files: List[Tuple[str, int, int]],
                warn: Callable[[str], None]) -> Iterator[bytes]:
-    """The tar of sources in pieces that each become a gzip member; notes each file in `files`."""
+    """The tar of small files from that offset on, in pieces that each become a gzip member; notes each file in `files`."""
     pending: List[bytes] = []
-    waiting = offset = 0
+    waiting = 0
     for source in sources:
         try:
-            stream = open(source.path, "rb", 0)
+            with open(source.path, "rb", 0) as stream:
+                data = stream.read(source.size)
+                while len(data) < source.size:
+                    more = stream.read(source.size - len(data))
+                    if not more:
+                        warn("%s became shorter while it was saved: zeros stand for the rest." % source.name)
+                        more = bytes(source.size - len(data))
+                    data += more
         except OSError as error:
             warn("%s is not saved: %s." % (source.name, short_reason(error)))
             continue
-        with stream:
-            header = tar_header(archive_id, source)
-            if waiting and waiting + source.size > GROUP_BYTES:
-                yield b"".join(pending)
-                pending, waiting = [], 0
-            files.append((source.name, offset, source.size))
-            pending.append(header)
-            waiting += len(header)
-            for data in read_exactly(stream, source, MEMBER_BYTES - waiting, warn):
-                pending.append(data)
-                waiting += len(data)
-                if waiting >= MEMBER_BYTES:
-                    yield b"".join(pending)
-                    pending, waiting = [], 0
-            offset += len(header) + source.size + -source.size % 512
-            pending.append(bytes(-source.size % 512))
-            waiting += -source.size % 512
+        if waiting and waiting + source.size > GROUP_BYTES:
+            yield b"".join(pending)
+            pending, waiting = [], 0
+        files.append((source.name, offset, source.size))
+        pending += [tar_header(archive_id, source), data, bytes(-source.size % 512)]
+        added = sum(map(len, pending[-3:]))
+        waiting += added
+        offset += added
     yield b"".join(pending) + bytes(1024)
-
-
-def read_exactly(stream: BinaryIO, source: Source, first: int, warn: Callable[[str], None]) -> Iterator[bytes]:
-    """Exactly source.size bytes, `first` of them first, then MEMBER_BYTES at a time; zeros for what has gone."""
-    left, wanted, ended = source.size, max(first, 1), False
-    while left:
-        wanted = min(wanted, left)
-        data = b"" if ended else stream.read(wanted)
-        if not data and not ended:
-            ended = True
-            warn("%s became shorter while it was saved: zeros stand for the rest." % source.name)
-        if ended:
-            data = bytes(wanted)
-        left -= len(data)
-        wanted = MEMBER_BYTES if len(data) == wanted else wanted - len(data)
-        yield data
 
 
 def tar_header(archive_id: str, source: Source) -> bytes:
@@ -3085,33 +3475,14 @@ def tar_header(archive_id: str, source: Source) -> bytes:
     return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
-def store_chunk(data: bytes) -> Tuple[int, Sequence[bytes], bool]:
-    """(size, parts of a gzip member that stores data as it is, whether compressing it later would pay)."""
-    if len(data) <= INLINE_BYTES:
-        return gzip_chunk(data)
-    return _stored_member(data) + (shrinks(data),)
-
-
-def _stored_member(data: bytes) -> Tuple[int, Sequence[bytes]]:
-    view = memoryview(data)
-    parts: List[Any] = [GZIP_HEADER]
-    for start in range(0, len(view), 65535):
-        block = view[start:start + 65535]
-        final = start + 65535 >= len(view)
-        parts.append(bytes([final]) + len(block).to_bytes(2, "little") + (len(block) ^ 0xffff).to_bytes(2, "little"))
-        parts.append(block)
-    parts.append(zlib.crc32(data).to_bytes(4, "little") + (len(data) & 0xffffffff).to_bytes(4, "little"))
-    return len(data), parts
-
-
-def gzip_chunk(data: bytes) -> Tuple[int, Sequence[bytes], bool]:
-    """(size, parts of a gzip member, False): compressed if that pays, stored otherwise."""
+def gzip_chunk(data: bytes) -> Tuple[int, Sequence[bytes]]:
+    """(size, parts of a gzip member): compressed if that pays, stored otherwise."""
     method = compression_method(data)
     if method is None:
-        return _stored_member(data) + (False,)
+        return len(data), stored_member(data)
     level, strategy = method
-    packer = zlib.compressobj(level, zlib.DEFLATED, 31, 9, strategy)
-    return len(data), [packer.compress(data), packer.flush()], False
+    packer = zlib.compressobj(level, zlib.DEFLATED, 31, 8, strategy)
+    return len(data), [packer.compress(data), packer.flush()]
 
 
 def compression_method(data: bytes) -> Optional[Tuple[int, int]]:
@@ -3122,17 +3493,15 @@ def compression_method(data: bytes) -> Optional[Tuple[int, int]]:
                       (4, zlib.Z_DEFAULT_STRATEGY))
     sizes = []
     for level, strategy in quickest_first:
-        packer = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
+        packer = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
         sizes.append(len(packer.compress(sample)) + len(packer.flush()))
     if min(sizes) >= SHRINKS * len(sample):
         return None
     return next(method for method, size in zip(quickest_first, sizes) if size <= NEARLY * min(sizes))
 
 
-def shrinks(data: bytes) -> bool:
-    """Whether a sample of data compresses well enough."""
-    step = max(8192, len(data) // 4)
-    sample = b"".join(data[start:start + 8192] for start in range(step // 2 if len(data) > step else 0, len(data), step))
+def shrinks(sample: bytes) -> bool:
+    """Whether a sample compresses well enough."""
     return len(zlib.compress(sample, 1)) < SHRINKS * len(sample)
 
 
@@ -3155,9 +3524,11 @@ class Archive:
         """Raises DoesNotExist, ReadError."""
         entry, self._open = storage.pin(key)
         self.size = entry.size
-        self.table = Table.read(self._read_range, self.size) if self.size > FOOTER_BYTES else None
+        self.is_local = storage.has_journals
+        self.table = Table.read(self.read_range, self.size) if self.size > FOOTER_BYTES else None
 
-    def _read_range(self, start: int, end: int) -> bytes:
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes [start, end) of the archive. Raises ReadError."""
         with self._open(start, end) as stream:
             return read_fully(stream, end - start)
 
@@ -3227,22 +3598,62 @@ class Archive:
             for number, (compressed, size) in enumerate(self.table.members):
                 yield number, read_fully(stream, compressed), size
 
-    def content(self) -> Iterator[bytes]:
-        """The tar, decompressed, in order; in parallel where there is a table, as far as it proves right."""
+    def content(self) -> Iterator[Any]:
+        """The tar, decompressed, in order, in pieces that must be used before the next one is asked for: as far as the
+        table proves right, several members at a time."""
         done = 0
         if self.table is not None:
-            inflated = workers().map(lambda item: inflate_member(item[1], item[2]), self.raw_members())
+            buffers: List[bytearray] = []  # those that are free
+            inflated = (workers().map(lambda place: self._member(place, buffers), self.places()) if self.is_local else
+                        workers().map(lambda item: (inflate_member(item[1], item[2]), None), self.raw_members()))
             for compressed, _ in self.table.members:
                 try:
-                    data = next(inflated)
+                    data, buffer = next(inflated)
                 except ReadError:
                     break
                 yield data
+                if buffer is not None:
+                    buffers.append(buffer)
                 done += compressed
             else:
                 return
         with self._open(done, self.size) as stream:
-            yield from gunzip(stream)
+            pieces = gunzip(stream)
+            yield from workers().ahead(pieces) if self.is_local else pieces  # nobody waits for a network that hangs
+
+    def places(self) -> Iterator[Tuple[int, int, int]]:
+        """(first byte, compressed size, size) of each gzip member that the table names."""
+        start = 0
+        for compressed, size in self.table.members if self.table else ():
+            yield start, compressed, size
+            start += compressed
+
+    def _member(self, place: Tuple[int, int, int], buffers: List[bytearray]) -> Tuple[Any, Optional[bytearray]]:
+        """(content, the buffer that it is in, if it is one of those) of the member there."""
+        start, compressed, size = place
+        if compressed == stored_size(size) and size <= MAX_STORED_BYTES and hasattr(os, "preadv"):
+            buffer = buffers.pop() if buffers else bytearray(MEMBER_BYTES + STORED_BYTES)
+            if len(buffer) < size:
+                buffer = bytearray(size)
+            content = memoryview(buffer)[:size]
+            with self._open(start, start + compressed) as stream:
+                if read_stored(stream, content):
+                    return content, buffer
+        return inflate_member(self.read_range(start, start + compressed), size), None
+
+
+def read_stored(stream: FileRange, content: memoryview) -> bool:
+    """Read a gzip member as StoredMember writes it, its content alone into that memory; whether it was one."""
+    frames = stored_frames(len(content))
+    expected = b"".join(frames)
+    found = memoryview(bytearray(len(expected) + 8))
+    parts, position = [], 0
+    for start, frame in zip(range(0, len(content), STORED_BYTES), frames):
+        parts += [found[position:position + len(frame)], content[start:start + STORED_BYTES]]
+        position += len(frame)
+    if not stream.scatter(parts + [found[position:]]) or found[:position] != expected:
+        return False
+    return found[position:] == zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(4, "little")
 
 
 def read_fully(stream: BinaryIO, length: int) -> bytes:
@@ -3266,13 +3677,13 @@ def gunzip(stream: BinaryIO) -> Iterator[bytes]:
     unpacker, data = zlib.decompressobj(31), b""
     started = False
     while True:
-        data = data or stream.read(1 << 20)
+        data = data or stream.read(PIECE_BYTES)
         if not data:
             if started:
                 raise EOFError("it is cut off")
             return
         started = True
-        content = unpacker.decompress(data, MEMBER_BYTES)
+        content = unpacker.decompress(data, 4 * PIECE_BYTES)
         if content:
             yield content
         data = unpacker.unconsumed_tail
@@ -3344,7 +3755,7 @@ class TarReader:
         """What a GNU long name or a PAX header says of the next member."""
         if size > self.MAX_HEADER_BYTES:
             raise ReadError("it has a header of %d bytes" % size)
-        content = b"".join(self.data())
+        content = b"".join([bytes(piece) for piece in self.data()])
         if kind == tarfile.GNUTYPE_LONGNAME:
             return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
         if kind == tarfile.XHDTYPE:
@@ -3377,7 +3788,7 @@ class TarReader:
                 if parts:
                     raise EOFError("it is cut off")
                 return b""
-            parts.append(piece)
+            parts.append(bytes(piece))  # the memory may be used again for the next piece
             length -= len(piece)
         return b"".join(parts)
 
@@ -3501,7 +3912,7 @@ class Journal:
 
 def read_journal(data: bytes) -> Tuple[List[Dict[str, Any]], Set[str]]:
     """(checkpoints, IDs of those removed) of a journal."""
-    added, removed = [], set()
+    added, removed, torn = [], set(), 0
     for line in data.split(b"\n"):
         if not line:
             continue
@@ -3510,9 +3921,18 @@ def read_journal(data: bytes) -> Tuple[List[Dict[str, Any]], Set[str]]:
             if "removed" in record:
                 removed.add(str(record["removed"]))
             else:
-                added.append(checked_checkpoint(record["checkpoint"]))
+                added.append(record["checkpoint"])
         except (ReadError, TypeError, KeyError):
-            console.debug("A torn line in a journal was passed over.")
+            torn += 1
+    if not _plainly_valid(added):
+        found, added = added, []
+        for item in found:
+            try:
+                added.append(checked_checkpoint(item))
+            except (ReadError, AttributeError):
+                torn += 1
+    if torn:
+        console.debug("Torn lines in a journal were passed over: %d." % torn)
     return added, removed
 
 
@@ -3596,31 +4016,61 @@ class Repository:
         """Every readable experiment with all of its checkpoints, oldest first."""
         running, waiting = self.running(), self._waiting()
         found = [Experiment(document, running=document["id"] in running)
-                 for document in self._documents(self._entries(), waiting)]
+                 for document in self._documents(self._entries(), waiting, console.warning)]
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
-    def summaries(self) -> List[Summary]:
+    def summaries(self) -> SummaryList:
         """What a listing shows of every readable experiment, oldest first; only what changed is read again."""
         running, waiting = self.running(), self._waiting()
         entries = self._entries()
         cache = SummaryCache(self.url)
         found = cache.take(entries, waiting)
+        remembered = len(found)
         stale = [entry for entry in entries if entry.name[:-5] not in found]
         index = None
         cache.unpublished += len(stale)
-        if self.storage.has_index and cache.unpublished >= SummaryCache.MIN_STALE:
+        if self.storage.has_index and cache.unpublished >= SummaryIndex.MIN_STALE:
             cache.unpublished = 0
-            index = SummaryCache.of_index(self.storage)
-            found.update(index.take(stale, waiting))
+            index = SummaryIndex(self.storage)
+            found.update(index.take(stale))
             stale = [entry for entry in entries if entry.name[:-5] not in found]
-        for document in self._documents(stale, waiting):
-            found[document["id"]] = Summary.of(document)
-        cache.keep(entries, found, waiting, settled=not self.storage.has_journals)
-        if index is not None and index.lacks(entries) >= max(SummaryCache.MIN_STALE, len(entries) // 10):
-            index.publish(self.storage, entries, found)
-        for experiment_id, summary in found.items():
-            summary.running = experiment_id in running
-        return sorted(found.values(), key=lambda row: (canonical_time(row.data["created"]), row.id))
+        for row in self._read_summaries(stale, waiting, cache):
+            found[row.id] = row
+        if index is not None and index.lacks(entries) >= max(SummaryIndex.MIN_STALE, len(entries) // 10):
+            index.publish(self.storage, found.values())
+        for experiment_id, row in found.items():
+            row.running = experiment_id in running
+        return SummaryList(sorted(found.values(), key=lambda row: row.line), cache, remembered)
+
+    def _read_summaries(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
+                        cache: SummaryCache) -> List[Summary]:
+        """The summaries of these documents, read by two processes if there are many."""
+        def summarize(entries: Sequence[Entry], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
+            versions = {entry.name[:-5]: cache.settled_version(entry, self.storage) for entry in entries}
+            for start in range(0, len(entries), SummaryCache.BATCH):
+                documents = self._documents(entries[start:start + SummaryCache.BATCH], waiting, warn)
+                yield SummaryBatch.of((summary_data(document), "" if document["id"] in waiting else versions[document["id"]])
+                                      for document in documents)
+
+        def in_copy(file: BinaryIO) -> None:
+            warnings: List[str] = []
+            batches = list(summarize(entries[half:], warnings.append))
+            file.write(encode_json(warnings, indent=None) + b"\n")
+            file.writelines(batch.encoded() for batch in batches if batch.rows())
+
+        half = len(entries) // 2 if (len(entries) >= SummaryCache.SHARED and self.storage.has_journals
+                                    and may_share_work()) else len(entries)
+        wait = start_copy(in_copy) if half < len(entries) else None
+        batches = list(summarize(entries[:half], console.warning))
+        if wait is not None:
+            file = wait()
+            if file is None:
+                batches += summarize(entries[half:], console.warning)
+            else:
+                for message in json.loads(file.readline()):
+                    console.warning(message)
+                batches += [StoredBatch(*place) for place in encoded_places(file)]
+        return [row for batch in batches for row in batch.rows()]
 
     def _waiting(self) -> Dict[str, List[bytes]]:
         """The contents of the journals by experiment; read before the documents, into which they may be folded."""
@@ -3630,14 +4080,15 @@ class Repository:
         """The documents in the storage; a warning for each file of another name."""
         entries = []
         for entry in self.storage.list(EXPERIMENTS):
-            if entry.name.endswith(".json") and is_id(entry.name[:-5]):
+            if entry.name[-5:] == ".json" and is_id(entry.name[:-5]):
                 entries.append(entry)
             else:
                 console.warning("Skipped the unreadable document %s: its name is not that of an experiment." %
                                 escape_control(entry.key))
         return entries
 
-    def _documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Iterator[Dict[str, Any]]:
+    def _documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
+                   warn: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
         """The readable documents of these entries, with their journals; a warning for each of the others."""
         def read(entry: Entry) -> Any:
             try:
@@ -3654,7 +4105,7 @@ class Repository:
                     raise data
                 document = self._decode(data, experiment_id)
             except ReadError as error:
-                console.warning("Skipped the unreadable document %s: %s." % (entry.key, str(error).rstrip(".")))
+                warn("Skipped the unreadable document %s: %s." % (entry.key, str(error).rstrip(".")))
                 continue
             merge_checkpoints(document, waiting.get(experiment_id, ()))
             yield document
@@ -3764,7 +4215,7 @@ class Repository:
 
     def find_all(self, prefixes: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
         """One experiment or checkpoint for each prefix; raises DoesNotExist for the first that fits none or several."""
-        summaries = self.summaries()
+        summaries: Optional[SummaryList] = None
         loaded: Dict[str, Experiment] = {}
 
         def load(experiment_id: str) -> Experiment:
@@ -3772,8 +4223,17 @@ class Repository:
                 loaded[experiment_id] = Experiment(self.load(experiment_id))
             return loaded[experiment_id]
 
-        found = []
+        found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
         for prefix in prefixes:
+            if len(prefix) == 64 and is_id(prefix):  # a whole ID, as `ls -q` prints it, need not be searched for
+                try:
+                    found.append((load(prefix), None))
+                    continue
+                except DoesNotExist:
+                    pass
+            if summaries is None:
+                summaries = self.summaries()
+                summaries.keep()
             candidates: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
             for summary in summaries if is_id(prefix) else ():
                 if summary.id.startswith(prefix):
@@ -3870,99 +4330,110 @@ class Repository:
         raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
 
 
-class SummaryCache:
-    """Summaries of documents, each with the version of its document: `# <unpublished>`, `<id> <version> <JSON>` lines.
+class SummaryList(List[Summary] if TYPE_CHECKING else list):
+    """Summaries, oldest first, and the cache that should remember them.
 
-    Kept in a file of this user, and for a bucket as an object too, from which a machine that has never listed it
-    starts. A summary counts only if the document has just that version now, so that a stale cache costs time and never
-    shows anything wrong. What is in the object was written by others, and is checked like their documents.
+    header: the titles above the cells that the cache has for just these rows, if it has some.
     """
 
-    KEY = "index/summaries-1.gz"
-    MIN_STALE = 100            # changed documents from which on the index object is read or written
-    MAX_BYTES = 512 << 20      # of an index object when unpacked
+    def __init__(self, rows: Iterable[Summary], cache: SummaryCache, remembered: int) -> None:
+        super().__init__(rows)
+        self._cache = cache
+        self._changed = not remembered == cache.count == len([row for row in self if row.version])
+        self.header: Optional[str] = cache.header if not self._changed and cache.count == len(self) else None
+
+    def cells(self) -> Iterator[str]:
+        """What the cache has for each row, below the header."""
+        return self._cache.cells()
+
+    def keep(self, header: Optional[str] = None, cells: Sequence[str] = ()) -> None:
+        """Remember what is new, with the finished cells of all rows, if they are given."""
+        rows = [row for row in self if row.version]
+        if len(rows) < len(self):
+            header, cells = None, ()
+        if self._changed or header is not None:
+            self._cache.write(rows, header, cells)
+
+
+class SummaryCache:
+    """The summaries of a repository in a file of this user, each with the version of its document.
+
+    A summary counts only if the document has just that version now, so that a stale cache costs time and never shows
+    anything wrong. The file: a line of JSON, `{"unpublished": ..., "header": ..., "batches": ...}`; that many batches,
+    see SummaryBatch; if there is a header, the right part of each row in the table of `ls`, oldest experiment first, as
+    lists of texts. Batches and lists are encoded by encode_parts().
+    """
+
+    FORMAT = 2
+    BATCH = 500                # rows that are kept together
+    SHARED = 500               # documents from which on two processes read them
     MAX_FILES = 64             # repositories in the cache directory
     SETTLED_SECONDS = 2.0      # a file changed more recently could change again without looking different
-    BATCH = 500                # lines that are parsed as one JSON document, which is quicker and shares the keys
 
-    def __init__(self, url: str, index: Optional[bytes] = None) -> None:
+    def __init__(self, url: str) -> None:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-100:]
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        self._path = os.path.join(base, "replicate", "%s-%08x" % (name, zlib.crc32(os.fsencode(url))))
-        self._trusted = index is None
+        self._path = os.path.join(base, "replicate", "%s-%08x.%d" % (name, zlib.crc32(os.fsencode(url)), self.FORMAT))
         self._listed = time.time()
-        lines = (self._read() if index is None else index).split(b"\n")
-        first = lines[0][2:] if lines[0].startswith(b"# ") else b""
-        self.unpublished = int(first) if first.isdigit() and len(first) < 10 else 0  # read since the index was looked at
-        self._lines: Dict[bytes, bytes] = {line[:line.find(b" {")]: line for line in lines if b" {" in line}
-
-    def _read(self) -> bytes:
+        self._batches: List[StoredBatch] = []
+        self._cells: List[Tuple[BinaryIO, int, List[int]]] = []
+        self.unpublished = 0               # documents read since the index of the bucket was looked at
+        self.header: Optional[str] = None  # what stands above the cells
+        self.count = 0                     # of the rows
         try:
-            with open(self._path, "rb") as file:
-                return file.read()
-        except OSError:
-            return b""
-
-    @classmethod
-    def of_index(cls, storage: Storage) -> SummaryCache:
-        """The index object of a bucket; empty if there is none or it cannot be used."""
-        try:
-            data = b"".join(_limited(gunzip(storage.open(cls.KEY)), cls.MAX_BYTES))
-        except (ReplicateError, EOFError, zlib.error):
-            data = b""
-        return cls("", data)
+            file = open(self._path, "rb")
+            first = json.loads(file.readline())
+            places = list(encoded_places(file))
+            self._batches = [StoredBatch(*place) for place in places[:first["batches"]]]
+            self._cells = places[first["batches"]:]
+            self.unpublished, self.header = int(first["unpublished"]), first["header"]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            console.debug("The cache cannot be used: %s" % error)
 
     def take(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Dict[str, Summary]:
         """The summaries of those entries whose version is known, and that have no journal."""
-        lines = []
-        for entry in entries:
-            line = self._lines.get(_line_key(entry))
-            if line is not None and entry.name[:-5] not in waiting:
-                lines.append((entry.name[:-5], line))
+        versions = {entry.name[:-5]: entry.version for entry in entries if entry.name[:-5] not in waiting}
         found = {}
-        for start in range(0, len(lines), self.BATCH):
-            for experiment_id, data in self._parsed(lines[start:start + self.BATCH]):
-                try:
-                    found[experiment_id] = Summary(data) if self._trusted else Summary.checked(data, experiment_id)
-                except (ReadError, KeyError, TypeError, AttributeError):
-                    continue
+        for batch in self._batches:
+            rows = batch.rows()
+            self.count += len(rows)
+            for row in rows:
+                if versions.get(row.id) == row.version:
+                    found[row.id] = row
         return found
 
-    def _parsed(self, lines: List[Tuple[str, bytes]]) -> List[Tuple[str, Any]]:
-        """(ID, content) of lines; of a batch with a damaged line, those that can be parsed by themselves."""
-        contents = [line[line.find(b"{"):] for _, line in lines]
-        try:
-            parsed = json.loads(b"[%s]" % b",".join(contents))
-            if len(parsed) == len(lines):
-                return [(experiment_id, data) for (experiment_id, _), data in zip(lines, parsed)]
-        except (ValueError, RecursionError):
-            pass
-        found = []
-        for (experiment_id, _), content in zip(lines, contents):
-            try:
-                found.append((experiment_id, decode_json(content, "a summary")))
-            except ReadError:
-                continue
-        return found
+    def cells(self) -> Iterator[str]:
+        """The right part of each row in the table of `ls`, oldest experiment first."""
+        for file, start, lengths in self._cells:
+            yield from read_part(file, start, lengths, 0)
 
-    def keep(self, entries: Sequence[Entry], found: Dict[str, Summary], waiting: Dict[str, List[bytes]],
-             settled: bool = False) -> None:
-        """Remember the summaries of these entries in the file, if that changes it and it can be written."""
-        lines: Dict[bytes, bytes] = {}
-        for entry in entries:
-            experiment_id = entry.name[:-5]
-            if (experiment_id in found and experiment_id not in waiting
-                    and (settled or entry.modified < self._listed - self.SETTLED_SECONDS)):
-                key = _line_key(entry)
-                lines[key] = self._lines.get(key) or _line(key, found[experiment_id])
-        if lines.keys() == self._lines.keys():  # so that nothing was read either
-            return
+    def settled_version(self, entry: Entry, storage: Storage) -> str:
+        """The version under which a summary of that document may be remembered; none if the file is too young."""
+        if storage.has_journals and entry.modified >= self._listed - self.SETTLED_SECONDS:
+            return ""
+        return entry.version
+
+    def write(self, rows: Sequence[Summary], header: Optional[str], cells: Sequence[str]) -> None:
+        """Put these rows into the file; one that cannot be written is left alone."""
+        members: Dict[SummaryBatch, List[Summary]] = {}
+        for row in rows:
+            members.setdefault(row.batch, []).append(row)
+        whole = [batch for batch, found in members.items() if len(found) == len(batch.part("lines")) > self.BATCH // 2]
+        others = [row for row in rows if row.batch not in set(whole)]
+        groups = [others[start:start + self.BATCH] for start in range(0, len(others), self.BATCH)]
+        first = {"unpublished": self.unpublished, "header": header, "batches": len(whole) + len(groups)}
         directory = os.path.dirname(self._path)
         temporary = "%s.%s" % (self._path, os.urandom(6).hex())
         try:
             os.makedirs(directory, 0o700, exist_ok=True)
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(b"\n".join([b"# %d" % self.unpublished, *lines.values()]))
+                file.write(encode_json(first, indent=None) + b"\n")
+                file.writelines(batch.encoded() for batch in whole)
+                file.writelines(SummaryBatch.of_rows(group).encoded() for group in groups)
+                file.writelines(encode_parts([cells[start:start + self.BATCH]])
+                                for start in range(0, len(cells), self.BATCH))
             os.replace(temporary, self._path)
             files = sorted(os.scandir(directory), key=lambda entry: entry.stat().st_mtime)
             for entry in files[:-self.MAX_FILES]:
@@ -3971,27 +4442,93 @@ class SummaryCache:
             remove_file(temporary)
             console.debug("The cache cannot be written: %s" % error)
 
-    def lacks(self, entries: Sequence[Entry]) -> int:
-        """Of how many of these entries it does not have the present version."""
-        return sum(_line_key(entry) not in self._lines for entry in entries)
 
-    def publish(self, storage: Storage, entries: Sequence[Entry], found: Dict[str, Summary]) -> None:
-        """Write the index object for others; without permission to write there is none."""
-        lines = [_line(_line_key(entry), found[entry.name[:-5]]) for entry in entries if entry.name[:-5] in found]
+class StoredBatch(SummaryBatch):
+    """A batch in a file, of which each part is read when it is asked for."""
+
+    def __init__(self, file: BinaryIO, start: int, lengths: List[int]) -> None:
+        super().__init__({})
+        self._place = file, start, lengths
+
+    def part(self, name: str) -> List[str]:
+        if name not in self._parts:
+            self._parts[name] = read_part(*self._place, self.PARTS.index(name))
+        return self._parts[name]
+
+
+def encoded_places(file: BinaryIO) -> Iterator[Tuple[BinaryIO, int, List[int]]]:
+    """Where encode_parts() put what stands in file from here on: (file, start, bytes of each list). Raises ValueError
+    where it is damaged."""
+    buffer = bytearray()
+    for line in iter(file.readline, b""):
+        lengths, checksum = json.loads(line)
+        start, size = file.tell(), sum(lengths)
+        if len(buffer) < size:
+            buffer = bytearray(size)
+        with memoryview(buffer)[:size] as content:
+            if file.readinto(content) != size or zlib.crc32(content) != checksum:
+                raise ValueError("it is damaged")
+        yield file, start, lengths
+
+
+def read_part(file: BinaryIO, start: int, lengths: Sequence[int], index: int) -> List[str]:
+    """One of the lists of texts at such a place."""
+    file.seek(start + sum(lengths[:index]))
+    return file.read(lengths[index]).decode("utf-8", "surrogatepass").split("\0")
+
+
+class SummaryIndex:
+    """The summaries that stand in a bucket, from which a machine that has never listed it starts.
+
+    It has one line for each experiment: `<ID> <version> <JSON>`. What is in it was written by others, and is checked
+    like their documents.
+    """
+
+    KEY = "index/summaries-1.gz"
+    MIN_STALE = 100            # changed documents from which on the object is read or written
+    MAX_BYTES = 512 << 20      # when unpacked
+
+    def __init__(self, storage: Storage) -> None:
+        try:
+            data = b"".join(_limited(gunzip(storage.open(self.KEY)), self.MAX_BYTES))
+        except (ReplicateError, EOFError, zlib.error):  # there is none, or it cannot be used
+            data = b""
+        self._lines = {line[:line.find(b" {")]: line for line in data.split(b"\n") if b" {" in line}
+
+    def take(self, entries: Iterable[Entry]) -> Dict[str, Summary]:
+        """The summaries of those entries whose version is known."""
+        valid = []
+        for entry in entries:
+            line = self._lines.get(self._key(entry.name[:-5], entry.version))
+            if line is not None:
+                try:
+                    data = decode_json(line[line.find(b"{"):], "a summary")
+                    valid.append((checked_summary(data, entry.name[:-5]), entry.version))
+                except (ReadError, KeyError, TypeError, AttributeError):
+                    continue
+        return {row.id: row for row in SummaryBatch.of(valid).rows()}
+
+    def lacks(self, entries: Iterable[Entry]) -> int:
+        """Of how many of these entries it does not have the present version."""
+        return sum(self._key(entry.name[:-5], entry.version) not in self._lines for entry in entries)
+
+    def publish(self, storage: Storage, rows: Iterable[Summary]) -> None:
+        """Write the object for others; without permission to write there is none."""
+        lines = []
+        for row in rows:
+            data = json.loads(row.part("shown") + "}")
+            data.update(primary_metric=row.fact("primary_metric"), checkpoint_ids=row.part("checkpoints"))
+            lines.append(b"%s %s" % (self._key(row.id, row.version), encode_json(data, indent=None)))
         packer = zlib.compressobj(6, zlib.DEFLATED, 31)
         try:
             storage.write(self.KEY, packer.compress(b"\n".join(lines)) + packer.flush())
         except ReplicateError as error:
             console.debug("The index was not written: %s" % error)
 
-
-def _line_key(entry: Entry) -> bytes:
-    """What a line of the cache starts with: the experiment's ID and the version of its document."""
-    return ("%s %s" % (entry.name[:-5], entry.version)).encode("utf-8", "replace")
-
-
-def _line(key: bytes, summary: Summary) -> bytes:
-    return b"%s %s" % (key, encode_json(summary.data, indent=None))
+    @staticmethod
+    def _key(experiment_id: str, version: str) -> bytes:
+        """What a line starts with."""
+        return ("%s %s" % (experiment_id, version)).encode("utf-8", "replace")
 
 
 def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
@@ -4020,7 +4557,7 @@ class DocumentText:
         if not merge_checkpoints(document, journals):
             return None
         new = document["checkpoints"][len(self.ids):]
-        lines = b"\n" + b",\n".join(b"  " + encode_json(item).replace(b"\n", b"\n  ") for item in new)
+        lines = ",".join(["\n  " + indented_json(item, "\n  ", " ") for item in new]).encode("utf-8", "backslashreplace")
         if self.ids:
             self.text = self.text[:-len(self.TAIL)] + b"," + lines + self.TAIL
         else:
@@ -4327,21 +4864,22 @@ def new_checkpoint(path: Optional[str], step: int, metrics: Dict[str, Any],
             "primary_metric": primary_metric}
 
 
-def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequence[Source]) -> List[int]:
-    """Store the archive of sources; returns the numbers of the members that a later recompress() could shrink.
+def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequence[Source]) -> bool:
+    """Store the archive of sources; whether some of them are large, so that shrink_archive() should look at it later.
 
-    Small archives are compressed at once, others stored as they are, which takes no longer than a plain copy.
-    Raises WriteError.
+    It takes no longer than a plain copy. Raises WriteError.
     """
-    key = archive_key(kind, item_id)
-    small = sum(source.size for source in sources) <= INLINE_BYTES
-    return _write_archive(storage, key, lambda file: pack(file, item_id, sources, compress=small)).shrinkable
+    _write_archive(storage, archive_key(kind, item_id), lambda file: pack(file, item_id, sources))
+    return any(source.size > GROUP_BYTES for source in sources)
 
 
-def shrink_archive(storage: DiskStorage, kind: str, item_id: str, shrinkable: Sequence[int]) -> None:
-    """Replace a stored archive by a compressed one. Raises WriteError, ReadError, DoesNotExist."""
+def shrink_archive(storage: DiskStorage, kind: str, item_id: str) -> None:
+    """Replace a stored archive by a compressed one if that is smaller. Raises WriteError, ReadError, DoesNotExist."""
     key = archive_key(kind, item_id)
-    _write_archive(storage, key, lambda file: recompress(Archive(storage, key), file, shrinkable), replace=True)
+    archive = Archive(storage, key)
+    shrinkable = shrinkable_members(archive)
+    if shrinkable:
+        _write_archive(storage, key, lambda file: recompress(archive, file, shrinkable), replace=True)
 
 
 def _write_archive(storage: DiskStorage, key: str, write: Callable[[BinaryIO], Any], replace: bool = False) -> Any:
@@ -4669,7 +5207,7 @@ class Recorder:
         self._unfolded: List[Journal] = []            # full journals whose folding failed
         self._unwritten: List[bytes] = []             # lines that a full disk refused
         self._keys: List[str] = []                    # archives written by this run
-        self._packing: List[Tuple[str, str, List[int]]] = []
+        self._packing: List[Tuple[str, str]] = []
         self._is_folding = threading.RLock()
         self._stopping = False
         self._reported: Set[str] = set()
@@ -4811,24 +5349,24 @@ class Recorder:
                 while (len(self._packing) >= MAX_PACKING and not self.gone and self._packer.is_alive()
                        and not termination.requested):
                     self._changed.wait(1.0)
-        shrinkable = save_archive(self.storage, "checkpoints", checkpoint_id, sources)
+        large = save_archive(self.storage, "checkpoints", checkpoint_id, sources)
         with self._changed:
             self._keys.append(archive_key("checkpoints", checkpoint_id))
             if self.gone:  # while it was written
                 self.storage.delete(self._keys[-1:])
-        self.pack_later("checkpoints", checkpoint_id, shrinkable)
+        if large:
+            self.pack_later("checkpoints", checkpoint_id)
 
-    def pack_later(self, kind: str, item_id: str, shrinkable: List[int]) -> None:
+    def pack_later(self, kind: str, item_id: str) -> None:
         """Have an archive compressed in the background."""
-        if shrinkable:
-            with self._changed:
-                self._packing.append((kind, item_id, shrinkable))
-                self._changed.notify_all()
+        with self._changed:
+            self._packing.append((kind, item_id))
+            self._changed.notify_all()
 
     def packing(self) -> Set[str]:
         """The IDs whose archives are being compressed or wait for it."""
         with self._lock:
-            return {item_id for _, item_id, _ in self._packing}
+            return {item_id for _, item_id in self._packing}
 
     def _pack(self) -> None:
         """The packer thread."""
@@ -4838,9 +5376,9 @@ class Recorder:
                     self._changed.wait()
                 if not self._packing:
                     return
-                kind, item_id, shrinkable = self._packing[0]
+                kind, item_id = self._packing[0]
             try:
-                shrink_archive(self.storage, kind, item_id, shrinkable)
+                shrink_archive(self.storage, kind, item_id)
             except DoesNotExist:
                 pass
             except Exception as error:  # the stored archive stays: it is merely larger
@@ -5289,13 +5827,14 @@ class Project:
                 experiment.short_id(), "%s " % saved if saved else "", repository.url))
         recorder = self._recorder(repository, experiment, heartbeat, prepared)
         try:
-            shrinkable: List[int] = []
+            large = False
             if saved:
                 warn_if_code_is_large(sources)
                 warn_if_disk_is_low(self.directory, sum(source.size for source in sources), set())
-                shrinkable = save_archive(recorder.storage, "experiments", experiment.id, sources)
+                large = save_archive(recorder.storage, "experiments", experiment.id, sources)
             recorder.repository.create(experiment._document)
-            recorder.pack_later("experiments", experiment.id, shrinkable)
+            if large:
+                recorder.pack_later("experiments", experiment.id)
             recorder.start(beat=prepared)
         except BaseException:
             recorder.abandon()
@@ -5557,67 +6096,117 @@ def pad(text: str, width: int) -> str:
     return text + " " * (width - display_width(text))
 
 
-def render_table(header: Sequence[str], rows: Sequence[Sequence[Sequence[str]]], gap: bool) -> str:
-    """Columns two spaces apart; a cell is a list of lines; gap: an empty line behind each row."""
+def lay_out(columns: Sequence[Tuple[str, Sequence[Sequence[str]]]]) -> Tuple[str, List[str]]:
+    """(header, rows) of a table whose columns stand two spaces apart.
+
+    Each column is a title and a cell for each row, a cell a list of lines. Lines end where their last text does.
+    """
     from itertools import chain, zip_longest
-    widths, plain = [], True
-    for title, cells in zip(header, zip(*rows)):
-        texts = list(chain([title], *cells))
-        plain = plain and "".join(texts).isascii()
-        widths.append(max(map(len if plain else display_width, texts)))
-    if plain:
-        layout = "  ".join(["%%-%ds" % width for width in widths])
-        output = [layout % tuple(header)]
-        for row in rows:
-            output += [layout % line for line in zip_longest(*row, fillvalue="")]
-            if gap:
-                output.append("")
-    else:
-        output = ["  ".join(map(pad, header, widths))]
-        for row in rows:
-            output += ["  ".join(map(pad, line, widths)) for line in zip_longest(*row, fillvalue="")]
-            if gap:
-                output.append("")
-    return "\n".join([line.rstrip() for line in output]) + "\n"
+    titles = [title for title, _ in columns]
+    texts = [list(chain([title], *cells)) for title, cells in columns]
+    plain = "".join(chain(*texts)).isascii()
+    widths = [max(map(len if plain else display_width, column)) for column in texts]
+    layout = "  ".join(["%%-%ds" % width for width in widths])
+    indents = [" " * (sum(widths[:index]) + 2 * index) for index in range(len(widths))]
+
+    def join(line: Sequence[str]) -> str:
+        return (layout % line if plain else "  ".join(map(pad, line, widths))).rstrip()
+
+    rows = []
+    for cells in zip(*[cells for _, cells in columns]):
+        depths = sorted(map(len, cells))
+        both = depths[-2] if len(depths) > 1 else 0  # so many lines have more than one text
+        lines = [join(line) for line in zip_longest(*[cell[:both] for cell in cells], fillvalue="")]
+        if depths[-1] > both:
+            index = [len(cell) for cell in cells].index(depths[-1])
+            indent = indents[index]
+            lines += [(indent + text).rstrip() for text in cells[index][both:]]
+        rows.append("\n".join(lines))
+    return join(tuple(titles)), rows
 
 
 def differing_names(groups: Sequence[Dict[str, Any]]) -> List[str]:
     """The names whose values differ between the dicts; absent and null count as one value."""
     first = groups[0] if groups else {}
-    return [name for name in sorted(set().union(*groups))
+    return [name for name in sorted(set().union(*set(map(tuple, groups))))
             if any(not same_value(group.get(name), first.get(name)) for group in groups)]
 
 
-def render_list(rows: Sequence[Summary], show_all: bool, now: datetime.datetime) -> str:
-    """The table of `ls`."""
-    params = {name for row in rows for name in row.params} if show_all else {
-        name for name in differing_names([row.params for row in rows])
-        if not any(type(row.params.get(name)) in (dict, list) for row in rows)}
-    metrics = _listed_metrics(rows, show_all)
-    columns: List[Tuple[str, List[List[str]]]] = [
-        ("EXPERIMENT", [[row.id[:SHORT_ID]] for row in rows]),
-        ("STARTED", [[relative_time(row.created, now)] for row in rows]),
-        ("STATUS", [["running" if row.running else "stopped"] for row in rows])]
-    for title, key in (("HOST", "host"), ("USER", "user")):
-        texts = [row.data.get(key) or "" for row in rows]
+def list_cells(rows: Sequence[Summary], show_all: bool) -> Tuple[str, List[str]]:
+    """What does not depend on the present time: (header, rows) of the columns from HOST on."""
+    params, latest, best = [[row.group(name) for row in rows] for name in ("params", "latest", "best")]
+    chosen = {name for group in params for name in group} if show_all else {
+        name for name in differing_names(params)
+        if {dict, list}.isdisjoint([type(group.get(name)) for group in params])}
+    metrics = _listed_metrics(rows, latest + best, show_all)
+    columns: List[Tuple[str, List[List[str]]]] = []
+    for title in ("HOST", "USER"):
+        texts = [row.fact(title.lower()) or "" for row in rows]
         if len(set(texts)) > 1:
             columns.append((title, [[escape_control(text)] for text in texts]))
-    columns.append(("PARAMS", _value_cells([row.params for row in rows], params)))
-    if any(row.best for row in rows):
-        columns.append(("BEST CHECKPOINT", _checkpoint_cells([row.best for row in rows], metrics)))
-    columns.append(("LATEST CHECKPOINT", _checkpoint_cells([row.latest for row in rows], metrics)))
-    return render_table([title for title, _ in columns], list(zip(*[cells for _, cells in columns])), gap=True)
+    columns.append(("PARAMS", _value_cells(params, chosen)))
+    if any(row.fact("best") for row in rows):
+        columns.append(("BEST CHECKPOINT", _checkpoint_cells([row.fact("best") for row in rows], best, metrics)))
+    columns.append(("LATEST CHECKPOINT", _checkpoint_cells([row.fact("latest") for row in rows], latest, metrics)))
+    return lay_out(columns)
 
 
-def _listed_metrics(rows: Sequence[Summary], show_all: bool) -> Set[str]:
+def list_pieces(rows: Sequence[Summary], header: str, cells: Iterable[str], now: datetime.datetime) -> Iterator[str]:
+    """The table of `ls` in pieces, its cells from HOST on being finished."""
+    started = _started_texts(rows, now)
+    width = max(map(len, started + ["STARTED"]))
+    layout = "%%-10s  %%-%ds  %%-7s  " % width
+    margin = "\n" + " " * len(layout % ("", "", ""))
+
+    def lines() -> Iterator[str]:
+        yield layout % ("EXPERIMENT", "STARTED", "STATUS") + header + "\n"
+        for row, text, cell in zip(rows, started, cells):
+            left = layout % (row.id[:SHORT_ID], text, "running" if row.running else "stopped")
+            if cell[:1] in ("", "\n"):
+                left = left.rstrip()
+            yield "%s%s\n\n" % (left, cell.replace("\n", margin))
+
+    return in_pieces(lines())
+
+
+def in_pieces(texts: Iterator[str]) -> Iterator[str]:
+    """texts joined by hundreds, since each piece that is written takes its time."""
+    from itertools import islice
+    return iter(lambda: "".join(islice(texts, SummaryCache.BATCH)), "")
+
+
+SORTABLE = "%Y-%m-%dT%H:%M:%S"
+
+
+def _started_texts(rows: Sequence[Summary], now: datetime.datetime) -> List[str]:
+    """When each experiment started; of days that are long past the text is made once."""
+    texts, text, start, end = {}, "", "", ""
+    recent = (now - datetime.timedelta(hours=RELATIVE_HOURS)).strftime(SORTABLE)
+    for row in sorted(rows, key=lambda row: row.line):
+        if not start <= row.line < end:  # lines begin with the time
+            moment = row.created
+            text, start, end = relative_time(moment, now), row.line, ""
+            if row.line < recent:
+                end = min(_next_midnight(moment), recent)
+        texts[row.id] = text
+    return [texts[row.id] for row in rows]
+
+
+def _next_midnight(moment: datetime.datetime) -> str:
+    """When the local day of that time ends, as text that sorts by time; empty at the ends of the calendar."""
+    try:
+        day = local_time(moment).replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None) + datetime.timedelta(1)
+        return day.astimezone(datetime.timezone.utc).strftime(SORTABLE)
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+def _listed_metrics(rows: Sequence[Summary], groups: Sequence[Dict[str, Any]], show_all: bool) -> Set[str]:
     """The metrics that a listing shows: all, the primary ones, or where there are none those that differ."""
-    primary = {row.data["primary_metric"] for row in rows if row.data["primary_metric"]}
-    if primary and not show_all:
-        return primary
-    shown = [(checkpoint.get("metrics") or {}) for row in rows for checkpoint in (row.best, row.latest) if checkpoint]
     if show_all:
-        return {name for metrics in shown for name in metrics}
-    return set(differing_names([unpack_floats(metrics) for metrics in shown]))
+        return {name for group in groups for name in group}
+    primary = {row.fact("primary_metric") for row in rows} - {None, ""}
+    return primary or set(differing_names([group for group in groups if group]))
 
 
 def _value_cells(groups: Sequence[Dict[str, Any]], names: Set[str]) -> List[List[str]]:
@@ -5626,12 +6215,11 @@ def _value_cells(groups: Sequence[Dict[str, Any]], names: Set[str]) -> List[List
     return [[label + format_cell(group[name]) for name, label in labels if name in group] for group in groups]
 
 
-def _checkpoint_cells(checkpoints: Sequence[Optional[Dict[str, Any]]], metrics: Set[str]) -> List[List[str]]:
+def _checkpoint_cells(checkpoints: Sequence[Optional[List[Any]]], metrics: Sequence[Dict[str, Any]],
+                      names: Set[str]) -> List[List[str]]:
     """The short ID and step of each checkpoint, and its metrics of those names below."""
-    values = _value_cells([unpacked_values(checkpoint.get("metrics")) if checkpoint else {}
-                           for checkpoint in checkpoints], metrics)
-    return [["%s (step %d)" % (checkpoint["id"][:SHORT_ID], checkpoint.get("step") or 0)] + lines if checkpoint else []
-            for checkpoint, lines in zip(checkpoints, values)]
+    return [["%s (step %d)" % (checkpoint[0], checkpoint[1])] + lines if checkpoint else []
+            for checkpoint, lines in zip(checkpoints, _value_cells(metrics, names))]
 
 
 def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
@@ -5698,8 +6286,9 @@ def render_experiment(experiment: Experiment, running: bool, now: datetime.datet
         cells += [(format_cell(metrics[name]) if name in metrics else "") +
                   (" (best)" if checkpoint is best and name == primary else "") for name in names]
         rows.append([[cell] for cell in cells])
-    header = ["ID", "STEP", "CREATED"] + [escape_control(name.upper()) for name in names]
-    return text + render_table(header, rows, gap=False)
+    titles = ["ID", "STEP", "CREATED"] + [escape_control(name.upper()) for name in names]
+    header, lines = lay_out(list(zip(titles, zip(*rows))))
+    return text + "\n".join([header, *lines]) + "\n"
 
 
 class Side:
@@ -5751,16 +6340,16 @@ def _cut(text: Optional[str]) -> str:
     return text if len(text) <= DIFF_CUT else text[:DIFF_CUT - 3] + "..."
 
 
-def render_json(value: Any) -> str:
-    """JSON for people and programs: nothing in it can steer a terminal."""
-    text = json.dumps(pack_floats(value), indent=2, ensure_ascii=False) + "\n"
-    if text.isascii() and "\x7f" not in text:
-        return text
+def json_pieces(rows: Sequence[Summary]) -> Iterator[str]:
+    """The JSON of `ls --json`, in pieces."""
+    def elements() -> Iterator[str]:
+        opening = "[\n  "
+        for row in rows:
+            yield '%s%s,\n    "running": %s\n  }' % (opening, row.part("shown"), "true" if row.running else "false")
+            opening = ",\n  "
+        yield "\n]\n" if rows else "[]\n"
 
-    def escape(match: re.Match) -> str:
-        return json.dumps(match.group())[1:-1] if match.group() != "\n" else "\n"
-
-    return re.sub("[%s]" % _CONTROL, escape, text)
+    return in_pieces(elements())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -5842,14 +6431,14 @@ def say(text: str) -> None:
     write_text(sys.stdout, text)
 
 
-def say_json(value: Any) -> None:
+def say_json(pieces: Iterable[str]) -> None:
     """JSON, to stdout; ASCII alone where stdout's encoding lacks something of it."""
-    text = render_json(value)
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(json.loads(text), indent=2) + "\n"
-    say(text)
+    for text in pieces:
+        try:
+            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
+        say(text)
 
 
 def paint(text: str, style: str) -> str:
@@ -5881,17 +6470,38 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
         for item in wanted:
             if item not in known:
                 console.warning("No experiment has a param or metric called %r.%s" % (item, nearest(item, known)))
-    rows = [row for row in rows if (row.running or not only_running) and all(tree.matches(row) for tree in filters)]
-    rows = sort_rows(rows, name, descending)
+    chosen = [row for row in rows if row.running or not only_running]
+    for tree in filters:
+        chosen = [row for row in chosen if tree.matches(row)]
+    chosen = sort_rows(chosen, name, descending)
+    if args.json or args.quiet or not chosen:
+        rows.keep()
     if args.json:
-        say_json([row.to_json() for row in rows])
+        say_json(json_pieces(chosen))
     elif args.quiet:
-        say("".join(row.id + "\n" for row in rows))
-    elif rows:
-        say(render_list(rows, args.all, datetime.datetime.now(datetime.timezone.utc)))
+        say("".join(row.id + "\n" for row in chosen))
+    elif chosen:
+        header, cells = finished_cells(rows, chosen, args.all)
+        for text in list_pieces(chosen, header, cells, datetime.datetime.now(datetime.timezone.utc)):
+            say(text)
     else:
         console.info("No experiments found")
     return 0
+
+
+def finished_cells(rows: SummaryList, chosen: Sequence[Summary], show_all: bool) -> Tuple[str, Iterable[str]]:
+    """(header, cells) for the table of the chosen rows: those that were remembered, if they are for the same rows."""
+    if show_all or len(chosen) < len(rows):
+        rows.keep()
+        return list_cells(chosen, show_all)
+    header, cells = rows.header, rows.cells()
+    if header is None:
+        header, cells = list_cells(rows, False)
+        rows.keep(header, cells)
+    if chosen == rows:
+        return header, cells
+    found = {row.id: text for row, text in zip(rows, cells)}
+    return header, [found[row.id] for row in chosen]
 
 
 @command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
@@ -5912,7 +6522,7 @@ def show_command(args: argparse.Namespace) -> int:
     repository = opened_project(args).repository
     experiment, checkpoint = repository.find(args.id)
     if args.json:
-        say_json((checkpoint or experiment).to_json())
+        say_json([shown_json((checkpoint or experiment).to_json()) + "\n"])
         return 0
     running = repository.is_running(experiment.id)
     if checkpoint:
@@ -6144,8 +6754,9 @@ def demo_command(args: argparse.Namespace) -> int:
     repository = Project(None, directory).repository if not _search_upward(os.path.abspath(directory), CONFIG_NAMES, 1) \
         else Project("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).repository
     rows = repository.summaries()
-    say(render_list(rows, False, datetime.datetime.now(datetime.timezone.utc)))
-    best = min(rows, key=lambda row: row.metrics["loss"])
+    header, cells = list_cells(rows, False)
+    say("".join(list_pieces(rows, header, cells, datetime.datetime.now(datetime.timezone.utc))))
+    best = min(rows, key=lambda row: row.value(row.metrics_group, "loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
     say("The runs are in %s, with the script train.py that made them. Try next:\n\n"
         "  %s show %s\n  %s diff %s %s\n  %s checkout %s -o %s\n" % (
@@ -6310,8 +6921,8 @@ def analytics_command(args: argparse.Namespace) -> int:
         state = "on, but no URL is configured (REPLICATE_ANALYTICS_URL), so that nothing is recorded or sent"
     else:
         state = "on, sent to " + analytics.url
-    say("Analytics are %s.\nAn example of an event:\n%s" % (escape_control(state), render_json(
-        analytics.event("ls", settings.get("anonymous_id") or "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a"))))
+    say("Analytics are %s.\nAn example of an event:\n%s" % (escape_control(state), shown_json(
+        analytics.event("ls", settings.get("anonymous_id") or "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")) + "\n"))
     return 0
 
 
@@ -6338,7 +6949,7 @@ def feedback_command(args: argparse.Namespace) -> int:
     else:
         console.info("No address is set up to send it to. Set REPLICATE_FEEDBACK_URL to one, or paste this where the "
                      "project's team reads it:")
-        say_json(content)
+        say_json([shown_json(content) + "\n"])
     return 0
 
 
@@ -6461,15 +7072,24 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line: the exit code is 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv == ["--send-analytics"]:
+    """Run a command line and return its exit code; without argv it is that of this process, which ends with it."""
+    global command_runs
+    if argv is None:
+        command_runs = True
+        code = exit_code(sys.argv[1:])
+        os._exit(code)  # all is written: to free the memory piece by piece would take a tenth of the time
+    return exit_code(argv)
+
+
+def exit_code(argv: Sequence[str]) -> int:
+    """Run a command line: 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
+    if list(argv) == ["--send-analytics"]:
         Analytics().send()
         return 0
     import gc
     gc.disable()  # a command is short, makes no cycles worth collecting, and is a third faster without the search
     try:
-        if argv == ["--version"]:  # without argparse
+        if list(argv) == ["--version"]:  # without argparse
             say(VERSION_TEXT)
             return 0
         return run(argv)
@@ -6500,4 +7120,4 @@ def _print_traceback() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
+import errno
 import gzip
 import hashlib
 import http.client
@@ -47,6 +48,7 @@ ROOT = PROGRAM.parent
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100,
                                      suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile("default")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and hand down
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -724,9 +726,14 @@ def make_row(params=None, metrics=None, running=False, created="2006-01-02T14:54
     return make_summary(*checkpoints, running=running, params=params, created=created, **fields)
 
 
+def summary_of(document):
+    """The summary of a whole document."""
+    return replicate.SummaryBatch.of([(replicate.summary_data(document), "")]).rows()[0]
+
+
 def make_summary(*checkpoints, running=False, **fields):
     """What a listing has of an experiment with these checkpoints."""
-    row = replicate.Summary.of(make_experiment(*checkpoints, **fields).to_json())
+    row = summary_of(make_experiment(*checkpoints, **fields).to_json())
     row.running = running
     return row
 
@@ -848,9 +855,10 @@ def test_checkpoints_of_wrong_types_are_read_errors(change):
 def use_everything(document):
     """What the listings and the library ask of a document that was accepted."""
     experiment = replicate.Experiment(document)
-    summary = replicate.Summary.of(document)
+    summary = summary_of(document)
     replicate.encode_json(experiment.to_json())
-    replicate.encode_json(summary.to_json())
+    shown = json.loads("".join(replicate.json_pieces([summary])))[0]
+    assert shown["id"] == document["id"] and list(shown)[-1] == "running"
     experiment._repr_html_()
     [repr(experiment.checkpoints), repr(experiment), experiment.duration, experiment.replicate_version]
     for name in replicate.known_names([summary]):
@@ -1064,7 +1072,7 @@ def test_rows_sort_by_kind_with_missing_values_last():
     values = {"a": 3, "b": None, "c": "x", "d": 1.5, "e": "[NaN]", "f": True, "g": [1], "h": "abc", "i": ABSENT_PARAM}
     rows = [make_row({"v": value} if value is not ABSENT_PARAM else {}, created="2006-01-02T14:54:%02dZ" % number, user=name)
             for number, (name, value) in enumerate(values.items())]
-    order = lambda *key: "".join(row.data["user"] for row in replicate.sort_rows(rows, *key))  # noqa: E731
+    order = lambda *key: "".join(row.fact("user") for row in replicate.sort_rows(rows, *key))  # noqa: E731
     assert order("v", False) == "dafhcgbei"
     assert order("v", True) == "gchfadbei"
     assert order("params.v", False) == "dafhcgbei"
@@ -1077,7 +1085,7 @@ ABSENT_PARAM = object()
 def test_rows_of_equal_values_sort_by_start_time_either_way():
     rows = [make_row({"v": 1}, created="2006-01-02T14:54:05.%dZ" % part, user=str(part)) for part in (1, 2, 3)]
     for descending in (False, True):
-        assert [row.data["user"] for row in replicate.sort_rows(rows, "v", descending)] == ["1", "2", "3"]
+        assert [row.fact("user") for row in replicate.sort_rows(rows, "v", descending)] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("key, wanted", [("loss", ("loss", False)), ("loss-desc", ("loss", True)), ("loss-asc", ("loss", False)),
@@ -1869,7 +1877,7 @@ class Shelf(WireProxy):
         after = max(query.get("start-after", ""), query.get("continuation-token", ""))
         names = sorted(name for name in self.objects if name.startswith(query.get("prefix", "")) and name > after)
         limit = int(query.get("max-keys") or 1000)
-        stamp = lambda moment: datetime.datetime.utcfromtimestamp(moment).strftime("%Y-%m-%dT%H:%M:%S.000Z")  # noqa: E731
+        stamp = lambda moment: datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")  # noqa: E731
         rows = "".join("<Contents><Key>%s</Key><LastModified>%s</LastModified><ETag>&quot;%s&quot;</ETag><Size>%d</Size></Contents>" % (
             xml.sax.saxutils.escape(name), stamp(self.objects[name][2]), self.objects[name][1], len(self.objects[name][0]))
             for name in names[:limit])
@@ -2216,7 +2224,9 @@ def pending_documents(project):
 
 def pending_leftovers(project):
     """The files of the pending area but for its repository.json."""
-    return [name for name in tree(pending_root(project)) if name != "repository.json"]
+    root = pending_root(project)
+    names = [os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names]
+    return sorted(set(names) - {"repository.json"})  # the contents are not read: the sender may remove them meanwhile
 
 
 def one_message(text):
@@ -3618,12 +3628,23 @@ def source_names(directory, path=".", **options):
     return [source.name for source in replicate.find_sources(str(directory), path, warn=warnings.append, **options)]
 
 
+def recompress(archive, path):
+    """What the recorder does in the background; returns the numbers of the members that it compresses."""
+    shrinkable = replicate.shrinkable_members(archive)
+    with open(path + ".new", "wb", 0) as file:
+        replicate.recompress(archive, file, shrinkable)
+    os.replace(path + ".new", path)
+    return shrinkable
+
+
 def pack_tree(tmp_path, directory, path=".", compress=True, key="checkpoints/%s.tar.gz" % PACKED_ID, name="store"):
     """Pack a directory into a repository with replicate.pack; returns (repository, writer)."""
     target = tmp_path / name / key
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(str(target), "wb", 0) as file:
-        writer = replicate.pack(file, PACKED_ID, replicate.find_sources(str(directory), path), compress)
+        writer = replicate.pack(file, PACKED_ID, replicate.find_sources(str(directory), path))
+    if compress:
+        recompress(replicate.Archive(replicate.DiskStorage(str(tmp_path / name)), key), str(target))
     return replicate.Repository("file://%s" % (tmp_path / name)), writer
 
 
@@ -3634,7 +3655,7 @@ def archive_path(repository):
 def read_archive(repository):
     """{name: content} through our own reader, with its errors translated as every command does it."""
     with replicate.reading_archive(repository, "checkpoints", PACKED_ID):
-        return {member.name: b"".join(pieces) for member, pieces in
+        return {member.name: b"".join([bytes(piece) for piece in pieces]) for member, pieces in
                 repository.archive("checkpoints", PACKED_ID).files(lambda name: True, PACKED_ID)}
 
 
@@ -3821,11 +3842,8 @@ def test_recompressing_keeps_the_content_and_shrinks_what_shrinks(project, tmp_p
     files = sample_tree(project)
     repository, writer = pack_tree(tmp_path, project, compress=False)
     path = archive_path(repository)
-    reader = repository.archive("checkpoints", PACKED_ID)
-    with open(path + ".new", "wb", 0) as file:
-        replicate.recompress(reader, file, writer.shrinkable)
     before = os.stat(path).st_size
-    os.replace(path + ".new", path)
+    recompress(repository.archive("checkpoints", PACKED_ID), path)
     assert os.stat(path).st_size < before - (18 << 20)
     assert read_archive(repository) == files
     assert all(read_one(repository, name) == content for name, content in files.items())
@@ -3849,48 +3867,38 @@ def test_a_table_that_spans_several_fields(project, tmp_path):
         assert len(stream.getnames()) == 4001
 
 
-class CountingStorage(replicate.DiskStorage):
-    """A directory that counts the bytes that are read from it."""
+@pytest.fixture
+def counted_reads(monkeypatch):
+    """The numbers of bytes that the system calls for reading return, in a list."""
+    counts = []
 
-    count = 0
-    pin = replicate.Storage.pin
+    def counted(function, length=len):
+        def call(*arguments):
+            result = function(*arguments)
+            counts.append(result if isinstance(result, int) else length(result))
+            return result
+        return call
 
-    def open(self, key, *range):
-        stream, storage = super().open(key, *range), self
-
-        class Counted:
-            def read(self, size=-1):
-                data = stream.read(size)
-                storage.count += len(data)
-                return data
-
-            def close(self):
-                getattr(stream, "close", lambda: None)()  # a range of a file that others keep open has none
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *exc_info):
-                self.close()
-
-        return Counted()
+    for name in ("read", "pread", "preadv"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return counts
 
 
-def test_reading_one_file_touches_few_bytes(project, tmp_path):
+def test_reading_one_file_touches_few_bytes(project, tmp_path, counted_reads):
     fill(project, {"a%d" % number: os.urandom(5 << 20) for number in range(6)})
     fill(project, {"m/%03d" % number: b"%d" % number * 100 for number in range(300)})
     repository, _ = pack_tree(tmp_path, project)
     size = os.stat(archive_path(repository)).st_size
     assert size > 30 << 20
-    storage = repository.storage = CountingStorage(repository.storage.root)
+    counted_reads.clear()
     assert read_one(repository, "m/123") == b"123" * 100
-    assert storage.count < 1 << 20
-    storage.count = 0
+    assert 0 < sum(counted_reads) < 1 << 20
+    counted_reads.clear()
     assert len(read_one(repository, "a3")) == 5 << 20
-    assert storage.count < 14 << 20
-    storage.count = 0
+    assert 5 << 20 < sum(counted_reads) < (5 << 20) + (1 << 20) + (1 << 19)
+    counted_reads.clear()
     assert len(read_archive(repository)) == 307
-    assert storage.count < size + (1 << 20)
+    assert 30 << 20 < sum(counted_reads) < size + (1 << 20)
 
 
 def test_files_with_very_long_names_are_read_singly(project, tmp_path):
@@ -3907,19 +3915,24 @@ def test_files_with_very_long_names_are_read_singly(project, tmp_path):
     assert read_one(repository, name) == content
 
 
+def packed_and_read(tmp_path, sources):
+    """(files, warnings) of packing sources that are not what they were, into an archive that tar reads too."""
+    warnings = []
+    repository = store_bytes(tmp_path, b"")
+    with open(archive_path(repository), "wb", 0) as file:
+        replicate.pack(file, PACKED_ID, sources, warnings.append)
+    subprocess.run(["tar", "tzf", archive_path(repository)], check=True, stdout=subprocess.DEVNULL)
+    return read_archive(repository), warnings
+
+
 def test_a_file_that_changes_its_size_while_it_is_saved(project, tmp_path):
     fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 10, "d": b"d"})
     sources = replicate.find_sources(str(project), ".")
     fill(project, {"a": b"a" * 10, "b": b"b" * 5000})
     (project / "c").unlink()
-    warnings = []
-    repository = store_bytes(tmp_path, b"")
-    with open(archive_path(repository), "wb", 0) as file:
-        replicate.pack(file, PACKED_ID, sources, True, warnings.append)
-    files = read_archive(repository)
+    files, warnings = packed_and_read(tmp_path, sources)
     assert files["a"] == b"a" * 10 + bytes(990) and files["b"] == b"b" * 1000 and files["d"] == b"d" and "c" not in files
     assert [warning.split()[0] for warning in warnings] == ["a", "c"]
-    subprocess.run(["tar", "tzf", archive_path(repository)], check=True, stdout=subprocess.DEVNULL)
 
 
 def small_archive(project, tmp_path):
@@ -3934,12 +3947,12 @@ def small_archive(project, tmp_path):
     for source in sources:
         source.modified = 1136214245
     for source in sources:  # one gzip member a file, as pack makes them of larger files
-        chunk = b"".join(replicate.tar_chunks(PACKED_ID, [source], [], pytest.fail))[:-1024]
+        chunk = b"".join(replicate.tar_chunks(PACKED_ID, [source], 0, [], pytest.fail))[:-1024]
         writer.table.files.append((source.name, sum(size for _, size in writer.table.members), source.size))
-        size, parts, _ = replicate.gzip_chunk(chunk)
+        size, parts = replicate.gzip_chunk(chunk)
         writer.table.members.append((sum(map(len, parts)), size))
         file.write(b"".join(parts))
-    size, parts, _ = replicate.gzip_chunk(bytes(1024))
+    size, parts = replicate.gzip_chunk(bytes(1024))
     writer.table.members.append((sum(map(len, parts)), size))
     file.write(b"".join(parts) + writer.table.encode())
     data = file.getvalue()
@@ -6504,7 +6517,8 @@ def listing(root, now="2006-01-02T15:02:05Z", show_all=False, running=()):
     rows = replicate.Repository("file://%s" % root).summaries()
     for row in rows:
         row.running = row.id in running
-    return replicate.render_list(rows, show_all, replicate.parse_time(now))
+    header, cells = replicate.list_cells(rows, show_all)
+    return "".join(replicate.list_pieces(rows, header, cells, replicate.parse_time(now)))
 
 
 def specification_repository(root):
@@ -6821,7 +6835,8 @@ cell_text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=30)
 @hypothesis.given(st.lists(st.lists(st.lists(cell_text.map(replicate.escape_control), min_size=1, max_size=3), min_size=3, max_size=3),
                            min_size=1, max_size=5))
 def test_every_cell_of_a_table_starts_at_its_column(rows):
-    lines = replicate.render_table(["A", "B", "C"], rows, gap=True).split("\n")
+    header, found = replicate.lay_out(list(zip("ABC", zip(*rows))))
+    lines = "".join([header + "\n"] + [text + "\n\n" for text in found]).split("\n")
     wanted = [max([1] + [replicate.display_width(line) for row in rows for line in row[column]]) + 2 for column in range(2)]
     position = 1
     for row in rows:
@@ -7883,7 +7898,7 @@ HEAVY = {"yaml", "boto3", "botocore", "google.cloud", "ssl", "numpy", "matplotli
 def imported(*arguments):
     """The modules that running the command (or, without arguments, importing the library) adds to a plain Python's."""
     body = "import replicate" if not arguments else (
-        "sys.argv = ['replicate.py', *sys.argv[1:]]\n"
+        "import os; os._exit = sys.exit\nsys.argv = ['replicate.py', *sys.argv[1:]]\n"
         "with contextlib.suppress(SystemExit):\n    runpy.run_path(%r, run_name='__main__')" % str(PROGRAM))
     done = run_script("import contextlib, runpy, sys\nbefore = set(sys.modules)\n%s\nprint(*sorted(set(sys.modules) - before), file=sys.stderr)"
                       % body, *arguments)
@@ -8029,3 +8044,323 @@ def test_every_public_thing_has_a_docstring():
                 and (callable(item) or isinstance(item, property))
                 and not (item.__doc__ or "").strip()]
     assert missing == []
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 15  What speed rests on: counts of system calls, bytes and documents, never times
+# ------------------------------------------------------------------------------------------------------------------
+
+def many_documents(count, root="repo"):
+    """A repository of documents that are old enough for the cache; returns their IDs."""
+    documents = []
+    for number in range(count):
+        checkpoints = [checkpoint_document("%060x%04x" % (number, step), "2006-01-02T15:%02d:05Z" % step, step,
+                                           {"loss": (number * 7 + step * 5) % 11 / 8, "other": step}, None, ("loss", "minimize"))
+                       for step in range(3)]
+        documents.append(experiment_document(
+            "%064x" % (number + (1 << 200)), "2006-01-%02dT%02d:54:05.%06dZ" % (number % 28 + 1, number % 24, number),
+            {"n": number, "kind": "ab"[number % 2], "same": 1}, checkpoints))
+    write_repository(root, *documents)
+    age(root)
+    return [document["id"] for document in documents]
+
+
+def age(root):
+    """Let the documents look as if they had been written a minute ago."""
+    for path in Path(root).glob("metadata/experiments/*"):
+        then = path.stat().st_mtime - 60
+        os.utime(str(path), (then, then))
+
+
+@pytest.fixture
+def opened_documents(monkeypatch):
+    """The documents that are opened, by their IDs, in a list."""
+    names, real = [], os.open
+
+    def counted(path, *arguments, **options):
+        if "metadata/experiments" in str(path) and str(path).endswith(".json"):
+            names.append(Path(path).stem)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", counted)
+    return names
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["--json"], ["-q"], ["--all"], ["--sort", "loss"], ["--sort", "n-desc"], ["-f", "loss < 0.5"],
+    ["-f", "kind = a", "--sort", "loss-desc"], ["-f", "n > 1000"]], ids=" ".join)
+def test_a_second_listing_opens_no_document_and_prints_the_same(project, call, opened_documents, arguments):
+    ids = many_documents(60)
+    first = call("ls", *arguments)
+    assert first[0] == 0 and sorted(opened_documents) == sorted(ids)
+    opened_documents.clear()
+    assert call("ls", *arguments) == call("ls", *arguments) == first
+    assert opened_documents == []
+    with open(str(project / "repo/metadata/experiments" / (ids[7] + ".json")), "r+") as file:
+        document = json.loads(file.read().replace('"andreas"', '"someone"'))
+        file.seek(0)
+        file.write(json.dumps(document))
+    age(project / "repo")
+    changed = call("ls", *arguments)
+    assert opened_documents.count(ids[7]) == 1 and len(opened_documents) == len(ids)  # all look older now
+    shutil.rmtree(os.path.expanduser("~/.cache"))
+    assert call("ls", *arguments) == changed
+
+
+def test_only_changed_documents_are_read_again(project, call, opened_documents):
+    ids = many_documents(30)
+    call("ls")
+    for item in ids[3:6]:
+        path = project / "repo/metadata/experiments" / (item + ".json")
+        path.write_text(path.read_text().replace('"same": 1', '"same": 2'))
+        os.utime(str(path), (1e9, 1e9))
+    (project / "repo/metadata/experiments" / (ids[0] + ".json")).unlink()
+    opened_documents.clear()
+    table = call("ls")[1]
+    assert sorted(opened_documents) == ids[3:6] and table.count("same=2") == 3 and table.count("same=1") == 26
+
+
+def test_the_plain_table_is_printed_from_finished_cells(project, call, monkeypatch):
+    """Without parsing a value: only the times and the states are new."""
+    ids = many_documents(40)
+    first = call("ls")[1]
+    call("ls")
+    monkeypatch.setattr(replicate.SummaryBatch, "values", lambda self: pytest.fail("values were parsed"))
+    assert call("ls")[1] == first
+    assert len(json.loads(call("ls", "--json")[1])) == 40
+    write_repository("repo", running=[ids[5]])
+    table = call("ls")[1].split("\n")
+    assert [line.split()[2] for line in table if line.startswith(ids[5][:7]) and "running" in line] == ["running"]
+    assert len([line for line in table if "running" in line]) == 1
+
+
+def test_finished_cells_belong_to_just_these_experiments(project, call):
+    ids = many_documents(5)
+    call("ls")
+    for item in ids[1:]:  # one is left, of which no param differs from another's
+        (project / "repo/metadata/experiments" / (item + ".json")).unlink()
+    assert "n=" not in call("ls")[1]
+    write_repository("repo", experiment_document(hex_id("2e"), params={"n": 77}))  # too young to be remembered
+    for _ in range(2):
+        table = call("ls")[1]
+        assert "n=77" in table and "n=0" in table and "same=1" in table
+
+
+def test_old_dates_and_recent_times_stand_in_one_listing(project, call):
+    now = datetime.datetime.now(datetime.timezone.utc)
+    hours = (1000, 999, 80, 74, 72.5, 71, 30, 2, 0.1)
+    write_repository("repo", *[experiment_document(
+        "%064x" % (number + 1), (now - datetime.timedelta(hours=back)).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
+        for number, back in enumerate(hours)])
+    age("repo")
+    expected = [replicate.relative_time(now - datetime.timedelta(hours=back), now) for back in hours]
+    for _ in range(2):
+        lines = [line for line in call("ls")[1].split("\n")[1:] if line]
+        assert [re.split("  +", line)[1] for line in lines] == expected
+
+
+def forked_listing(project, *arguments):
+    """(stdout, stderr, number of forks, documents opened by the first process) of the command in its own process."""
+    done = run_script("""
+        import os, sys, replicate
+        fork, real, opened = os.fork, os.open, []
+        forks = []
+        os.fork = lambda: forks.append(1) or fork()
+        def counted(path, *arguments, **options):
+            if "metadata/experiments" in str(path) and str(path).endswith(".json"):
+                opened.append(path)
+            return real(path, *arguments, **options)
+        os.open = counted
+        replicate.command_runs = True
+        code = replicate.exit_code(sys.argv[1:])
+        print("%d %d" % (len(forks), len(opened)), file=sys.stderr)
+        sys.exit(code)
+        """, *arguments, cwd=str(project))
+    *errors, counts = done.stderr.splitlines()
+    return done.stdout, errors, *map(int, counts.split())
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="there is no second core to share work with")
+def test_a_first_listing_of_many_is_shared_by_two_processes(project, call):
+    ids = many_documents(1200)
+    for number in (100, 700, 1100):
+        (project / "repo/metadata/experiments" / (ids[number] + ".json")).write_text("{")
+    (project / "repo/metadata/experiments" / (ids[800] + ".json")).write_text(json.dumps({"id": ids[800], "created": 5}))
+    age("repo")
+    code, alone, warnings = call("ls")
+    assert code == 0 and alone.count("stopped") == 1196
+    shutil.rmtree(os.path.expanduser("~/.cache"))
+    table, errors, forks, opened = forked_listing(project, "ls")
+    assert (table, forks, opened) == (alone, 1, 600)
+    assert sorted(errors) == sorted(warnings.splitlines()) and len(errors) == 4
+    table, _, forks, opened = forked_listing(project, "ls")
+    assert (table, forks, opened) == (alone, 0, 4)  # those that could not be read
+
+
+def test_a_second_process_that_fails_costs_nothing_but_time(project, call, monkeypatch):
+    many_documents(600)
+    alone = call("ls")
+    shutil.rmtree(os.path.expanduser("~/.cache"))
+    monkeypatch.setattr(replicate, "may_share_work", lambda: True)
+    started = []
+    monkeypatch.setattr(replicate, "start_copy", lambda function: started.append(function) or (lambda: None))
+    assert call("ls") == alone and len(started) == 1
+
+
+def test_a_copy_of_the_process_that_fails_is_noticed():
+    done = run_script("""
+        import replicate
+        def fail(file):
+            file.write(b"half")
+            raise ValueError
+        assert replicate.start_copy(fail)() is None
+        assert replicate.start_copy(lambda file: file.write(b"whole"))().read() == b"whole"
+        print("fine")
+        """)
+    assert done.stdout == "fine\n"
+
+
+JSON_DOCUMENTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
+
+
+@hypothesis.given(JSON_DOCUMENTS, st.sampled_from([1, 2, 4]))
+def test_indented_json_is_that_of_the_standard_library(value, indent):
+    assert replicate.indented_json(value, "\n", " " * indent) == json.dumps(value, indent=indent, ensure_ascii=False)
+
+
+@hypothesis.given(st.lists(st.dictionaries(st.sampled_from("abcdef"), JSON_DOCUMENTS), max_size=6))
+def test_columns_give_back_the_rows(rows):
+    batch = replicate.SummaryBatch({"lines": [""] * len(rows)}, {"params": replicate.columns_of(rows)})
+    assert batch.group("params") == rows
+    encoded = json.loads(json.dumps({"params": replicate.columns_of(rows)}))
+    assert replicate.SummaryBatch({"lines": [""] * len(rows)}, encoded).group("params") == rows
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The numbers of bytes that each system call for writing took, in a list."""
+    counts = []
+
+    def counted(function):
+        def call(*arguments):
+            result = function(*arguments)
+            counts.append(result)
+            return result
+        return call
+
+    for name in ("write", "pwritev"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return counts
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="the system cannot read into several buffers at once")
+def test_weights_are_read_once_and_written_once(project, tmp_path, counted_reads, written):
+    """Noise as weights are: a checkpoint is one pass over the file, and the background only takes samples."""
+    size = 24 << 20
+    fill(project, {"weights": os.urandom(size)})
+    storage = replicate.DiskStorage(str(tmp_path / "store"))
+    sources = replicate.find_sources(str(project), "weights")
+    counted_reads.clear()
+    assert replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)
+    assert sum(counted_reads) == size and len(counted_reads) <= 24
+    assert size < sum(written) < size * 1.001 and len(written) <= 24
+    counted_reads.clear()
+    written.clear()
+    replicate.shrink_archive(storage, "checkpoints", PACKED_ID)
+    assert sum(counted_reads) < size / 100 and written == []
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="the system cannot read into several buffers at once")
+def test_stored_weights_are_checked_out_without_decompressing(project, tmp_path, counted_reads, monkeypatch):
+    size = 8 << 20
+    content = os.urandom(size)
+    fill(project, {"weights": content})
+    storage = replicate.DiskStorage(str(tmp_path / "store"))
+    replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "weights"))
+    inflated, inflate = [], replicate.inflate_member
+    monkeypatch.setattr(replicate, "inflate_member", lambda data, size: inflated.append(size) or inflate(data, size))
+    counted_reads.clear()
+    repository = replicate.Repository("file://x", storage)
+    assert read_archive(repository) == {"weights": content}
+    assert sum(inflated) == 1024  # the end of the tar
+    assert sum(counted_reads) < size * 1.001 + 70000  # the table once
+
+
+@pytest.mark.parametrize("place", [5, 14, 70, 3000000, -60000])
+def test_a_damaged_stored_member_is_noticed(project, tmp_path, place):
+    fill(project, {"weights": os.urandom(4 << 20)})
+    repository, _ = pack_tree(tmp_path, project, "weights", compress=False)
+    path = archive_path(repository)
+    data = bytearray(Path(path).read_bytes())
+    if place < 0:
+        place += (4 << 20) + 500
+    data[place] ^= 1
+    Path(path).write_bytes(data)
+    if place == 5:  # a time in the gzip header: the content is whole
+        assert len(read_archive(repository)["weights"]) == 4 << 20
+        return
+    with pytest.raises(replicate.ReadError):
+        read_archive(repository)
+
+
+def test_large_files_that_change_while_they_are_saved(project, tmp_path):
+    fill(project, {"a": os.urandom(3 << 20), "b": os.urandom(2 << 20), "c": os.urandom(2 << 20)})
+    sources = replicate.find_sources(str(project), ".")
+    kept = (project / "a").read_bytes()[:1 << 20]
+    os.truncate(str(project / "a"), 1 << 20)
+    (project / "b").unlink()
+    files, warnings = packed_and_read(tmp_path, sources)
+    assert files["a"] == kept + bytes(2 << 20) and files["c"] == (project / "c").read_bytes() and "b" not in files
+    assert [(warning.split()[0], warning.split()[2]) for warning in warnings] == [("b", "not"), ("a", "shorter")]
+
+
+def test_nothing_writes_on_when_saving_has_failed(project, tmp_path, monkeypatch):
+    """The descriptor could belong to another file by then."""
+    fill(project, {"a": os.urandom(8 << 20)})
+    working, failed = [], []
+    real = replicate.StoredMember.write
+
+    def slow(self, target):
+        working.append(1)
+        try:
+            if len(working) == 2:
+                raise OSError(errno.EIO, "the disk is broken")
+            time.sleep(0.2)
+            return real(self, target)
+        finally:
+            working.pop()
+
+    monkeypatch.setattr(replicate.StoredMember, "write", slow)
+    with pytest.raises(replicate.WriteError, match="broken"):
+        replicate.save_archive(replicate.DiskStorage(str(tmp_path / "store")), "checkpoints", PACKED_ID,
+                               replicate.find_sources(str(project), "a"))
+    failed.extend(working)
+    assert failed == [] and not list((tmp_path / "store").rglob("*.gz"))
+
+
+def test_removing_parses_only_what_is_removed(project, call, opened_documents):
+    ids = many_documents(40)
+    assert call("rm", "-f", *ids[10:13])[0] == 0
+    assert set(opened_documents) == set(ids[10:13])
+    assert len(list((project / "repo/metadata/experiments").iterdir())) == 37
+
+
+def test_one_small_file_of_a_large_archive_takes_few_requests(bucket, project, tmp_path):
+    size = 24 << 20
+    fill(project, {"model/weights": os.urandom(size), "model/config.json": b"{}" * 50})
+    storage = replicate.DiskStorage(str(tmp_path / "store"))
+    item = hex_id("1c")
+    replicate.save_archive(storage, "checkpoints", item, replicate.find_sources(str(project), "model"))
+    furnish(bucket, experiment_document(hex_id("1e"), checkpoints=[checkpoint_document(item, path="model")]))
+    bucket.put("checkpoints/%s.tar.gz" % item, Path(storage.path("checkpoints/%s.tar.gz" % item)).read_bytes())
+    replicate.main(["ls"])
+    checkpoint = replicate.experiments.list()[0].checkpoints[0]
+    for read in (lambda: checkpoint.open("model/config.json").read(),
+                 lambda: replicate.main(["checkout", item, "--path", "model/config.json", "-o", str(tmp_path / "out")])):
+        bucket.proxy.clear()
+        read()
+        asked = [request for request in bucket.proxy.requests if "checkpoints/" in request.key]
+        assert 0 < len(asked) <= 4 and sum(request.served for request in asked) < 1 << 20, asked
+    assert (tmp_path / "out/model/config.json").read_bytes() == b"{}" * 50
