@@ -489,7 +489,8 @@ def canonical_time(text: str) -> str:
 
 def sortable_times(times: List[str]) -> List[str]:
     """Valid times as texts that sort by time, among themselves: as they are, if they are written alike."""
-    if len(set(map(len, times))) == 1 and all([text[-1] == "Z" and text[10] == "T" for text in times]):
+    joined = "".join(times)
+    if len(set(map(len, times))) == 1 and joined.count("T") == joined.count("Z") == len(times):
         return times
     return [canonical_time(text) for text in times]
 
@@ -730,15 +731,18 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     primary = primary_of(items)
     if primary is None:
         return None
-    values = [(item.get("metrics") or {}).get(primary["name"]) for item in items]
+    name = primary["name"]
+    values = usable = [(item.get("metrics") or {}).get(name) for item in items]
     if not set(map(type, values)) <= {int, float}:
         values = [value if type(value) in (int, float) and value == value else None for value in map(unpack_floats, values)]
-    usable = [value for value in values if value is not None]
+        usable = [value for value in values if value is not None]
     if not usable:
         return None
     best = max(usable) if primary["goal"] == "maximize" else min(usable)
+    if values.count(best) == 1:
+        return values.index(best)
     chosen = [index for index, value in enumerate(values) if value == best]
-    return chosen[latest_index([items[index] for index in chosen]) or 0] if len(chosen) > 1 else chosen[0]
+    return chosen[latest_index([items[index] for index in chosen]) or 0]
 
 
 class CheckpointMetrics:
@@ -1030,9 +1034,10 @@ class Summary:
 class SummaryBatch:
     """Summaries that are kept together, each of their parts as a list of texts: a listing touches only what it shows.
 
-    lines: see Summary; checkpoints: the first digits of their IDs; shown: JSON for `ls --json`, without its end;
-    values: a single text, the JSON of what filters, sorting and tables use: {group: {name: column}}, a column being a
-    list of the rows' values, or {position: value} where not all of them have one. The groups: facts, params, latest, best.
+    lines: see Summary; checkpoints: the first digits of their IDs; shown: JSON for `ls --json`, without its end, empty
+    where nobody has asked for it; values: a single text, the JSON of what filters, sorting and tables use: {group: {name:
+    column}}, a column being a list of the rows' values, or {position: value} where not all of them have one. The groups:
+    facts, params, latest, best.
     """
 
     PARTS = ("lines", "checkpoints", "values", "shown")
@@ -1045,15 +1050,16 @@ class SummaryBatch:
         self._groups: Dict[str, List[Dict[str, Any]]] = {}
 
     @classmethod
-    def of(cls, found: Iterable[Tuple[Dict[str, Any], str]]) -> SummaryBatch:
-        """From summary_data() and the version of each document."""
+    def of(cls, found: Iterable[Tuple[Dict[str, Any], str]], shown: bool) -> SummaryBatch:
+        """From summary_data() and the version of each document; shown: with the part of that name."""
         parts: Dict[str, List[str]] = {name: [] for name in ("lines", "checkpoints", "shown")}
         facts, params, of_latest, of_best = [], [], [], []
         for data, version in found:
             latest, best = data["latest_checkpoint"], data["best_checkpoint"]
             parts["lines"].append("%s %s %s" % (canonical_time(data["created"]), data["id"], version))
             parts["checkpoints"].append(data["checkpoint_ids"])
-            parts["shown"].append(shown_json({key: data[key] for key in SHOWN_KEYS}, "\n  ")[:-len("\n  }")])
+            parts["shown"].append(shown_json({key: data[key] for key in SHOWN_KEYS}, "\n  ")[:-len("\n  }")] if shown
+                                  else "")
             known = {key: data[key] for key in cls.FACTS}
             known["latest"], known["best"] = _checkpoint_facts(latest), _checkpoint_facts(best)
             facts.append(known)
@@ -1069,10 +1075,14 @@ class SummaryBatch:
         parts = {name: [row.part(name) for row in rows] for name in ("lines", "checkpoints", "shown")}
         return cls(parts, {name: columns_of([row.group(name) for row in rows]) for name in cls.GROUPS})
 
-    def encoded(self) -> bytes:
-        """As in a file, see encode_parts()."""
+    def encode_values(self) -> None:
+        """Make the part `values`, which takes most of the time that encoded() needs."""
         if "values" not in self._parts and self._values is not None:
             self._parts["values"] = [json.dumps(self._values, ensure_ascii=False, separators=(",", ":"))]
+
+    def encoded(self) -> bytes:
+        """As in a file, see encode_parts()."""
+        self.encode_values()
         return encode_parts([self.part(name) for name in self.PARTS])
 
     def part(self, name: str) -> List[str]:
@@ -1173,18 +1183,46 @@ _SUMMARY_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user": 
 
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
     """document if it is a valid experiment document of that ID; raises ReadError otherwise."""
+    _check_experiment_fields(document, experiment_id)
+    _check_checkpoints(document.get("checkpoints") or ())
+    return document
+
+
+def checked_experiments(documents: Dict[str, Any]) -> Dict[str, Union[Dict[str, Any], ReadError]]:
+    """What checked_experiment() returns or raises for each of these documents by ID; quicker for many at a time."""
+    found: Dict[str, Union[Dict[str, Any], ReadError]] = {}
+    checkpoints: List[Any] = []
+    for experiment_id, document in documents.items():
+        try:
+            _check_experiment_fields(document, experiment_id)
+            checkpoints += document.get("checkpoints") or ()
+            found[experiment_id] = document
+        except ReadError as error:
+            found[experiment_id] = error
+    if not _plainly_valid(checkpoints):
+        for experiment_id, document in found.items():
+            try:
+                if not isinstance(document, ReadError):
+                    _check_checkpoints(document.get("checkpoints") or ())
+            except ReadError as error:
+                found[experiment_id] = error
+    return found
+
+
+def _check_experiment_fields(document: Any, experiment_id: str) -> None:
     _check_fields(document, _EXPERIMENT_FIELDS)
     if document["id"] != experiment_id:
         raise ReadError("its id is not the name of its file")
     if not set(map(type, (document.get("python_packages") or {}).values())) <= {str}:
         raise ReadError("python_packages holds something that is not text")
-    checkpoints = document.get("checkpoints") or ()
+
+
+def _check_checkpoints(checkpoints: Sequence[Any]) -> None:
     if not _plainly_valid(checkpoints):
         for item in checkpoints:
             checked_checkpoint(item)
         if len({item["id"] for item in checkpoints}) != len(checkpoints):
             raise ReadError("two of its checkpoints have the same ID")
-    return document
 
 
 _PLAIN_KEYS = ("id", "created", "metrics", "step", "path", "primary_metric")
@@ -1193,7 +1231,9 @@ _PLAIN_TIMES = (r"(?:(?!0000)\d{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?
 
 
 def _plainly_valid(items: Sequence[Any]) -> bool:
-    """Whether these checkpoints are valid, and so ordinary that it can be seen column by column, which is quick."""
+    """Whether these checkpoints are valid, with different IDs, and so ordinary that it can be seen column by column, which
+    is quick."""
+    from itertools import chain
     from operator import itemgetter
     try:
         if not items:
@@ -1201,15 +1241,15 @@ def _plainly_valid(items: Sequence[Any]) -> bool:
         if not (set(map(type, items)) == {dict} and set(map(len, items)) == {len(_PLAIN_KEYS)}):
             return False
         ids, times, metrics, steps, paths, primaries = zip(*map(itemgetter(*_PLAIN_KEYS), items))
-        primary = primaries[0]
-        return (set(map(len, ids)) == {64} and bytes.fromhex("".join(ids)).hex() == "".join(ids)
-                and len(set(ids)) == len(ids) and re.fullmatch(_PLAIN_TIMES, "\n".join(times) + "\n", re.ASCII) is not None
+        digits = "".join(ids)
+        goals = set(map(itemgetter("name", "goal"), filter(None, primaries)))
+        return (set(map(len, ids)) == {64} and bytes.fromhex(digits).hex() == digits and len(set(ids)) == len(ids)
+                and re.fullmatch(_PLAIN_TIMES, "\n".join(times) + "\n", re.ASCII) is not None
                 and set(map(type, metrics)) == {dict}
-                and {type(value) for group in metrics for value in group.values()} <= {float, int}
+                and set(map(type, chain.from_iterable(map(dict.values, metrics)))) <= {float, int}
                 and set(map(type, steps)) == {int} and set(map(type, paths)) <= {str, type(None)}
-                and primaries.count(primary) == len(primaries)
-                and (primary is None or (len(primary) == 2 and type(primary["name"]) is str
-                                         and primary["goal"] in ("maximize", "minimize"))))
+                and set(map(type, primaries)) <= {dict, type(None)} and {} not in primaries
+                and all([type(name) is str and goal in ("maximize", "minimize") for name, goal in goals]))
     except (TypeError, KeyError, ValueError):
         return False
 
@@ -1239,8 +1279,12 @@ def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
         if type(document.get(key)) not in kinds:
             raise ReadError("%s is a %s" % (key, type(document.get(key)).__name__))
     for key, value in document.items():
-        if type(value) in (dict, list) and not (key == "checkpoints" and key in fields):
-            _check_depth(value)
+        if type(value) in _CONTAINERS and not (key == "checkpoints" and key in fields):
+            if not _CONTAINERS.isdisjoint(map(type, value.values() if type(value) is dict else value)):
+                _check_depth(value)
+
+
+_CONTAINERS = {dict, list}
 
 
 def _check_depth(value: Any) -> None:
@@ -1962,7 +2006,7 @@ class DiskStorage(Storage):
 
     def path(self, key: str) -> str:
         """The file of a key."""
-        return os.path.join(self.root, *key.split("/"))
+        return "%s%s%s" % (self.root, os.sep, key if os.sep == "/" else key.replace("/", os.sep))
 
     def prepare(self) -> None:
         path = self.temporary("probe")
@@ -3959,6 +4003,8 @@ class Repository:
     pending: a repository on disk that holds what has not been sent to this one yet.
     """
 
+    CHECKED_BYTES = 64 << 10  # of documents that are checked together: what is read of them still fits a processor's cache
+
     def __init__(self, url: str, storage: Optional[Storage] = None, pending: Optional[Repository] = None) -> None:
         self.url = url
         self.storage = storage or open_storage(url)
@@ -4019,38 +4065,41 @@ class Repository:
                  for document in self._documents(self._entries(), waiting, console.warning)]
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
-    def summaries(self) -> SummaryList:
-        """What a listing shows of every readable experiment, oldest first; only what changed is read again."""
+    def summaries(self, shown: bool = False) -> SummaryList:
+        """What a listing shows of every readable experiment, oldest first; only what changed is read again.
+
+        shown: with what `ls --json` shows of each.
+        """
         running, waiting = self.running(), self._waiting()
         entries = self._entries()
         cache = SummaryCache(self.url)
-        found = cache.take(entries, waiting)
-        remembered = len(found)
+        shown = shown or self.storage.has_index  # which is made of it
+        found = cache.take(entries, waiting, shown)
         stale = [entry for entry in entries if entry.name[:-5] not in found]
         index = None
         cache.unpublished += len(stale)
         if self.storage.has_index and cache.unpublished >= SummaryIndex.MIN_STALE:
             cache.unpublished = 0
             index = SummaryIndex(self.storage)
-            found.update(index.take(stale))
+            found.update(index.take(stale, shown))
             stale = [entry for entry in entries if entry.name[:-5] not in found]
-        for row in self._read_summaries(stale, waiting, cache):
+        for row in self._read_summaries(stale, waiting, cache, shown):
             found[row.id] = row
         if index is not None and index.lacks(entries) >= max(SummaryIndex.MIN_STALE, len(entries) // 10):
             index.publish(self.storage, found.values())
         for experiment_id, row in found.items():
             row.running = experiment_id in running
-        return SummaryList(sorted(found.values(), key=lambda row: row.line), cache, remembered)
+        return SummaryList(sorted(found.values(), key=lambda row: row.line), cache, bool(stale))
 
-    def _read_summaries(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
-                        cache: SummaryCache) -> List[Summary]:
+    def _read_summaries(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]], cache: SummaryCache,
+                        shown: bool) -> List[Summary]:
         """The summaries of these documents, read by two processes if there are many."""
         def summarize(entries: Sequence[Entry], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
             versions = {entry.name[:-5]: cache.settled_version(entry, self.storage) for entry in entries}
             for start in range(0, len(entries), SummaryCache.BATCH):
                 documents = self._documents(entries[start:start + SummaryCache.BATCH], waiting, warn)
-                yield SummaryBatch.of((summary_data(document), "" if document["id"] in waiting else versions[document["id"]])
-                                      for document in documents)
+                yield SummaryBatch.of(((summary_data(document), "" if document["id"] in waiting else versions[document["id"]])
+                                       for document in documents), shown)
 
         def in_copy(file: BinaryIO) -> None:
             warnings: List[str] = []
@@ -4063,6 +4112,8 @@ class Repository:
         wait = start_copy(in_copy) if half < len(entries) else None
         batches = list(summarize(entries[:half], console.warning))
         if wait is not None:
+            for batch in batches:  # as the other one does meanwhile
+                batch.encode_values()
             file = wait()
             if file is None:
                 batches += summarize(entries[half:], console.warning)
@@ -4096,19 +4147,36 @@ class Repository:
             except ReplicateError as error:
                 return error
 
+        def decoded(data: Any) -> Any:
+            try:
+                return decode_json(data, "it") if type(data) is bytes else data
+            except ReadError as error:
+                return error
+
+        def checked(group: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+            found = {experiment_id: decoded(data) for experiment_id, data in group.items()}
+            found.update(checked_experiments({experiment_id: document for experiment_id, document in found.items()
+                                              if not isinstance(document, ReplicateError)}))
+            for experiment_id, document in found.items():
+                if isinstance(document, ReplicateError):
+                    warn("Skipped the unreadable document %s: %s." % (document_key(experiment_id),
+                                                                      str(document).rstrip(".")))
+                    continue
+                if experiment_id in waiting:
+                    merge_checkpoints(document, waiting[experiment_id])
+                yield document
+
+        group: Dict[str, Any] = {}
+        size = 0
         for entry, data in zip(entries, self.storage.in_parallel(read, entries)):
-            experiment_id = entry.name[:-5]
             if isinstance(data, DoesNotExist):  # removed since it was listed
                 continue
-            try:
-                if isinstance(data, ReplicateError):
-                    raise data
-                document = self._decode(data, experiment_id)
-            except ReadError as error:
-                warn("Skipped the unreadable document %s: %s." % (entry.key, str(error).rstrip(".")))
-                continue
-            merge_checkpoints(document, waiting.get(experiment_id, ()))
-            yield document
+            group[entry.name[:-5]] = data
+            size += entry.size
+            if size >= self.CHECKED_BYTES:
+                yield from checked(group)
+                group, size = {}, 0
+        yield from checked(group)
 
     def _decode(self, data: bytes, experiment_id: str) -> Dict[str, Any]:
         return checked_experiment(decode_json(data, "it"), experiment_id)
@@ -4336,10 +4404,11 @@ class SummaryList(List[Summary] if TYPE_CHECKING else list):
     header: the titles above the cells that the cache has for just these rows, if it has some.
     """
 
-    def __init__(self, rows: Iterable[Summary], cache: SummaryCache, remembered: int) -> None:
+    def __init__(self, rows: Iterable[Summary], cache: SummaryCache, extended: bool) -> None:
         super().__init__(rows)
         self._cache = cache
-        self._changed = not remembered == cache.count == len([row for row in self if row.version])
+        self._changed = not cache.valid == cache.count == len([row for row in self if row.version])
+        self._extended = extended  # there may be more to remember even of the same rows
         self.header: Optional[str] = cache.header if not self._changed and cache.count == len(self) else None
 
     def cells(self) -> Iterator[str]:
@@ -4347,12 +4416,15 @@ class SummaryList(List[Summary] if TYPE_CHECKING else list):
         return self._cache.cells()
 
     def keep(self, header: Optional[str] = None, cells: Sequence[str] = ()) -> None:
-        """Remember what is new, with the finished cells of all rows, if they are given."""
+        """Remember what is new, with the finished cells of all rows, if they are given or were known."""
+        if not (self._changed or self._extended or header is not None):
+            return
         rows = [row for row in self if row.version]
         if len(rows) < len(self):
             header, cells = None, ()
-        if self._changed or header is not None:
-            self._cache.write(rows, header, cells)
+        elif header is None and self.header is not None:
+            header, cells = self.header, list(self.cells())
+        self._cache.write(rows, header, cells)
 
 
 class SummaryCache:
@@ -4379,7 +4451,8 @@ class SummaryCache:
         self._cells: List[Tuple[BinaryIO, int, List[int]]] = []
         self.unpublished = 0               # documents read since the index of the bucket was looked at
         self.header: Optional[str] = None  # what stands above the cells
-        self.count = 0                     # of the rows
+        self.count = 0                     # of the rows in the file
+        self.valid = 0                     # and of those whose documents are as they were
         try:
             file = open(self._path, "rb")
             first = json.loads(file.readline())
@@ -4392,16 +4465,20 @@ class SummaryCache:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             console.debug("The cache cannot be used: %s" % error)
 
-    def take(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Dict[str, Summary]:
-        """The summaries of those entries whose version is known, and that have no journal."""
+    def take(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]], shown: bool) -> Dict[str, Summary]:
+        """The summaries of those entries whose version is known, and that have no journal; shown: and have that part."""
+        found: Dict[str, Summary] = {}
+        if not self._batches:
+            return found
         versions = {entry.name[:-5]: entry.version for entry in entries if entry.name[:-5] not in waiting}
-        found = {}
         for batch in self._batches:
             rows = batch.rows()
             self.count += len(rows)
             for row in rows:
                 if versions.get(row.id) == row.version:
-                    found[row.id] = row
+                    self.valid += 1
+                    if not shown or row.part("shown"):
+                        found[row.id] = row
         return found
 
     def cells(self) -> Iterator[str]:
@@ -4495,7 +4572,7 @@ class SummaryIndex:
             data = b""
         self._lines = {line[:line.find(b" {")]: line for line in data.split(b"\n") if b" {" in line}
 
-    def take(self, entries: Iterable[Entry]) -> Dict[str, Summary]:
+    def take(self, entries: Iterable[Entry], shown: bool) -> Dict[str, Summary]:
         """The summaries of those entries whose version is known."""
         valid = []
         for entry in entries:
@@ -4506,7 +4583,7 @@ class SummaryIndex:
                     valid.append((checked_summary(data, entry.name[:-5]), entry.version))
                 except (ReadError, KeyError, TypeError, AttributeError):
                     continue
-        return {row.id: row for row in SummaryBatch.of(valid).rows()}
+        return {row.id: row for row in SummaryBatch.of(valid, shown).rows()}
 
     def lacks(self, entries: Iterable[Entry]) -> int:
         """Of how many of these entries it does not have the present version."""
@@ -6125,30 +6202,50 @@ def lay_out(columns: Sequence[Tuple[str, Sequence[Sequence[str]]]]) -> Tuple[str
     return join(tuple(titles)), rows
 
 
-def differing_names(groups: Sequence[Dict[str, Any]]) -> List[str]:
-    """The names whose values differ between the dicts; absent and null count as one value."""
-    first = groups[0] if groups else {}
-    return [name for name in sorted(set().union(*set(map(tuple, groups))))
-            if any(not same_value(group.get(name), first.get(name)) for group in groups)]
-
-
 def list_cells(rows: Sequence[Summary], show_all: bool) -> Tuple[str, List[str]]:
     """What does not depend on the present time: (header, rows) of the columns from HOST on."""
-    params, latest, best = [[row.group(name) for row in rows] for name in ("params", "latest", "best")]
-    chosen = {name for group in params for name in group} if show_all else {
-        name for name in differing_names(params)
-        if {dict, list}.isdisjoint([type(group.get(name)) for group in params])}
-    metrics = _listed_metrics(rows, latest + best, show_all)
-    columns: List[Tuple[str, List[List[str]]]] = []
+    members: Dict[SummaryBatch, List[Summary]] = {}
+    for row in rows:
+        members.setdefault(row.batch, []).append(row)
+    facts, params, latest, best = [value_columns(members, group) for group in SummaryBatch.GROUPS]
+    chosen = set(params) if show_all else {
+        name for name in differing_names(params) if {dict, list}.isdisjoint(map(type, params[name]))}
+    metrics = _listed_metrics(facts["primary_metric"], latest, best, show_all)
+    columns: List[Tuple[str, Sequence[Sequence[str]]]] = []
     for title in ("HOST", "USER"):
-        texts = [row.fact(title.lower()) or "" for row in rows]
+        texts = [text or "" for text in facts[title.lower()]]
         if len(set(texts)) > 1:
             columns.append((title, [[escape_control(text)] for text in texts]))
-    columns.append(("PARAMS", _value_cells(params, chosen)))
-    if any(row.fact("best") for row in rows):
-        columns.append(("BEST CHECKPOINT", _checkpoint_cells([row.fact("best") for row in rows], best, metrics)))
-    columns.append(("LATEST CHECKPOINT", _checkpoint_cells([row.fact("latest") for row in rows], latest, metrics)))
-    return lay_out(columns)
+    columns.append(("PARAMS", _value_cells(params, chosen, len(rows))))
+    if any(facts["best"]):
+        columns.append(("BEST CHECKPOINT", _checkpoint_cells(facts["best"], best, metrics)))
+    columns.append(("LATEST CHECKPOINT", _checkpoint_cells(facts["latest"], latest, metrics)))
+    header, cells = lay_out(columns)
+    found = dict(zip((row for some in members.values() for row in some), cells))
+    return header, [found[row] for row in rows]
+
+
+def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str) -> Dict[str, List[Any]]:
+    """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none."""
+    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.values()[group]}
+    for batch, rows in members.items():
+        columns = batch.values()[group]
+        for name, values in found.items():
+            column = columns.get(name, {})
+            if type(column) is list:
+                values += [column[row.position] for row in rows]
+            else:
+                values += [column.get(str(row.position), ABSENT) for row in rows]
+    return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
+
+
+def differing_names(columns: Dict[str, List[Any]]) -> List[str]:
+    """The names whose values differ between the rows; absent and null count as one value."""
+    def differs(values: List[Any]) -> bool:
+        first = None if values[0] is ABSENT else values[0]
+        return any(not same_value(None if value is ABSENT else value, first) for value in values)
+
+    return [name for name, values in sorted(columns.items()) if differs(values)]
 
 
 def list_pieces(rows: Sequence[Summary], header: str, cells: Iterable[str], now: datetime.datetime) -> Iterator[str]:
@@ -6201,25 +6298,44 @@ def _next_midnight(moment: datetime.datetime) -> str:
         return ""
 
 
-def _listed_metrics(rows: Sequence[Summary], groups: Sequence[Dict[str, Any]], show_all: bool) -> Set[str]:
+def _listed_metrics(primary: Sequence[Optional[str]], latest: Dict[str, List[Any]], best: Dict[str, List[Any]],
+                    show_all: bool) -> Set[str]:
     """The metrics that a listing shows: all, the primary ones, or where there are none those that differ."""
     if show_all:
-        return {name for group in groups for name in group}
-    primary = {row.fact("primary_metric") for row in rows} - {None, ""}
-    return primary or set(differing_names([group for group in groups if group]))
+        return set(latest) | set(best)
+    named = set(primary) - {None, ""}
+    if named or not latest:
+        return named  # type: ignore[return-value]
+    measured = [any(value is not ABSENT for value in row) for row in zip(*latest.values())]
+    return set(differing_names({name: [value for value, counts in zip(values, measured) if counts]
+                                for name, values in latest.items()}))
 
 
-def _value_cells(groups: Sequence[Dict[str, Any]], names: Set[str]) -> List[List[str]]:
-    """`name=value` lines of the chosen names, for each group."""
-    labels = [(name, escape_control(name) + "=") for name in sorted(names)]
-    return [[label + format_cell(group[name]) for name, label in labels if name in group] for group in groups]
+def _value_cells(columns: Dict[str, List[Any]], names: Set[str], count: int) -> Sequence[Sequence[str]]:
+    """`name=value` lines of the chosen names, for each of that many rows."""
+    texts = [_value_texts(name, columns[name]) for name in sorted(names) if name in columns]
+    if not texts:
+        return [()] * count
+    if any(None in column for column in texts):
+        return [[text for text in row if text is not None] for row in zip(*texts)]
+    return list(zip(*texts))  # type: ignore[arg-type]
 
 
-def _checkpoint_cells(checkpoints: Sequence[Optional[List[Any]]], metrics: Sequence[Dict[str, Any]],
-                      names: Set[str]) -> List[List[str]]:
+def _value_texts(name: str, values: Sequence[Any]) -> List[Optional[str]]:
+    """`name=value` for each value, as format_cell() has it; None where it is absent."""
+    label, kinds = escape_control(name) + "=", set(map(type, values))
+    if kinds == {int}:
+        return list(map((label.replace("%", "%%") + "%d").__mod__, values))
+    if kinds == {float} and sum(values) - sum(values) == 0 and max(values) <= 1e5:  # all are finite and short
+        return list(map((label.replace("%", "%%") + "%.5g").__mod__, values))
+    return [None if value is ABSENT else label + format_cell(value) for value in values]
+
+
+def _checkpoint_cells(checkpoints: Sequence[Optional[List[Any]]], metrics: Dict[str, List[Any]],
+                      names: Set[str]) -> List[Sequence[str]]:
     """The short ID and step of each checkpoint, and its metrics of those names below."""
-    return [["%s (step %d)" % (checkpoint[0], checkpoint[1])] + lines if checkpoint else []
-            for checkpoint, lines in zip(checkpoints, _value_cells(metrics, names))]
+    return [["%s (step %d)" % (checkpoint[0], checkpoint[1]), *lines] if checkpoint else ()
+            for checkpoint, lines in zip(checkpoints, _value_cells(metrics, names, len(checkpoints)))]
 
 
 def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
@@ -6463,7 +6579,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
         raise UsageError("--quiet cannot be used with --json or --all.")
     filters = [parse_filter(text) for text in args.filter]
     name, descending = parse_sort(args.sort)
-    rows = opened_project(args).repository.summaries()
+    rows = opened_project(args).repository.summaries(shown=args.json)
     wanted = [name for tree in filters for name in tree.names()] + [name]
     if any(item not in FIELDS for item in wanted) and rows:
         known = known_names(rows)

@@ -728,7 +728,7 @@ def make_row(params=None, metrics=None, running=False, created="2006-01-02T14:54
 
 def summary_of(document):
     """The summary of a whole document."""
-    return replicate.SummaryBatch.of([(replicate.summary_data(document), "")]).rows()[0]
+    return replicate.SummaryBatch.of([(replicate.summary_data(document), "")], shown=True).rows()[0]
 
 
 def make_summary(*checkpoints, running=False, **fields):

@@ -115,7 +115,7 @@ def hex_id(source):
 
 
 def make_repository(root, count, files=False):
-    """A repository of `count` experiments with 10 params and 20 checkpoints each, as either tool writes it.
+    """A repository of `count` experiments with 10 params and 20 checkpoints each, as keepsake writes it.
 
     It is written by a child, since the peak memory of what is measured counts what this process had when it started it.
     """
@@ -139,22 +139,21 @@ def write_repository(root, count, files):
         for step in range(20):
             item_id = hex_id(source)
             checkpoints.append({
-                "id": item_id, "step": step, "path": "model" if files else None,
-                "created": "2026-%02d-%02dT%02d:%02d:%02d.%06dZ" % (1 + number % 12, 1 + number % 28, number % 24, step,
-                                                                    step, number % 1000000),
-                "metrics": {"loss": source.random(), "accuracy": source.random()},
-                "primary_metric": {"name": "loss", "goal": "minimize"}})
+                "id": item_id, "created": "2026-%02d-%02dT%02d:%02d:%02d.%06dZ" % (
+                    1 + number % 12, 1 + number % 28, number % 24, step, step, number % 1000000),
+                "metrics": {"loss": source.random(), "accuracy": source.random()}, "step": step,
+                "path": "model" if files else None, "primary_metric": {"name": "loss", "goal": "minimize"}})
             if files:
                 (root / "checkpoints" / (item_id + ".tar.gz")).write_bytes(small)
         experiment_id = hex_id(source)
         document = {
-            "id": experiment_id, "host": "host", "user": "user", "command": "train.py", "path": None,
-            "created": "2026-%02d-%02dT%02d:00:00.%06dZ" % (1 + number % 12, 1 + number % 28, number % 24,
-                                                            number % 1000000),
-            "params": {"param-%d" % index: source.choice([source.random(), source.randrange(10), "adam"])
-                       for index in range(10)},
-            "config": {"repository": "file://" + str(root), "storage": ""}, "python_version": "3.9.1",
-            "python_packages": {"numpy": "1.0"}, "replicate_version": "1.0.0", "checkpoints": checkpoints}
+            "id": experiment_id, "created": "2026-%02d-%02dT%02d:00:00.%06dZ" % (
+                1 + number % 12, 1 + number % 28, number % 24, number % 1000000),
+            "params": {"param-%d" % index: [source.random(), source.randrange(10), source.choice(["adam", "sgd"])][index % 3]
+                       for index in range(10)}, "host": "host", "user": "user",
+            "config": {"repository": "file://" + str(root), "storage": ""}, "command": "train.py", "path": None,
+            "python_version": "3.9.1", "python_packages": {"numpy": "1.0"}, "checkpoints": checkpoints,
+            "keepsake_version": "0.4.2"}
         (root / "metadata/experiments" / (experiment_id + ".json")).write_text(json.dumps(document, indent=1))
 
 
