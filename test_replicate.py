@@ -256,7 +256,7 @@ def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project
 
 def test_an_unexpected_failure_is_one_line_too(project):
     source = ("import replicate, sys\n"
-              "def broken(self): raise ZeroDivisionError('a bug')\n"
+              "def broken(self, shown): raise ZeroDivisionError('a bug')\n"
               "replicate.Repository.summaries = broken\n"
               "sys.exit(replicate.main(sys.argv[1:]))")
     write_repository(project / "repo", experiment_document(A))
@@ -3630,11 +3630,11 @@ def source_names(directory, path=".", **options):
 
 def recompress(archive, path):
     """What the recorder does in the background; returns the numbers of the members that it compresses."""
-    shrinkable = replicate.shrinkable_members(archive)
+    methods = replicate.shrinkable_members(archive)
     with open(path + ".new", "wb", 0) as file:
-        replicate.recompress(archive, file, shrinkable)
+        replicate.recompress(archive, file, methods)
     os.replace(path + ".new", path)
-    return shrinkable
+    return sorted(methods)
 
 
 def pack_tree(tmp_path, directory, path=".", compress=True, key="checkpoints/%s.tar.gz" % PACKED_ID, name="store"):
@@ -3838,7 +3838,59 @@ def test_archives_read_back_by_everyone(project, tmp_path, compress):
     assert os.stat(path).st_size < 32 << 20 if compress else os.stat(path).st_size > 35 << 20
 
 
-def test_recompressing_keeps_the_content_and_shrinks_what_shrinks(project, tmp_path):
+@pytest.fixture(params=["libdeflate", "zlib"])
+def compressor(request, monkeypatch):
+    """Both of the libraries that compress."""
+    if request.param == "zlib":
+        monkeypatch.setattr(replicate, "_libraries", [None])
+    elif replicate.libdeflate() is None:
+        pytest.skip("this system has no libdeflate")
+    return request.param
+
+
+@hypothesis.given(data=st.binary(min_size=1, max_size=70000) | st.builds(
+    lambda piece, count: piece * count, st.binary(min_size=1, max_size=40), st.integers(1, 9000)), view=st.booleans())
+@hypothesis.settings(max_examples=60)
+def test_members_are_gzip_whatever_compresses_them(compressor, data, view):
+    size, parts = replicate.gzip_chunk(data)
+    assert size == len(data) and replicate.inflate_member(b"".join(parts), size) == data
+    for deflate in replicate.deflate_methods():
+        packed = deflate(memoryview(bytearray(data)) if view else data)
+        assert type(packed) is bytes and zlib.decompress(packed, -15) == data
+    library = replicate.libdeflate()
+    assert library is None or library.crc32(data) == zlib.crc32(data)
+
+
+def test_several_threads_compress_at_a_time(compressor):
+    contents = [bytes(number) + os.urandom(1000) * 300 for number in range(40)]
+    found = list(replicate.Workers(4).map(lambda data: replicate.deflate_methods()[-1](data), contents))
+    assert [zlib.decompress(packed, -15) for packed in found] == contents
+
+
+@pytest.mark.parametrize("problem", ["there is none", "it is another library", "Python has no ctypes"])
+def test_a_system_without_libdeflate_compresses_too(project, tmp_path, monkeypatch, problem):
+    monkeypatch.setattr(replicate, "_libraries", [])
+    monkeypatch.setattr(replicate.LibDeflate, "NAMES", ("libc.so.6",) if "another" in problem else ("libnowhere.so.0",))
+    if "ctypes" in problem:
+        monkeypatch.setitem(sys.modules, "ctypes", None)
+    assert replicate.libdeflate() is None and replicate._libraries == [None]
+    files = sample_tree(project)
+    repository, _ = pack_tree(tmp_path, project)
+    assert read_archive(repository) == files
+
+
+def test_the_background_reads_what_shrinks_once(project, tmp_path, counted_reads, compressor):
+    size = 16 << 20
+    fill(project, {"tokens": os.urandom(size // 16).hex().encode() * 8})
+    storage = replicate.DiskStorage(str(tmp_path / "store"))
+    assert replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "tokens"))
+    counted_reads.clear()
+    replicate.shrink_archive(storage, "checkpoints", PACKED_ID)
+    assert size < sum(counted_reads) < size * 1.02
+    assert os.path.getsize(storage.path("checkpoints/%s.tar.gz" % PACKED_ID)) < 0.7 * size
+
+
+def test_recompressing_keeps_the_content_and_shrinks_what_shrinks(project, tmp_path, compressor):
     files = sample_tree(project)
     repository, writer = pack_tree(tmp_path, project, compress=False)
     path = archive_path(repository)
@@ -8107,6 +8159,24 @@ def test_a_second_listing_opens_no_document_and_prints_the_same(project, call, o
     assert call("ls", *arguments) == changed
 
 
+def test_json_is_made_when_it_is_asked_for_and_remembered(project, call, opened_documents):
+    ids = many_documents(30)
+    table = call("ls")
+    opened_documents.clear()
+    shown = call("ls", "--json")
+    assert sorted(opened_documents) == sorted(ids) and len(json.loads(shown[1])) == 30
+    opened_documents.clear()
+    assert call("ls", "--json") == shown and call("ls") == table and call("ls", "--json") == shown
+    path = project / "repo/metadata/experiments" / (ids[3] + ".json")
+    path.write_text(path.read_text().replace('"same": 1', '"same": 2'))
+    os.utime(str(path), (1e9, 1e9))
+    assert "same=2" in call("ls")[1] and opened_documents == [ids[3]]
+    again = json.loads(call("ls", "--json")[1])
+    assert opened_documents == [ids[3]] * 2
+    assert [item["params"].pop("same") for item in again if item["id"] == ids[3]] == [2]
+    assert [item for item in again if item["id"] != ids[3]] == [item for item in json.loads(shown[1]) if item["id"] != ids[3]]
+
+
 def test_only_changed_documents_are_read_again(project, call, opened_documents):
     ids = many_documents(30)
     call("ls")
@@ -8125,6 +8195,7 @@ def test_the_plain_table_is_printed_from_finished_cells(project, call, monkeypat
     ids = many_documents(40)
     first = call("ls")[1]
     call("ls")
+    call("ls", "--json")  # which adds to what is remembered, and keeps the cells
     monkeypatch.setattr(replicate.SummaryBatch, "values", lambda self: pytest.fail("values were parsed"))
     assert call("ls")[1] == first
     assert len(json.loads(call("ls", "--json")[1])) == 40
