@@ -1017,20 +1017,6 @@ class Summary:
         the checkpoint's ID, step, time of creation], None without checkpoint."""
         return self.batch.values()["facts"][name][self.position]
 
-    def group(self, name: str) -> Dict[str, Any]:
-        """The `params`, or the metrics of the `latest` or the `best` checkpoint, by name."""
-        return self.batch.group(name)[self.position]
-
-    def value(self, group: str, name: str) -> Any:
-        """One value of a group; ABSENT if it does not have it."""
-        column = self.batch.values()[group].get(name, {})
-        return column[self.position] if type(column) is list else column.get(str(self.position), ABSENT)
-
-    @property
-    def metrics_group(self) -> str:
-        """`best`, or `latest` where there is no best checkpoint: whose metrics are those of the experiment."""
-        return "best" if self.fact("best") else "latest"
-
 
 class SummaryBatch:
     """Summaries that are kept together, each of their parts as a list of texts: a listing touches only what it shows.
@@ -1048,7 +1034,7 @@ class SummaryBatch:
     def __init__(self, parts: Dict[str, List[str]], values: Optional[Dict[str, Dict[str, Any]]] = None) -> None:
         self._parts = parts
         self._values = values
-        self._groups: Dict[str, List[Dict[str, Any]]] = {}
+        self._named: Dict[str, List[Any]] = {}
 
     @classmethod
     def of(cls, found: Iterable[Tuple[Dict[str, Any], str]], shown: bool) -> SummaryBatch:
@@ -1073,8 +1059,11 @@ class SummaryBatch:
     @classmethod
     def of_rows(cls, rows: Sequence[Summary]) -> SummaryBatch:
         """Of rows from other batches."""
+        members = by_batch(rows)
+        rows = [row for some in members.values() for row in some]
         parts = {name: [row.part(name) for row in rows] for name in ("lines", "checkpoints", "shown")}
-        return cls(parts, {name: columns_of([row.group(name) for row in rows]) for name in cls.GROUPS})
+        return cls(parts, {group: {name: _sparse(values) for name, values in value_columns(members, group).items()}
+                           for group in cls.GROUPS})
 
     def encode_values(self) -> None:
         """Make the part `values`, which takes most of the time that encoded() needs."""
@@ -1096,18 +1085,27 @@ class SummaryBatch:
             self._values = json.loads(self.part("values")[0])
         return self._values
 
-    def group(self, name: str) -> List[Dict[str, Any]]:
-        """A group of each row."""
-        if name not in self._groups:
-            columns = self.values()[name]
-            if columns and all([type(column) is list for column in columns.values()]):
-                self._groups[name] = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    def column(self, group: str, name: str) -> List[Any]:
+        """The values of that name in a group, ABSENT where a row has none."""
+        found = self.values()[group].get(name, {})
+        return found if type(found) is list else [found.get(str(position), ABSENT)
+                                                  for position in range(len(self.part("lines")))]
+
+    def named(self, name: str) -> List[Any]:
+        """The values that a name means which is no field: those of a metric of the best checkpoint (of the latest where
+        there is no best), else those of a param; `metrics.` and `params.` before it say which."""
+        if name not in self._named:
+            if name.startswith("params."):
+                found = self.column("params", name[len("params."):])
+            elif name.startswith("metrics."):
+                metric = name[len("metrics."):]
+                found = [of_best if best else of_latest for best, of_best, of_latest in zip(
+                    self.column("facts", "best"), self.column("best", metric), self.column("latest", metric))]
             else:
-                self._groups[name] = [
-                    {key: column[position] if type(column) is list else column[str(position)]
-                     for key, column in columns.items() if type(column) is list or str(position) in column}
-                    for position in range(len(self.part("lines")))]
-        return self._groups[name]
+                found = [param if metric is ABSENT else metric
+                         for metric, param in zip(self.named("metrics." + name), self.column("params", name))]
+            self._named[name] = found
+        return self._named[name]
 
     def rows(self) -> List[Summary]:
         """A new summary for each row."""
@@ -1125,11 +1123,32 @@ def columns_of(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
     """The columns of a group, see SummaryBatch, from the dict of each row."""
     if len(set(map(tuple, rows))) == 1:  # the same keys in the same order
         return dict(zip(rows[0], map(list, zip(*[row.values() for row in rows]))))
-    columns: Dict[str, Any] = {}
-    for position, row in enumerate(rows):
-        for name, value in row.items():
-            columns.setdefault(name, {})[str(position)] = value
-    return {name: list(column.values()) if len(column) == len(rows) else column for name, column in columns.items()}
+    return {name: _sparse([row.get(name, ABSENT) for row in rows]) for name in {name: 1 for row in rows for name in row}}
+
+
+def _sparse(values: List[Any]) -> Any:
+    """A column as it is stored, from one with ABSENT."""
+    if values.count(ABSENT):
+        return {str(position): value for position, value in enumerate(values) if value is not ABSENT}
+    return values
+
+
+def by_batch(rows: Iterable[Summary]) -> Dict[SummaryBatch, List[Summary]]:
+    """rows by the batch to which they belong."""
+    members: Dict[SummaryBatch, List[Summary]] = {}
+    for row in rows:
+        members.setdefault(row.batch, []).append(row)
+    return members
+
+
+def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str) -> Dict[str, List[Any]]:
+    """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none."""
+    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.values()[group]}
+    for batch, rows in members.items():
+        for name, values in found.items():
+            column = batch.column(group, name)
+            values += [column[row.position] for row in rows]
+    return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
 
 
 SUMMARY_DIGITS = 12  # of each checkpoint's ID that a summary keeps
@@ -1324,14 +1343,7 @@ ORDER = {"=": lambda a, b: a == b, "==": lambda a, b: a == b, "<": lambda a, b: 
 
 def look_up(row: Summary, name: str) -> Any:
     """The value of a field, metric or param; ABSENT if the experiment has none of that name."""
-    if name in FIELDS:
-        return FIELDS[name](row)
-    if name.startswith("params."):
-        return row.value("params", name[7:])
-    if name.startswith("metrics."):
-        return row.value(row.metrics_group, name[8:])
-    value = row.value(row.metrics_group, name)
-    return row.value("params", name) if value is ABSENT else value
+    return FIELDS[name](row) if name in FIELDS else row.batch.named(name)[row.position]
 
 
 def known_names(rows: Iterable[Summary]) -> Set[str]:
@@ -1472,7 +1484,8 @@ class FilterParser:
             if not self.text.startswith(")", self.position):
                 self.fail("a closing parenthesis is missing")
             self.position += 1
-        elif re.compile(r"not(?![\w\-./:])(?!\s*[=!<>~])").match(self.text, self.position) and self.take_word("not"):
+        elif (self.text.startswith("not", self.position)
+              and re.compile(r"not(?![\w\-./:])(?!\s*[=!<>~])").match(self.text, self.position) and self.take_word("not")):
             tree = Not(self.term())
         else:
             tree = self.comparison()
@@ -1530,6 +1543,8 @@ class FilterParser:
 
     def at_joint(self) -> bool:
         """Whether `and` or `or` stands here, followed by the start of a whole term with a value."""
+        if not self.text[self.position:].lstrip().startswith(("and", "or")):
+            return False
         match = re.compile(r"\s*(?:and|or)(?![\w\-./:])").match(self.text, self.position)
         if match is None:
             return False
@@ -1562,6 +1577,8 @@ class FilterParser:
 
     def take_word(self, word: str) -> bool:
         """Skip that word if it stands here."""
+        if not self.text[self.position:].lstrip().startswith(word):  # most filters need no such expression made
+            return False
         match = re.compile(r"\s*%s\b" % word).match(self.text, self.position)
         if match:
             self.position = match.end()
@@ -4580,9 +4597,7 @@ class SummaryCache:
 
     def write(self, rows: Sequence[Summary], header: Optional[str], cells: Sequence[str]) -> None:
         """Put these rows into the file; one that cannot be written is left alone."""
-        members: Dict[SummaryBatch, List[Summary]] = {}
-        for row in rows:
-            members.setdefault(row.batch, []).append(row)
+        members = by_batch(rows)
         whole = [batch for batch, found in members.items() if len(found) == len(batch.part("lines")) > self.BATCH // 2]
         others = [row for row in rows if row.batch not in set(whole)]
         groups = [others[start:start + self.BATCH] for start in range(0, len(others), self.BATCH)]
@@ -6290,9 +6305,7 @@ def lay_out(columns: Sequence[Tuple[str, Sequence[Sequence[str]]]]) -> Tuple[str
 
 def list_cells(rows: Sequence[Summary], show_all: bool) -> Tuple[str, List[str]]:
     """What does not depend on the present time: (header, rows) of the columns from HOST on."""
-    members: Dict[SummaryBatch, List[Summary]] = {}
-    for row in rows:
-        members.setdefault(row.batch, []).append(row)
+    members = by_batch(rows)
     facts, params, latest, best = [value_columns(members, group) for group in SummaryBatch.GROUPS]
     chosen = set(params) if show_all else {
         name for name in differing_names(params) if {dict, list}.isdisjoint(map(type, params[name]))}
@@ -6309,20 +6322,6 @@ def list_cells(rows: Sequence[Summary], show_all: bool) -> Tuple[str, List[str]]
     header, cells = lay_out(columns)
     found = dict(zip((row for some in members.values() for row in some), cells))
     return header, [found[row] for row in rows]
-
-
-def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str) -> Dict[str, List[Any]]:
-    """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none."""
-    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.values()[group]}
-    for batch, rows in members.items():
-        columns = batch.values()[group]
-        for name, values in found.items():
-            column = columns.get(name, {})
-            if type(column) is list:
-                values += [column[row.position] for row in rows]
-            else:
-                values += [column.get(str(row.position), ABSENT) for row in rows]
-    return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
 
 
 def differing_names(columns: Dict[str, List[Any]]) -> List[str]:
@@ -6958,7 +6957,7 @@ def demo_command(args: argparse.Namespace) -> int:
     rows = repository.summaries()
     header, cells = list_cells(rows, False)
     say("".join(list_pieces(rows, header, cells, datetime.datetime.now(datetime.timezone.utc))))
-    best = min(rows, key=lambda row: row.value(row.metrics_group, "loss"))
+    best = min(rows, key=lambda row: look_up(row, "loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
     say("The runs are in %s, with the script train.py that made them. Try next:\n\n"
         "  %s show %s\n  %s diff %s %s\n  %s checkout %s -o %s\n" % (
@@ -7173,11 +7172,18 @@ def argument_parser(**settings: Any) -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise UsageError("%s%s." % (message[:1].upper(), message[1:].rstrip(".")))
 
-    return Parser(add_help=False, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        def format_help(self) -> str:
+            self.formatter_class = argparse.RawDescriptionHelpFormatter
+            return super().format_help()
+
+    def narrow(prog: str) -> argparse.HelpFormatter:  # that asks for no terminal's width, for which it would import a lot
+        return argparse.HelpFormatter(prog, width=80)
+
+    return Parser(add_help=False, allow_abbrev=False, formatter_class=narrow, **settings)
 
 
-def command_parser(chosen: Command) -> argparse.ArgumentParser:
-    """The parser of one subcommand."""
+def command_parser(chosen: Command, flags_before: bool = False) -> argparse.ArgumentParser:
+    """The parser of one subcommand; flags_before: global flags that were parsed before it stay as they are."""
     aliases = "\n\naliases: %s" % ", ".join(chosen.aliases) if chosen.aliases else ""
     parser = argument_parser(prog="replicate " + chosen.name, description=chosen.description + aliases,
                              usage=" ".join(("replicate", chosen.name, chosen.usage, "[flags]")).replace("  ", " "),
@@ -7185,7 +7191,7 @@ def command_parser(chosen: Command) -> argparse.ArgumentParser:
     for names, settings in chosen.options:
         parser.add_argument(*names, **settings)
     for names, settings in GLOBAL_OPTIONS:
-        parser.add_argument(*names, **dict(settings, default=argparse.SUPPRESS))
+        parser.add_argument(*names, **(dict(settings, default=argparse.SUPPRESS) if flags_before else settings))
     return parser
 
 
@@ -7224,18 +7230,19 @@ def find_command(name: str) -> Command:
 def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     """The command and its arguments. Raises UsageError."""
     argv = explicit_color(argv)
-    args = general_parser().parse_args(argv)
-    if args.version:
-        return Command("version", lambda args: say(VERSION_TEXT) or 0, (), (), "", ""), args
-    if not args.command:
-        return COMMANDS["help"], args
-    chosen = find_command(args.command)
-    for name in ("command", "rest"):
-        if name == "rest":
-            rest = args.rest
-        delattr(args, name)
+    args = argparse.Namespace()
+    flags_before = not argv or argv[0].startswith("-")
+    if flags_before:
+        args = general_parser().parse_args(argv)
+        if args.version:
+            return Command("version", lambda args: say(VERSION_TEXT) or 0, (), (), "", ""), args
+        if not args.command:
+            return COMMANDS["help"], args
+        argv = [args.command, *args.rest]
+        del args.command, args.rest
+    chosen = find_command(argv[0])
     try:
-        args = command_parser(chosen).parse_intermixed_args(rest, args)
+        args = command_parser(chosen, flags_before).parse_intermixed_args(argv[1:], args)
     except UsageError:
         if not args.help:  # which is set before what is missing is complained of
             raise

@@ -8303,10 +8303,12 @@ def test_indented_json_is_that_of_the_standard_library(value, indent):
 
 @hypothesis.given(st.lists(st.dictionaries(st.sampled_from("abcdef"), JSON_DOCUMENTS), max_size=6))
 def test_columns_give_back_the_rows(rows):
-    batch = replicate.SummaryBatch({"lines": [""] * len(rows)}, {"params": replicate.columns_of(rows)})
-    assert batch.group("params") == rows
-    encoded = json.loads(json.dumps({"params": replicate.columns_of(rows)}))
-    assert replicate.SummaryBatch({"lines": [""] * len(rows)}, encoded).group("params") == rows
+    values = {"params": replicate.columns_of(rows)}
+    for columns in (values, json.loads(json.dumps(values))):
+        batch = replicate.SummaryBatch({"lines": [""] * len(rows)}, columns)
+        found = {name: batch.column("params", name) for name in "abcdef"}
+        assert [{name: column[number] for name, column in found.items() if column[number] is not replicate.ABSENT}
+                for number in range(len(rows))] == rows
 
 
 @pytest.fixture
