@@ -1766,7 +1766,7 @@ def read_config(path: str) -> Dict[str, str]:
 
 def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
     """The part of YAML that needs no library: `key: text` lines, quotes, comments. None for anything richer."""
-    if re.search("[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text):
+    if not text.translate({9: " ", 10: " ", 13: " "}).isprintable():
         return None
     values = {}
     for line in text.splitlines():
