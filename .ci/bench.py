@@ -5,7 +5,8 @@
 
 Each peer is installed from PyPI into an environment of its own under .ci/venvs/; one that cannot be installed is
 reported as such. Times are medians of `--runs` runs after one that is not counted, so that files are in the page cache;
-each row says what else was cached. Only the ratios mean something: all commands of a row take turns.
+each row says what else was cached. Only the ratios mean something: all commands of a row take turns, in an order that
+rotates, since what one of them leaves behind (dirty pages, memory just freed) is paid for by the next.
 """
 import argparse
 import json
@@ -79,10 +80,11 @@ def run_once(command, cwd=None, env=None):
 def alternate(commands, runs, before=lambda name: None, cwd=None, env=None):
     """{name: (median seconds, largest MB)} of commands that take turns; before(name) prepares each run."""
     results = {name: [] for name in commands}
+    names = list(commands)
     for number in range(runs + 1):
-        for name, command in commands.items():
+        for name in names[number % len(names):] + names[:number % len(names)]:
             before(name)
-            result = run_once(command, cwd=cwd, env=env)
+            result = run_once(commands[name], cwd=cwd, env=env)
             if number:
                 results[name].append(result)
     return {name: (statistics.median(second for second, _ in values), max(memory for _, memory in values))
@@ -158,11 +160,15 @@ def write_repository(root, count, files):
 
 
 def make_weights(path, kind, size):
-    """A file of random float32 numbers, of small integers, or of text."""
-    code = ("import numpy, sys; r = numpy.random.default_rng(1); n = int(sys.argv[2]);"
-            "a = r.standard_normal(n // 4, dtype='float32') if sys.argv[1] == 'float32' else "
-            "r.integers(0, 16, n // 4, dtype='int32');"
-            "a.tofile(sys.argv[3])")
+    """A file of random float32 numbers, of small integers, or of text (the source of Python's own library)."""
+    code = ("import glob, numpy, os, sys; kind, size, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]\n"
+            "r = numpy.random.default_rng(1)\n"
+            "if kind == 'float32': r.standard_normal(size // 4, dtype='float32').tofile(path)\n"
+            "elif kind == 'integers': r.integers(0, 16, size // 4, dtype='int32').tofile(path)\n"
+            "else:\n"
+            "    names = sorted(glob.glob(os.path.dirname(os.__file__) + '/**/*.py', recursive=True))\n"
+            "    text = b''.join(open(name, 'rb').read() for name in names)\n"
+            "    open(path, 'wb').write((text * (size // len(text) + 1))[:size])")
     python = environment("numpy", ["numpy"])[0] / "python"
     subprocess.run([str(python), "-c", code, kind, str(size), str(path)], check=True)
 
@@ -235,13 +241,42 @@ print(time.perf_counter() - started)
 experiment.stop()
 """
 SAVE = """
-import os, sys, time, {module} as tool
+import {module} as tool
 experiment = tool.init(params={{"lr": 0.1}})
-started = time.perf_counter()
 experiment.checkpoint(path="weights", step=0, metrics={{"loss": 0.1}}, quiet=True)
-print(time.perf_counter() - started)
 experiment.stop()
 """
+WAIT = """
+import os, shutil, sys, time, replicate
+for number in range(int(sys.argv[1]) + 1):
+    experiment = replicate.init(quiet=True)
+    document = "repo/metadata/experiments/%s.json" % experiment.id
+    started = time.perf_counter()
+    item = experiment.checkpoint(path="weights", quiet=True).id
+    returned = time.perf_counter() - started
+    while item not in open(document).read():
+        time.sleep(0.0005)
+    complete = time.perf_counter() - started
+    experiment.stop()
+    experiment.delete()
+    started = time.perf_counter()
+    shutil.copyfile("weights", "copy")
+    copied = time.perf_counter() - started
+    os.unlink("copy")
+    if number:
+        print(returned, complete, copied)
+"""
+# How others log so many metrics; the processes end only when all of it is stored.
+LOGS = {
+    "keepsake": ("import sys, keepsake\ne = keepsake.init(params={'lr': 0.1})\n"
+                 "for i in range(int(sys.argv[1])): e.checkpoint(step=i, metrics={'loss': 1 / (i + 1)}, quiet=True)\n"
+                 "e.stop()", 100),
+    "trackio": ("import sys, trackio\ntrackio.init(project='bench', config={'lr': 0.1})\n"
+                "for i in range(int(sys.argv[1])): trackio.log({'loss': 1 / (i + 1)})\n"
+                "trackio.finish()", 10000),
+    "mlflow": ("import sys, mlflow\nwith mlflow.start_run():\n"
+               "    for i in range(int(sys.argv[1])): mlflow.log_metric('loss', 1 / (i + 1), step=i)", 1000),
+}
 
 
 def project(work, name):
@@ -269,40 +304,51 @@ def bench_checkpoints(report, tools, work, runs, scale):
     calls = statistics.median(float(subprocess.run(
         [python, "-c", RECORD, str(sizes[1])], cwd=directory, env=env, check=True, capture_output=True, text=True).stdout)
         for _ in range(runs))
+    ours = large / sizes[1]
     report.remark("checkpoint(metrics=...) returns after %.1f microseconds, %.1f with what stop() has left to do; "
-                  "ten times the calls take %.1f times as long" % (1e6 * calls / sizes[1], 1e6 * large / sizes[1],
-                                                                   large / small))
+                  "ten times the calls take %.1f times as long" % (1e6 * calls / sizes[1], 1e6 * ours, large / small))
+    for name in set(tools) & set(LOGS):
+        script, count = LOGS[name]
+        count = max(10, int(count * scale))
+        env = dict(env, TRACKIO_DIR=str(directory / "t"), MLFLOW_TRACKING_URI="sqlite:///%s/mlflow.db" % directory)
+        results = alternate({str(size): [str(tools[name] / "python"), "-c", script, str(size)] for size in (0, count)},
+                            min(runs, 3), cwd=directory, env=env)
+        each = (results[str(count)][0] - results["0"][0]) / count
+        report.remark("%s: %.1f microseconds for each of %d calls, %.1f times as long as ours" % (
+            name, 1e6 * each, count, each / ours))
 
 
 def bench_files(report, tools, work, runs, scale):
     """Recording and checking out large files."""
     env = dict(os.environ, HOME=str(work))
     modules = {name: str(tools[name] / "python") for name in ("replicate", "keepsake") if name in tools}
-    for kind in ("float32", "integers"):
-        size = int((256 << 20) * scale)
-        directory = project(work, "files-" + kind)
-        make_weights(directory / "weights", kind, size)
-        copy = [sys.executable, "-c", "import shutil; shutil.copyfile('weights', 'copy')"]
+    for kind, megabytes in (("float32", 256), ("float32", 1024), ("integers", 256), ("text", 256)):
+        megabytes = max(1, int(megabytes * scale))
+        directory = project(work, "files")
+        make_weights(directory / "weights", kind, megabytes << 20)
+        what = "%d MB of %s" % (megabytes, kind)
 
         def clean(name):
             shutil.rmtree(directory / "repo", ignore_errors=True)
             (directory / "copy").unlink() if (directory / "copy").exists() else None
 
         commands = {name: [python, "-c", SAVE.format(module=name)] for name, python in modules.items()}
-        commands["plain copy"] = copy
-        report.add("checkpoint of %d MB of %s" % (size >> 20, kind), "page cache",
-                   alternate(commands, runs, before=clean, cwd=directory, env=env))
-        for name, python in modules.items():
-            clean(name)
-            stall = float(subprocess.run([python, "-c", SAVE.format(module=name)], cwd=directory, env=env, check=True,
-                                         capture_output=True, text=True).stdout)
-            archive = next((directory / "repo/checkpoints").iterdir())
-            report.remark("%s: checkpoint() returned after %.3f s; the archive has %.4f of the size" % (
-                name, stall, archive.stat().st_size / size))
+        commands["plain copy"] = [sys.executable, "-c", "import shutil; shutil.copyfile('weights', 'copy')"]
+        report.add("checkpoint of " + what, "page cache", alternate(commands, runs, before=clean, cwd=directory, env=env))
+        clean("")
+        lines = subprocess.run([modules["replicate"], "-c", WAIT, str(runs)], cwd=directory, env=env, check=True,
+                               capture_output=True, text=True).stdout.splitlines()
+        returned, complete, copied = [statistics.median(column) for column in zip(*[map(float, line.split())
+                                                                                    for line in lines])]
+        report.remark("%s: checkpoint() returns after %.2f and is complete in the repository after %.2f times a plain copy" %
+                      (what, returned / copied, complete / copied))
         for recorder in modules:
             clean("")
             subprocess.run([modules[recorder], "-c", SAVE.format(module=recorder)], cwd=directory, env=env, check=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            archive = next((directory / "repo/checkpoints").iterdir())
+            report.remark("%s: the archive of %s has %.4f of the size" % (recorder, what,
+                                                                         archive.stat().st_size / (megabytes << 20)))
             item = json.loads(next((directory / "repo/metadata/experiments").iterdir()).read_text())
             item = item["checkpoints"][0]["id"]
             url = "file://" + str(directory / "repo")
@@ -317,8 +363,30 @@ def bench_files(report, tools, work, runs, scale):
                 if name == "keepsake":
                     target.mkdir()
 
-            report.add("checkout of %d MB of %s by %s" % (size >> 20, kind, recorder), "page cache",
+            report.add("checkout of %s by %s" % (what, recorder), "page cache",
                        alternate(commands, runs, before=empty, cwd=directory, env=env))
+
+
+def bench_one_file(report, tools, work, runs, scale):
+    """One small file out of the archive of a large directory."""
+    env = dict(os.environ, HOME=str(work))
+    directory = project(work, "one")
+    (directory / "model").mkdir()
+    make_weights(directory / "model/weights", "float32", int((1 << 30) * scale))
+    (directory / "model/tokenizer.json").write_text(json.dumps({"token-%d" % number: number for number in range(1000)}))
+    subprocess.run([str(tools["replicate"] / "python"), "-c", SAVE.format(module="replicate").replace("weights", "model")],
+                   cwd=directory, env=env, check=True, stderr=subprocess.DEVNULL)
+    item = json.loads(next((directory / "repo/metadata/experiments").iterdir()).read_text())["checkpoints"][0]["id"]
+    target = work / "target"
+
+    def empty(name):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+
+    report.add("one small file of %d MB" % int(1024 * scale), "page cache", alternate({
+        name: [str(tools[name] / name), "checkout", "-f", "-R", "file://%s/repo" % directory, "-o", str(target),
+               "--path", "model/tokenizer.json", item] for name in ("replicate", "keepsake") if name in tools},
+        runs, before=empty, cwd=directory, env=env))
 
 
 def bench_remove(report, tools, work, runs, scale):
@@ -337,17 +405,20 @@ def bench_remove(report, tools, work, runs, scale):
 
 # How the other peers are filled with runs, and how they list them. Each script gets the number of runs.
 OTHERS = {
-    "trackio": ("import sys, trackio\n"
+    "trackio": ("import sys\n"
+                "from trackio.sqlite_storage import SQLiteStorage\n"
                 "for i in range(int(sys.argv[1])):\n"
-                "    trackio.init(project='bench', name='run-%d' % i, config={'p%d' % k: i * k for k in range(10)})\n"
-                "    [trackio.log({'loss': 1 / (k + 1)}) for k in range(20)]\n"
-                "    trackio.finish()\n", ["trackio", "list", "runs", "--project", "bench"]),
+                "    SQLiteStorage.bulk_log('bench', 'run-%d' % i, [{'loss': 1 / (k + 1)} for k in range(20)],\n"
+                "                           config={'p%d' % k: i * k for k in range(10)})\n",
+                ["trackio", "list", "runs", "--project", "bench"]),
     "mlflow": ("import sys, mlflow\n"
+               "from mlflow.entities import Metric, Param\n"
+               "client = mlflow.MlflowClient()\n"
                "for i in range(int(sys.argv[1])):\n"
-               "    with mlflow.start_run():\n"
-               "        mlflow.log_params({'p%d' % k: i * k for k in range(10)})\n"
-               "        [mlflow.log_metric('loss', 1 / (k + 1), step=k) for k in range(20)]\n",
-               ["mlflow", "runs", "list", "--experiment-id", "0"]),
+               "    run = client.create_run('0').info.run_id\n"
+               "    client.log_batch(run, [Metric('loss', 1 / (k + 1), k, k) for k in range(20)],\n"
+               "                     [Param('p%d' % k, str(i * k)) for k in range(10)])\n"
+               "    client.set_terminated(run)\n", ["mlflow", "runs", "list", "--experiment-id", "0"]),
     "aim": ("import sys, aim\n"
             "for i in range(int(sys.argv[1])):\n"
             "    run = aim.Run(system_tracking_interval=None)\n"
@@ -373,11 +444,11 @@ OTHERS = {
             "for i in range(int(sys.argv[1])):\n"
             "    run(dvc, 'exp', 'run', '-S', 'lr=%d' % (i + 1))\n", ["dvc", "exp", "show", "--no-pager"]),
 }
-# (peer, numbers of runs, what is set for it); filling Guild and DVC takes a process for each run.
+# (peer, numbers of runs, what is set for it); filling Guild and DVC takes a process for each run. trackio prints names alone.
 OTHER_RUNS = [("trackio", (1000, 10000), {"TRACKIO_DIR": "t"}),
               ("mlflow", (1000,), {"MLFLOW_TRACKING_URI": "sqlite:///{directory}/mlflow.db"}),
               ("mlflow", (1000,), {"MLFLOW_TRACKING_URI": "file://{directory}/runs", "MLFLOW_ALLOW_FILE_STORE": "true"}),
-              ("aim", (1000,), {}), ("guild", (100,), {"GUILD_HOME": "{directory}/g"}), ("dvc", (100,), {})]
+              ("aim", (1000,), {}), ("guild", (100,), {"GUILD_HOME": "{directory}/g"}), ("dvc", (20,), {})]
 
 
 def bench_others(report, tools, work, runs, scale):
@@ -409,8 +480,8 @@ def bench_others(report, tools, work, runs, scale):
                 report.remark("%s: %s" % (label, str(error).splitlines()[-1][:300]))
 
 
-BENCHMARKS = {"start": bench_start, "lists": bench_lists, "huge": bench_huge, "checkpoints": bench_checkpoints, "files": bench_files,
-              "remove": bench_remove, "others": bench_others}
+BENCHMARKS = {"start": bench_start, "lists": bench_lists, "huge": bench_huge, "checkpoints": bench_checkpoints,
+              "files": bench_files, "one file": bench_one_file, "remove": bench_remove, "others": bench_others}
 
 
 def main():
@@ -427,7 +498,7 @@ def main():
     shutil.rmtree(VENVS / "bench-replicate", ignore_errors=True)
     tools = {"replicate": environment("replicate", [str(ROOT)])[0]}
     for name in arguments.peers:
-        if name == "keepsake" or "others" in arguments.only:
+        if name == "keepsake" or {"others", "checkpoints"} & set(arguments.only):
             tools[name], reason = environment(name, *PEERS[name])
             if reason:
                 del tools[name]
