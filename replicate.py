@@ -1258,17 +1258,15 @@ def _plainly_valid(items: Sequence[Any]) -> bool:
     try:
         if not items:
             return True
-        if not (set(map(type, items)) == {dict} and set(map(len, items)) == {len(_PLAIN_KEYS)}):
+        if set(map(len, items)) != {len(_PLAIN_KEYS)}:
             return False
         ids, times, metrics, steps, paths, primaries = zip(*map(itemgetter(*_PLAIN_KEYS), items))
         digits = "".join(ids)
-        goals = set(map(itemgetter("name", "goal"), filter(None, primaries)))
+        goals = set(map(itemgetter("name", "goal"), [primary for primary in primaries if primary is not None]))
         return (set(map(len, ids)) == {64} and bytes.fromhex(digits).hex() == digits and len(set(ids)) == len(ids)
                 and re.fullmatch(_PLAIN_TIMES, "\n".join(times) + "\n", re.ASCII) is not None
-                and set(map(type, metrics)) == {dict}
                 and set(map(type, chain.from_iterable(map(dict.values, metrics)))) <= {float, int}
                 and set(map(type, steps)) == {int} and set(map(type, paths)) <= {str, type(None)}
-                and set(map(type, primaries)) <= {dict, type(None)} and {} not in primaries
                 and all([type(name) is str and goal in ("maximize", "minimize") for name, goal in goals]))
     except (TypeError, KeyError, ValueError):
         return False
@@ -1295,12 +1293,12 @@ def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
         parse_time(document["created"])
     except ValueError as error:
         raise ReadError("created is not an RFC 3339 time") from error
-    for key, kinds in fields.items():
-        if type(document.get(key)) not in kinds:
-            raise ReadError("%s is a %s" % (key, type(document.get(key)).__name__))
     for key, value in document.items():
-        if type(value) in _CONTAINERS and not (key == "checkpoints" and key in fields):
-            if not _CONTAINERS.isdisjoint(map(type, value.values() if type(value) is dict else value)):
+        kind = type(value)
+        if key in fields and kind not in fields[key]:
+            raise ReadError("%s is a %s" % (key, kind.__name__))
+        if kind in _CONTAINERS and not (key == "checkpoints" and key in fields):
+            if not _CONTAINERS.isdisjoint(map(type, value.values() if kind is dict else value)):
                 _check_depth(value)
 
 
@@ -3216,6 +3214,7 @@ MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not 
 STORED_BYTES = 65535              # of a stored deflate block, the most that it can hold
 PIECE_BYTES = 256 << 10           # of an archive without a table that are decompressed at a time
 SHRINKS = 0.9                     # what compresses to less than this is worth compressing
+WRITEBACK_BYTES = 4 << 20         # of large files that are on their way to the disk together
 SAMPLED_MEMBERS = 8               # that are judged together
 NEARLY = 1.04                     # how much larger a quicker method may make it
 SAMPLE_BYTES = 16 << 10           # looked at in two places to choose the method
@@ -3314,8 +3313,9 @@ class ArchiveWriter:
         self.position += compressed
 
     def finish(self) -> None:
-        """Append the table."""
+        """Append the table, with which the file ends."""
         write_all(self.file, self.table.encode())
+        self.file.truncate()
 
 
 def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
@@ -3333,7 +3333,7 @@ def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
     return writer
 
 
-def _store_large(writer: ArchiveWriter, archive_id: str, sources: Iterable[Source], warn: Callable[[str], None]) -> int:
+def _store_large(writer: ArchiveWriter, archive_id: str, sources: Sequence[Source], warn: Callable[[str], None]) -> int:
     """Store files in gzip members of their own, which several threads write; returns the size of their tar."""
     offset = 0
     streams: List[Tuple[str, BinaryIO]] = []
@@ -3359,15 +3359,22 @@ def _store_large(writer: ArchiveWriter, archive_id: str, sources: Iterable[Sourc
                 writer.note(member.packed_size, member.size)
                 yield member
 
+    total = sum(source.size for source in sources)
+    if total >= WRITEBACK_BYTES:
+        reserve(target, total)
     cut_short = set()
+    behind = 0  # what stands before it is on its way to the disk
     try:
-        for name, complete in workers().map(lambda member: (member.name, member.write(target)), members(),
-                                              drain=True):
-            if not complete and name not in cut_short:
-                cut_short.add(name)
-                warn("%s became shorter while it was saved: zeros stand for the rest." % name)
-            while streams[0][0] != name:  # of a file before, which is finished
+        for member, complete in workers().map(lambda member: (member, member.write(target)), members(), drain=True):
+            if not complete and member.name not in cut_short:
+                cut_short.add(member.name)
+                warn("%s became shorter while it was saved: zeros stand for the rest." % member.name)
+            while streams[0][0] != member.name:  # of a file before, which is finished
                 streams.pop(0)[1].close()
+            if member.end - behind >= WRITEBACK_BYTES:
+                if not chosen_method(member.sample()):  # or it will be replaced by something smaller
+                    start_writeback(target, behind, member.end)
+                behind = member.end
     finally:
         for _, stream in streams:
             stream.close()
@@ -3384,6 +3391,7 @@ class StoredMember:
         self._position = position            # of the member in the archive
         self.size = len(head) + end - start + len(tail)
         self.packed_size = stored_size(self.size)
+        self.end = position + self.packed_size
 
     def write(self, target: int) -> bool:
         """Write the member to that descriptor; False if the file has become shorter, and zeros stand for the rest."""
@@ -3394,6 +3402,34 @@ class StoredMember:
         content[start + found:end] = bytes(end - start - found)
         write_at(target, stored_member(content), self._position)
         return found == end - start
+
+    def sample(self) -> bytes:
+        """Some of what is in it."""
+        view = memoryview(bytearray(min(SAMPLE_BYTES, self.size)))
+        return bytes(view[:read_at(self._stream.fileno(), view, self._start)])
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Make room on the disk for a file, which is quicker to write then, where the file system does so at once: other than
+    fallocate(2), posix_fallocate(3) would fill the file with zeros on those that do not."""
+    try:
+        import ctypes
+        function = ctypes.CDLL(None).fallocate
+    except (ImportError, OSError, AttributeError, TypeError):  # no such system
+        return
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+    if ctypes.sizeof(ctypes.c_long) == 8:
+        function(descriptor, 0, 0, size)
+
+
+def start_writeback(descriptor: int, start: int, end: int) -> None:
+    """Have the system begin to write a part of a file to the disk, so that there is less to wait for in the end. What is
+    not on the disk yet stays in memory (see posix_fadvise(2))."""
+    if hasattr(os, "posix_fadvise"):
+        try:
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+        except OSError:  # a file system that does without
+            pass
 
 
 def stored_member(content: Any) -> List[Any]:
@@ -6292,11 +6328,13 @@ def lay_out(columns: Sequence[Tuple[str, Sequence[Sequence[str]]]]) -> Tuple[str
 
     rows = []
     for cells in zip(*[cells for _, cells in columns]):
-        depths = sorted(map(len, cells))
-        both = depths[-2] if len(depths) > 1 else 0  # so many lines have more than one text
+        depths = list(map(len, cells))
+        deepest = max(depths)
+        index = depths.index(deepest)
+        depths[index] = 0
+        both = max(depths)  # so many lines have more than one text
         lines = [join(line) for line in zip_longest(*[cell[:both] for cell in cells], fillvalue="")]
-        if depths[-1] > both:
-            index = [len(cell) for cell in cells].index(depths[-1])
+        if deepest > both:
             indent = indents[index]
             lines += [(indent + text).rstrip() for text in cells[index][both:]]
         rows.append("\n".join(lines))

@@ -101,13 +101,24 @@ class Report:
         for name, (seconds, memory) in results.items():
             ratio = seconds / results[ours][0]
             self.rows.append({"work": work, "cached": cached, "tool": name, "seconds": round(seconds, 4),
-                              "megabytes": round(memory, 1), "ratio": round(ratio, 2), "note": note})
+                              "megabytes": round(memory, 1), "ratio": round(ratio, 2), "against": ours, "note": note})
             print("%-48s %-22s %-16s %9.3f s %8.1f MB %8.2f x  %s" % (
                 work, cached, name, seconds, memory, ratio, note), flush=True)
 
     def remark(self, text):
         self.rows.append({"remark": text})
         print("-- " + text, flush=True)
+
+    def markdown(self):
+        """The ratios as a table of Markdown, and the remarks below it."""
+        lines = ["| work | cached | Replicate against | is faster by |", "|---|---|---|---|"]
+        work = None
+        for row in self.rows:
+            if row.get("against") == "replicate" and not row["tool"].startswith("replicate"):
+                first = (row["work"], row["cached"]) if row["work"] != work else ("", "")
+                lines.append("| %s | %s | %s | %.2g |" % (*first, row["tool"], row["ratio"]))
+                work = row["work"]
+        return "\n".join(lines + [""] + ["* " + row["remark"] for row in self.rows if "remark" in row]) + "\n"
 
 
 # -- the data
@@ -509,6 +520,7 @@ def main():
                            stderr=subprocess.DEVNULL)
         for name in arguments.only:
             BENCHMARKS[name](report, tools, Path(work), arguments.runs, arguments.scale)
+    print("\n" + report.markdown())
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report.rows, indent=1) + "\n")
 
