@@ -1145,9 +1145,9 @@ def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str) -> Dic
     """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none."""
     found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.values()[group]}
     for batch, rows in members.items():
+        positions = [row.position for row in rows]
         for name, values in found.items():
-            column = batch.column(group, name)
-            values += [column[row.position] for row in rows]
+            values += map(batch.column(group, name).__getitem__, positions)
     return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
 
 
@@ -3214,7 +3214,8 @@ MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not 
 STORED_BYTES = 65535              # of a stored deflate block, the most that it can hold
 PIECE_BYTES = 256 << 10           # of an archive without a table that are decompressed at a time
 SHRINKS = 0.9                     # what compresses to less than this is worth compressing
-WRITEBACK_BYTES = 4 << 20         # of large files that are on their way to the disk together
+WRITEBACK_BYTES = 4 << 20         # of large files that are looked at together: so much of them goes to the disk while the
+WRITEBACK_SHARE = 2 / 3           # rest is copied; with more, training waits longer than for a copy, with less, stop() does
 SAMPLED_MEMBERS = 8               # that are judged together
 NEARLY = 1.04                     # how much larger a quicker method may make it
 SAMPLE_BYTES = 16 << 10           # looked at in two places to choose the method
@@ -3363,7 +3364,8 @@ def _store_large(writer: ArchiveWriter, archive_id: str, sources: Sequence[Sourc
     if total >= WRITEBACK_BYTES:
         reserve(target, total)
     cut_short = set()
-    behind = 0  # what stands before it is on its way to the disk
+    behind = 0  # what stands before it was looked at
+    judged, shrinks = "", False
     try:
         for member, complete in workers().map(lambda member: (member, member.write(target)), members(), drain=True):
             if not complete and member.name not in cut_short:
@@ -3372,8 +3374,10 @@ def _store_large(writer: ArchiveWriter, archive_id: str, sources: Sequence[Sourc
             while streams[0][0] != member.name:  # of a file before, which is finished
                 streams.pop(0)[1].close()
             if member.end - behind >= WRITEBACK_BYTES:
-                if not chosen_method(member.sample()):  # or it will be replaced by something smaller
-                    start_writeback(target, behind, member.end)
+                if member.name != judged:
+                    judged, shrinks = member.name, chosen_method(member.sample()) is not None
+                if not shrinks:  # or it would soon be replaced by something smaller
+                    start_writeback(target, behind, int((member.end - behind) * WRITEBACK_SHARE))
                 behind = member.end
     finally:
         for _, stream in streams:
@@ -3422,12 +3426,12 @@ def reserve(descriptor: int, size: int) -> None:
         function(descriptor, 0, 0, size)
 
 
-def start_writeback(descriptor: int, start: int, end: int) -> None:
+def start_writeback(descriptor: int, start: int, length: int) -> None:
     """Have the system begin to write a part of a file to the disk, so that there is less to wait for in the end. What is
     not on the disk yet stays in memory (see posix_fadvise(2))."""
     if hasattr(os, "posix_fadvise"):
         try:
-            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
         except OSError:  # a file system that does without
             pass
 

@@ -8337,7 +8337,7 @@ def test_weights_are_read_once_and_written_once(project, tmp_path, counted_reads
     sources = replicate.find_sources(str(project), "weights")
     counted_reads.clear()
     assert replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)
-    assert size <= sum(counted_reads) < size * 1.01 and len(counted_reads) <= 24 + 6  # the rest are samples
+    assert size <= sum(counted_reads) < size * 1.01 and len(counted_reads) <= 24 + 1  # and a sample
     assert size < sum(written) < size * 1.001 and len(written) <= 24
     counted_reads.clear()
     written.clear()
@@ -8357,8 +8357,8 @@ def test_weights_are_on_their_way_to_the_disk_when_they_are_saved(project, tmp_p
     replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "zeros"))
     assert asked == []
     replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "weights"))
-    assert 16 << 20 <= sum(length for _, length, _ in asked) <= 25 << 20
-    assert asked[0][0] == 0 and [start + length for start, length, _ in asked[:-1]] == [start for start, _, _ in asked[1:]]
+    assert 12 << 20 <= sum(length for _, length, _ in asked) <= 18 << 20
+    assert asked[0][0] == 0 and all(start + length <= following for (start, length, _), (following, _, _) in zip(asked, asked[1:]))
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: os.stat("nowhere"))  # a file system that does without
     replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "weights"))
 
