@@ -2039,7 +2039,7 @@ class DiskStorage(Storage):
                 for entry in entries:
                     try:
                         if not entry.is_dir():
-                            yield DiskEntry(folder + entry.name, entry.stat())
+                            yield DiskEntry(folder[:-1], entry.name, entry.stat())
                     except OSError:  # deleted meanwhile
                         continue
         except (FileNotFoundError, NotADirectoryError):
@@ -2049,7 +2049,7 @@ class DiskStorage(Storage):
 
     def stat(self, key: str) -> Entry:
         try:
-            return DiskEntry(key, os.stat(self.path(key)))
+            return DiskEntry(*os.path.split(key), os.stat(self.path(key)))
         except OSError as error:
             raise self._read_failure(key, error) from error
 
@@ -2068,7 +2068,7 @@ class DiskStorage(Storage):
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
         file = self.open(key)
-        return (DiskEntry(key, os.fstat(file.fileno())),
+        return (DiskEntry(*os.path.split(key), os.fstat(file.fileno())),
                 lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
@@ -2204,9 +2204,9 @@ class DiskEntry(Entry):
 
     __slots__ = ("status",)
 
-    def __init__(self, key: str, status: os.stat_result) -> None:
-        self.key = key
-        self.name = key[key.rfind("/") + 1:]
+    def __init__(self, folder: str, name: str, status: os.stat_result) -> None:
+        self.key = folder + "/" + name if folder else name
+        self.name = name
         self.status = status
 
     @property
@@ -4613,7 +4613,9 @@ class SummaryCache:
         found: Dict[str, Summary] = {}
         if not self._batches:
             return found
-        versions = {entry.name[:-5]: entry.version for entry in entries if entry.name[:-5] not in waiting}
+        versions = {entry.name[:-5]: entry.version for entry in entries}
+        for experiment_id in waiting:
+            versions.pop(experiment_id, None)
         for batch in self._batches:
             rows = batch.rows()
             self.count += len(rows)

@@ -6,7 +6,7 @@
 Each peer is installed from PyPI into an environment of its own under .ci/venvs/; one that cannot be installed is
 reported as such. Times are medians of `--runs` runs after one that is not counted, so that files are in the page cache;
 each row says what else was cached. Only the ratios mean something: all commands of a row take turns, in an order that
-rotates, since what one of them leaves behind (dirty pages, memory just freed) is paid for by the next.
+rotates, since what one of them leaves behind (memory just freed, say) is paid for by the next.
 """
 import argparse
 import json
@@ -84,6 +84,7 @@ def alternate(commands, runs, before=lambda name: None, cwd=None, env=None):
     for number in range(runs + 1):
         for name in names[number % len(names):] + names[:number % len(names)]:
             before(name)
+            os.sync()  # what the one before has left to be written is not this one's
             result = run_once(commands[name], cwd=cwd, env=env)
             if number:
                 results[name].append(result)
@@ -260,6 +261,7 @@ experiment.stop()
 WAIT = """
 import os, shutil, sys, time, replicate
 for number in range(int(sys.argv[1]) + 1):
+    os.sync()
     experiment = replicate.init(quiet=True)
     document = "repo/metadata/experiments/%s.json" % experiment.id
     started = time.perf_counter()
