@@ -3237,10 +3237,10 @@ class Table:
         """The gzip members that hold it."""
         content = encode_json({"members": self.members, "files": self.files}, indent=None)
         packed = zlib.compress(content)
-        chain = b"".join(_extra_member(packed[start:start + MAX_FIELD_BYTES])
+        fields = b"".join(_extra_member(packed[start:start + MAX_FIELD_BYTES])
                          for start in range(0, len(packed), MAX_FIELD_BYTES))
         start = sum(compressed for compressed, _ in self.members)
-        return chain + _extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
+        return fields + _extra_member(start.to_bytes(8, "little") + len(fields).to_bytes(8, "little"))
 
     @classmethod
     def read(cls, read_range: Callable[[int, int], bytes], size: int) -> Optional[Table]:
@@ -3253,10 +3253,10 @@ class Table:
         start, length = int.from_bytes(field[0][:8], "little"), int.from_bytes(field[0][8:], "little")
         if start + length + FOOTER_BYTES != size:
             return None
-        chain = tail[start - tail_start:-FOOTER_BYTES] if start >= tail_start else read_range(start, start + length)
+        fields = tail[start - tail_start:-FOOTER_BYTES] if start >= tail_start else read_range(start, start + length)
         pieces, position = [], 0
-        while position < len(chain):
-            field = _extra_field(chain[position:position + 2 * 65536])
+        while position < len(fields):
+            field = _extra_field(fields[position:position + 2 * 65536])
             if field is None:
                 return None
             pieces.append(field[0])
