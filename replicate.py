@@ -441,7 +441,12 @@ def new_id() -> str:
 
 def is_id(text: Any) -> bool:
     """Whether text may be part of a path or key: hex digits and nothing else."""
-    return isinstance(text, str) and 0 < len(text) <= 128 and not text.strip("0123456789abcdef")
+    return isinstance(text, str) and 0 < len(text) <= 128 and is_hex(text)
+
+
+def is_hex(text: str) -> bool:
+    """Whether text has no other characters than lower-case hex digits."""
+    return not text.strip("0123456789abcdef")
 
 
 def timestamp(seconds: Optional[float] = None) -> str:
@@ -2038,8 +2043,8 @@ class DiskStorage(Storage):
             with os.scandir(self.path(folder)) as entries:
                 for entry in entries:
                     try:
-                        if not entry.is_dir():
-                            yield DiskEntry(folder[:-1], entry.name, entry.stat())
+                        if not entry.is_dir() and (not entry.is_symlink() or entry.stat()):  # or it leads nowhere
+                            yield DiskEntry(folder[:-1], entry.name, entry)
                     except OSError:  # deleted meanwhile
                         continue
         except (FileNotFoundError, NotADirectoryError):
@@ -2200,27 +2205,37 @@ class DiskStorage(Storage):
 
 
 class DiskEntry(Entry):
-    """An entry whose facts are taken from the file's status when they are asked for."""
+    """An entry whose facts are taken from the file's status when they are first asked for."""
 
-    __slots__ = ("status",)
+    __slots__ = ("_source", "_facts")
 
-    def __init__(self, folder: str, name: str, status: os.stat_result) -> None:
+    def __init__(self, folder: str, name: str, source: Union[os.DirEntry, os.stat_result]) -> None:
         self.key = folder + "/" + name if folder else name
         self.name = name
-        self.status = status
+        self._source: Any = source
+
+    def facts(self) -> Tuple[int, int, int]:
+        """(bytes, time of the last change in nanoseconds, inode); zeros for a file that was deleted meanwhile."""
+        if self._source is not None:
+            try:
+                status = self._source if isinstance(self._source, os.stat_result) else self._source.stat()
+                self._facts = status.st_size, status.st_mtime_ns, status.st_ino
+            except OSError:
+                self._facts = 0, 0, 0
+            self._source = None
+        return self._facts
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        return self.status.st_size
+        return self.facts()[0]
 
     @property
     def modified(self) -> float:  # type: ignore[override]
-        return self.status.st_mtime
+        return self.facts()[1] / 1e9
 
     @property
     def version(self) -> str:  # type: ignore[override]
-        status = self.status
-        return "%d-%d-%d" % (status.st_size, status.st_mtime_ns, status.st_ino)
+        return "%d-%d-%d" % self.facts()
 
 
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -4272,8 +4287,11 @@ class Repository:
 
     def _entries(self) -> List[Entry]:
         """The documents in the storage; a warning for each file of another name."""
+        found = list(self.storage.list(EXPERIMENTS))
+        if {entry.name[64:] for entry in found} <= {".json"} and is_hex("".join([entry.name[:64] for entry in found])):
+            return found  # as nearly always, and seen at once
         entries = []
-        for entry in self.storage.list(EXPERIMENTS):
+        for entry in found:
             if entry.name[-5:] == ".json" and is_id(entry.name[:-5]):
                 entries.append(entry)
             else:
