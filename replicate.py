@@ -3233,7 +3233,7 @@ WRITEBACK_BYTES = 4 << 20         # of large files that are looked at together: 
 WRITEBACK_SHARE = 2 / 3           # rest is copied; with more, training waits longer than for a copy, with less, stop() does
 SAMPLED_MEMBERS = 8               # that are judged together
 NEARLY = 1.04                     # how much larger a quicker method may make it
-SAMPLE_BYTES = 16 << 10           # looked at in two places to choose the method
+SAMPLE_BYTES = 16 << 10           # looked at to choose the method
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 GZIP_EXTRA_HEADER = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
 GZIP_EMPTY_BODY = b"\x03\x00" + bytes(8)
@@ -3548,7 +3548,7 @@ def shrinkable_members(archive: Archive) -> Dict[int, Deflate]:
         sample = b""
         for number, start in group[::SAMPLED_MEMBERS // 2]:
             start += len(GZIP_HEADER) + 5
-            sample += archive.read_range(start, start + min(SAMPLE_BYTES, archive.table.members[number][1], STORED_BYTES))
+            sample += archive.read_range(start, start + min(SAMPLE_BYTES // 2, archive.table.members[number][1], STORED_BYTES))
         deflate = chosen_method(sample)
         if deflate:
             found.update((number, deflate) for number, _ in group)
