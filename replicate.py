@@ -1018,27 +1018,27 @@ class Summary:
         return parse_time(self.line[:26] + "Z")
 
     def fact(self, name: str) -> Any:
-        """command, host, user, num_checkpoints, primary_metric (its name), or for `latest` and `best`: [first digits of
-        the checkpoint's ID, step, time of creation], None without checkpoint."""
-        return self.batch.values()["facts"][name][self.position]
+        """One of SummaryBatch.FACTS."""
+        return self.batch.fact(name)[self.position]
 
 
 class SummaryBatch:
     """Summaries that are kept together, each of their parts as a list of texts: a listing touches only what it shows.
 
-    lines: see Summary; checkpoints: the first digits of their IDs; shown: JSON for `ls --json`, without its end, empty
-    where nobody has asked for it; values: a single text, the JSON of what filters, sorting and tables use: {group: {name:
-    column}}, a column being a list of the rows' values, or {position: value} where not all of them have one. The groups:
-    facts, params, latest, best.
+    lines: see Summary; checkpoints: the first digits of their IDs; values: see encode_columns(); shown: JSON for
+    `ls --json`, without its end, empty where nobody has asked for it. The columns are what filters, sorting and tables use:
+    {group: {name: column}}, a column being a list of the rows' values, or {position: value} where not all of them have one.
     """
 
     PARTS = ("lines", "checkpoints", "values", "shown")
-    FACTS = ("host", "user", "command", "num_checkpoints", "primary_metric")
-    GROUPS = ("facts", "params", "latest", "best")
+    GROUPS = ("facts", "params", "latest", "best")  # the last two: the metrics of those checkpoints
+    FACTS = ("host", "user", "command", "num_checkpoints", "primary_metric",  # the name of that
+             "latest_id", "latest_step", "latest_created", "best_id", "best_step", "best_created")  # short IDs; None without
 
-    def __init__(self, parts: Dict[str, List[str]], values: Optional[Dict[str, Dict[str, Any]]] = None) -> None:
+    def __init__(self, parts: Dict[str, List[str]], columns: Dict[str, Dict[str, Any]]) -> None:
         self._parts = parts
-        self._values = values
+        self._columns = columns
+        self._facts: Dict[str, List[Any]] = {}
         self._named: Dict[str, List[Any]] = {}
 
     @classmethod
@@ -1052,14 +1052,13 @@ class SummaryBatch:
             parts["checkpoints"].append(data["checkpoint_ids"])
             parts["shown"].append(shown_json({key: data[key] for key in SHOWN_KEYS}, "\n  ")[:-len("\n  }")] if shown
                                   else "")
-            known = {key: data[key] for key in cls.FACTS}
-            known["latest"], known["best"] = _checkpoint_facts(latest), _checkpoint_facts(best)
-            facts.append(known)
+            facts.append((data["host"], data["user"], data["command"], data["num_checkpoints"], data["primary_metric"],
+                          *_checkpoint_facts(latest), *_checkpoint_facts(best)))
             params.append(unpacked_values(data["params"]))
             of_latest.append(unpacked_values(latest.get("metrics")) if latest else {})
             of_best.append(unpacked_values(best.get("metrics")) if best else {})
-        return cls(parts, {"facts": columns_of(facts), "params": columns_of(params), "latest": columns_of(of_latest),
-                           "best": columns_of(of_best)})
+        return cls(parts, {"facts": dict(zip(cls.FACTS, map(list, zip(*facts)))), "params": columns_of(params),
+                           "latest": columns_of(of_latest), "best": columns_of(of_best)})
 
     @classmethod
     def of_rows(cls, rows: Sequence[Summary]) -> SummaryBatch:
@@ -1072,8 +1071,8 @@ class SummaryBatch:
 
     def encode_values(self) -> None:
         """Make the part `values`, which takes most of the time that encoded() needs."""
-        if "values" not in self._parts and self._values is not None:
-            self._parts["values"] = [json.dumps(self._values, ensure_ascii=False, separators=(",", ":"))]
+        if "values" not in self._parts:
+            self._parts["values"] = encode_columns(self._columns)
 
     def encoded(self) -> bytes:
         """As in a file, see encode_parts()."""
@@ -1081,20 +1080,29 @@ class SummaryBatch:
         return encode_parts([self.part(name) for name in self.PARTS])
 
     def part(self, name: str) -> List[str]:
-        """The texts of one part, in the order of the rows."""
+        """The texts of one part; all but `values` have one for each row."""
         return self._parts[name]
 
-    def values(self) -> Dict[str, Dict[str, Any]]:
-        """The parsed part `values`."""
-        if self._values is None:
-            self._values = json.loads(self.part("values")[0])
-        return self._values
+    def names(self, group: str) -> Iterable[str]:
+        """The names of the columns of a group."""
+        return self._columns[group]
 
-    def column(self, group: str, name: str) -> List[Any]:
-        """The values of that name in a group, ABSENT where a row has none."""
-        found = self.values()[group].get(name, {})
-        return found if type(found) is list else [found.get(str(position), ABSENT)
-                                                  for position in range(len(self.part("lines")))]
+    def column(self, group: str, name: str, positions: Optional[Sequence[int]] = None) -> List[Any]:
+        """The values of that name in a group at these positions, or all, ABSENT where a row has none."""
+        found = self._columns[group].get(name, {})
+        if type(found) is list:
+            return found if positions is None else list(map(found.__getitem__, positions))
+        return [found.get(position, ABSENT) for position in (self._all() if positions is None else positions)]
+
+    def _all(self) -> Sequence[int]:
+        """The positions of all rows."""
+        return range(len(self.part("lines")))
+
+    def fact(self, name: str) -> List[Any]:
+        """The column of one of the FACTS."""
+        if name not in self._facts:
+            self._facts[name] = self.column("facts", name)
+        return self._facts[name]
 
     def named(self, name: str) -> List[Any]:
         """The values that a name means which is no field: those of a metric of the best checkpoint (of the latest where
@@ -1105,7 +1113,7 @@ class SummaryBatch:
             elif name.startswith("metrics."):
                 metric = name[len("metrics."):]
                 found = [of_best if best else of_latest for best, of_best, of_latest in zip(
-                    self.column("facts", "best"), self.column("best", metric), self.column("latest", metric))]
+                    self.fact("best_id"), self.column("best", metric), self.column("latest", metric))]
             else:
                 found = [param if metric is ABSENT else metric
                          for metric, param in zip(self.named("metrics." + name), self.column("params", name))]
@@ -1115,6 +1123,21 @@ class SummaryBatch:
     def rows(self) -> List[Summary]:
         """A new summary for each row."""
         return [Summary(self, position, line) for position, line in enumerate(self.part("lines"))]
+
+
+def encode_columns(columns: Dict[str, Dict[str, Any]]) -> List[str]:
+    """The part `values` of columns, see SummaryBatch: as JSON for each group and name null, or the positions of a column
+    that not all rows have; then the values of each column, as JSON with a line feed between them."""
+    texts = [json.dumps({group: {name: list(column) if type(column) is dict else None for name, column in found.items()}
+                         for group, found in columns.items()}, ensure_ascii=False)]
+    for found in columns.values():
+        for column in found.values():
+            values = list(column.values()) if type(column) is dict else column
+            text = json.dumps(values, ensure_ascii=False, separators=("\n", ":"))[1:-1]
+            if text.count("\n") != len(values) - 1:  # some are containers of several values
+                text = "\n".join([json.dumps(value, ensure_ascii=False) for value in values])
+            texts.append(text)
+    return texts
 
 
 def encode_parts(parts: Sequence[Sequence[str]]) -> bytes:
@@ -1134,7 +1157,7 @@ def columns_of(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 def _sparse(values: List[Any]) -> Any:
     """A column as it is stored, from one with ABSENT."""
     if values.count(ABSENT):
-        return {str(position): value for position, value in enumerate(values) if value is not ABSENT}
+        return {position: value for position, value in enumerate(values) if value is not ABSENT}
     return values
 
 
@@ -1148,17 +1171,21 @@ def by_batch(rows: Iterable[Summary]) -> Dict[SummaryBatch, List[Summary]]:
 
 def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str) -> Dict[str, List[Any]]:
     """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none."""
-    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.values()[group]}
+    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.names(group)}
     for batch, rows in members.items():
         positions = [row.position for row in rows]
         for name, values in found.items():
-            values += map(batch.column(group, name).__getitem__, positions)
+            values += batch.column(group, name, positions)
     return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
 
 
 SUMMARY_DIGITS = 12  # of each checkpoint's ID that a summary keeps
 SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
               "host")  # of an element of `ls --json`, which ends with `running`
+
+
+def _checkpoint_facts(item: Optional[Dict[str, Any]]) -> Tuple[Optional[str], Optional[int], Optional[str]]:
+    return (item["id"][:SHORT_ID], item.get("step") or 0, item["created"]) if item else (None, None, None)
 
 
 def summary_data(document: Dict[str, Any]) -> Dict[str, Any]:
@@ -1185,10 +1212,6 @@ def checked_summary(data: Any, experiment_id: str) -> Dict[str, Any]:
         if checkpoint is not None:
             checked_checkpoint(checkpoint)
     return data
-
-
-def _checkpoint_facts(item: Optional[Dict[str, Any]]) -> Optional[List[Any]]:
-    return item and [item["id"][:SHORT_ID], item.get("step") or 0, item["created"]]
 
 
 # Untrusted documents become a model only after these checks.
@@ -1329,13 +1352,13 @@ def _check_depth(value: Any) -> None:
 FIELDS: Dict[str, Callable[[Summary], Any]] = {
     "started": lambda row: row.created,
     "created": lambda row: row.created,
-    "step": lambda row: row.fact("latest")[1] if row.fact("latest") else 0,
+    "step": lambda row: row.fact("latest_step") or 0,
     "user": lambda row: row.fact("user"),
     "host": lambda row: row.fact("host"),
     "command": lambda row: row.fact("command"),
     "status": lambda row: "running" if row.running else "stopped",
     "id": lambda row: row.id,
-    "duration": lambda row: (parse_time(row.fact("latest")[2]) - row.created).total_seconds() if row.fact("latest") else None,
+    "duration": lambda row: row.fact("latest_id") and (parse_time(row.fact("latest_created")) - row.created).total_seconds(),
     "checkpoints": lambda row: row.fact("num_checkpoints"),
 }
 TEXT_FIELDS = ("user", "host", "command", "status", "id")
@@ -1353,8 +1376,8 @@ def known_names(rows: Iterable[Summary]) -> Set[str]:
     """Every name that a filter or sort key could mean in the batches of these experiments."""
     names = set(FIELDS)
     for batch in {row.batch for row in rows}:
-        groups = batch.values()
-        for prefix, found in (("params.", groups["params"]), ("metrics.", groups["latest"]), ("metrics.", groups["best"])):
+        for prefix, group in (("params.", "params"), ("metrics.", "latest"), ("metrics.", "best")):
+            found = batch.names(group)
             names.update(found)
             names.update(prefix + name for name in found)
     return names
@@ -3230,7 +3253,7 @@ STORED_BYTES = 65535              # of a stored deflate block, the most that it 
 PIECE_BYTES = 256 << 10           # of an archive without a table that are decompressed at a time
 SHRINKS = 0.9                     # what compresses to less than this is worth compressing
 WRITEBACK_BYTES = 4 << 20         # of large files that are looked at together: so much of them goes to the disk while the
-WRITEBACK_SHARE = 2 / 3           # rest is copied; with more, training waits longer than for a copy, with less, stop() does
+WRITEBACK_SHARE = 0.9             # rest is copied; with more, training waits longer than for a copy, with less, stop() does
 SAMPLED_MEMBERS = 8               # that are judged together
 NEARLY = 1.04                     # how much larger a quicker method may make it
 SAMPLE_BYTES = 16 << 10           # looked at to choose the method
@@ -4597,7 +4620,7 @@ class SummaryCache:
     lists of texts. Batches and lists are encoded by encode_parts().
     """
 
-    FORMAT = 2
+    FORMAT = 3
     BATCH = 500                # rows that are kept together
     SHARED = 500               # documents from which on two processes read them
     MAX_FILES = 64             # repositories in the cache directory
@@ -4682,16 +4705,43 @@ class SummaryCache:
 
 
 class StoredBatch(SummaryBatch):
-    """A batch in a file, of which each part is read when it is asked for."""
+    """A batch in a file, of which each part is read when it is asked for, and each value parsed."""
 
     def __init__(self, file: BinaryIO, start: int, lengths: List[int]) -> None:
-        super().__init__({})
+        super().__init__({}, {})
         self._place = file, start, lengths
 
     def part(self, name: str) -> List[str]:
         if name not in self._parts:
             self._parts[name] = read_part(*self._place, self.PARTS.index(name))
         return self._parts[name]
+
+    def _index(self) -> Dict[str, Dict[str, Tuple[int, Optional[List[int]]]]]:
+        """For each group and name the number of its column's text, and the positions of the values if not all have one."""
+        if not self._columns:
+            number = 0
+            for group, found in json.loads(self.part("values")[0]).items():
+                self._columns[group] = {name: (number, positions) for number, (name, positions)
+                                        in enumerate(found.items(), number + 1)}
+                number += len(found)
+        return self._columns
+
+    def names(self, group: str) -> Iterable[str]:
+        return self._index()[group]
+
+    def column(self, group: str, name: str, positions: Optional[Sequence[int]] = None) -> List[Any]:
+        number, owners = self._index()[group].get(name, (0, []))
+        texts = self.part("values")[number].split("\n") if number else []
+        if owners is not None:
+            known = dict(zip(owners, texts))
+            texts = [known.get(position, "") for position in (self._all() if positions is None else positions)]
+        elif positions is not None:
+            texts = list(map(texts.__getitem__, positions))
+        values = json.loads("[%s]" % ",".join(filter(None, texts)))
+        if len(values) < len(texts):
+            present = iter(values)
+            values = [next(present) if text else ABSENT for text in texts]
+        return values
 
 
 def encoded_places(file: BinaryIO) -> Iterator[Tuple[BinaryIO, int, List[int]]]:
@@ -6378,9 +6428,9 @@ def list_cells(rows: Sequence[Summary], show_all: bool) -> Tuple[str, List[str]]
         if len(set(texts)) > 1:
             columns.append((title, [[escape_control(text)] for text in texts]))
     columns.append(("PARAMS", _value_cells(params, chosen, len(rows))))
-    if any(facts["best"]):
-        columns.append(("BEST CHECKPOINT", _checkpoint_cells(facts["best"], best, metrics)))
-    columns.append(("LATEST CHECKPOINT", _checkpoint_cells(facts["latest"], latest, metrics)))
+    if any(facts["best_id"]):
+        columns.append(("BEST CHECKPOINT", _checkpoint_cells(facts["best_id"], facts["best_step"], best, metrics)))
+    columns.append(("LATEST CHECKPOINT", _checkpoint_cells(facts["latest_id"], facts["latest_step"], latest, metrics)))
     header, cells = lay_out(columns)
     found = dict(zip((row for some in members.values() for row in some), cells))
     return header, [found[row] for row in rows]
@@ -6478,11 +6528,11 @@ def _value_texts(name: str, values: Sequence[Any]) -> List[Optional[str]]:
     return [None if value is ABSENT else label + format_cell(value) for value in values]
 
 
-def _checkpoint_cells(checkpoints: Sequence[Optional[List[Any]]], metrics: Dict[str, List[Any]],
+def _checkpoint_cells(ids: Sequence[Optional[str]], steps: Sequence[int], metrics: Dict[str, List[Any]],
                       names: Set[str]) -> List[Sequence[str]]:
     """The short ID and step of each checkpoint, and its metrics of those names below."""
-    return [["%s (step %d)" % (checkpoint[0], checkpoint[1]), *lines] if checkpoint else ()
-            for checkpoint, lines in zip(checkpoints, _value_cells(metrics, names, len(checkpoints)))]
+    return [["%s (step %d)" % (short_id, step), *lines] if short_id else ()
+            for short_id, step, lines in zip(ids, steps, _value_cells(metrics, names, len(ids)))]
 
 
 def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:

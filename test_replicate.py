@@ -8196,13 +8196,31 @@ def test_the_plain_table_is_printed_from_finished_cells(project, call, monkeypat
     first = call("ls")[1]
     call("ls")
     call("ls", "--json")  # which adds to what is remembered, and keeps the cells
-    monkeypatch.setattr(replicate.SummaryBatch, "values", lambda self: pytest.fail("values were parsed"))
+    monkeypatch.setattr(replicate.StoredBatch, "column", lambda *arguments: pytest.fail("values were parsed"))
     assert call("ls")[1] == first
     assert len(json.loads(call("ls", "--json")[1])) == 40
     write_repository("repo", running=[ids[5]])
     table = call("ls")[1].split("\n")
     assert [line.split()[2] for line in table if line.startswith(ids[5][:7]) and "running" in line] == ["running"]
     assert len([line for line in table if "running" in line]) == 1
+
+
+def test_a_filter_parses_the_values_that_it_asks_for(project, call, monkeypatch):
+    """And the table those of the rows that it shows."""
+    many_documents(40)
+    call("ls")
+    asked, real = [], replicate.StoredBatch.column
+
+    def column(self, group, name, positions=None):
+        asked.append((group, name, 40 if positions is None else len(positions)))
+        return real(self, group, name, positions)
+
+    monkeypatch.setattr(replicate.StoredBatch, "column", column)
+    assert len(call("ls", "-q", "-f", "n < 3")[1].split()) == 3
+    assert {name for _, name, _ in asked} == {"best_id", "n"}
+    asked.clear()
+    assert call("ls", "-f", "n < 3")[1].count("stopped") == 3
+    assert {count for _, name, count in asked if name not in ("best_id", "n")} == {3}
 
 
 def test_finished_cells_belong_to_just_these_experiments(project, call):
@@ -8303,12 +8321,15 @@ def test_indented_json_is_that_of_the_standard_library(value, indent):
 
 @hypothesis.given(st.lists(st.dictionaries(st.sampled_from("abcdef"), JSON_DOCUMENTS), max_size=6))
 def test_columns_give_back_the_rows(rows):
-    values = {"params": replicate.columns_of(rows)}
-    for columns in (values, json.loads(json.dumps(values))):
-        batch = replicate.SummaryBatch({"lines": [""] * len(rows)}, columns)
-        found = {name: batch.column("params", name) for name in "abcdef"}
-        assert [{name: column[number] for name, column in found.items() if column[number] is not replicate.ABSENT}
-                for number in range(len(rows))] == rows
+    parts = {name: [""] * len(rows) for name in ("lines", "checkpoints", "shown")}
+    fresh = replicate.SummaryBatch(parts, {"params": replicate.columns_of(rows)})
+    file = io.BytesIO(fresh.encoded())
+    for batch in [fresh] + [replicate.StoredBatch(*place) for place in replicate.encoded_places(file)]:
+        assert set(batch.names("params")) == {name for row in rows for name in row}
+        for positions in (None, range(len(rows))[::-2]):
+            found = {name: batch.column("params", name, positions) for name in "abcdef"}
+            assert [{name: column[number] for name, column in found.items() if column[number] is not replicate.ABSENT}
+                    for number in range(len(rows[::-2] if positions else rows))] == (rows[::-2] if positions else rows)
 
 
 @pytest.fixture
