@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     Deflate = Callable[[Union[bytes, memoryview]], bytes]  # compresses to deflate data
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
+    Tabulate = Callable[[Sequence["Summary"]], "CellTable"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1143,8 +1144,11 @@ def encode_columns(columns: Dict[str, Dict[str, Any]]) -> List[str]:
 def encode_parts(parts: Sequence[Sequence[str]]) -> bytes:
     """Lists of texts as bytes: `[[<bytes of each list>], <CRC-32 of all>]`, a line feed, the lists, joined by NUL."""
     encoded = ["\0".join(part).encode("utf-8", "surrogatepass") for part in parts]
-    content = b"".join(encoded)
-    return b"%s\n%s" % (encode_json([list(map(len, encoded)), zlib.crc32(content)], indent=None), content)
+    return _with_lengths(list(map(len, encoded)), b"".join(encoded))
+
+
+def _with_lengths(lengths: Sequence[int], content: bytes) -> bytes:
+    return b"%s\n%s" % (encode_json([lengths, zlib.crc32(content)], indent=None), content)
 
 
 def columns_of(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
@@ -1177,6 +1181,21 @@ def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str) -> Dic
         for name, values in found.items():
             values += batch.column(group, name, positions)
     return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
+
+
+class CellTable:
+    """What `ls` prints from the column HOST on, which does not depend on the present time."""
+
+    def __init__(self, header: str, basis: str, cells: List[str]) -> None:
+        self.header = header
+        self.basis = basis  # all else that decides how the rows look, and that they have in common
+        self.cells = cells  # lines for each row
+
+    def joined(self, other: CellTable) -> Optional[CellTable]:
+        """The table of the rows of both, if it looks like its halves."""
+        if (self.header, self.basis) != (other.header, other.basis):
+            return None
+        return CellTable(self.header, self.basis, self.cells + other.cells)
 
 
 SUMMARY_DIGITS = 12  # of each checkpoint's ID that a summary keeps
@@ -1893,6 +1912,13 @@ class Workers:
             if answer is not None:
                 answer.get()
 
+    def later(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call function some time; if there is one thread, after those that came before."""
+        if self._count:
+            self._submit(lambda arguments: function(*arguments), arguments)
+        else:
+            function(*arguments)
+
     def _submit(self, function: Callable[[Any], Any], item: Any) -> Any:
         answer = self._new_queue()
         self._tasks.put((function, item, answer))
@@ -1915,15 +1941,17 @@ class Workers:
             del function, item, answer
 
 
-_workers: Dict[int, Workers] = {}  # by process, since threads do not survive a fork
+_workers: Dict[Tuple[int, bool], Workers] = {}  # by process, since threads do not survive a fork
 
 
-def workers() -> Workers:
-    """The worker threads of this process."""
-    if os.getpid() not in _workers:
-        _workers.clear()
-        _workers[os.getpid()] = Workers(min(os.cpu_count() or 1, 8))
-    return _workers[os.getpid()]
+def workers(patient: bool = False) -> Workers:
+    """The worker threads of this process; patient: the one for what may have to wait for a slow disk."""
+    key = os.getpid(), patient
+    if key not in _workers:
+        for other in [other for other in _workers if other[0] != key[0]]:
+            del _workers[other]
+        _workers[key] = Workers(1 if patient else min(os.cpu_count() or 1, 8))
+    return _workers[key]
 
 
 def may_share_work() -> bool:
@@ -1958,6 +1986,21 @@ def start_copy(function: Callable[[BinaryIO], None]) -> Callable[[], Optional[Bi
         return None if status else file
 
     return result
+
+
+def shared_turns(count: int) -> Iterator[int]:
+    """The numbers below count, at most 2,000, for this process and its copies: each of them goes to the one that is first to
+    ask for it."""
+    reader, writer = os.pipe()
+    os.write(writer, b"".join([number.to_bytes(2, "little") for number in range(count)]))  # a pipe holds 4,096 bytes
+    os.close(writer)
+
+    def turns() -> Iterator[int]:
+        for data in iter(lambda: os.read(reader, 2), b""):
+            yield int.from_bytes(data, "little")
+        os.close(reader)
+
+    return turns()
 
 
 class Entry:
@@ -3401,6 +3444,7 @@ def _store_large(writer: ArchiveWriter, archive_id: str, sources: Sequence[Sourc
     total = sum(source.size for source in sources)
     if total >= WRITEBACK_BYTES:
         reserve(target, total)
+    early: Optional[int] = None  # the target, for a thread that may be at it for longer than this function
     cut_short = set()
     behind = 0  # what stands before it was looked at
     judged, shrinks = "", False
@@ -3415,9 +3459,13 @@ def _store_large(writer: ArchiveWriter, archive_id: str, sources: Sequence[Sourc
                 if member.name != judged:
                     judged, shrinks = member.name, chosen_method(member.sample()) is not None
                 if not shrinks:  # or it would soon be replaced by something smaller
-                    start_writeback(target, behind, int((member.end - behind) * WRITEBACK_SHARE))
+                    early = os.dup(target) if early is None else early
+                    workers(patient=True).later(start_writeback, early, behind,
+                                                int((member.end - behind) * WRITEBACK_SHARE))
                 behind = member.end
     finally:
+        if early is not None:
+            workers(patient=True).later(os.close, early)
         for _, stream in streams:
             stream.close()
     return offset
@@ -3466,7 +3514,7 @@ def reserve(descriptor: int, size: int) -> None:
 
 def start_writeback(descriptor: int, start: int, length: int) -> None:
     """Have the system begin to write a part of a file to the disk, so that there is less to wait for in the end. What is
-    not on the disk yet stays in memory (see posix_fadvise(2))."""
+    not on the disk yet stays in memory (see posix_fadvise(2)). Where the disk is behind already, the system makes us wait."""
     if hasattr(os, "posix_fadvise"):
         try:
             os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
@@ -4245,10 +4293,11 @@ class Repository:
                  for document in self._documents(self._entries(), waiting, console.warning)]
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
-    def summaries(self, shown: bool = False) -> SummaryList:
+    def summaries(self, shown: bool = False, tabulate: Optional[Tabulate] = None) -> SummaryList:
         """What a listing shows of every readable experiment, oldest first; only what changed is read again.
 
-        shown: with what `ls --json` shows of each.
+        shown: with what `ls --json` shows of each; tabulate: makes the table that will be asked for, if there are so many new
+        documents that each of two processes reads a half of them and can finish its half of the table.
         """
         running, waiting = self.running(), self._waiting()
         entries = self._entries()
@@ -4264,45 +4313,69 @@ class Repository:
             index = SummaryIndex(self.storage)
             found.update(index.take(stale, shown))
             stale = [entry for entry in entries if entry.name[:-5] not in found]
-        for row in self._read_summaries(stale, waiting, cache, shown):
-            found[row.id] = row
+        rows, table = self._read_summaries(stale, waiting, cache, shown, None if found else tabulate)
+        found.update({row.id: row for row in rows})
         if index is not None and index.lacks(entries) >= max(SummaryIndex.MIN_STALE, len(entries) // 10):
             index.publish(self.storage, found.values())
         for experiment_id, row in found.items():
             row.running = experiment_id in running
-        return SummaryList(sorted(found.values(), key=lambda row: row.line), cache, extended)
+        ordered = sorted(found.values(), key=lambda row: row.line)
+        if table is not None:
+            cells = dict(zip(rows, table.cells))
+            table.cells = [cells[row] for row in ordered]
+        return SummaryList(ordered, cache, extended, table)
 
-    def _read_summaries(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]], cache: SummaryCache,
-                        shown: bool) -> List[Summary]:
-        """The summaries of these documents, read by two processes if there are many."""
-        def summarize(entries: Sequence[Entry], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
-            versions = {entry.name[:-5]: cache.settled_version(entry, self.storage) for entry in entries}
-            for start in range(0, len(entries), SummaryCache.BATCH):
-                documents = self._documents(entries[start:start + SummaryCache.BATCH], waiting, warn)
-                yield SummaryBatch.of(((summary_data(document), "" if document["id"] in waiting else versions[document["id"]])
-                                       for document in documents), shown)
+    def _read_summaries(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]], cache: SummaryCache, shown: bool,
+                        tabulate: Optional[Tabulate]) -> Tuple[List[Summary], Optional[CellTable]]:
+        """The summaries of these documents. If there are many, two processes take turns at groups of them, and each finishes
+        the table of what it has read."""
+        def summarize(groups: Iterable[Sequence[Entry]], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
+            found: List[Tuple[Dict[str, Any], str]] = []
+            for group in groups:
+                versions = {entry.name[:-5]: cache.settled_version(entry, self.storage) for entry in group}
+                found += [(summary_data(document), "" if document["id"] in waiting else versions[document["id"]])
+                          for document in self._documents(group, waiting, warn)]
+                if len(found) >= SummaryCache.BATCH:
+                    yield SummaryBatch.of(found, shown)
+                    found = []
+            if found:
+                yield SummaryBatch.of(found, shown)
+
+        def rows_of(batches: Iterable[SummaryBatch]) -> List[Summary]:
+            return [row for batch in batches for row in batch.rows()]
+
+        def table_of(rows: Sequence[Summary]) -> Optional[CellTable]:
+            return tabulate(rows) if tabulate and rows else None
 
         def in_copy(file: BinaryIO) -> None:
             warnings: List[str] = []
-            batches = list(summarize(entries[half:], warnings.append))
-            file.write(encode_json(warnings, indent=None) + b"\n")
-            file.writelines(batch.encoded() for batch in batches if batch.rows())
+            batches = list(summarize(map(groups.pop, turns), warnings.append))
+            table = table_of(rows_of(batches))
+            file.write(encode_json([warnings, table and [table.header, table.basis]], indent=None) + b"\n")
+            file.write(encode_parts([table.cells if table else []]))
+            file.writelines(batch.encoded() for batch in batches)
 
-        half = len(entries) // 2 if (len(entries) >= SummaryCache.SHARED and self.storage.has_journals
-                                    and may_share_work()) else len(entries)
-        wait = start_copy(in_copy) if half < len(entries) else None
-        batches = list(summarize(entries[:half], console.warning))
-        if wait is not None:
-            for batch in batches:  # as the other one does meanwhile
-                batch.encode_values()
-            file = wait()
-            if file is None:
-                batches += summarize(entries[half:], console.warning)
-            else:
-                for message in json.loads(file.readline()):
-                    console.warning(message)
-                batches += [StoredBatch(*place) for place in encoded_places(file)]
-        return [row for batch in batches for row in batch.rows()]
+        shared = len(entries) >= SummaryCache.SHARED and self.storage.has_journals and may_share_work()
+        size = max(SummaryCache.GROUP, len(entries) // 1000) if shared else SummaryCache.BATCH
+        groups = dict(enumerate(entries[start:start + size] for start in range(0, len(entries), size)))
+        if not shared:
+            return rows_of(summarize(groups.values(), console.warning)), None
+        turns = shared_turns(len(groups))
+        wait = start_copy(in_copy)
+        batches = list(summarize(map(groups.pop, turns), console.warning))
+        for batch in batches:  # as the other one does meanwhile
+            batch.encode_values()
+        rows = rows_of(batches)
+        table = table_of(rows)
+        file = wait()
+        if file is None:
+            return rows + rows_of(summarize(groups.values(), console.warning)), None
+        warnings, of_table = json.loads(file.readline())
+        for message in warnings:
+            console.warning(message)
+        cells, *others = encoded_places(file)
+        rows += rows_of(StoredBatch(*place) for place in others)
+        return rows, table and of_table and table.joined(CellTable(*of_table, read_part(*cells, 0)))
 
     def _waiting(self) -> Dict[str, List[bytes]]:
         """The contents of the journals by experiment; read before the documents, into which they may be folded."""
@@ -4585,30 +4658,37 @@ class Repository:
 class SummaryList(List[Summary] if TYPE_CHECKING else list):
     """Summaries, oldest first, and the cache that should remember them.
 
-    header: the titles above the cells that the cache has for just these rows, if it has some.
+    header: the titles above the cells, if they are known for just these rows.
     """
 
-    def __init__(self, rows: Iterable[Summary], cache: SummaryCache, extended: bool) -> None:
+    def __init__(self, rows: Iterable[Summary], cache: SummaryCache, extended: bool,
+                 table: Optional[CellTable]) -> None:
         super().__init__(rows)
         self._cache = cache
         self._changed = not cache.valid == cache.count == len([row for row in self if row.version])
         self._extended = extended  # there is more to remember even of the same rows
-        self.header: Optional[str] = cache.header if not self._changed and cache.count == len(self) else None
+        self._cells: Optional[List[str]] = None
+        self.header: Optional[str] = None
+        if table is not None:
+            self.header, self._cells = table.header, table.cells
+        elif not self._changed and cache.count == len(self):
+            self.header = cache.header
 
-    def cells(self) -> Iterator[str]:
-        """What the cache has for each row, below the header."""
-        return self._cache.cells()
+    def cells(self) -> Iterable[str]:
+        """What is known for each row, below the header."""
+        return self._cache.cells() if self._cells is None else self._cells
 
-    def keep(self, header: Optional[str] = None, cells: Sequence[str] = ()) -> None:
-        """Remember what is new, with the finished cells of all rows, if they are given or were known."""
-        if not (self._changed or self._extended or header is not None):
+    def keep(self, table: Optional[CellTable] = None) -> None:
+        """Remember what is new, with the table of all rows, if it is given or was known."""
+        if table is not None:
+            self.header, self._cells = table.header, table.cells
+        if not (self._changed or self._extended or table is not None):
             return
         rows = [row for row in self if row.version]
-        if len(rows) < len(self):
-            header, cells = None, ()
-        elif header is None and self.header is not None:
-            header, cells = self.header, list(self.cells())
-        self._cache.write(rows, header, cells)
+        if self.header is None or len(rows) < len(self):
+            self._cache.write(rows, None, ())
+        else:
+            self._cache.write(rows, self.header, list(self.cells()))
 
 
 class SummaryCache:
@@ -4622,7 +4702,8 @@ class SummaryCache:
 
     FORMAT = 3
     BATCH = 500                # rows that are kept together
-    SHARED = 500               # documents from which on two processes read them
+    SHARED = 500               # documents from which on two processes read them,
+    GROUP = 100                # that many at a time
     MAX_FILES = 64             # repositories in the cache directory
     SETTLED_SECONDS = 2.0      # a file changed more recently could change again without looking different
 
@@ -4715,6 +4796,11 @@ class StoredBatch(SummaryBatch):
         if name not in self._parts:
             self._parts[name] = read_part(*self._place, self.PARTS.index(name))
         return self._parts[name]
+
+    def encoded(self) -> bytes:
+        file, start, lengths = self._place
+        file.seek(start)
+        return _with_lengths(lengths, file.read(sum(lengths)))
 
     def _index(self) -> Dict[str, Dict[str, Tuple[int, Optional[List[int]]]]]:
         """For each group and name the number of its column's text, and the positions of the values if not all have one."""
@@ -6415,34 +6501,42 @@ def lay_out(columns: Sequence[Tuple[str, Sequence[Sequence[str]]]]) -> Tuple[str
     return join(tuple(titles)), rows
 
 
-def list_cells(rows: Sequence[Summary], show_all: bool) -> Tuple[str, List[str]]:
-    """What does not depend on the present time: (header, rows) of the columns from HOST on."""
+def list_cells(rows: Sequence[Summary], show_all: bool = False) -> CellTable:
+    """The table of these rows."""
     members = by_batch(rows)
     facts, params, latest, best = [value_columns(members, group) for group in SummaryBatch.GROUPS]
-    chosen = set(params) if show_all else {
-        name for name in differing_names(params) if {dict, list}.isdisjoint(map(type, params[name]))}
-    metrics = _listed_metrics(facts["primary_metric"], latest, best, show_all)
+    differing, common = differing_names(params)
+    chosen = set(params) if show_all else {name for name in differing
+                                           if {dict, list}.isdisjoint(map(type, params[name]))}
+    metrics, common_metrics = _listed_metrics(facts["primary_metric"], latest, best, show_all)
     columns: List[Tuple[str, Sequence[Sequence[str]]]] = []
+    same = []
     for title in ("HOST", "USER"):
         texts = [text or "" for text in facts[title.lower()]]
         if len(set(texts)) > 1:
             columns.append((title, [[escape_control(text)] for text in texts]))
+        else:
+            same.append(texts[0])
     columns.append(("PARAMS", _value_cells(params, chosen, len(rows))))
     if any(facts["best_id"]):
         columns.append(("BEST CHECKPOINT", _checkpoint_cells(facts["best_id"], facts["best_step"], best, metrics)))
     columns.append(("LATEST CHECKPOINT", _checkpoint_cells(facts["latest_id"], facts["latest_step"], latest, metrics)))
     header, cells = lay_out(columns)
     found = dict(zip((row for some in members.values() for row in some), cells))
-    return header, [found[row] for row in rows]
+    basis = json.dumps([same, sorted(chosen), sorted(metrics), common, common_metrics])
+    return CellTable(header, basis, [found[row] for row in rows])
 
 
-def differing_names(columns: Dict[str, List[Any]]) -> List[str]:
-    """The names whose values differ between the rows; absent and null count as one value."""
+def differing_names(columns: Dict[str, List[Any]]) -> Tuple[List[str], Dict[str, Any]]:
+    """The names whose values differ between the rows, and the common value of each other name; absent and null count as
+    one value."""
     def differs(values: List[Any]) -> bool:
         first = None if values[0] is ABSENT else values[0]
         return any(not same_value(None if value is ABSENT else value, first) for value in values)
 
-    return [name for name, values in sorted(columns.items()) if differs(values)]
+    differing = [name for name, values in sorted(columns.items()) if differs(values)]
+    return differing, {name: columns[name][0] for name in sorted(columns.keys() - set(differing))
+                       if columns[name][0] is not ABSENT}
 
 
 def list_pieces(rows: Sequence[Summary], header: str, cells: Iterable[str], now: datetime.datetime) -> Iterator[str]:
@@ -6496,19 +6590,20 @@ def _next_midnight(moment: datetime.datetime) -> str:
 
 
 def _listed_metrics(primary: Sequence[Optional[str]], latest: Dict[str, List[Any]], best: Dict[str, List[Any]],
-                    show_all: bool) -> Set[str]:
-    """The metrics that a listing shows: all, the primary ones, or where there are none those that differ."""
+                    show_all: bool) -> Tuple[Iterable[str], Dict[str, Any]]:
+    """The metrics that a listing shows: all, the primary ones, or where there are none those that differ, in which case the
+    common values of the others come with them."""
     if show_all:
-        return set(latest) | set(best)
-    named = set(primary) - {None, ""}
+        return set(latest) | set(best), {}
+    named = {name for name in primary if name}
     if named or not latest:
-        return named  # type: ignore[return-value]
+        return named, {}
     measured = [any(value is not ABSENT for value in row) for row in zip(*latest.values())]
-    return set(differing_names({name: [value for value, counts in zip(values, measured) if counts]
-                                for name, values in latest.items()}))
+    return differing_names({name: [value for value, counts in zip(values, measured) if counts]
+                            for name, values in latest.items()})
 
 
-def _value_cells(columns: Dict[str, List[Any]], names: Set[str], count: int) -> Sequence[Sequence[str]]:
+def _value_cells(columns: Dict[str, List[Any]], names: Iterable[str], count: int) -> Sequence[Sequence[str]]:
     """`name=value` lines of the chosen names, for each of that many rows."""
     texts = [_value_texts(name, columns[name]) for name in sorted(names) if name in columns]
     if not texts:
@@ -6529,7 +6624,7 @@ def _value_texts(name: str, values: Sequence[Any]) -> List[Optional[str]]:
 
 
 def _checkpoint_cells(ids: Sequence[Optional[str]], steps: Sequence[int], metrics: Dict[str, List[Any]],
-                      names: Set[str]) -> List[Sequence[str]]:
+                      names: Iterable[str]) -> List[Sequence[str]]:
     """The short ID and step of each checkpoint, and its metrics of those names below."""
     return [["%s (step %d)" % (short_id, step), *lines] if short_id else ()
             for short_id, step, lines in zip(ids, steps, _value_cells(metrics, names, len(ids)))]
@@ -6776,7 +6871,8 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
         raise UsageError("--quiet cannot be used with --json or --all.")
     filters = [parse_filter(text) for text in args.filter]
     name, descending = parse_sort(args.sort)
-    rows = opened_project(args).repository.summaries(shown=args.json)
+    whole = not (only_running or filters or args.json or args.quiet or args.all)
+    rows = opened_project(args).repository.summaries(args.json, list_cells if whole else None)
     wanted = [name for tree in filters for name in tree.names()] + [name]
     if any(item not in FIELDS for item in wanted) and rows:
         known = known_names(rows)
@@ -6806,15 +6902,14 @@ def finished_cells(rows: SummaryList, chosen: Sequence[Summary], show_all: bool)
     """(header, cells) for the table of the chosen rows: those that were remembered, if they are for the same rows."""
     if show_all or len(chosen) < len(rows):
         rows.keep()
-        return list_cells(chosen, show_all)
-    header, cells = rows.header, rows.cells()
-    if header is None:
-        header, cells = list_cells(rows, False)
-        rows.keep(header, cells)
-    if chosen == rows:
-        return header, cells
-    found = {row.id: text for row, text in zip(rows, cells)}
-    return header, [found[row.id] for row in chosen]
+        table = list_cells(chosen, show_all)
+        return table.header, table.cells
+    rows.keep(list_cells(rows) if rows.header is None else None)
+    cells = rows.cells()
+    if chosen != rows:
+        found = {row.id: text for row, text in zip(rows, cells)}
+        cells = [found[row.id] for row in chosen]
+    return rows.header, cells  # type: ignore[return-value]
 
 
 @command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
@@ -7067,8 +7162,8 @@ def demo_command(args: argparse.Namespace) -> int:
     repository = Project(None, directory).repository if not _search_upward(os.path.abspath(directory), CONFIG_NAMES, 1) \
         else Project("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).repository
     rows = repository.summaries()
-    header, cells = list_cells(rows, False)
-    say("".join(list_pieces(rows, header, cells, datetime.datetime.now(datetime.timezone.utc))))
+    table = list_cells(rows)
+    say("".join(list_pieces(rows, table.header, table.cells, datetime.datetime.now(datetime.timezone.utc))))
     best = min(rows, key=lambda row: look_up(row, "loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
     say("The runs are in %s, with the script train.py that made them. Try next:\n\n"
