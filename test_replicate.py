@@ -256,7 +256,7 @@ def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project
 
 def test_an_unexpected_failure_is_one_line_too(project):
     source = ("import replicate, sys\n"
-              "def broken(self, shown): raise ZeroDivisionError('a bug')\n"
+              "def broken(self, *arguments): raise ZeroDivisionError('a bug')\n"
               "replicate.Repository.summaries = broken\n"
               "sys.exit(replicate.main(sys.argv[1:]))")
     write_repository(project / "repo", experiment_document(A))
@@ -8291,6 +8291,57 @@ def test_a_first_listing_of_many_is_shared_by_two_processes(project, call):
     assert sorted(errors) == sorted(warnings.splitlines()) and len(errors) == 4
     table, _, forks, opened = forked_listing(project, "ls")
     assert (table, forks, list(map(len, opened))) == (alone, 0, [4])  # those that could not be read
+
+
+SOME_VALUES = st.sampled_from([1, 1.0, None, "a longer one", "\u4e2d\u6587", [1], [1, 2]])
+
+
+@hypothesis.given(st.lists(st.tuples(
+    st.dictionaries(st.just("a"), SOME_VALUES), st.sampled_from(["", "host"]),
+    st.lists(st.tuples(st.dictionaries(st.sampled_from(["loss", "acc"]), st.sampled_from([0, 1.5, None])),
+                       st.sampled_from([None, ("loss", "minimize"), ("acc", "maximize")])), max_size=1)),
+    min_size=2, max_size=5), st.integers(1, 4))
+@hypothesis.example([({"a": 1}, "", []), ({"a": 2}, "", []), ({"a": [1]}, "", []), ({"a": [2]}, "", [])], 2)
+@hypothesis.example([({}, "", [({"loss": 1, "acc": 1}, (name, "minimize"))]) for name in ("loss", "acc")], 1)
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_two_tables_are_joined_only_if_they_make_the_whole_one(experiments, middle):
+    """Each process has laid out its rows without knowing the others'."""
+    hypothesis.assume(middle < len(experiments))
+    rows = []
+    for number, (params, host, checkpoints) in enumerate(experiments):
+        rows.append(summary_of(experiment_document(
+            hex_id("%x0" % number), params=params, host=host,
+            checkpoints=[checkpoint_document(hex_id("%x%xc" % (number, index)), step=index, metrics=metrics, primary=primary)
+                         for index, (metrics, primary) in enumerate(checkpoints)])))
+    whole = replicate.list_cells(rows)
+    joined = replicate.list_cells(rows[:middle]).joined(replicate.list_cells(rows[middle:]))
+    hypothesis.event("joined" if joined else "not joined")
+    if joined:
+        assert (joined.header, joined.cells) == (whole.header, whole.cells)
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="there is no second core to share work with")
+def test_each_process_makes_its_half_of_the_first_table(project):
+    """And the first one nothing more, unless the halves look different."""
+    script = """
+        import sys, replicate
+        real, counts = replicate.list_cells, []
+        replicate.list_cells = lambda rows, *more: counts.append(len(rows)) or real(rows, *more)
+        replicate.command_runs = True
+        replicate.exit_code(["ls"])
+        print(counts, file=sys.stderr)
+        """
+    ids = many_documents(1200)
+    done = run_script(script, cwd=str(project))
+    counts = json.loads(done.stderr)
+    assert len(counts) == 1 and 0 < counts[0] < 1200 and done.stdout.count("stopped") == 1200
+    path = project / "repo/metadata/experiments" / (ids[600] + ".json")
+    path.write_text(path.read_text().replace('"same": 1', '"same": "another value"'))  # in one of the halves
+    age("repo")
+    shutil.rmtree(os.path.expanduser("~/.cache"))
+    done = run_script(script, cwd=str(project))
+    counts = json.loads(done.stderr)
+    assert len(counts) == 2 and counts[1] == 1200 and done.stdout.count("same=1\n") == 1199
 
 
 def test_a_second_process_that_fails_costs_nothing_but_time(project, call, monkeypatch):
