@@ -6,7 +6,9 @@
 Each peer is installed from PyPI into an environment of its own under .ci/venvs/; one that cannot be installed is
 reported as such. Times are medians of `--runs` runs after one that is not counted, so that files are in the page cache;
 each row says what else was cached. Only the ratios mean something: all commands of a row take turns, in an order that
-rotates, since what one of them leaves behind (memory just freed, say) is paid for by the next.
+rotates, since what one of them leaves behind is paid for by the next. Just before each run with large files two copies are
+made and removed, which are not counted: the host of a virtual machine takes back memory that has been free for two seconds,
+and whoever then writes a file may wait several times as long as for the copy.
 """
 import argparse
 import json
@@ -77,14 +79,30 @@ def run_once(command, cwd=None, env=None):
     return seconds, usage.ru_maxrss / 1024
 
 
-def alternate(commands, runs, before=lambda name: None, cwd=None, env=None):
-    """{name: (median seconds, largest MB)} of commands that take turns; before(name) prepares each run."""
+WARM = """
+import os, sys
+def warm_memory(path):
+    names = [path + "-1", path + "-2"]
+    for name in names:
+        with open(path, "rb", 0) as source, open(name, "wb", 0) as target:
+            while target.write(source.read(1 << 20)):
+                pass
+    for name in names:
+        os.unlink(name)
+"""
+
+
+def alternate(commands, runs, before=lambda name: None, large=None, cwd=None, env=None):
+    """{name: (median seconds, largest MB)} of commands that take turns; before(name) prepares each run, and as much memory
+    as two copies of that large file need was in use a moment ago."""
     results = {name: [] for name in commands}
     names = list(commands)
     for number in range(runs + 1):
         for name in names[number % len(names):] + names[:number % len(names)]:
             before(name)
             os.sync()  # what the one before has left to be written is not this one's
+            if large:
+                subprocess.run([sys.executable, "-c", WARM + "warm_memory(sys.argv[1])", str(large)], check=True)
             result = run_once(commands[name], cwd=cwd, env=env)
             if number:
                 results[name].append(result)
@@ -258,10 +276,11 @@ experiment = tool.init(params={{"lr": 0.1}})
 experiment.checkpoint(path="weights", step=0, metrics={{"loss": 0.1}}, quiet=True)
 experiment.stop()
 """
-WAIT = """
-import os, shutil, sys, time, replicate
+WAIT = WARM + """
+import shutil, time, replicate
 for number in range(int(sys.argv[1]) + 1):
     os.sync()
+    warm_memory("weights")
     experiment = replicate.init(quiet=True)
     document = "repo/metadata/experiments/%s.json" % experiment.id
     started = time.perf_counter()
@@ -272,6 +291,8 @@ for number in range(int(sys.argv[1]) + 1):
     complete = time.perf_counter() - started
     experiment.stop()
     experiment.delete()
+    os.sync()
+    warm_memory("weights")
     started = time.perf_counter()
     shutil.copyfile("weights", "copy")
     copied = time.perf_counter() - started
@@ -347,7 +368,7 @@ def bench_files(report, tools, work, runs, scale):
 
         commands = {name: [python, "-c", SAVE.format(module=name)] for name, python in modules.items()}
         commands["plain copy"] = [sys.executable, "-c", "import shutil; shutil.copyfile('weights', 'copy')"]
-        report.add("checkpoint of " + what, "page cache", alternate(commands, runs, before=clean, cwd=directory, env=env))
+        report.add("checkpoint of " + what, "page cache", alternate(commands, runs, clean, directory / "weights", directory, env))
         clean("")
         lines = subprocess.run([modules["replicate"], "-c", WAIT, str(runs)], cwd=directory, env=env, check=True,
                                capture_output=True, text=True).stdout.splitlines()
@@ -377,7 +398,7 @@ def bench_files(report, tools, work, runs, scale):
                     target.mkdir()
 
             report.add("checkout of %s by %s" % (what, recorder), "page cache",
-                       alternate(commands, runs, before=empty, cwd=directory, env=env))
+                       alternate(commands, runs, empty, directory / "weights", directory, env))
 
 
 def bench_one_file(report, tools, work, runs, scale):
