@@ -1034,7 +1034,7 @@ class SummaryBatch:
     PARTS = ("lines", "checkpoints", "values", "shown")
     GROUPS = ("facts", "params", "latest", "best")  # the last two: the metrics of those checkpoints
     FACTS = ("host", "user", "command", "num_checkpoints", "primary_metric",  # the name of that
-             "latest_id", "latest_step", "latest_created", "best_id", "best_step", "best_created")  # short IDs; None without
+             "latest_id", "latest_step", "latest_created", "best_id", "best_step")  # short IDs; None without checkpoint
 
     def __init__(self, parts: Dict[str, List[str]], columns: Dict[str, Dict[str, Any]]) -> None:
         self._parts = parts
@@ -1054,7 +1054,7 @@ class SummaryBatch:
             parts["shown"].append(shown_json({key: data[key] for key in SHOWN_KEYS}, "\n  ")[:-len("\n  }")] if shown
                                   else "")
             facts.append((data["host"], data["user"], data["command"], data["num_checkpoints"], data["primary_metric"],
-                          *_checkpoint_facts(latest), *_checkpoint_facts(best)))
+                          *_checkpoint_facts(latest), *_checkpoint_facts(best)[:2]))
             params.append(unpacked_values(data["params"]))
             of_latest.append(unpacked_values(latest.get("metrics")) if latest else {})
             of_best.append(unpacked_values(best.get("metrics")) if best else {})
@@ -1204,6 +1204,7 @@ SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_c
 
 
 def _checkpoint_facts(item: Optional[Dict[str, Any]]) -> Tuple[Optional[str], Optional[int], Optional[str]]:
+    """(short ID, step, time of creation) of a stored checkpoint."""
     return (item["id"][:SHORT_ID], item.get("step") or 0, item["created"]) if item else (None, None, None)
 
 
