@@ -1894,24 +1894,38 @@ class Workers:
             for answer in waiting if drain else ():
                 answer.get()
 
-    def ahead(self, items: Iterator[Any]) -> Iterator[Any]:
-        """The items, the next of them being made while one is used."""
+    def ahead(self, items: Iterator[Any], most: int = 8) -> Iterator[Any]:
+        """The items, of which a thread makes a few while one is used."""
         if not self._count:
             yield from items
             return
+        made, room = self._new_queue(), self._new_queue()
         end = object()
-        answer = self._submit(lambda _: next(items, end), None)
+        wanted = True
+
+        def make() -> None:
+            try:
+                for item in items:
+                    made.put(item)
+                    room.get()
+                    if not wanted:
+                        return
+            finally:
+                made.put(end)
+
+        for _ in range(most - 1):
+            room.put(None)
+        answer = self._submit(lambda _: make(), None)
         try:
-            while True:
-                current, answer = answer, None
-                item = self._result(current)
-                if item is end:
-                    return
-                answer = self._submit(lambda _: next(items, end), None)
+            for item in iter(made.get, end):
                 yield item
+                room.put(None)
         finally:
-            if answer is not None:
-                answer.get()
+            wanted = False
+            room.put(None)
+            succeeded, error = answer.get()
+        if not succeeded:
+            raise error
 
     def later(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call function some time; if there is one thread, after those that came before."""
@@ -3529,15 +3543,19 @@ def stored_member(content: Any) -> List[Any]:
     parts: List[Any] = []
     for start, frame in zip(range(0, len(content), STORED_BYTES), stored_frames(len(content))):
         parts += [frame, content[start:start + STORED_BYTES]]
-    parts.append(gzip_trailer(content))
+    parts.append(gzip_trailer(crc32(content), len(content)))
     return parts
 
 
-def gzip_trailer(content: Any) -> bytes:
-    """What ends the gzip member of content: its checksum and its size."""
-    library = libdeflate() if len(content) >= MEMBER_BYTES else None
-    checksum = library.crc32(content) if library else zlib.crc32(content)
-    return checksum.to_bytes(4, "little") + len(content).to_bytes(4, "little")
+def gzip_trailer(checksum: int, size: int) -> bytes:
+    """What ends a gzip member whose content has that checksum and size."""
+    return checksum.to_bytes(4, "little") + (size & 0xffffffff).to_bytes(4, "little")
+
+
+def crc32(data: Any, start: int = 0) -> int:
+    """zlib.crc32, by the quickest means."""
+    library = libdeflate() if len(data) >= STORED_BYTES else None
+    return library.crc32(data, start) if library else zlib.crc32(data, start)
 
 
 def stored_frames(size: int) -> List[bytes]:
@@ -3689,7 +3707,7 @@ def gzip_chunk(data: bytes) -> Tuple[int, Sequence[bytes]]:
         data[len(data) // 4:][:SAMPLE_BYTES] + data[len(data) // 4 * 3:][:SAMPLE_BYTES]))
     if deflate is None:
         return len(data), stored_member(data)
-    return len(data), [GZIP_HEADER, deflate(data), gzip_trailer(data)]
+    return len(data), [GZIP_HEADER, deflate(data), gzip_trailer(crc32(data), len(data))]
 
 
 def chosen_method(sample: bytes) -> Optional[Deflate]:
@@ -3757,9 +3775,9 @@ class LibDeflate:
         target = own_buffer(self._bound(compressor, len(data)), "deflated")
         return bytes(target[:self._compress(compressor, self._address(data), len(data), self._address(target), len(target))])
 
-    def crc32(self, data: Any) -> int:
+    def crc32(self, data: Any, start: int = 0) -> int:
         """The checksum of zlib.crc32."""
-        return self._crc32(0, self._address(data), len(data))
+        return self._crc32(start, self._address(data), len(data))
 
     def _address(self, data: Any) -> Any:
         """Where data is in memory, which must be writable or bytes."""
@@ -3910,7 +3928,7 @@ class Archive:
             if len(buffer) < size:
                 buffer = bytearray(size)
             content = memoryview(buffer)[:size]
-            if self.read_stored(start, content) == gzip_trailer(content):
+            if self.read_stored(start, content) == gzip_trailer(crc32(content), size):
                 return content, buffer
         return inflate_member(self.read_range(start, start + compressed), size), None
 
@@ -3947,22 +3965,58 @@ def read_fully(stream: BinaryIO, length: int) -> bytes:
 
 def gunzip(stream: BinaryIO) -> Iterator[bytes]:
     """The content of a gzip file of one or more members, in pieces. Raises EOFError, zlib.error."""
-    unpacker, data = zlib.decompressobj(31), b""
-    started = False
-    while True:
-        data = data or stream.read(PIECE_BYTES)
-        if not data:
-            if started:
-                raise EOFError("it is cut off")
-            return
-        started = True
-        content = unpacker.decompress(data, 4 * PIECE_BYTES)
-        if content:
-            yield content
-        data = unpacker.unconsumed_tail
-        if unpacker.eof:
-            data = unpacker.unused_data.lstrip(b"\0")
-            unpacker, started = zlib.decompressobj(31), False
+    def more() -> bytes:
+        piece = stream.read(PIECE_BYTES)
+        if not piece:
+            raise EOFError("it is cut off")
+        return piece
+
+    data = stream.read(PIECE_BYTES)
+    while data:
+        header = gzip_header_length(data)
+        while header is None:
+            data += more()
+            header = gzip_header_length(data)
+        data = data[header:]
+        unpacker, checksum, size = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0  # whose own checksum would be slow
+        while not unpacker.eof:
+            content = unpacker.decompress(data or more(), 4 * PIECE_BYTES)
+            data = unpacker.unconsumed_tail
+            if content:
+                checksum, size = crc32(content, checksum), size + len(content)
+                yield content
+        data = unpacker.unused_data
+        while len(data) < 8:
+            data += more()
+        if data[:8] != gzip_trailer(checksum, size):
+            raise zlib.error("incorrect checksum")
+        data = data[8:].lstrip(b"\0")
+        while not data:  # zeros may stand behind a member
+            data = stream.read(PIECE_BYTES)
+            if not data:
+                return
+            data = data.lstrip(b"\0")
+
+
+def gzip_header_length(data: bytes) -> Optional[int]:
+    """The length of the gzip header (RFC 1952, 2.3) at the start of data; None if data is too short. Raises zlib.error."""
+    if not data.startswith(GZIP_HEADER[:min(3, len(data))]) or len(data) > MAX_MEMBER_BYTES:
+        raise zlib.error("incorrect header")
+    if len(data) < 10:
+        return None
+    flags, position = data[3], 10
+    if flags & 0xe0:
+        raise zlib.error("incorrect header")
+    if flags & 4:  # extra fields
+        position += 2 + int.from_bytes(data[10:12], "little")
+    for flag in (8, 16):  # a name and a comment
+        if flags & flag:
+            end = data.find(b"\0", position)
+            if end < 0:
+                return None
+            position = end + 1
+    position += flags & 2  # its checksum
+    return position if position <= len(data) else None
 
 
 class TarMember:

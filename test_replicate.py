@@ -3867,6 +3867,95 @@ def test_several_threads_compress_at_a_time(compressor):
     assert [zlib.decompress(packed, -15) for packed in found] == contents
 
 
+class Trickle(io.BytesIO):
+    """A file that is read a few bytes at a time."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 7 if self.tell() < 500 else 5000))
+
+
+@st.composite
+def gzip_members(draw):
+    """(the bytes of a gzip member, its content), with any of the optional fields of the header."""
+    content = draw(st.binary(max_size=300) | st.just(bytes(range(256)) * 300))
+    flags, fields = 0, b""
+    if draw(st.booleans()):
+        extra = draw(st.binary(max_size=40))
+        flags, fields = flags | 4, fields + len(extra).to_bytes(2, "little") + extra
+    for flag in (8, 16):
+        if draw(st.booleans()):
+            flags, fields = flags | flag, fields + draw(st.binary(max_size=20)).replace(b"\0", b"") + b"\0"
+    header = b"\x1f\x8b\x08%c\1\2\3\4\0\xff" % (flags | 2) + fields
+    if draw(st.booleans()):
+        header += (zlib.crc32(header) & 0xffff).to_bytes(2, "little")
+    else:
+        header = header[:3] + bytes([flags]) + header[4:]
+    packer = zlib.compressobj(draw(st.sampled_from([0, 1, 9])), zlib.DEFLATED, -15)
+    return (header + packer.compress(content) + packer.flush() + zlib.crc32(content).to_bytes(4, "little") +
+            len(content).to_bytes(4, "little"), content)
+
+
+@hypothesis.given(members=st.lists(gzip_members(), min_size=1, max_size=3), zeros=st.integers(0, 20), data=st.data())
+@hypothesis.settings(max_examples=100)
+def test_gzip_files_of_others_are_read_and_checked(compressor, members, zeros, data):
+    whole = b"".join([member for member, _ in members]) + bytes(zeros)
+    content = b"".join([content for _, content in members])
+    assert gzip.decompress(whole) == content
+    assert b"".join(replicate.gunzip(io.BytesIO(whole))) == content
+    assert b"".join(replicate.gunzip(Trickle(whole))) == content
+    cut = data.draw(st.integers(1, len(members[-1][0]) - 1))
+    with pytest.raises(EOFError):
+        list(replicate.gunzip(Trickle(whole[:len(whole) - zeros - cut])))
+    trailer = len(whole) - zeros - 8
+    place = trailer + data.draw(st.integers(0, 7))
+    with pytest.raises(zlib.error, match="incorrect checksum"):
+        list(replicate.gunzip(io.BytesIO(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])))
+
+
+def test_what_is_no_gzip_file_is_refused():
+    good = gzip.compress(b"content")
+    for bad in (b"PK\3\4" + good, b"\x1f\x8c" + good[2:], good[:2] + b"\7" + good[3:], good[:3] + b"\x20" + good[4:], good + b"x",
+                b"x", good[:3] + b"\x08" + good[4:10] + b"n" * (17 << 20)):
+        with pytest.raises(zlib.error, match="incorrect header"):
+            list(replicate.gunzip(io.BytesIO(bad)))
+    assert list(replicate.gunzip(io.BytesIO(b""))) == []
+
+
+def test_some_items_are_made_ahead():
+    made, used = [], []
+
+    def items():
+        for number in range(100):
+            made.append(number)
+            assert len(made) <= len(used) + 10  # those ahead, the one in use, and this one
+            yield number
+
+    workers = replicate.Workers(2)
+    for number in workers.ahead(items()):
+        used.append(number)
+        if number == 50:
+            deadline = time.monotonic() + 60
+            while len(made) < len(used) + 7:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+    assert used == list(range(100))
+
+    def failing():
+        yield 1
+        raise ValueError("no more")
+
+    found = workers.ahead(failing())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(found)
+    del made[:], used[:]
+    found = workers.ahead(items())
+    assert next(found) == 0
+    found.close()
+    count = len(made)
+    assert count < 10 and list(workers.ahead(iter("ab"))) == ["a", "b"] and len(made) == count
+
+
 @pytest.mark.parametrize("problem", ["there is none", "it is another library", "Python has no ctypes"])
 def test_a_system_without_libdeflate_compresses_too(project, tmp_path, monkeypatch, problem):
     monkeypatch.setattr(replicate, "_libraries", [])
