@@ -1876,23 +1876,46 @@ class Workers:
                 break
             self._count += 1
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any], drain: bool = False) -> Iterator[Any]:
-        """function of each item in order, a few of them ahead in parallel; drain: if the caller gives up, wait until
-        none of them works on behind his back."""
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """function of each item in order, a few of them ahead in parallel."""
         if not self._count:
             yield from map(function, items)
             return
         waiting: List[Any] = []
-        try:
-            for item in items:
-                waiting.append(self._submit(function, item))
-                if len(waiting) > 2 * self._count:
-                    yield self._result(waiting.pop(0))
-            while waiting:
+        for item in items:
+            waiting.append(self._submit(function, item))
+            if len(waiting) > 2 * self._count:
                 yield self._result(waiting.pop(0))
+        while waiting:
+            yield self._result(waiting.pop(0))
+
+    def each(self, function: Callable[[Any], Any], items: Iterable[Any]) -> None:
+        """Call function with each item, in several threads at a time, of which the calling one is one: none of them has to
+        wait for another. In the end, also by an exception, none of them is at work any more."""
+        taking, left, end = threading.Lock(), iter(items), object()
+
+        def work(_: Any = None) -> None:
+            nonlocal left
+            try:
+                while True:
+                    with taking:
+                        item = next(left, end)
+                    if item is end:
+                        return
+                    function(item)
+            except BaseException:
+                with taking:
+                    left = iter(())
+                raise
+
+        answers = [self._submit(work, None) for _ in range(self._count - 1)]
+        try:
+            work()
         finally:
-            for answer in waiting if drain else ():
-                answer.get()
+            outcomes = [answer.get() for answer in answers]
+        for succeeded, error in outcomes:
+            if not succeeded:
+                raise error
 
     def ahead(self, items: Iterator[Any], most: int = 8) -> Iterator[Any]:
         """The items, of which a thread makes a few while one is used."""
@@ -3420,98 +3443,120 @@ def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
     """Write the archive of sources to an unbuffered file: small files compressed, large ones as they are, which takes
     no longer than a copy and can be made good by recompress(). Raises OSError."""
     writer = ArchiveWriter(file)
-    large = [source for source in sources if source.size > GROUP_BYTES]
-    offset = _store_large(writer, archive_id, large, warn)
+    large = StoredFiles(writer, archive_id, [source for source in sources if source.size > GROUP_BYTES])
+    large.store()
+    for problem in large.problems:
+        warn(problem)
     file.seek(writer.position)
     small = (source for source in sources if source.size <= GROUP_BYTES)
-    for size, parts in workers().map(gzip_chunk, tar_chunks(archive_id, small, offset, writer.table.files, warn)):
+    for size, parts in workers().map(gzip_chunk, tar_chunks(archive_id, small, large.size, writer.table.files, warn)):
         writer.add(size, parts)
     writer.finish()
     return writer
 
 
-def _store_large(writer: ArchiveWriter, archive_id: str, sources: Sequence[Source], warn: Callable[[str], None]) -> int:
-    """Store files in gzip members of their own, which several threads write; returns the size of their tar."""
-    offset = 0
-    streams: List[Tuple[str, BinaryIO]] = []
-    target = writer.file.fileno()
+class StoredFiles:
+    """Large files that are stored in gzip members of their own, which several threads write."""
 
-    def members() -> Iterator[StoredMember]:
-        nonlocal offset
-        for source in sources:
+    def __init__(self, writer: ArchiveWriter, archive_id: str, sources: Sequence[Source]) -> None:
+        self.size = 0                # of their tar
+        self.problems: List[str] = []
+        self._cut_short: Dict[str, bool] = {}  # the names of files that have become shorter
+        self._writer, self._archive_id, self._sources = writer, archive_id, sources
+        self._target = writer.file.fileno()
+        self._lock = threading.Lock()
+        self._open: Dict[BinaryIO, int] = {}  # how many members of a file are not written yet
+        self._unwritten: Set[int] = set()     # where members start that are being written
+        self._seen = 0                        # what stands before it is on its way to the disk, or will not be sent there
+        self._judged, self._shrinks = "", False
+        self._early: Optional[int] = None     # the target, for a thread that may be at it for longer than store()
+
+    def store(self) -> None:
+        """Write them. Raises OSError."""
+        total = sum(source.size for source in self._sources)
+        if total >= WRITEBACK_BYTES:
+            reserve(self._target, total)
+        try:
+            workers().each(self._write, self._members())
+        finally:
+            if self._early is not None:
+                workers(patient=True).later(os.close, self._early)
+            for stream in self._open:
+                stream.close()
+        self.problems += ["%s became shorter while it was saved: zeros stand for the rest." % name for name in self._cut_short]
+
+    def _members(self) -> Iterator[StoredMember]:
+        for source in self._sources:
             try:
                 stream = open(source.path, "rb", 0)
             except OSError as error:
-                warn("%s is not saved: %s." % (source.name, short_reason(error)))
+                self.problems.append("%s is not saved: %s." % (source.name, short_reason(error)))
                 continue
-            streams.append((source.name, stream))
-            header = tar_header(archive_id, source)
+            header = tar_header(self._archive_id, source)
             padding = bytes(-source.size % 512)
-            writer.table.files.append((source.name, offset, source.size))
-            offset += len(header) + source.size + len(padding)
-            for start in range(0, source.size, MEMBER_BYTES):
+            self._writer.table.files.append((source.name, self.size, source.size))
+            self.size += len(header) + source.size + len(padding)
+            starts = range(0, source.size, MEMBER_BYTES)
+            self._open[stream] = len(starts)
+            for start in starts:
                 end = min(start + MEMBER_BYTES, source.size)
                 member = StoredMember(source.name, stream, start, end, b"" if start else header,
-                                      padding if end == source.size else b"", writer.position)
-                writer.note(member.packed_size, member.size)
+                                      padding if end == source.size else b"", self._writer.position)
+                with self._lock:
+                    self._unwritten.add(member.position)
+                    self._writer.note(member.packed_size, member.size)
                 yield member
 
-    total = sum(source.size for source in sources)
-    if total >= WRITEBACK_BYTES:
-        reserve(target, total)
-    early: Optional[int] = None  # the target, for a thread that may be at it for longer than this function
-    cut_short = set()
-    behind = 0  # what stands before it was looked at
-    judged, shrinks = "", False
-    try:
-        for member, complete in workers().map(lambda member: (member, member.write(target)), members(), drain=True):
-            if not complete and member.name not in cut_short:
-                cut_short.add(member.name)
-                warn("%s became shorter while it was saved: zeros stand for the rest." % member.name)
-            while streams[0][0] != member.name:  # of a file before, which is finished
-                streams.pop(0)[1].close()
-            if member.end - behind >= WRITEBACK_BYTES:
-                if member.name != judged:
-                    judged, shrinks = member.name, chosen_method(member.sample()) is not None
-                if not shrinks:  # or it would soon be replaced by something smaller
-                    early = os.dup(target) if early is None else early
-                    workers(patient=True).later(start_writeback, early, behind,
-                                                int((member.end - behind) * WRITEBACK_SHARE))
-                behind = member.end
-    finally:
-        if early is not None:
-            workers(patient=True).later(os.close, early)
-        for _, stream in streams:
-            stream.close()
-    return offset
+    def _write(self, member: StoredMember) -> None:
+        complete = member.write(self._target)
+        with self._lock:
+            if not complete:
+                self._cut_short[member.name] = True
+            self._unwritten.remove(member.position)
+            written = min(self._unwritten, default=self._writer.position)
+            if written - self._seen >= WRITEBACK_BYTES:
+                self._send(member, written)
+            self._open[member.stream] -= 1
+            if not self._open[member.stream]:
+                del self._open[member.stream]
+                member.stream.close()
+
+    def _send(self, member: StoredMember, end: int) -> None:
+        """Start to write what stands before end to the disk, unless it would soon be replaced by something smaller."""
+        if member.name != self._judged:
+            self._judged, self._shrinks = member.name, chosen_method(member.sample()) is not None
+        if not self._shrinks:
+            if self._early is None:
+                self._early = os.dup(self._target)
+            workers(patient=True).later(start_writeback, self._early, self._seen, int((end - self._seen) * WRITEBACK_SHARE))
+        self._seen = end
 
 
 class StoredMember:
     """A part of a file that becomes a gzip member in which it stands as it is, in deflate blocks of STORED_BYTES."""
 
     def __init__(self, name: str, stream: BinaryIO, start: int, end: int, head: bytes, tail: bytes, position: int) -> None:
-        self.name = name
-        self._stream, self._start = stream, start
+        self.name, self.stream = name, stream
+        self.position = position             # of the member in the archive
+        self._start = start                  # of the part in the file
         self._head, self._tail = head, tail  # bytes of the tar before and behind those of the file
-        self._position = position            # of the member in the archive
         self.size = len(head) + end - start + len(tail)
         self.packed_size = stored_size(self.size)
-        self.end = position + self.packed_size
 
     def write(self, target: int) -> bool:
         """Write the member to that descriptor; False if the file has become shorter, and zeros stand for the rest."""
         content = own_buffer(self.size)
         start, end = len(self._head), self.size - len(self._tail)
         content[:start], content[end:] = self._head, self._tail
-        found = read_at(self._stream.fileno(), content[start:end], self._start)
+        found = read_at(self.stream.fileno(), content[start:end], self._start)
         content[start + found:end] = bytes(end - start - found)
-        write_at(target, stored_member(content), self._position)
+        write_at(target, stored_member(content), self.position)
         return found == end - start
 
     def sample(self) -> bytes:
         """Some of what is in it."""
         view = memoryview(bytearray(min(SAMPLE_BYTES, self.size)))
-        return bytes(view[:read_at(self._stream.fileno(), view, self._start)])
+        return bytes(view[:read_at(self.stream.fileno(), view, self._start)])
 
 
 def reserve(descriptor: int, size: int) -> None:
