@@ -3584,11 +3584,11 @@ def start_writeback(descriptor: int, start: int, length: int) -> None:
 
 def stored_member(content: Any) -> List[Any]:
     """The parts of a gzip member that holds content as it is, in full stored blocks."""
-    content = memoryview(content)
+    checksum, content = crc32(content), memoryview(content)
     parts: List[Any] = []
     for start, frame in zip(range(0, len(content), STORED_BYTES), stored_frames(len(content))):
         parts += [frame, content[start:start + STORED_BYTES]]
-    parts.append(gzip_trailer(crc32(content), len(content)))
+    parts.append(gzip_trailer(checksum, len(content)))
     return parts
 
 
@@ -3599,7 +3599,8 @@ def gzip_trailer(checksum: int, size: int) -> bytes:
 
 def crc32(data: Any, start: int = 0) -> int:
     """zlib.crc32, by the quickest means."""
-    library = libdeflate() if len(data) >= STORED_BYTES else None
+    addressable = len(data) >= STORED_BYTES and (type(data) is bytes or not memoryview(data).readonly)
+    library = libdeflate() if addressable else None
     return library.crc32(data, start) if library else zlib.crc32(data, start)
 
 

@@ -3859,6 +3859,16 @@ def test_members_are_gzip_whatever_compresses_them(compressor, data, view):
         assert type(packed) is bytes and zlib.decompress(packed, -15) == data
     library = replicate.libdeflate()
     assert library is None or library.crc32(data) == zlib.crc32(data)
+    for content in (data, memoryview(data), memoryview(bytearray(data))):
+        assert replicate.crc32(content, 7) == zlib.crc32(content, 7)
+        assert replicate.inflate_member(b"".join(replicate.stored_member(content)), size) == data
+
+
+def test_what_does_not_shrink_is_stored(compressor):
+    for count in (1000, replicate.STORED_BYTES, replicate.GROUP_BYTES):
+        data = os.urandom(count)
+        size, parts = replicate.gzip_chunk(data)
+        assert sum(map(len, parts)) == replicate.stored_size(count) and gzip.decompress(b"".join(parts)) == data
 
 
 def test_several_threads_compress_at_a_time(compressor):
@@ -8557,7 +8567,7 @@ def test_a_slow_disk_does_not_keep_training_waiting(project, tmp_path, monkeypat
     there.set()
     finished = threading.Event()
     replicate.workers(patient=True).later(finished.set)
-    assert finished.wait(60) and len(waited) >= 5 and all(waited)
+    assert finished.wait(60) and len(waited) >= 2 and all(waited)  # in pieces of 4 MB and more
 
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="the system cannot read into several buffers at once")
