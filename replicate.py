@@ -1885,9 +1885,9 @@ class Workers:
         for item in items:
             waiting.append(self._submit(function, item))
             if len(waiting) > 2 * self._count:
-                yield self._result(waiting.pop(0))
+                yield self._result(waiting.pop(0).get())
         while waiting:
-            yield self._result(waiting.pop(0))
+            yield self._result(waiting.pop(0).get())
 
     def each(self, function: Callable[[Any], Any], items: Iterable[Any]) -> None:
         """Call function with each item, in several threads at a time, of which the calling one is one: none of them has to
@@ -1913,9 +1913,8 @@ class Workers:
             work()
         finally:
             outcomes = [answer.get() for answer in answers]
-        for succeeded, error in outcomes:
-            if not succeeded:
-                raise error
+        for outcome in outcomes:
+            self._result(outcome)
 
     def ahead(self, items: Iterator[Any], most: int = 8) -> Iterator[Any]:
         """The items, of which a thread makes a few while one is used."""
@@ -1946,9 +1945,8 @@ class Workers:
         finally:
             wanted = False
             room.put(None)
-            succeeded, error = answer.get()
-        if not succeeded:
-            raise error
+            outcome = answer.get()
+        self._result(outcome)
 
     def later(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call function some time; if there is one thread, after those that came before."""
@@ -1963,8 +1961,9 @@ class Workers:
         return answer
 
     @staticmethod
-    def _result(answer: Any) -> Any:
-        succeeded, value = answer.get()
+    def _result(outcome: Tuple[bool, Any]) -> Any:
+        """What the function returned; raises what it raised."""
+        succeeded, value = outcome
         if not succeeded:
             raise value
         return value
@@ -3459,16 +3458,16 @@ class StoredFiles:
     """Large files that are stored in gzip members of their own, which several threads write."""
 
     def __init__(self, writer: ArchiveWriter, archive_id: str, sources: Sequence[Source]) -> None:
-        self.size = 0                # of their tar
+        self.size = 0                         # of their tar
         self.problems: List[str] = []
-        self._cut_short: Dict[str, bool] = {}  # the names of files that have become shorter
+        self._cut_short: List[str] = []       # the names of files that have become shorter
         self._writer, self._archive_id, self._sources = writer, archive_id, sources
         self._target = writer.file.fileno()
         self._lock = threading.Lock()
         self._open: Dict[BinaryIO, int] = {}  # how many members of a file are not written yet
         self._unwritten: Set[int] = set()     # where members start that are being written
         self._seen = 0                        # what stands before it is on its way to the disk, or will not be sent there
-        self._judged, self._shrinks = "", False
+        self._shrinks: Dict[str, bool] = {}   # of those files that were looked at
         self._early: Optional[int] = None     # the target, for a thread that may be at it for longer than store()
 
     def store(self) -> None:
@@ -3510,26 +3509,26 @@ class StoredFiles:
     def _write(self, member: StoredMember) -> None:
         complete = member.write(self._target)
         with self._lock:
-            if not complete:
-                self._cut_short[member.name] = True
+            if not complete and member.name not in self._cut_short:
+                self._cut_short.append(member.name)
             self._unwritten.remove(member.position)
             written = min(self._unwritten, default=self._writer.position)
-            if written - self._seen >= WRITEBACK_BYTES:
-                self._send(member, written)
+            while written - self._seen >= WRITEBACK_BYTES:
+                self._send(member)
             self._open[member.stream] -= 1
             if not self._open[member.stream]:
                 del self._open[member.stream]
                 member.stream.close()
 
-    def _send(self, member: StoredMember, end: int) -> None:
-        """Start to write what stands before end to the disk, unless it would soon be replaced by something smaller."""
-        if member.name != self._judged:
-            self._judged, self._shrinks = member.name, chosen_method(member.sample()) is not None
-        if not self._shrinks:
+    def _send(self, member: StoredMember) -> None:
+        """Start to write the next WRITEBACK_BYTES to the disk, unless they would soon be replaced by something smaller."""
+        if member.name not in self._shrinks:
+            self._shrinks[member.name] = chosen_method(member.sample()) is not None
+        if not self._shrinks[member.name]:
             if self._early is None:
                 self._early = os.dup(self._target)
-            workers(patient=True).later(start_writeback, self._early, self._seen, int((end - self._seen) * WRITEBACK_SHARE))
-        self._seen = end
+            workers(patient=True).later(start_writeback, self._early, self._seen, int(WRITEBACK_BYTES * WRITEBACK_SHARE))
+        self._seen += WRITEBACK_BYTES
 
 
 class StoredMember:
