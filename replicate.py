@@ -1948,13 +1948,6 @@ class Workers:
             outcome = answer.get()
         self._result(outcome)
 
-    def later(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call function some time; if there is one thread, after those that came before."""
-        if self._count:
-            self._submit(lambda arguments: function(*arguments), arguments)
-        else:
-            function(*arguments)
-
     def _submit(self, function: Callable[[Any], Any], item: Any) -> Any:
         answer = self._new_queue()
         self._tasks.put((function, item, answer))
@@ -1978,17 +1971,16 @@ class Workers:
             del function, item, answer
 
 
-_workers: Dict[Tuple[int, bool], Workers] = {}  # by process, since threads do not survive a fork
+_workers: Dict[int, Workers] = {}  # by process, since threads do not survive a fork
 
 
-def workers(patient: bool = False) -> Workers:
-    """The worker threads of this process; patient: the one for what may have to wait for a slow disk."""
-    key = os.getpid(), patient
-    if key not in _workers:
-        for other in [other for other in _workers if other[0] != key[0]]:
-            del _workers[other]
-        _workers[key] = Workers(1 if patient else min(os.cpu_count() or 1, 8))
-    return _workers[key]
+def workers() -> Workers:
+    """The worker threads of this process."""
+    process = os.getpid()
+    if process not in _workers:
+        _workers.clear()
+        _workers[process] = Workers(min(os.cpu_count() or 1, 8))
+    return _workers[process]
 
 
 def may_share_work() -> bool:
@@ -3332,8 +3324,6 @@ MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not 
 STORED_BYTES = 65535              # of a stored deflate block, the most that it can hold
 PIECE_BYTES = 256 << 10           # of an archive without a table that are decompressed at a time
 SHRINKS = 0.9                     # what compresses to less than this is worth compressing
-WRITEBACK_BYTES = 4 << 20         # of large files that are looked at together: so much of them goes to the disk while the
-WRITEBACK_SHARE = 0.8             # rest is copied; with more, training waits longer than for a copy, with less, stop() does
 SAMPLED_MEMBERS = 8               # that are judged together
 NEARLY = 1.04                     # how much larger a quicker method may make it
 SAMPLE_BYTES = 16 << 10           # looked at to choose the method
@@ -3465,21 +3455,14 @@ class StoredFiles:
         self._target = writer.file.fileno()
         self._lock = threading.Lock()
         self._open: Dict[BinaryIO, int] = {}  # how many members of a file are not written yet
-        self._unwritten: Set[int] = set()     # where members start that are being written
-        self._seen = 0                        # what stands before it is on its way to the disk, or will not be sent there
-        self._shrinks: Dict[str, bool] = {}   # of those files that were looked at
-        self._early: Optional[int] = None     # the target, for a thread that may be at it for longer than store()
 
     def store(self) -> None:
         """Write them. Raises OSError."""
-        total = sum(source.size for source in self._sources)
-        if total >= WRITEBACK_BYTES:
-            reserve(self._target, total)
+        if self._sources:
+            reserve(self._target, sum(source.size for source in self._sources))
         try:
             workers().each(self._write, self._members())
         finally:
-            if self._early is not None:
-                workers(patient=True).later(os.close, self._early)
             for stream in self._open:
                 stream.close()
         self.problems += ["%s became shorter while it was saved: zeros stand for the rest." % name for name in self._cut_short]
@@ -3501,9 +3484,7 @@ class StoredFiles:
                 end = min(start + MEMBER_BYTES, source.size)
                 member = StoredMember(source.name, stream, start, end, b"" if start else header,
                                       padding if end == source.size else b"", self._writer.position)
-                with self._lock:
-                    self._unwritten.add(member.position)
-                    self._writer.note(member.packed_size, member.size)
+                self._writer.note(member.packed_size, member.size)
                 yield member
 
     def _write(self, member: StoredMember) -> None:
@@ -3511,24 +3492,10 @@ class StoredFiles:
         with self._lock:
             if not complete and member.name not in self._cut_short:
                 self._cut_short.append(member.name)
-            self._unwritten.remove(member.position)
-            written = min(self._unwritten, default=self._writer.position)
-            while written - self._seen >= WRITEBACK_BYTES:
-                self._send(member)
             self._open[member.stream] -= 1
             if not self._open[member.stream]:
                 del self._open[member.stream]
                 member.stream.close()
-
-    def _send(self, member: StoredMember) -> None:
-        """Start to write the next WRITEBACK_BYTES to the disk, unless they would soon be replaced by something smaller."""
-        if member.name not in self._shrinks:
-            self._shrinks[member.name] = chosen_method(member.sample()) is not None
-        if not self._shrinks[member.name]:
-            if self._early is None:
-                self._early = os.dup(self._target)
-            workers(patient=True).later(start_writeback, self._early, self._seen, int(WRITEBACK_BYTES * WRITEBACK_SHARE))
-        self._seen += WRITEBACK_BYTES
 
 
 class StoredMember:
@@ -3552,11 +3519,6 @@ class StoredMember:
         write_at(target, stored_member(content), self.position)
         return found == end - start
 
-    def sample(self) -> bytes:
-        """Some of what is in it."""
-        view = memoryview(bytearray(min(SAMPLE_BYTES, self.size)))
-        return bytes(view[:read_at(self.stream.fileno(), view, self._start)])
-
 
 def reserve(descriptor: int, size: int) -> None:
     """Make room on the disk for a file, which is quicker to write then, where the file system does so at once: other than
@@ -3569,16 +3531,6 @@ def reserve(descriptor: int, size: int) -> None:
     function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
     if ctypes.sizeof(ctypes.c_long) == 8:
         function(descriptor, 0, 0, size)
-
-
-def start_writeback(descriptor: int, start: int, length: int) -> None:
-    """Have the system begin to write a part of a file to the disk, so that there is less to wait for in the end. What is
-    not on the disk yet stays in memory (see posix_fadvise(2)). Where the disk is behind already, the system makes us wait."""
-    if hasattr(os, "posix_fadvise"):
-        try:
-            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
-        except OSError:  # a file system that does without
-            pass
 
 
 def stored_member(content: Any) -> List[Any]:
@@ -3631,8 +3583,15 @@ _own = threading.local()  # what each thread has for itself
 def own_buffer(size: int, purpose: str = "content") -> memoryview:
     """The buffer of this thread for that purpose: memory that is new for each use would cost as much time as copying."""
     if len(getattr(_own, purpose, b"")) < size:
-        setattr(_own, purpose, memoryview(bytearray(max(size, MEMBER_BYTES + STORED_BYTES))))
+        setattr(_own, purpose, page_buffer(max(size, MEMBER_BYTES + STORED_BYTES)))
     return getattr(_own, purpose)[:size]
+
+
+def page_buffer(size: int) -> memoryview:
+    """Memory that starts at a page, as what is read from a file does in the system's memory. Some processors copy four times
+    as slowly to memory that starts 1 to 31 bytes behind that, as a bytearray's does (see glibc's bug 30994)."""
+    import mmap
+    return memoryview(mmap.mmap(-1, size, access=mmap.ACCESS_COPY))
 
 
 _position_lock = threading.Lock()  # where the system cannot read and write at a position

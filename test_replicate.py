@@ -5,6 +5,7 @@ Run them as the README says; single ones with `pytest -k NAME`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import email.utils
 import errno
@@ -16,6 +17,7 @@ import io
 import ipaddress
 import json
 import math
+import mmap
 import os
 import queue
 import random
@@ -8515,7 +8517,7 @@ def test_weights_are_read_once_and_written_once(project, tmp_path, counted_reads
     sources = replicate.find_sources(str(project), "weights")
     counted_reads.clear()
     assert replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)
-    assert size <= sum(counted_reads) < size * 1.01 and len(counted_reads) <= 24 + 1  # and a sample
+    assert sum(counted_reads) == size and len(counted_reads) == 24
     assert size < sum(written) < size * 1.001 and len(written) <= 24
     counted_reads.clear()
     written.clear()
@@ -8523,54 +8525,25 @@ def test_weights_are_read_once_and_written_once(project, tmp_path, counted_reads
     assert sum(counted_reads) < size / 100 and written == []
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to write")
-def test_weights_are_on_their_way_to_the_disk_when_they_are_saved(project, tmp_path, monkeypatch):
-    """So that stop() has little to wait for; what will be replaced by something smaller need not get there."""
-    asked = []
-    real = os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append(
-        (start, length, advice)) or real(file, start, length, advice))
+def test_what_large_files_are_read_into_starts_at_a_page():
+    """Memory that starts 1 to 31 bytes behind one is four times as slow to read into on some processors."""
+    for size in (1, replicate.MEMBER_BYTES, 3 * replicate.MEMBER_BYTES):
+        content = replicate.own_buffer(size)
+        assert len(content) == size and ctypes.addressof(ctypes.c_char.from_buffer(content)) % mmap.PAGESIZE == 0
+        content[:] = bytes(size)
 
-    def finish():
-        finished = threading.Event()
-        replicate.workers(patient=True).later(finished.set)
-        assert finished.wait(60)
 
-    fill(project, {"weights": os.urandom(24 << 20), "zeros": bytes(24 << 20)})
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_saving_large_files_leaves_none_of_them_open(project, tmp_path):
+    fill(project, {"weights": os.urandom(3 << 20), "more": os.urandom(1 << 20)})
     storage = replicate.DiskStorage(str(tmp_path / "store"))
-    replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "zeros"))
-    finish()
-    assert asked == []
-    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
-    replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "weights"))
-    finish()
-    assert 15 << 20 <= sum(length for _, length, _ in asked) <= 22 << 20
-    assert asked[0][0] == 0 and all(start + length <= following for (start, length, _), (following, _, _) in zip(asked, asked[1:]))
-    assert before is None or set(os.listdir("/proc/self/fd")) == before
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: os.stat("nowhere"))  # a file system that does without
-    replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "weights"))
-    finish()
+    sources = replicate.find_sources(str(project), ".")
+    replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)  # starts what is started once
+    before = set(os.listdir("/proc/self/fd"))
+    replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to write")
-def test_a_slow_disk_does_not_keep_training_waiting(project, tmp_path, monkeypatch):
-    """The system lets whoever asks it to write wait when a disk is behind: here until the checkpoint is there. A disk that
-    is slow cannot be had here, so the call is a stand-in."""
-    there = threading.Event()
-    waited = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: waited.append(there.wait(10)))
-    content = os.urandom(24 << 20)
-    fill(project, {"weights": content})
-    storage = replicate.DiskStorage(str(tmp_path / "store"))
-    assert replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "weights"))
-    assert False not in waited and not there.is_set()
-    there.set()
-    finished = threading.Event()
-    replicate.workers(patient=True).later(finished.set)
-    assert finished.wait(60) and len(waited) >= 5 and all(waited)
-
-
-@pytest.mark.skipif(not hasattr(os, "preadv"), reason="the system cannot read into several buffers at once")
 def test_stored_weights_are_checked_out_without_decompressing(project, tmp_path, counted_reads, monkeypatch):
     size = 8 << 20
     content = os.urandom(size)
