@@ -739,7 +739,10 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     if primary is None:
         return None
     name = primary["name"]
-    values = usable = [(item.get("metrics") or {}).get(name) for item in items]
+    try:
+        values = usable = [item["metrics"][name] for item in items]
+    except (KeyError, TypeError):  # not all have it
+        values = usable = [(item.get("metrics") or {}).get(name) for item in items]
     if not set(map(type, values)) <= {int, float}:
         values = [value if type(value) in (int, float) and value == value else None for value in map(unpack_floats, values)]
         usable = [value for value in values if value is not None]
@@ -4349,7 +4352,7 @@ class Repository:
         """Every readable experiment with all of its checkpoints, oldest first."""
         running, waiting = self.running(), self._waiting()
         found = [Experiment(document, running=document["id"] in running)
-                 for document in self._documents(self._entries(), waiting, console.warning)]
+                 for document in self.documents(self._entries(), waiting, console.warning)]
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
     def summaries(self, shown: bool = False, tabulate: Optional[Tabulate] = None) -> SummaryList:
@@ -4372,7 +4375,7 @@ class Repository:
             index = SummaryIndex(self.storage)
             found.update(index.take(stale, shown))
             stale = [entry for entry in entries if entry.name[:-5] not in found]
-        rows, table = self._read_summaries(stale, waiting, cache, shown, None if found else tabulate)
+        rows, table = SummaryReader(self, waiting, cache, shown, None if found else tabulate).read(stale)
         found.update({row.id: row for row in rows})
         if index is not None and index.lacks(entries) >= max(SummaryIndex.MIN_STALE, len(entries) // 10):
             index.publish(self.storage, found.values())
@@ -4383,58 +4386,6 @@ class Repository:
             cells = dict(zip(rows, table.cells))
             table.cells = [cells[row] for row in ordered]
         return SummaryList(ordered, cache, extended, table)
-
-    def _read_summaries(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]], cache: SummaryCache, shown: bool,
-                        tabulate: Optional[Tabulate]) -> Tuple[List[Summary], Optional[CellTable]]:
-        """The summaries of these documents. If there are many, two processes take turns at groups of them, and each finishes
-        the table of what it has read."""
-        def summarize(groups: Iterable[Sequence[Entry]], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
-            found: List[Tuple[Dict[str, Any], str]] = []
-            for group in groups:
-                versions = {entry.name[:-5]: cache.settled_version(entry, self.storage) for entry in group}
-                found += [(summary_data(document), "" if document["id"] in waiting else versions[document["id"]])
-                          for document in self._documents(group, waiting, warn)]
-                if len(found) >= SummaryCache.BATCH:
-                    yield SummaryBatch.of(found, shown)
-                    found = []
-            if found:
-                yield SummaryBatch.of(found, shown)
-
-        def rows_of(batches: Iterable[SummaryBatch]) -> List[Summary]:
-            return [row for batch in batches for row in batch.rows()]
-
-        def table_of(rows: Sequence[Summary]) -> Optional[CellTable]:
-            return tabulate(rows) if tabulate and rows else None
-
-        def in_copy(file: BinaryIO) -> None:
-            warnings: List[str] = []
-            batches = list(summarize(map(groups.pop, turns), warnings.append))
-            table = table_of(rows_of(batches))
-            file.write(encode_json([warnings, table and [table.header, table.basis]], indent=None) + b"\n")
-            file.write(encode_parts([table.cells if table else []]))
-            file.writelines(batch.encoded() for batch in batches)
-
-        shared = len(entries) >= SummaryCache.SHARED and self.storage.has_journals and may_share_work()
-        size = max(SummaryCache.GROUP, len(entries) // 1000) if shared else SummaryCache.BATCH
-        groups = dict(enumerate(entries[start:start + size] for start in range(0, len(entries), size)))
-        if not shared:
-            return rows_of(summarize(groups.values(), console.warning)), None
-        turns = shared_turns(len(groups))
-        wait = start_copy(in_copy)
-        batches = list(summarize(map(groups.pop, turns), console.warning))
-        for batch in batches:  # as the other one does meanwhile
-            batch.encode_values()
-        rows = rows_of(batches)
-        table = table_of(rows)
-        file = wait()
-        if file is None:
-            return rows + rows_of(summarize(groups.values(), console.warning)), None
-        warnings, of_table = json.loads(file.readline())
-        for message in warnings:
-            console.warning(message)
-        cells, *others = encoded_places(file)
-        rows += rows_of(StoredBatch(*place) for place in others)
-        return rows, table and of_table and table.joined(CellTable(*of_table, read_part(*cells, 0)))
 
     def _waiting(self) -> Dict[str, List[bytes]]:
         """The contents of the journals by experiment; read before the documents, into which they may be folded."""
@@ -4454,8 +4405,8 @@ class Repository:
                                 escape_control(entry.key))
         return entries
 
-    def _documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
-                   warn: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
+    def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
+                  warn: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
         """The readable documents of these entries, with their journals; a warning for each of the others."""
         def read(entry: Entry) -> Any:
             try:
@@ -4750,6 +4701,75 @@ class SummaryList(List[Summary] if TYPE_CHECKING else list):
             self._cache.write(rows, self.header, list(self.cells()))
 
 
+class SummaryReader:
+    """Reads the summaries of documents that no cache knows. If there are many, two processes take turns at groups of them, and
+    each finishes the table of what it has read."""
+
+    SHARED = 500               # documents from which on two processes read them,
+    GROUP = 100                # at least that many at a time
+
+    def __init__(self, repository: Repository, waiting: Dict[str, List[bytes]], cache: SummaryCache, shown: bool,
+                 tabulate: Optional[Tabulate]) -> None:
+        self._repository, self._waiting, self._cache = repository, waiting, cache
+        self._shown, self._tabulate = shown, tabulate
+        self._groups: Dict[int, Sequence[Entry]] = {}  # that are to be read
+
+    def read(self, entries: Sequence[Entry]) -> Tuple[List[Summary], Optional[CellTable]]:
+        """The summaries, in no order, and the table of just those rows if two processes made it."""
+        shared = len(entries) >= self.SHARED and self._repository.storage.has_journals and may_share_work()
+        size = max(self.GROUP, len(entries) // 1000) if shared else SummaryCache.BATCH
+        self._groups = dict(enumerate(entries[start:start + size] for start in range(0, len(entries), size)))
+        if not shared:
+            return self._rows(self._batches(list(self._groups), console.warning)), None
+        turns = shared_turns(len(self._groups))
+        wait = start_copy(lambda file: self._write(file, turns))
+        batches = list(self._batches(turns, console.warning))
+        for batch in batches:  # as the other one does meanwhile
+            batch.encode_values()
+        rows = self._rows(batches)
+        table = self._table(rows)
+        file = wait()
+        if file is None:
+            return rows + self._rows(self._batches(list(self._groups), console.warning)), None
+        warnings, of_table = json.loads(file.readline())
+        for message in warnings:
+            console.warning(message)
+        cells, *places = encoded_places(file)
+        rows += self._rows(StoredBatch(*place) for place in places)
+        return rows, table and of_table and table.joined(CellTable(*of_table, read_part(*cells, 0)))
+
+    def _write(self, file: BinaryIO, turns: Iterable[int]) -> None:
+        """What the other process does: a line of JSON with its warnings and the head of its table, the cells, the batches."""
+        warnings: List[str] = []
+        batches = list(self._batches(turns, warnings.append))
+        table = self._table(self._rows(batches))
+        file.write(encode_json([warnings, table and [table.header, table.basis]], indent=None) + b"\n")
+        file.write(encode_parts([table.cells if table else []]))
+        file.writelines(batch.encoded() for batch in batches)
+
+    def _batches(self, turns: Iterable[int], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
+        """The summaries of the groups of these numbers, which are read now."""
+        found: List[Tuple[Dict[str, Any], str]] = []
+        for turn in turns:
+            group = self._groups.pop(turn)
+            versions = {entry.name[:-5]: self._cache.settled_version(entry, self._repository.storage) for entry in group}
+            for document in self._repository.documents(group, self._waiting, warn):
+                item_id = document["id"]
+                found.append((summary_data(document), "" if item_id in self._waiting else versions[item_id]))
+            if len(found) >= SummaryCache.BATCH:
+                yield SummaryBatch.of(found, self._shown)
+                found = []
+        if found:
+            yield SummaryBatch.of(found, self._shown)
+
+    @staticmethod
+    def _rows(batches: Iterable[SummaryBatch]) -> List[Summary]:
+        return [row for batch in batches for row in batch.rows()]
+
+    def _table(self, rows: Sequence[Summary]) -> Optional[CellTable]:
+        return self._tabulate(rows) if self._tabulate and rows else None
+
+
 class SummaryCache:
     """The summaries of a repository in a file of this user, each with the version of its document.
 
@@ -4761,8 +4781,6 @@ class SummaryCache:
 
     FORMAT = 3
     BATCH = 500                # rows that are kept together
-    SHARED = 500               # documents from which on two processes read them,
-    GROUP = 100                # that many at a time
     MAX_FILES = 64             # repositories in the cache directory
     SETTLED_SECONDS = 2.0      # a file changed more recently could change again without looking different
 
