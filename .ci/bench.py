@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,16 +66,16 @@ def environment(name, packages, version=None):
 
 # -- what is measured
 
-def run_once(command, cwd=None, env=None):
-    """(seconds, peak memory in MB) of one process."""
+def run_once(command, cwd=None, env=None, killed=False):
+    """(seconds, peak memory in MB) of one process, which may kill itself."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE)
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") else status >> 8
-    if process.returncode:
+    process.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    if process.returncode not in (0, -signal.SIGKILL if killed else 0):
         raise RuntimeError("%s failed: %s" % (command, errors.decode(errors="replace")[-500:]))
     return seconds, usage.ru_maxrss / 1024
 
@@ -103,7 +104,7 @@ def alternate(commands, runs, before=lambda name: None, large=None, cwd=None, en
             os.sync()  # what the one before has left to be written is not this one's
             if large:
                 subprocess.run([sys.executable, "-c", WARM + "warm_memory(sys.argv[1])", str(large)], check=True)
-            result = run_once(commands[name], cwd=cwd, env=env)
+            result = run_once(commands[name], cwd=cwd, env=env, killed="killed" in name)
             if number:
                 results[name].append(result)
     return {name: (statistics.median(second for second, _ in values), max(memory for _, memory in values))
@@ -276,6 +277,21 @@ experiment = tool.init(params={{"lr": 0.1}})
 experiment.checkpoint(path="weights", step=0, metrics={{"loss": 0.1}}, quiet=True)
 experiment.stop()
 """
+# The same until the checkpoint is complete for every reader: from then on the process may as well be killed, and is.
+COMPLETE = """
+import os, time, replicate
+experiment = replicate.init(params={"lr": 0.1})
+item = experiment.checkpoint(path="weights", step=0, metrics={"loss": 0.1}, quiet=True).id
+while item not in open("repo/metadata/experiments/%s.json" % experiment.id).read():
+    time.sleep(0.0005)
+os.kill(os.getpid(), 9)
+"""
+COPY = """
+import os, shutil, sys
+shutil.copyfile("weights", "copy")
+if sys.argv[1:] == ["fsync"]:
+    os.fsync(os.open("copy", os.O_RDONLY))
+"""
 WAIT = WARM + """
 import shutil, time, replicate
 for number in range(int(sys.argv[1]) + 1):
@@ -367,8 +383,16 @@ def bench_files(report, tools, work, runs, scale):
             (directory / "copy").unlink() if (directory / "copy").exists() else None
 
         commands = {name: [python, "-c", SAVE.format(module=name)] for name, python in modules.items()}
-        commands["plain copy"] = [sys.executable, "-c", "import shutil; shutil.copyfile('weights', 'copy')"]
-        report.add("checkpoint of " + what, "page cache", alternate(commands, runs, clean, directory / "weights", directory, env))
+        if kind == "float32":  # which is in its final form then
+            commands["replicate, killed once it is complete"] = [modules["replicate"], "-c", COMPLETE]
+        commands["plain copy"] = [sys.executable, "-c", COPY]
+        commands["plain copy, on the disk itself"] = [sys.executable, "-c", COPY, "fsync"]
+        results = alternate(commands, runs, clean, directory / "weights", directory, env)
+        report.add("checkpoint of " + what, "page cache", results)
+        if "keepsake" in results:
+            report.remark("%s: whole processes against keepsake's: %s" % (what, "; ".join(
+                "%s %.2f times as fast" % (name, results["keepsake"][0] / seconds)
+                for name, (seconds, _) in results.items() if name != "keepsake")))
         clean("")
         lines = subprocess.run([modules["replicate"], "-c", WAIT, str(runs)], cwd=directory, env=env, check=True,
                                capture_output=True, text=True).stdout.splitlines()
