@@ -5776,6 +5776,7 @@ class Recorder:
             self.storage.delete(keys)
             if self._sender:
                 self._sender.lock.release()
+                self._sender.notify()  # which ends it
                 self.repository.remove_experiment(self.experiment)
                 self.target.storage.delete(keys)
         except ReplicateError as error:

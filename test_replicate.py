@@ -2417,11 +2417,13 @@ def test_the_library(place, project, tmp_path):
 
 def test_deleting_while_recording_leaves_nothing(bucket, project):
     (project / "model.bin").write_bytes(bytes(100000))
+    before = set(threading.enumerate())
     experiment = replicate.init(path="model.bin", quiet=True)
     experiment.checkpoint(path="model.bin", quiet=True)
     until(lambda: bucket.checkpoints())
     experiment.delete()
     assert bucket.keys() == ["repository.json"] and pending_leftovers(project) == []
+    until(lambda: "replicate-sender" not in [thread.name for thread in set(threading.enumerate()) - before])
 
 
 def test_the_peer_reads_what_we_write_to_a_bucket(new_place, project, tmp_path):
