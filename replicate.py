@@ -1411,6 +1411,8 @@ class Comparison:
 
     def __init__(self, name: str, operator: str, value: Any) -> None:
         self.name, self.operator, self.value = name, operator, value
+        self._order = ORDER[operator] if operator[0] in "<>" and name not in TIME_FIELDS else None
+        self._rank = KIND_RANK.get(type(value), 5)
 
     def names(self) -> List[str]:
         """The names that the expression asks for."""
@@ -1419,6 +1421,8 @@ class Comparison:
     def matches(self, row: Summary) -> bool:
         """Whether the experiment satisfies the expression."""
         actual = look_up(row, self.name)
+        if self._order:  # of numbers, truth values or texts
+            return KIND_RANK.get(type(actual)) == self._rank <= 2 and self._order(actual, self.value)
         if actual is ABSENT or actual is None:
             return self.operator in ("=", "==") and self.value is None
         if self.name in TIME_FIELDS:
@@ -1429,11 +1433,7 @@ class Comparison:
             return any(same_value(actual, item) for item in self.value)
         if self.operator in ("=", "=="):
             return same_value(actual, self.value)
-        if self.operator == "!=":
-            return not same_value(actual, self.value)
-        if KIND_RANK.get(type(actual)) != KIND_RANK.get(type(self.value)) or KIND_RANK[type(actual)] > 2:
-            return False
-        return ORDER[self.operator](actual, self.value)
+        return not same_value(actual, self.value)
 
     def _matches_time(self, actual: datetime.datetime) -> bool:
         if self.value is None:
@@ -6553,30 +6553,42 @@ def lay_out(columns: Sequence[Tuple[str, Sequence[Sequence[str]]]]) -> Tuple[str
 
     Each column is a title and a cell for each row, a cell a list of lines. Lines end where their last text does.
     """
-    from itertools import chain, zip_longest
+    from itertools import chain
     titles = [title for title, _ in columns]
     texts = [list(chain([title], *cells)) for title, cells in columns]
     plain = "".join(chain(*texts)).isascii()
     widths = [max(map(len if plain else display_width, column)) for column in texts]
-    layout = "  ".join(["%%-%ds" % width for width in widths])
-    indents = [" " * (sum(widths[:index]) + 2 * index) for index in range(len(widths))]
+    shapes: Dict[Tuple[int, ...], Tuple[str, Callable[[List[str]], Any]]] = {}
 
-    def join(line: Sequence[str]) -> str:
-        return (layout % line if plain else "  ".join(map(pad, line, widths))).rstrip()
+    def row(cells: Sequence[Sequence[str]]) -> str:
+        depths = tuple(map(len, cells))
+        if depths not in shapes:
+            shapes[depths] = row_shape(depths, widths, plain)
+        template, in_lines = shapes[depths]
+        found = list(chain(*cells)) if plain else [pad(text, width) for cell, width in zip(cells, widths) for text in cell]
+        text = template % in_lines(found)
+        if not plain or " \n" in text or text[-1:] == " ":
+            text = "\n".join([line.rstrip() for line in text.split("\n")])
+        return text
 
-    rows = []
-    for cells in zip(*[cells for _, cells in columns]):
-        depths = list(map(len, cells))
-        deepest = max(depths)
-        index = depths.index(deepest)
-        depths[index] = 0
-        both = max(depths)  # so many lines have more than one text
-        lines = [join(line) for line in zip_longest(*[cell[:both] for cell in cells], fillvalue="")]
-        if deepest > both:
-            indent = indents[index]
-            lines += [(indent + text).rstrip() for text in cells[index][both:]]
-        rows.append("\n".join(lines))
-    return join(tuple(titles)), rows
+    return row([[title] for title in titles]), list(map(row, zip(*[cells for _, cells in columns])))
+
+
+def row_shape(depths: Sequence[int], widths: Sequence[int], fill: bool) -> Tuple[str, Callable[[List[str]], Any]]:
+    """How a row looks whose cells have that many lines: a template, which fills the texts up to the widths or leaves them as they
+    are, and what takes the texts for it, line by line, from those of all cells, column by column."""
+    from operator import itemgetter
+    lines, order = [], []
+    for number in range(max(depths)):
+        pieces = []
+        for index, (depth, width) in enumerate(zip(depths, widths)):
+            if number < depth:
+                order.append(sum(depths[:index]) + number)
+                pieces.append("%%-%ds" % width if fill and number < max(depths[index + 1:], default=0) else "%s")
+            else:
+                pieces.append(" " * width)
+        lines.append("  ".join(pieces).rstrip())
+    return "\n".join(lines), itemgetter(*order) if order else lambda texts: ()
 
 
 def list_cells(rows: Sequence[Summary], show_all: bool = False) -> CellTable:
