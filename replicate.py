@@ -739,10 +739,7 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     if primary is None:
         return None
     name = primary["name"]
-    try:
-        values = usable = [item["metrics"][name] for item in items]
-    except (KeyError, TypeError):  # not all have it
-        values = usable = [(item.get("metrics") or {}).get(name) for item in items]
+    values = usable = [(item.get("metrics") or {}).get(name) for item in items]
     if not set(map(type, values)) <= {int, float}:
         values = [value if type(value) in (int, float) and value == value else None for value in map(unpack_floats, values)]
         usable = [value for value in values if value is not None]
@@ -1386,8 +1383,7 @@ FIELDS: Dict[str, Callable[[Summary], Any]] = {
 }
 TEXT_FIELDS = ("user", "host", "command", "status", "id")
 TIME_FIELDS = ("started", "created")
-ORDER = {"=": lambda a, b: a == b, "==": lambda a, b: a == b, "<": lambda a, b: a < b, "<=": lambda a, b: a <= b,
-         ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
+ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
 
 
 def look_up(row: Summary, name: str) -> Any:
@@ -1411,7 +1407,7 @@ class Comparison:
 
     def __init__(self, name: str, operator: str, value: Any) -> None:
         self.name, self.operator, self.value = name, operator, value
-        self._order = ORDER[operator] if operator[0] in "<>" and name not in TIME_FIELDS else None
+        self._order = ORDER.get(operator) if name not in TIME_FIELDS else None
         self._rank = KIND_RANK.get(type(value), 5)
 
     def names(self) -> List[str]:
@@ -6579,7 +6575,7 @@ def row_shape(depths: Sequence[int], widths: Sequence[int], fill: bool) -> Tuple
     are, and what takes the texts for it, line by line, from those of all cells, column by column."""
     from operator import itemgetter
     lines, order = [], []
-    for number in range(max(depths)):
+    for number in range(max(depths, default=0)):
         pieces = []
         for index, (depth, width) in enumerate(zip(depths, widths)):
             if number < depth:
