@@ -3648,13 +3648,17 @@ def shrinkable_members(archive: Archive) -> Dict[int, Deflate]:
     return found
 
 
-def recompress(reader: Archive, file: BinaryIO, methods: Dict[int, Deflate]) -> None:
-    """Write the archive that reader reads to another file, its members of those numbers compressed. Raises OSError."""
+def recompress(reader: Archive, file: BinaryIO, methods: Dict[int, Deflate], check: Callable[[], Any]) -> None:
+    """Write the archive that reader reads to another file, its members of those numbers compressed.
+
+    check: called before each member; it raises what ends the work early. Raises OSError.
+    """
     writer = ArchiveWriter(file)
     writer.table.files = reader.table.files
 
     def convert(item: Tuple[int, Tuple[int, int, int]]) -> Tuple[int, Sequence[bytes]]:
         number, (start, compressed, size) = item
+        check()
         if number in methods:
             content = own_buffer(size)
             trailer = reader.read_stored(start, content)
@@ -5326,7 +5330,8 @@ def shrink_archive(storage: DiskStorage, kind: str, item_id: str) -> None:
     archive = Archive(storage, key)
     shrinkable = shrinkable_members(archive)
     if shrinkable:
-        _write_archive(storage, key, lambda file: recompress(archive, file, shrinkable), replace=True)
+        _write_archive(storage, key, lambda file: recompress(archive, file, shrinkable, lambda: storage.stat(key)),
+                       replace=True)
 
 
 def _write_archive(storage: DiskStorage, key: str, write: Callable[[BinaryIO], Any], replace: bool = False) -> Any:
@@ -5761,7 +5766,7 @@ class Recorder:
         """Stop recording because the experiment is removed, and remove what this run has written."""
         with self._is_folding, self._changed:
             self.gone = True
-            self._packing.clear()
+            del self._packing[1:]  # the first may be in work: stop() waits until the packer has noticed
             self._unwritten.clear()
             self._changed.notify_all()
             for journal in self._unfolded + ([self._journal] if self._journal else []):

@@ -3636,7 +3636,7 @@ def recompress(archive, path):
     """What the recorder does in the background; returns the numbers of the members that it compresses."""
     methods = replicate.shrinkable_members(archive)
     with open(path + ".new", "wb", 0) as file:
-        replicate.recompress(archive, file, methods)
+        replicate.recompress(archive, file, methods, lambda: None)
     os.replace(path + ".new", path)
     return sorted(methods)
 
@@ -5236,6 +5236,32 @@ def test_a_removed_experiment_is_noticed_by_the_next_heartbeat(project, repo, mo
     experiment.checkpoint(metrics={"x": 1})
     experiment.stop()
     assert list(tree(repo)) == ["repository.json"] and capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_is_compressed_when_its_experiment_is_found_removed_leaves_nothing(
+        project, repo, monkeypatch, capsys):
+    """The packer stops at once, and stop() waits for that."""
+    fold, compressed = replicate.Repository.fold, []
+
+    def fold_later(self, *args):
+        wait_until(lambda: names_in(repo / "tmp"))
+        fold(self, *args)
+
+    def slowly(data):
+        time.sleep(0.1)
+        compressed.append(len(data))
+        return zlib.compress(data)[2:-4]
+
+    monkeypatch.setattr(replicate.Repository, "fold", fold_later)
+    monkeypatch.setattr(replicate, "chosen_method", lambda sample: slowly)
+    (project / "model").write_bytes(b"text " * (10 << 20))
+    experiment = replicate.init(quiet=True)
+    assert run("rm", "-f", experiment.id).returncode == 0
+    experiment.checkpoint(path="model", quiet=True)
+    wait_until(lambda: "was removed" in capsys.readouterr().err)
+    experiment.stop()
+    assert list(tree(repo)) == ["repository.json"]
+    assert sum(compressed) < (10 << 20) * 5 / 2
 
 
 def test_the_heartbeat(project, repo, monkeypatch):
