@@ -24,6 +24,7 @@ Sections, each of which depends only on those above it:
 """
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -739,7 +740,10 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     if primary is None:
         return None
     name = primary["name"]
-    values = usable = [(item.get("metrics") or {}).get(name) for item in items]
+    try:
+        values = usable = [item["metrics"][name] for item in items]
+    except (KeyError, TypeError):  # some have no such metric
+        values = usable = [(item.get("metrics") or {}).get(name) for item in items]
     if not set(map(type, values)) <= {int, float}:
         values = [value if type(value) in (int, float) and value == value else None for value in map(unpack_floats, values)]
         usable = [value for value in values if value is not None]
@@ -1055,9 +1059,9 @@ class SummaryBatch:
                                   else "")
             facts.append((data["host"], data["user"], data["command"], data["num_checkpoints"], data["primary_metric"],
                           *_checkpoint_facts(latest), *_checkpoint_facts(best)[:2]))
-            params.append(unpacked_values(data["params"]))
-            of_latest.append(unpacked_values(latest.get("metrics")) if latest else {})
-            of_best.append(unpacked_values(best.get("metrics")) if best else {})
+            params.append(data["params"] or {})
+            of_latest.append(latest and latest.get("metrics") or {})
+            of_best.append(best and best.get("metrics") or {})
         return cls(parts, {"facts": dict(zip(cls.FACTS, map(list, zip(*facts)))), "params": columns_of(params),
                            "latest": columns_of(of_latest), "best": columns_of(of_best)})
 
@@ -1154,8 +1158,16 @@ def _with_lengths(lengths: Sequence[int], content: bytes) -> bytes:
 def columns_of(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
     """The columns of a group, see SummaryBatch, from the dict of each row."""
     if len(set(map(tuple, rows))) == 1:  # the same keys in the same order
-        return dict(zip(rows[0], map(list, zip(*[row.values() for row in rows]))))
-    return {name: _sparse([row.get(name, ABSENT) for row in rows]) for name in {name: 1 for row in rows for name in row}}
+        return {name: _unpacked(column) for name, column in zip(rows[0], zip(*[row.values() for row in rows]))}
+    return {name: _sparse(_unpacked([row.get(name, ABSENT) for row in rows]))
+            for name in {name: 1 for row in rows for name in row}}
+
+
+def _unpacked(values: Sequence[Any]) -> List[Any]:
+    """unpack_floats() of each value."""
+    if set(map(type, values)) <= {int, float, str} and NON_FINITE.keys().isdisjoint(values):
+        return list(values)
+    return list(map(unpack_floats, values))
 
 
 def _sparse(values: List[Any]) -> Any:
@@ -1256,21 +1268,21 @@ def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
     return document
 
 
-def checked_experiments(documents: Dict[str, Any]) -> Dict[str, Union[Dict[str, Any], ReadError]]:
-    """What checked_experiment() returns or raises for each of these documents by ID; quicker for many at a time."""
+def decoded_experiments(texts: Dict[str, bytes]) -> Dict[str, Union[Dict[str, Any], ReadError]]:
+    """The valid experiment document, or what is wrong with it, for each of these texts by ID."""
     found: Dict[str, Union[Dict[str, Any], ReadError]] = {}
     checkpoints: List[Any] = []
-    for experiment_id, document in documents.items():
+    for experiment_id, text in texts.items():
         try:
+            document = found[experiment_id] = decode_json(text, "it")
             _check_experiment_fields(document, experiment_id)
             checkpoints += document.get("checkpoints") or ()
-            found[experiment_id] = document
         except ReadError as error:
             found[experiment_id] = error
-    if not _plainly_valid(checkpoints):
+    if not _plainly_valid(checkpoints):  # one of them, if they are looked at together
         for experiment_id, document in found.items():
             try:
-                if not isinstance(document, ReadError):
+                if type(document) is dict:
                     _check_checkpoints(document.get("checkpoints") or ())
             except ReadError as error:
                 found[experiment_id] = error
@@ -1310,12 +1322,13 @@ def _plainly_valid(items: Sequence[Any]) -> bool:
             return False
         ids, times, metrics, steps, paths, primaries = zip(*map(itemgetter(*_PLAIN_KEYS), items))
         digits = "".join(ids)
-        goals = set(map(itemgetter("name", "goal"), [primary for primary in primaries if primary is not None]))
+        goals = [primaries[0]] + [primary for primary in primaries if primary != primaries[0]]
         return (set(map(len, ids)) == {64} and bytes.fromhex(digits).hex() == digits and len(set(ids)) == len(ids)
                 and re.fullmatch(_PLAIN_TIMES, "\n".join(times) + "\n", re.ASCII) is not None
                 and set(map(type, chain.from_iterable(map(dict.values, metrics)))) <= {float, int}
                 and set(map(type, steps)) == {int} and set(map(type, paths)) <= {str, type(None)}
-                and all([type(name) is str and goal in ("maximize", "minimize") for name, goal in goals]))
+                and all([goal is None or type(goal["name"]) is str and goal["goal"] in ("maximize", "minimize")
+                         for goal in goals]))
     except (TypeError, KeyError, ValueError):
         return False
 
@@ -1992,26 +2005,28 @@ command_runs = False  # set by main(): we are not a guest in somebody's process
 
 
 def start_copy(function: Callable[[BinaryIO], None]) -> Callable[[], Optional[BinaryIO]]:
-    """Call function in a copy of this process, with a temporary file to write to.
+    """Call function in a copy of this process, with a file to write its result to, for which nobody waits meanwhile.
 
-    What is returned waits for the end and gives that file, or None if the copy failed.
+    What is returned waits for the end and gives a file with that result, or None if the copy failed.
     """
-    import tempfile
-    file = tempfile.TemporaryFile()
+    reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         status = 1
         try:
-            function(file)
-            file.flush()
+            os.close(reader)
+            with os.fdopen(writer, "wb") as file:
+                function(file)
             status = 0
         finally:
             os._exit(status)
+    os.close(writer)
 
     def result() -> Optional[BinaryIO]:
+        with os.fdopen(reader, "rb") as file:
+            data = file.read()
         _, status = os.waitpid(pid, 0)
-        file.seek(0)
-        return None if status else file
+        return None if status else io.BytesIO(data)
 
     return result
 
@@ -2174,10 +2189,11 @@ class DiskStorage(Storage):
         try:
             if entry is None:
                 return super().read(key)
+            size = entry.size
             descriptor = os.open(self.path(key), os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC)
             try:
-                data = os.read(descriptor, entry.size + 1)
-                while len(data) > entry.size:  # it has grown since it was listed
+                data = os.read(descriptor, size + 1)
+                while len(data) > size:  # it has grown since it was listed
                     more = os.read(descriptor, COPY_BYTES)
                     if not more:
                         break
@@ -4293,7 +4309,7 @@ class Repository:
     pending: a repository on disk that holds what has not been sent to this one yet.
     """
 
-    CHECKED_BYTES = 64 << 10  # of documents that are checked together: what is read of them still fits a processor's cache
+    DECODED_BYTES = 64 << 10  # of documents that are decoded together: what is read of them still fits a processor's cache
 
     def __init__(self, url: str, storage: Optional[Storage] = None, pending: Optional[Repository] = None) -> None:
         self.url = url
@@ -4414,36 +4430,30 @@ class Repository:
             except ReplicateError as error:
                 return error
 
-        def decoded(data: Any) -> Any:
-            try:
-                return decode_json(data, "it") if type(data) is bytes else data
-            except ReadError as error:
-                return error
+        def skip(experiment_id: str, error: ReplicateError) -> None:
+            warn("Skipped the unreadable document %s: %s." % (document_key(experiment_id), str(error).rstrip(".")))
 
-        def checked(group: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-            found = {experiment_id: decoded(data) for experiment_id, data in group.items()}
-            found.update(checked_experiments({experiment_id: document for experiment_id, document in found.items()
-                                              if not isinstance(document, ReplicateError)}))
-            for experiment_id, document in found.items():
-                if isinstance(document, ReplicateError):
-                    warn("Skipped the unreadable document %s: %s." % (document_key(experiment_id),
-                                                                      str(document).rstrip(".")))
+        def decoded(group: Dict[str, bytes]) -> Iterator[Dict[str, Any]]:
+            for experiment_id, document in decoded_experiments(group).items():
+                if isinstance(document, ReadError):
+                    skip(experiment_id, document)
                     continue
                 if experiment_id in waiting:
                     merge_checkpoints(document, waiting[experiment_id])
                 yield document
 
-        group: Dict[str, Any] = {}
+        group: Dict[str, bytes] = {}
         size = 0
         for entry, data in zip(entries, self.storage.in_parallel(read, entries)):
-            if isinstance(data, DoesNotExist):  # removed since it was listed
-                continue
-            group[entry.name[:-5]] = data
-            size += entry.size
-            if size >= self.CHECKED_BYTES:
-                yield from checked(group)
-                group, size = {}, 0
-        yield from checked(group)
+            if type(data) is bytes:
+                group[entry.name[:-5]] = data
+                size += len(data)
+                if size >= self.DECODED_BYTES:
+                    yield from decoded(group)
+                    group, size = {}, 0
+            elif not isinstance(data, DoesNotExist):  # removed since it was listed
+                skip(entry.name[:-5], data)
+        yield from decoded(group)
 
     def _decode(self, data: bytes, experiment_id: str) -> Dict[str, Any]:
         return checked_experiment(decode_json(data, "it"), experiment_id)
@@ -4706,7 +4716,7 @@ class SummaryReader:
     each finishes the table of what it has read."""
 
     SHARED = 500               # documents from which on two processes read them,
-    GROUP = 100                # at least that many at a time
+    GROUP = 25                 # at least that many at a time
 
     def __init__(self, repository: Repository, waiting: Dict[str, List[bytes]], cache: SummaryCache, shown: bool,
                  tabulate: Optional[Tabulate]) -> None:
@@ -4723,9 +4733,7 @@ class SummaryReader:
             return self._rows(self._batches(list(self._groups), console.warning)), None
         turns = shared_turns(len(self._groups))
         wait = start_copy(lambda file: self._write(file, turns))
-        batches = list(self._batches(turns, console.warning))
-        for batch in batches:  # as the other one does meanwhile
-            batch.encode_values()
+        batches = self._encoded_batches(turns, console.warning)
         rows = self._rows(batches)
         table = self._table(rows)
         file = wait()
@@ -4741,11 +4749,18 @@ class SummaryReader:
     def _write(self, file: BinaryIO, turns: Iterable[int]) -> None:
         """What the other process does: a line of JSON with its warnings and the head of its table, the cells, the batches."""
         warnings: List[str] = []
-        batches = list(self._batches(turns, warnings.append))
+        batches = self._encoded_batches(turns, warnings.append)
         table = self._table(self._rows(batches))
         file.write(encode_json([warnings, table and [table.header, table.basis]], indent=None) + b"\n")
         file.write(encode_parts([table.cells if table else []]))
         file.writelines(batch.encoded() for batch in batches)
+
+    def _encoded_batches(self, turns: Iterable[int], warn: Callable[[str], None]) -> List[SummaryBatch]:
+        """All of _batches(), so far encoded that little is left to do when they are written."""
+        batches = list(self._batches(turns, warn))
+        for batch in batches:
+            batch.encode_values()
+        return batches
 
     def _batches(self, turns: Iterable[int], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
         """The summaries of the groups of these numbers, which are read now."""
@@ -6711,6 +6726,9 @@ def _value_texts(name: str, values: Sequence[Any]) -> List[Optional[str]]:
         return list(map((label.replace("%", "%%") + "%d").__mod__, values))
     if kinds == {float} and sum(values) - sum(values) == 0 and max(values) <= 1e5:  # all are finite and short
         return list(map((label.replace("%", "%%") + "%.5g").__mod__, values))
+    if kinds == {str}:
+        texts = {value: label + format_cell(value) for value in set(values)}
+        return list(map(texts.__getitem__, values))
     return [None if value is ABSENT else label + format_cell(value) for value in values]
 
 
