@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     import stat
     import tarfile
     import zlib
-    from typing import (Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence, Set,
-                        TextIO, Tuple, Union)
+    from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
+                        Set, TextIO, Tuple, Union)
     Deflate = Callable[[Union[bytes, memoryview]], bytes]  # compresses to deflate data
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
@@ -1185,9 +1185,14 @@ def by_batch(rows: Iterable[Summary]) -> Dict[SummaryBatch, List[Summary]]:
     return members
 
 
-def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str) -> Dict[str, List[Any]]:
-    """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none."""
-    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.names(group)}
+def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str,
+                  only: Optional[Container[str]] = None) -> Dict[str, List[Any]]:
+    """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none.
+
+    only: the names that are wanted; all by default.
+    """
+    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.names(group)
+                                   if only is None or name in only}
     for batch, rows in members.items():
         positions = [row.position for row in rows]
         for name, values in found.items():
@@ -1399,9 +1404,12 @@ TIME_FIELDS = ("started", "created")
 ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
 
 
-def look_up(row: Summary, name: str) -> Any:
-    """The value of a field, metric or param; ABSENT if the experiment has none of that name."""
-    return FIELDS[name](row) if name in FIELDS else row.batch.named(name)[row.position]
+def look_up(rows: Sequence[Summary], name: str) -> List[Any]:
+    """The value of a field, metric or param for each of these experiments; ABSENT where it has none of that name."""
+    if name in FIELDS:
+        return list(map(FIELDS[name], rows))
+    columns = {batch: batch.named(name) for batch in {row.batch for row in rows}}
+    return [columns[row.batch][row.position] for row in rows]
 
 
 def known_names(rows: Iterable[Summary]) -> Set[str]:
@@ -1420,18 +1428,23 @@ class Comparison:
 
     def __init__(self, name: str, operator: str, value: Any) -> None:
         self.name, self.operator, self.value = name, operator, value
-        self._order = ORDER.get(operator) if name not in TIME_FIELDS else None
-        self._rank = KIND_RANK.get(type(value), 5)
 
     def names(self) -> List[str]:
         """The names that the expression asks for."""
         return [self.name]
 
-    def matches(self, row: Summary) -> bool:
-        """Whether the experiment satisfies the expression."""
-        actual = look_up(row, self.name)
-        if self._order:  # of numbers, truth values or texts
-            return KIND_RANK.get(type(actual)) == self._rank <= 2 and self._order(actual, self.value)
+    def matches(self, rows: Sequence[Summary]) -> List[bool]:
+        """Whether each of these experiments satisfies the expression."""
+        found = look_up(rows, self.name)
+        if self.operator not in ORDER or self.name in TIME_FIELDS:
+            return list(map(self._accepts, found))
+        kind, order, value = KIND_RANK.get(type(self.value), 5), ORDER[self.operator], self.value
+        if kind > 2:  # only numbers, truth values and texts have an order
+            return [False] * len(rows)
+        return [KIND_RANK.get(type(actual)) == kind and order(actual, value) for actual in found]
+
+    def _accepts(self, actual: Any) -> bool:
+        """Whether a value satisfies the expression, if it is not about the order of values."""
         if actual is ABSENT or actual is None:
             return self.operator in ("=", "==") and self.value is None
         if self.name in TIME_FIELDS:
@@ -1462,8 +1475,8 @@ class Not:
     def names(self) -> List[str]:
         return self.operand.names()
 
-    def matches(self, row: Summary) -> bool:
-        return not self.operand.matches(row)
+    def matches(self, rows: Sequence[Summary]) -> List[bool]:
+        return [not found for found in self.operand.matches(rows)]
 
 
 class Junction:
@@ -1475,8 +1488,8 @@ class Junction:
     def names(self) -> List[str]:
         return [name for operand in self.operands for name in operand.names()]
 
-    def matches(self, row: Summary) -> bool:
-        return self.decide(operand.matches(row) for operand in self.operands)
+    def matches(self, rows: Sequence[Summary]) -> List[bool]:
+        return list(map(self.decide, zip(*[operand.matches(rows) for operand in self.operands])))
 
 
 FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <operator> is one of
@@ -1736,8 +1749,7 @@ def sort_rows(rows: List[Summary], name: str, descending: bool) -> List[Summary]
     if name in TIME_FIELDS:
         return rows[::-1] if descending else rows
     present, missing = [], []
-    for row in rows:
-        value = look_up(row, name)
+    for row, value in zip(rows, look_up(rows, name)):
         usable = value is not ABSENT and value is not None and value == value
         (present if usable else missing).append((row, value))
     present.sort(key=lambda pair: sort_key(pair[1]), reverse=descending)
@@ -2153,7 +2165,7 @@ class DiskStorage(Storage):
                 for entry in entries:
                     try:
                         if not entry.is_dir() and (not entry.is_symlink() or entry.stat()):  # or it leads nowhere
-                            yield DiskEntry(folder[:-1], entry.name, entry)
+                            yield DiskEntry(folder + entry.name, entry.name, entry)
                     except OSError:  # deleted meanwhile
                         continue
         except (FileNotFoundError, NotADirectoryError):
@@ -2163,7 +2175,7 @@ class DiskStorage(Storage):
 
     def stat(self, key: str) -> Entry:
         try:
-            return DiskEntry(*os.path.split(key), os.stat(self.path(key)))
+            return DiskEntry(key, os.path.basename(key), status=os.stat(self.path(key)))
         except OSError as error:
             raise self._read_failure(key, error) from error
 
@@ -2182,7 +2194,7 @@ class DiskStorage(Storage):
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
         file = self.open(key)
-        return (DiskEntry(*os.path.split(key), os.fstat(file.fileno())),
+        return (DiskEntry(key, os.path.basename(key), status=os.fstat(file.fileno())),
                 lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
@@ -2319,16 +2331,19 @@ class DiskEntry(Entry):
 
     __slots__ = ("_source", "_facts")
 
-    def __init__(self, folder: str, name: str, source: Union[os.DirEntry, os.stat_result]) -> None:
-        self.key = folder + "/" + name if folder else name
+    def __init__(self, key: str, name: str, source: Optional[os.DirEntry] = None,
+                 status: Optional[os.stat_result] = None) -> None:
+        self.key = key
         self.name = name
-        self._source: Any = source
+        self._source = source
+        if status:
+            self._facts = status.st_size, status.st_mtime_ns, status.st_ino
 
     def facts(self) -> Tuple[int, int, int]:
         """(bytes, time of the last change in nanoseconds, inode); zeros for a file that was deleted meanwhile."""
         if self._source is not None:
             try:
-                status = self._source if isinstance(self._source, os.stat_result) else self._source.stat()
+                status = self._source.stat()
                 self._facts = status.st_size, status.st_mtime_ns, status.st_ino
             except OSError:
                 self._facts = 0, 0, 0
@@ -4383,7 +4398,7 @@ class Repository:
         shown = shown or self.storage.has_index  # which is made of it
         found = cache.take(entries, waiting, shown)
         extended = len(found) < cache.valid
-        stale = [entry for entry in entries if entry.name[:-5] not in found]
+        stale = [entry for entry in entries if entry.name[:-5] not in found] if len(found) < len(entries) else []
         index = None
         cache.unpublished += len(stale)
         if self.storage.has_index and cache.unpublished >= SummaryIndex.MIN_STALE:
@@ -4395,8 +4410,8 @@ class Repository:
         found.update({row.id: row for row in rows})
         if index is not None and index.lacks(entries) >= max(SummaryIndex.MIN_STALE, len(entries) // 10):
             index.publish(self.storage, found.values())
-        for experiment_id, row in found.items():
-            row.running = experiment_id in running
+        for experiment_id in running & found.keys():
+            found[experiment_id].running = True
         ordered = sorted(found.values(), key=lambda row: row.line)
         if table is not None:
             cells = dict(zip(rows, table.cells))
@@ -6607,14 +6622,19 @@ def row_shape(depths: Sequence[int], widths: Sequence[int], fill: bool) -> Tuple
     return "\n".join(lines), itemgetter(*order) if order else lambda texts: ()
 
 
+LISTED_FACTS = ("host", "user", "primary_metric", "latest_id", "latest_step", "best_id", "best_step")
+
+
 def list_cells(rows: Sequence[Summary], show_all: bool = False) -> CellTable:
     """The table of these rows."""
     members = by_batch(rows)
-    facts, params, latest, best = [value_columns(members, group) for group in SummaryBatch.GROUPS]
+    facts, params = value_columns(members, "facts", LISTED_FACTS), value_columns(members, "params")
+    named = None if show_all else {name for name in facts["primary_metric"] if name} or None
+    latest, best = value_columns(members, "latest", named), value_columns(members, "best", named)
     differing, common = differing_names(params)
     chosen = set(params) if show_all else {name for name in differing
                                            if {dict, list}.isdisjoint(map(type, params[name]))}
-    metrics, common_metrics = _listed_metrics(facts["primary_metric"], latest, best, show_all)
+    metrics, common_metrics = (named, {}) if named else _listed_metrics(latest, best, show_all)
     columns: List[Tuple[str, Sequence[Sequence[str]]]] = []
     same = []
     for title in ("HOST", "USER"):
@@ -6695,15 +6715,12 @@ def _next_midnight(moment: datetime.datetime) -> str:
         return ""
 
 
-def _listed_metrics(primary: Sequence[Optional[str]], latest: Dict[str, List[Any]], best: Dict[str, List[Any]],
+def _listed_metrics(latest: Dict[str, List[Any]], best: Dict[str, List[Any]],
                     show_all: bool) -> Tuple[Iterable[str], Dict[str, Any]]:
-    """The metrics that a listing shows: all, the primary ones, or where there are none those that differ, in which case the
-    common values of the others come with them."""
-    if show_all:
+    """The metrics that a listing shows where no primary ones decide: all, or those that differ, in which case the common
+    values of the others come with them."""
+    if show_all or not latest:
         return set(latest) | set(best), {}
-    named = {name for name in primary if name}
-    if named or not latest:
-        return named, {}
     measured = [any(value is not ABSENT for value in row) for row in zip(*latest.values())]
     return differing_names({name: [value for value, counts in zip(values, measured) if counts]
                             for name, values in latest.items()})
@@ -6990,7 +7007,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
                 console.warning("No experiment has a param or metric called %r.%s" % (item, nearest(item, known)))
     chosen = [row for row in rows if row.running or not only_running]
     for tree in filters:
-        chosen = [row for row in chosen if tree.matches(row)]
+        chosen = [row for row, matches in zip(chosen, tree.matches(chosen)) if matches]
     chosen = sort_rows(chosen, name, descending)
     if args.json or args.quiet or not chosen:
         rows.keep()
@@ -7273,7 +7290,8 @@ def demo_command(args: argparse.Namespace) -> int:
     rows = repository.summaries()
     table = list_cells(rows)
     say("".join(list_pieces(rows, table.header, table.cells, datetime.datetime.now(datetime.timezone.utc))))
-    best = min(rows, key=lambda row: look_up(row, "loss"))
+    losses = look_up(rows, "loss")
+    best = rows[losses.index(min(losses))]
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
     say("The runs are in %s, with the script train.py that made them. Try next:\n\n"
         "  %s show %s\n  %s diff %s %s\n  %s checkout %s -o %s\n" % (
