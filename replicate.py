@@ -5772,12 +5772,14 @@ class Recorder:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
-            steps = [lambda: self._wait_for_packer(deadline), self._fold,
-                     lambda: self.storage.sync(self._keys + [document_key(self.experiment.id)])]
+            steps = [lambda: self._wait_for_packer(deadline), self._fold]
             if self._sender:
                 steps.append(lambda: self._sender.stop(deadline - time.monotonic() if deadline is not None else None))
             if self.heartbeat:
                 steps.append(self._stop_heartbeat)
+            # last, since a slow disk may take longer than a scheduler waits before it kills
+            steps.append(lambda: self.storage.sync(self._keys + [archive_key("experiments", self.experiment.id),
+                                                                 document_key(self.experiment.id)]))
             for step in steps:  # each of them, also if one before fails
                 try:
                     step()

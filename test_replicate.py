@@ -5294,6 +5294,26 @@ def test_the_heartbeat(project, repo, monkeypatch):
     assert len(stored_documents(repo)[0]["checkpoints"]) == 1
 
 
+def test_stop_returns_when_all_is_on_the_disk_itself_and_waits_for_that_last(project, repo, monkeypatch):
+    (project / "model").write_bytes(b"text " * 500000)
+    experiment = replicate.init(path="model", quiet=True)
+    checkpoint = experiment.checkpoint(path="model", metrics={"x": 1}, quiet=True)
+    synced, fsync = {}, os.fsync
+
+    def noted(descriptor):
+        path = Path(os.readlink("/proc/self/fd/%d" % descriptor))
+        synced[str(path.relative_to(repo))] = len(path.read_bytes()) if path.is_file() else len(list(path.iterdir()))
+        assert not experiment.is_running() and stored_documents(repo)[0]["checkpoints"]
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    experiment.stop()
+    files = ["metadata/experiments/%s.json" % experiment.id, "experiments/%s.tar.gz" % experiment.id,
+             "checkpoints/%s.tar.gz" % checkpoint.id]
+    assert synced == {**{name: (repo / name).stat().st_size for name in files},
+                      **{str(Path(name).parent): 1 for name in files}}
+
+
 def test_disable_heartbeat(repo, monkeypatch):
     monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.02)
     experiment = replicate.init(disable_heartbeat=True, quiet=True)
