@@ -349,17 +349,6 @@ def unpack_floats(value: Any) -> Any:
     return [unpack_floats(item) for item in value] if kind is list else value
 
 
-def unpacked_values(values: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-    """Stored params or metrics with their real floats; the same dict where there is nothing to unpack."""
-    if not values:
-        return {}
-    for value in values.values():
-        kind = type(value)
-        if (kind is str and value[:1] == "[") or kind is dict or kind is list:
-            return unpack_floats(values)
-    return values
-
-
 def encode_json(value: Any, indent: Optional[int] = 1) -> bytes:
     """value as UTF-8 JSON; a lone surrogate becomes the JSON escape of the same spelling."""
     if indent is not None:
@@ -775,7 +764,7 @@ class Experiment:
     Made by init(), experiments.create(), experiments.get() and experiments.list(). `project` is where it is kept.
     """
 
-    __slots__ = ("_document", "project", "checkpoints", "_running", "__weakref__")
+    __slots__ = ("_document", "project", "checkpoints", "__weakref__")
 
     id = _stored("id", "64 hex digits.")
     host = _stored("host", "The machine's name or address, or None.")
@@ -785,9 +774,8 @@ class Experiment:
     path = _stored("path", "What init() saved, relative to the project directory; None: no files.")
     python_version = _stored("python_version", "For instance '3.11.7'.")
 
-    def __init__(self, document: Dict[str, Any], project: Any = None, running: Optional[bool] = None) -> None:
+    def __init__(self, document: Dict[str, Any], project: Any = None) -> None:
         self.project = project
-        self._running = running
         self._document = document
         self.checkpoints = CheckpointList(Checkpoint(item, self) for item in document.get("checkpoints") or ())
 
@@ -4381,9 +4369,8 @@ class Repository:
 
     def experiments(self) -> List[Experiment]:
         """Every readable experiment with all of its checkpoints, oldest first."""
-        running, waiting = self.running(), self._waiting()
-        found = [Experiment(document, running=document["id"] in running)
-                 for document in self.documents(self._entries(), waiting, console.warning)]
+        waiting = self._waiting()
+        found = list(map(Experiment, self.documents(self._entries(), waiting, console.warning)))
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
     def summaries(self, shown: bool = False, tabulate: Optional[Tabulate] = None) -> SummaryList:
@@ -6306,7 +6293,7 @@ class Project:
         warn_of_secrets(values)
         repository = self._repository = self._open()
         prepared = prepare_in_time(repository)
-        experiment = Experiment(new_document(self._location, saved, values), self, running=True)
+        experiment = Experiment(new_document(self._location, saved, values), self)
         if not quiet:
             console.info("Experiment %s: recording %sto %s" % (
                 experiment.short_id(), "%s " % saved if saved else "", repository.url))
