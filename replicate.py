@@ -1085,9 +1085,9 @@ class SummaryBatch:
         found = self._columns[group].get(name, {})
         if type(found) is list:
             return found if positions is None else list(map(found.__getitem__, positions))
-        return [found.get(position, ABSENT) for position in (self._all() if positions is None else positions)]
+        return [found.get(position, ABSENT) for position in (self.all_positions() if positions is None else positions)]
 
-    def _all(self) -> Sequence[int]:
+    def all_positions(self) -> Sequence[int]:
         """The positions of all rows."""
         return range(len(self.part("lines")))
 
@@ -1182,7 +1182,9 @@ def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str,
     found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.names(group)
                                    if only is None or name in only}
     for batch, rows in members.items():
-        positions = [row.position for row in rows]
+        positions: Optional[List[int]] = [row.position for row in rows]
+        if positions == list(batch.all_positions()):
+            positions = None
         for name, values in found.items():
             values += batch.column(group, name, positions)
     return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
@@ -4914,7 +4916,7 @@ class StoredBatch(SummaryBatch):
         texts = self.part("values")[number].split("\n") if number else []
         if owners is not None:
             known = dict(zip(owners, texts))
-            texts = [known.get(position, "") for position in (self._all() if positions is None else positions)]
+            texts = [known.get(position, "") for position in (self.all_positions() if positions is None else positions)]
         elif positions is not None:
             texts = list(map(texts.__getitem__, positions))
         values = json.loads("[%s]" % ",".join(filter(None, texts)))
