@@ -8535,6 +8535,23 @@ def test_indented_json_is_that_of_the_standard_library(value, indent):
     assert replicate.indented_json(value, "\n", " " * indent) == json.dumps(value, indent=indent, ensure_ascii=False)
 
 
+@hypothesis.given(st.lists(st.dictionaries(st.sampled_from("ab"), st.floats()), min_size=1), st.data())
+def test_floats_come_back_bit_by_bit_and_are_not_parsed(rows, data):
+    parts = {name: [""] * len(rows) for name in ("lines", "checkpoints", "shown")}
+    fresh = replicate.SummaryBatch(parts, {"params": replicate.columns_of(rows)})
+    (place,) = replicate.encoded_places(io.BytesIO(fresh.encoded()))
+    stored = replicate.StoredBatch(*place)
+    names = set(stored.names("params"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicate.json, "loads", None)
+        positions = data.draw(st.lists(st.integers(0, len(rows) - 1)))
+        for name in names:
+            found = stored.column("params", name, positions)
+            assert [value if value is replicate.ABSENT else struct.pack("d", value) for value in found] == [
+                struct.pack("d", rows[position][name]) if name in rows[position] else replicate.ABSENT for position in positions]
+    assert names == {name for row in rows for name in row}
+
+
 @hypothesis.given(st.lists(st.dictionaries(st.sampled_from("abcdef"), JSON_DOCUMENTS), max_size=6))
 def test_columns_give_back_the_rows(rows):
     parts = {name: [""] * len(rows) for name in ("lines", "checkpoints", "shown")}
