@@ -4765,9 +4765,10 @@ class SummaryReader:
 
     def _encoded_batches(self, turns: Iterable[int], warn: Callable[[str], None]) -> List[SummaryBatch]:
         """All of _batches(), so far encoded that little is left to do when they are written."""
-        batches = list(self._batches(turns, warn))
-        for batch in batches:
-            batch.encode_values()
+        batches = []
+        for batch in self._batches(turns, warn):
+            batch.encode_values()  # while the other process may still take turns from a slower one
+            batches.append(batch)
         return batches
 
     def _batches(self, turns: Iterable[int], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
