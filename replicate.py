@@ -5686,7 +5686,7 @@ class Recorder:
         self._journal: Optional[Journal] = None
         self._unfolded: List[Journal] = []            # full journals whose folding failed
         self._unwritten: List[bytes] = []             # lines that a full disk refused
-        self._keys: List[str] = []                    # archives written by this run
+        self._keys = [archive_key("experiments", experiment.id)]  # and the archives that this run writes
         self._packing: List[Tuple[str, str]] = []
         self._is_folding = threading.RLock()
         self._stopping = False
@@ -5776,8 +5776,7 @@ class Recorder:
             if self.heartbeat:
                 steps.append(self._stop_heartbeat)
             # last, since a slow disk may take longer than a scheduler waits before it kills
-            steps.append(lambda: self.storage.sync(self._keys + [archive_key("experiments", self.experiment.id),
-                                                                 document_key(self.experiment.id)]))
+            steps.append(lambda: self.storage.sync(self._keys + [document_key(self.experiment.id)]))
             for step in steps:  # each of them, also if one before fails
                 try:
                     step()
@@ -5802,7 +5801,7 @@ class Recorder:
             for journal in self._unfolded + ([self._journal] if self._journal else []):
                 journal.close(remove=True)
             self._journal, self._unfolded = None, []
-        keys = self._keys + [archive_key("experiments", self.experiment.id), heartbeat_key(self.experiment.id)]
+        keys = self._keys + [heartbeat_key(self.experiment.id)]
         try:
             self.storage.delete(keys)
             if self._sender:
