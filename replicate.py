@@ -1878,6 +1878,62 @@ def open_storage(url: str) -> Storage:
     return BACKENDS[scheme](rest)
 
 
+def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int = 0) -> Iterator[Any]:
+    """function(item) for each item, in order, computed by `count` threads (default: one a core, at most 8).
+
+    At most two items a thread are in flight. When the iteration ends, however it does, no thread is at work any more;
+    only Ctrl-C does not wait. Where no thread can start (the interpreter is shutting down), the caller does the work.
+    """
+    from collections import deque
+    from queue import SimpleQueue
+    tasks: Any = SimpleQueue()
+    ending = False
+
+    def work() -> None:
+        for item, answer in iter(tasks.get, None):
+            try:
+                answer.put((None if ending else function(item), None))
+            except BaseException as error:  # raised again where the result is used
+                answer.put((None, error))
+
+    started = 0
+    for _ in range(count or min(os.cpu_count() or 1, 8)):
+        try:
+            threading.Thread(target=work, name="replicate-worker", daemon=True).start()
+        except RuntimeError:
+            break
+        started += 1
+    if not started:
+        yield from map(function, items)
+        return
+    waiting: Any = deque()
+
+    def next_result() -> Any:
+        result, error = waiting[0].get()
+        waiting.popleft()
+        if error is not None:
+            raise error
+        return result
+
+    try:
+        for item in items:
+            waiting.append(SimpleQueue())
+            tasks.put((item, waiting[-1]))
+            if len(waiting) >= 2 * started:
+                yield next_result()
+        while waiting:
+            yield next_result()
+    except KeyboardInterrupt:
+        waiting.clear()
+        raise
+    finally:
+        ending = True
+        for _ in range(started):
+            tasks.put(None)
+        for answer in waiting:
+            answer.get()
+
+
 class Workers:
     """A few threads for work that releases the interpreter's lock. They are started before the interpreter ends, when
     the pools of the standard library refuse work; where none can be started, the work is done in the calling thread."""
