@@ -24,7 +24,6 @@ Sections, each of which depends only on those above it:
 """
 from __future__ import annotations
 
-import io
 import os
 import sys
 import threading
@@ -43,15 +42,14 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import stat
-    import struct
     import tarfile
     import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
+    Column = Tuple[str, Sequence[Sequence[str]]]  # of a table: a title, and for each row the lines of its cell
     Deflate = Callable[[Union[bytes, memoryview]], bytes]  # compresses to deflate data
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
-    Tabulate = Callable[[Sequence["Summary"]], "CellTable"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -72,7 +70,7 @@ class _LazyModule:
 
 if not TYPE_CHECKING:
     for _name in ("argparse", "datetime", "difflib", "errno", "json", "platform", "re", "shlex", "shutil", "signal",
-                  "stat", "struct", "tarfile", "zlib"):
+                  "stat", "tarfile", "zlib"):
         globals()[_name] = _LazyModule(_name)
 
 __version__ = "1.0.0"
@@ -330,7 +328,7 @@ def plain_value(value: Any, where: str = "value") -> Any:
 
 
 def pack_floats(value: Any) -> Any:
-    """A plain value with NaN and the infinities as the strings that the repository format has for them."""
+    """A plain value whose NaN and infinities are the strings that the repository format has for them."""
     if isinstance(value, float):
         if value != value:
             return "[NaN]"
@@ -350,72 +348,39 @@ def unpack_floats(value: Any) -> Any:
     return [unpack_floats(item) for item in value] if kind is list else value
 
 
+def json_text(value: Any, indent: Optional[int]) -> str:
+    """value as JSON, on one line without an indent; NaN and the infinities packed."""
+    settings: Dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "indent": indent,
+                                "separators": (",", ":" if indent is None else ": ")}
+    try:
+        return json.dumps(value, **settings)
+    except ValueError:  # somebody's document holds 1e999, which reads as infinity
+        return json.dumps(pack_floats(value), **settings)
+
+
 def encode_json(value: Any, indent: Optional[int] = 1) -> bytes:
-    """value as UTF-8 JSON; a lone surrogate becomes the JSON escape of the same spelling."""
-    if indent is not None:
-        text = indented_json(value, "\n", " " * indent)
-    else:
-        try:
-            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        except ValueError:  # 1e999 in somebody's document is read as infinity
-            text = json.dumps(pack_floats(value), separators=(",", ":"), ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace")
+    """value as UTF-8 JSON; a lone surrogate becomes a JSON escape."""
+    return json_text(value, indent).encode("utf-8", "backslashreplace")
 
 
 def decode_json(data: bytes, where: str) -> Any:
     """Parse untrusted JSON; raises ReadError naming `where`."""
-    if not _json_decoders:
-        _json_decoders.append(json.JSONDecoder(parse_constant=_refuse_constant))
     try:
-        return _json_decoders[0].decode(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ReadError("%s is not valid JSON: %s" % (where, short_reason(error))) from error
-
-
-_json_decoders: List[Any] = []  # one that is made when it is first needed
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError("%s is not JSON" % name)
 
 
-def shown_json(value: Any, margin: str = "\n") -> str:
-    """JSON for people and programs, with an indent of two: nothing in it can steer a terminal.
-
-    margin: a line break and the indentation of the line on which it stands.
-    """
-    text = indented_json(value, margin, "  ")
-    if text.isascii() and "\x7f" not in text:
+def shown_json(value: Any) -> str:
+    """JSON to print, indented by two: every character that could steer a terminal is a JSON escape."""
+    text = json_text(value, 2)
+    if text.isascii() and "\x7f" not in text:  # json.dumps escapes the ASCII controls itself
         return text
-
-    def escape(match: re.Match) -> str:
-        return json.dumps(match.group())[1:-1] if match.group() != "\n" else "\n"
-
-    return re.sub("[%s]" % _CONTROL, escape, text)
-
-
-def indented_json(value: Any, margin: str, indent: str) -> str:
-    """What json.dumps gives with that indent, several times as fast, with NaN and the infinities packed; margin as in
-    shown_json()."""
-    texts, kind = _scalar_texts, type(value)
-    if not texts:
-        texts.update({str: json.encoder.encode_basestring, int: repr, type(None): lambda _: "null",
-                      bool: lambda truth: "true" if truth else "false",
-                      float: lambda number: repr(number) if number - number == 0 else '"%s"' % pack_floats(number)})
-    if kind in texts:
-        return texts[kind](value)
-    if not value or kind not in (dict, list):
-        return json.dumps(value)
-    inner = margin + indent
-    content = [texts[type(item)](item) if type(item) in texts else indented_json(item, inner, indent)
-               for item in (value if kind is list else value.values())]
-    if kind is dict:
-        quote = texts[str]
-        content = ["%s: %s" % (quote(key), text) for key, text in zip(value, content)]
-    return ("[%s%s%s]" if kind is list else "{%s%s%s}") % (inner, ("," + inner).join(content), margin)
-
-
-_scalar_texts: Dict[type, Callable[[Any], str]] = {}  # by the kind of value; filled when first needed
+    return re.sub("(?!\n)[%s]" % _CONTROL, lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def short_reason(error: BaseException) -> str:
@@ -432,13 +397,8 @@ def new_id() -> str:
 
 
 def is_id(text: Any) -> bool:
-    """Whether text may be part of a path or key: hex digits and nothing else."""
-    return isinstance(text, str) and 0 < len(text) <= 128 and is_hex(text)
-
-
-def is_hex(text: str) -> bool:
-    """Whether text has no other characters than lower-case hex digits."""
-    return text.isascii() and not text.encode().translate(None, b"0123456789abcdef")
+    """Whether text may become part of a path or key: 1 to 128 lower-case hex digits."""
+    return isinstance(text, str) and 0 < len(text) <= 128 and not text.strip("0123456789abcdef")
 
 
 def timestamp(seconds: Optional[float] = None) -> str:
@@ -450,8 +410,8 @@ def timestamp(seconds: Optional[float] = None) -> str:
 
 def parse_time(text: str) -> datetime.datetime:
     """An RFC 3339 time as an aware UTC datetime, cut to microseconds. Raises ValueError."""
-    if len(text) == 27 and text.isascii() and text[4] == text[7] == "-" and text[10] == "T" and text[19] == "." and text[26] == "Z":
-        return datetime.datetime.fromisoformat(text[:26] + "+00:00")  # ten times as fast
+    if len(text) == 27 and text[26] == "Z" and text[10] == "T" and text[19] == "." and text.isascii():
+        return datetime.datetime.fromisoformat(text[:26] + "+00:00")  # our own form, ten times as fast
     match = re.fullmatch(TIMESTAMP, text, re.ASCII)
     if match is None:
         raise ValueError("not an RFC 3339 time: %r" % text)
@@ -476,7 +436,7 @@ def local_time(moment: datetime.datetime) -> datetime.datetime:
 
 
 def canonical_time(text: str) -> str:
-    """A valid time as text that sorts by time: UTC, always 9 fractional digits."""
+    """A valid time as text that sorts by time: UTC, always with 9 fractional digits."""
     if text[-1] != "Z" or text[10] != "T":
         match = re.fullmatch(TIMESTAMP, text, re.ASCII)
         fraction = match.group(3) if match and match.group(3) else ""
@@ -485,24 +445,15 @@ def canonical_time(text: str) -> str:
     return text[:19] + "." + text[20:-1].ljust(9, "0")
 
 
-def sortable_times(times: List[str]) -> List[str]:
-    """Valid times as texts that sort by time, among themselves: as they are, if they are written alike."""
-    joined = "".join(times)
-    if len(set(map(len, times))) == 1 and joined.count("T") == joined.count("Z") == len(times):
-        return times
-    return [canonical_time(text) for text in times]
-
-
 RELATIVE_UNITS = ((1, "about a second", "%d seconds"), (60, "about a minute", "%d minutes"),
                   (3600, "about an hour", "%d hours"), (86400, "one day", "%d days"))
-RELATIVE_HOURS = 73  # from which on the date is told
 
 
 def relative_time(moment: datetime.datetime, now: datetime.datetime) -> str:
     """'2 minutes ago'; the local date past 73 hours."""
     seconds = (now - moment).total_seconds()
     distance = abs(seconds)
-    if distance >= RELATIVE_HOURS * 3600:
+    if distance >= 73 * 3600:
         return "%04d-%02d-%02d" % local_time(moment).timetuple()[:3]
     text = RELATIVE_UNITS[0][1]
     for index, (unit, one, many) in enumerate(RELATIVE_UNITS):
@@ -525,8 +476,11 @@ def full_time(moment: datetime.datetime) -> str:
                                        local.strftime("%H:%M:%S"), local.tzname())
 
 
+CELL_CHARACTERS = 20
+
+
 def format_cell(value: Any) -> str:
-    """A param or metric as a table cell: at most 20 characters of a string, 5 significant digits of a float."""
+    """A param or metric as a table cell: at most 20 characters of a string, list or object, 5 significant digits."""
     kind = type(value)
     if kind is float:
         if value != value:
@@ -536,18 +490,22 @@ def format_cell(value: Any) -> str:
         return "%.20g" % value if 1e5 < value < 1e20 else "%.5g" % value
     if kind is int:
         return str(value)
-    if kind is str:
-        return escape_control(value if len(value) <= 20 else value[:17] + "...")
-    return format_value(value)
+    text = value if kind is str else value_text(value)
+    return escape_control(text if len(text) <= CELL_CHARACTERS else text[:CELL_CHARACTERS - 3] + "...")
 
 
 def format_value(value: Any) -> str:
-    """A param or metric in full: strings as they are, everything else as JSON (floats: NaN, +Inf, -Inf, 2 for 2.0)."""
+    """A param or metric in full, safe to print: strings as they are, everything else as JSON (floats: NaN, 2 for 2.0)."""
+    return escape_control(value_text(value))
+
+
+def value_text(value: Any) -> str:
+    """format_value() with control characters as they are."""
     if isinstance(value, str):
-        return escape_control(value)
+        return value
     if isinstance(value, float) and (value - value != 0 or (value.is_integer() and abs(value) < 1e15)):
         return format_cell(value) if value - value != 0 else "%d" % value
-    return escape_control(json.dumps(pack_floats(value), ensure_ascii=False, separators=(",", ":")))
+    return json_text(value, None)
 
 
 def format_size(count: float) -> str:
@@ -720,30 +678,23 @@ def primary_of(items: Sequence[Dict[str, Any]]) -> Optional[Dict[str, str]]:
 
 def latest_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     """The position of the newest of these stored checkpoints; of equals the last."""
-    times = sortable_times([item["created"] for item in items])
-    return len(times) - 1 - times[::-1].index(max(times)) if times else None
+    return max(range(len(items)), key=lambda index: (canonical_time(items[index]["created"]), index), default=None)
 
 
 def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
-    """The position of the best of these stored checkpoints, among those with a usable value; of equals the latest."""
+    """The position of the stored checkpoint with the best usable value of the primary metric; of equals the latest."""
     primary = primary_of(items)
     if primary is None:
         return None
-    name = primary["name"]
-    try:
-        values = usable = [item["metrics"][name] for item in items]
-    except (KeyError, TypeError):  # some have no such metric
-        values = usable = [(item.get("metrics") or {}).get(name) for item in items]
-    if not set(map(type, values)) <= {int, float}:
-        values = [value if type(value) in (int, float) and value == value else None for value in map(unpack_floats, values)]
-        usable = [value for value in values if value is not None]
-    if not usable:
-        return None
-    best = max(usable) if primary["goal"] == "maximize" else min(usable)
-    if values.count(best) == 1:
-        return values.index(best)
-    chosen = [index for index, value in enumerate(values) if value == best]
-    return chosen[latest_index([items[index] for index in chosen]) or 0]
+    sign = 1 if primary["goal"] == "maximize" else -1
+    values = {}
+    for index, item in enumerate(items):
+        value = unpack_floats((item.get("metrics") or {}).get(primary["name"]))
+        if _is_number(value) and value == value:
+            values[index] = sign * value
+    best = max(values.values(), default=None)
+    equals = [index for index, value in values.items() if value == best]
+    return equals[latest_index([items[index] for index in equals]) or 0] if equals else None
 
 
 class CheckpointMetrics:
@@ -987,227 +938,62 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
     return axes
 
 
-class Summary:
-    """What a listing shows of an experiment: its document with the best and the latest checkpoint alone."""
+class Row:
+    """An experiment in a listing: its document without packages and checkpoints, but with the best and latest one.
 
-    __slots__ = ("batch", "position", "line", "id", "version", "running")
+    Filters, sorting, tables and `ls --json` all use it.
+    """
 
-    def __init__(self, batch: SummaryBatch, position: int, line: str) -> None:
-        self.batch = batch        # where its parts are, each at this position
-        self.position = position
-        self.line = line          # "<time of creation> <ID> <version>", which sorts by time
-        _, self.id, self.version = line.split(" ", 2)  # the version of the document; empty: not to be remembered
+    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created", "params", "metrics")
+
+    def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
+        self.summary = summary                # what summarize() returns
+        self.id: str = summary["id"]
+        self.version = version                # of the document; "" where the row must not be remembered
+        self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS of each, with spaces between
         self.running = False
+        self.created = parse_time(summary["created"])
+        self.params = unpack_floats(summary.get("params") or {})
+        self.metrics = unpack_floats((self.best or self.latest or {}).get("metrics") or {})
 
-    def part(self, name: str) -> str:
-        """One of SummaryBatch.PARTS."""
-        return self.batch.part(name)[self.position]
-
-    def may_have_checkpoint(self, prefix: str) -> bool:
-        """Whether a checkpoint's ID may start with prefix, as far as the first digits tell."""
-        return (" " + prefix[:SUMMARY_DIGITS]) in " " + self.part("checkpoints")
+    @classmethod
+    def of(cls, document: Dict[str, Any], version: str = "") -> Row:
+        """The row of a valid document."""
+        ids = [item["id"][:ROW_ID_DIGITS] for item in document.get("checkpoints") or ()]
+        return cls(summarize(document), version, " ".join(ids))
 
     @property
-    def created(self) -> datetime.datetime:
-        return parse_time(self.line[:26] + "Z")
+    def best(self) -> Optional[Dict[str, Any]]:
+        """The best checkpoint as stored, or None."""
+        return self.summary["best_checkpoint"]
 
-    def fact(self, name: str) -> Any:
-        """One of SummaryBatch.FACTS."""
-        return self.batch.fact(name)[self.position]
+    @property
+    def latest(self) -> Optional[Dict[str, Any]]:
+        """The latest checkpoint as stored, or None."""
+        return self.summary["latest_checkpoint"]
 
+    def may_have_checkpoint(self, prefix: str) -> bool:
+        """Whether the ID of a checkpoint may start with prefix, as far as the remembered digits tell."""
+        return " " + prefix[:ROW_ID_DIGITS] in " " + self.checkpoint_ids
 
-class SummaryBatch:
-    """Summaries that are kept together, each of their parts as a list of texts: a listing touches only what it shows.
+    def value(self, name: str) -> Any:
+        """What a filter or sort key of that name means here: a field, metric or param; ABSENT where there is none."""
+        if name in FIELDS:
+            return FIELDS[name](self)
+        if name.startswith("params."):
+            return self.params.get(name[len("params."):], ABSENT)
+        if name.startswith("metrics."):
+            return self.metrics.get(name[len("metrics."):], ABSENT)
+        return self.metrics.get(name, self.params.get(name, ABSENT))
 
-    lines: see Summary; checkpoints: the first digits of their IDs; values: see encode_columns(); shown: JSON for
-    `ls --json`, without its end, empty where nobody has asked for it. The columns are what filters, sorting and tables use:
-    {group: {name: column}}, a column being a list of the rows' values, or {position: value} where not all of them have one.
-    """
-
-    PARTS = ("lines", "checkpoints", "values", "shown")
-    GROUPS = ("facts", "params", "latest", "best")  # the last two: the metrics of those checkpoints
-    FACTS = ("host", "user", "command", "num_checkpoints", "primary_metric",  # the name of that
-             "latest_id", "latest_step", "latest_created", "best_id", "best_step")  # short IDs; None without checkpoint
-
-    def __init__(self, parts: Dict[str, List[str]], columns: Dict[str, Dict[str, Any]]) -> None:
-        self._parts = parts
-        self._columns = columns
-        self._facts: Dict[str, List[Any]] = {}
-        self._named: Dict[str, List[Any]] = {}
-
-    @classmethod
-    def of(cls, found: Iterable[Tuple[Dict[str, Any], str]], shown: bool) -> SummaryBatch:
-        """From summary_data() and the version of each document; shown: with the part of that name."""
-        parts: Dict[str, List[str]] = {name: [] for name in ("lines", "checkpoints", "shown")}
-        facts, params, of_latest, of_best = [], [], [], []
-        for data, version in found:
-            latest, best = data["latest_checkpoint"], data["best_checkpoint"]
-            parts["lines"].append("%s %s %s" % (canonical_time(data["created"]), data["id"], version))
-            parts["checkpoints"].append(data["checkpoint_ids"])
-            parts["shown"].append(shown_json({key: data[key] for key in SHOWN_KEYS}, "\n  ")[:-len("\n  }")] if shown
-                                  else "")
-            facts.append((data["host"], data["user"], data["command"], data["num_checkpoints"], data["primary_metric"],
-                          *_checkpoint_facts(latest), *_checkpoint_facts(best)[:2]))
-            params.append(data["params"] or {})
-            of_latest.append(latest and latest.get("metrics") or {})
-            of_best.append(best and best.get("metrics") or {})
-        return cls(parts, {"facts": dict(zip(cls.FACTS, map(list, zip(*facts)))), "params": columns_of(params),
-                           "latest": columns_of(of_latest), "best": columns_of(of_best)})
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[Summary]) -> SummaryBatch:
-        """Of rows from other batches."""
-        members = by_batch(rows)
-        rows = [row for some in members.values() for row in some]
-        parts = {name: [row.part(name) for row in rows] for name in ("lines", "checkpoints", "shown")}
-        return cls(parts, {group: {name: _sparse(values) for name, values in value_columns(members, group).items()}
-                           for group in cls.GROUPS})
-
-    def encode_values(self) -> None:
-        """Make the part `values`, which takes most of the time that encoded() needs."""
-        if "values" not in self._parts:
-            self._parts["values"] = encode_columns(self._columns)
-
-    def encoded(self) -> bytes:
-        """As in a file, see encode_parts()."""
-        self.encode_values()
-        return encode_parts([self.part(name) for name in self.PARTS])
-
-    def part(self, name: str) -> List[str]:
-        """The texts of one part; all but `values` have one for each row."""
-        return self._parts[name]
-
-    def names(self, group: str) -> Iterable[str]:
-        """The names of the columns of a group."""
-        return self._columns[group]
-
-    def column(self, group: str, name: str, positions: Optional[Sequence[int]] = None) -> List[Any]:
-        """The values of that name in a group at these positions, or all, ABSENT where a row has none."""
-        found = self._columns[group].get(name, {})
-        if type(found) is list:
-            return found if positions is None else list(map(found.__getitem__, positions))
-        return [found.get(position, ABSENT) for position in (self.all_positions() if positions is None else positions)]
-
-    def all_positions(self) -> Sequence[int]:
-        """The positions of all rows."""
-        return range(len(self.part("lines")))
-
-    def fact(self, name: str) -> List[Any]:
-        """The column of one of the FACTS."""
-        if name not in self._facts:
-            self._facts[name] = self.column("facts", name)
-        return self._facts[name]
-
-    def named(self, name: str) -> List[Any]:
-        """The values that a name means which is no field: those of a metric of the best checkpoint (of the latest where
-        there is no best), else those of a param; `metrics.` and `params.` before it say which."""
-        if name not in self._named:
-            if name.startswith("params."):
-                found = self.column("params", name[len("params."):])
-            elif name.startswith("metrics."):
-                metric = name[len("metrics."):]
-                found = [of_best if best else of_latest for best, of_best, of_latest in zip(
-                    self.fact("best_id"), self.column("best", metric), self.column("latest", metric))]
-            else:
-                found = [param if metric is ABSENT else metric
-                         for metric, param in zip(self.named("metrics." + name), self.column("params", name))]
-            self._named[name] = found
-        return self._named[name]
-
-    def rows(self) -> List[Summary]:
-        """A new summary for each row."""
-        return [Summary(self, position, line) for position, line in enumerate(self.part("lines"))]
+    def to_json(self) -> Dict[str, Any]:
+        """The element of `ls --json`."""
+        return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, running=self.running)
 
 
-def encode_columns(columns: Dict[str, Dict[str, Any]]) -> List[str]:
-    """The part `values` of columns, see SummaryBatch: as JSON for each group and name null, or the positions of a column
-    that not all rows have; then the values of each column, as JSON with a line feed between them. Floats are faster than in
-    JSON as "d" and the hex digits of doubles, the lowest byte first."""
-    texts = [json.dumps({group: {name: list(column) if type(column) is dict else None for name, column in found.items()}
-                         for group, found in columns.items()}, ensure_ascii=False)]
-    for found in columns.values():
-        for column in found.values():
-            values = list(column.values()) if type(column) is dict else column
-            if set(map(type, values)) == {float}:
-                texts.append("d" + struct.pack("<%dd" % len(values), *values).hex())
-                continue
-            text = json.dumps(values, ensure_ascii=False, separators=("\n", ":"))[1:-1]
-            if text.count("\n") != len(values) - 1:  # some are containers of several values
-                text = "\n".join([json.dumps(value, ensure_ascii=False) for value in values])
-            texts.append(text)
-    return texts
-
-
-def encode_parts(parts: Sequence[Sequence[str]]) -> bytes:
-    """Lists of texts as bytes: `[[<bytes of each list>], <CRC-32 of all>]`, a line feed, the lists, joined by NUL."""
-    encoded = ["\0".join(part).encode("utf-8", "surrogatepass") for part in parts]
-    return _with_lengths(list(map(len, encoded)), b"".join(encoded))
-
-
-def _with_lengths(lengths: Sequence[int], content: bytes) -> bytes:
-    return b"%s\n%s" % (encode_json([lengths, zlib.crc32(content)], indent=None), content)
-
-
-def columns_of(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-    """The columns of a group, see SummaryBatch, from the dict of each row."""
-    if len(set(map(tuple, rows))) == 1:  # the same keys in the same order
-        return {name: _unpacked(column) for name, column in zip(rows[0], zip(*[row.values() for row in rows]))}
-    return {name: _sparse(_unpacked([row.get(name, ABSENT) for row in rows]))
-            for name in {name: 1 for row in rows for name in row}}
-
-
-def _unpacked(values: Sequence[Any]) -> List[Any]:
-    """unpack_floats() of each value."""
-    if set(map(type, values)) <= {int, float, str} and NON_FINITE.keys().isdisjoint(values):
-        return list(values)
-    return list(map(unpack_floats, values))
-
-
-def _sparse(values: List[Any]) -> Any:
-    """A column as it is stored, from one with ABSENT."""
-    if values.count(ABSENT):
-        return {position: value for position, value in enumerate(values) if value is not ABSENT}
-    return values
-
-
-def by_batch(rows: Iterable[Summary]) -> Dict[SummaryBatch, List[Summary]]:
-    """rows by the batch to which they belong."""
-    members: Dict[SummaryBatch, List[Summary]] = {}
-    for row in rows:
-        members.setdefault(row.batch, []).append(row)
-    return members
-
-
-def value_columns(members: Dict[SummaryBatch, List[Summary]], group: str,
-                  only: Optional[Container[str]] = None) -> Dict[str, List[Any]]:
-    """The values of a group by name, each a list for all these rows in that order, with ABSENT where a row has none.
-
-    only: the names that are wanted; all by default.
-    """
-    found: Dict[str, List[Any]] = {name: [] for batch in members for name in batch.names(group)
-                                   if only is None or name in only}
-    for batch, rows in members.items():
-        positions: Optional[List[int]] = [row.position for row in rows]
-        if positions == list(batch.all_positions()):
-            positions = None
-        for name, values in found.items():
-            values += batch.column(group, name, positions)
-    return {name: values for name, values in found.items() if values.count(ABSENT) < len(values)}
-
-
-class CellTable:
-    """What `ls` prints from the column HOST on, which does not depend on the present time."""
-
-    def __init__(self, header: str, basis: str, cells: List[str]) -> None:
-        self.header = header
-        self.basis = basis  # all else that decides how the rows look, and that they have in common
-        self.cells = cells  # lines for each row
-
-    def joined(self, other: CellTable) -> Optional[CellTable]:
-        """The table of the rows of both, if it looks like its halves."""
-        if (self.header, self.basis) != (other.header, other.basis):
-            return None
-        return CellTable(self.header, self.basis, self.cells + other.cells)
+ROW_ID_DIGITS = 12  # of each checkpoint's ID that a row keeps
+SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
+              "host")
 
 
 SUMMARY_DIGITS = 12  # of each checkpoint's ID that a summary keeps
@@ -1215,35 +1001,28 @@ SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_c
               "host")  # of an element of `ls --json`, which ends with `running`
 
 
-def _checkpoint_facts(item: Optional[Dict[str, Any]]) -> Tuple[Optional[str], Optional[int], Optional[str]]:
-    """(short ID, step, time of creation) of a stored checkpoint."""
-    return (item["id"][:SHORT_ID], item.get("step") or 0, item["created"]) if item else (None, None, None)
-
-
-def summary_data(document: Dict[str, Any]) -> Dict[str, Any]:
-    """A valid document with no other checkpoints than the best and the latest."""
+def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
+    """A valid document with its best and latest checkpoint in place of all of them, and without packages."""
     items = document.get("checkpoints") or ()
     latest, best, primary = latest_index(items), best_index(items), primary_of(items)
-    data = {key: document.get(key) for key in SHOWN_KEYS}
-    data["num_checkpoints"] = len(items)
-    data["latest_checkpoint"] = None if latest is None else items[latest]
-    data["best_checkpoint"] = None if best is None else items[best]
-    data["primary_metric"] = primary["name"] if primary else None
-    data["checkpoint_ids"] = " ".join([item["id"][:SUMMARY_DIGITS] for item in items])
-    return data
+    summary = {key: value for key, value in document.items() if key not in ("checkpoints", "python_packages")}
+    summary.update(num_checkpoints=len(items), primary_metric=primary["name"] if primary else None,
+                   latest_checkpoint=None if latest is None else items[latest],
+                   best_checkpoint=None if best is None else items[best])
+    return summary
 
 
-def checked_summary(data: Any, experiment_id: str) -> Dict[str, Any]:
-    """data if it is what summary_data() gives for an experiment of that ID; raises ReadError otherwise."""
-    _check_fields(data, _SUMMARY_FIELDS)
-    if not data.keys() >= _SUMMARY_FIELDS.keys():
+def checked_summary(summary: Any, experiment_id: str) -> Dict[str, Any]:
+    """summary if it is what summarize() returns for an experiment of that ID; raises ReadError otherwise."""
+    _check_fields(summary, dict(_EXPERIMENT_FIELDS, **_SUMMARY_FIELDS))
+    if not summary.keys() >= _SUMMARY_FIELDS.keys():
         raise ReadError("a field is missing")
-    if data["id"] != experiment_id:
+    if summary["id"] != experiment_id:
         raise ReadError("its id is another one")
-    for checkpoint in (data["latest_checkpoint"], data["best_checkpoint"]):
+    for checkpoint in (summary["latest_checkpoint"], summary["best_checkpoint"]):
         if checkpoint is not None:
             checked_checkpoint(checkpoint)
-    return data
+    return summary
 
 
 # Untrusted documents become a model only after these checks.
@@ -1256,80 +1035,21 @@ _EXPERIMENT_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user
                       "checkpoints": (list, type(None))}
 _CHECKPOINT_FIELDS = {"metrics": (dict, type(None)), "step": (int, type(None)), "path": _TEXT_OR_NULL,
                       "primary_metric": (dict, type(None))}
-_SUMMARY_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user": _TEXT_OR_NULL, "command": _TEXT_OR_NULL,
-                   "num_checkpoints": (int,), "latest_checkpoint": (dict, type(None)),
-                   "best_checkpoint": (dict, type(None)), "primary_metric": _TEXT_OR_NULL, "checkpoint_ids": (str,)}
+_SUMMARY_FIELDS = {"num_checkpoints": (int,), "latest_checkpoint": (dict, type(None)),
+                   "best_checkpoint": (dict, type(None)), "primary_metric": _TEXT_OR_NULL}
 
 
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
     """document if it is a valid experiment document of that ID; raises ReadError otherwise."""
-    _check_experiment_fields(document, experiment_id)
-    _check_checkpoints(document.get("checkpoints") or ())
-    return document
-
-
-def decoded_experiments(texts: Dict[str, bytes]) -> Dict[str, Union[Dict[str, Any], ReadError]]:
-    """The valid experiment document, or what is wrong with it, for each of these texts by ID."""
-    found: Dict[str, Union[Dict[str, Any], ReadError]] = {}
-    checkpoints: List[Any] = []
-    for experiment_id, text in texts.items():
-        try:
-            document = found[experiment_id] = decode_json(text, "it")
-            _check_experiment_fields(document, experiment_id)
-            checkpoints += document.get("checkpoints") or ()
-        except ReadError as error:
-            found[experiment_id] = error
-    if not _plainly_valid(checkpoints):  # one of them, if they are looked at together
-        for experiment_id, document in found.items():
-            try:
-                if type(document) is dict:
-                    _check_checkpoints(document.get("checkpoints") or ())
-            except ReadError as error:
-                found[experiment_id] = error
-    return found
-
-
-def _check_experiment_fields(document: Any, experiment_id: str) -> None:
     _check_fields(document, _EXPERIMENT_FIELDS)
     if document["id"] != experiment_id:
         raise ReadError("its id is not the name of its file")
     if not set(map(type, (document.get("python_packages") or {}).values())) <= {str}:
         raise ReadError("python_packages holds something that is not text")
-
-
-def _check_checkpoints(checkpoints: Sequence[Any]) -> None:
-    if not _plainly_valid(checkpoints):
-        for item in checkpoints:
-            checked_checkpoint(item)
-        if len({item["id"] for item in checkpoints}) != len(checkpoints):
-            raise ReadError("two of its checkpoints have the same ID")
-
-
-_PLAIN_KEYS = ("id", "created", "metrics", "step", "path", "primary_metric")
-_PLAIN_TIMES = (r"(?:(?!0000)\d{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|"
-                r"(?:0[13578]|1[02])-31)T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?Z\n)*")
-
-
-def _plainly_valid(items: Sequence[Any]) -> bool:
-    """Whether these checkpoints are valid, with different IDs, and so ordinary that it can be seen column by column, which
-    is quick."""
-    from itertools import chain
-    from operator import itemgetter
-    try:
-        if not items:
-            return True
-        if set(map(len, items)) != {len(_PLAIN_KEYS)}:
-            return False
-        ids, times, metrics, steps, paths, primaries = zip(*map(itemgetter(*_PLAIN_KEYS), items))
-        goals = [primaries[0]] + [primary for primary in primaries if primary != primaries[0]]
-        return (set(map(len, ids)) == {64} and is_hex("".join(ids)) and len(set(ids)) == len(ids)
-                and re.fullmatch(_PLAIN_TIMES, "\n".join(times) + "\n", re.ASCII) is not None
-                and set(map(type, chain.from_iterable(map(dict.values, metrics)))) <= {float, int}
-                and set(map(type, steps)) == {int} and set(map(type, paths)) <= {str, type(None)}
-                and all([goal is None or type(goal["name"]) is str and goal["goal"] in ("maximize", "minimize")
-                         for goal in goals]))
-    except (TypeError, KeyError, ValueError):
-        return False
+    ids = [checked_checkpoint(item)["id"] for item in document.get("checkpoints") or ()]
+    if len(set(ids)) != len(ids):
+        raise ReadError("two of its checkpoints have the same ID")
+    return document
 
 
 def checked_checkpoint(item: Any) -> Dict[str, Any]:
@@ -1381,39 +1101,30 @@ def _check_depth(value: Any) -> None:
 # 4  Filters and sorting
 # ------------------------------------------------------------------------------------------------------------------
 
-FIELDS: Dict[str, Callable[[Summary], Any]] = {
+FIELDS: Dict[str, Callable[[Row], Any]] = {
     "started": lambda row: row.created,
     "created": lambda row: row.created,
-    "step": lambda row: row.fact("latest_step") or 0,
-    "user": lambda row: row.fact("user"),
-    "host": lambda row: row.fact("host"),
-    "command": lambda row: row.fact("command"),
+    "step": lambda row: (row.latest or {}).get("step") or 0,
+    "user": lambda row: row.summary.get("user"),
+    "host": lambda row: row.summary.get("host"),
+    "command": lambda row: row.summary.get("command"),
     "status": lambda row: "running" if row.running else "stopped",
     "id": lambda row: row.id,
-    "duration": lambda row: row.fact("latest_id") and (parse_time(row.fact("latest_created")) - row.created).total_seconds(),
-    "checkpoints": lambda row: row.fact("num_checkpoints"),
+    "duration": lambda row: row.latest and (parse_time(row.latest["created"]) - row.created).total_seconds(),
+    "checkpoints": lambda row: row.summary["num_checkpoints"],
 }
 TEXT_FIELDS = ("user", "host", "command", "status", "id")
 TIME_FIELDS = ("started", "created")
 ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
 
 
-def look_up(rows: Sequence[Summary], name: str) -> List[Any]:
-    """The value of a field, metric or param for each of these experiments; ABSENT where it has none of that name."""
-    if name in FIELDS:
-        return list(map(FIELDS[name], rows))
-    columns = {batch: batch.named(name) for batch in {row.batch for row in rows}}
-    return [columns[row.batch][row.position] for row in rows]
-
-
-def known_names(rows: Iterable[Summary]) -> Set[str]:
-    """Every name that a filter or sort key could mean in the batches of these experiments."""
+def known_names(rows: Iterable[Row]) -> Set[str]:
+    """Every name that a filter or sort key could mean in these experiments."""
     names = set(FIELDS)
-    for batch in {row.batch for row in rows}:
-        for prefix, group in (("params.", "params"), ("metrics.", "latest"), ("metrics.", "best")):
-            found = batch.names(group)
-            names.update(found)
-            names.update(prefix + name for name in found)
+    for row in rows:
+        metrics = {name for item in (row.latest, row.best) if item for name in item.get("metrics") or ()}
+        names.update(row.params, metrics, ("params." + name for name in row.params),
+                     ("metrics." + name for name in metrics))
     return names
 
 
@@ -1427,18 +1138,9 @@ class Comparison:
         """The names that the expression asks for."""
         return [self.name]
 
-    def matches(self, rows: Sequence[Summary]) -> List[bool]:
-        """Whether each of these experiments satisfies the expression."""
-        found = look_up(rows, self.name)
-        if self.operator not in ORDER or self.name in TIME_FIELDS:
-            return list(map(self._accepts, found))
-        kind, order, value = KIND_RANK.get(type(self.value), 5), ORDER[self.operator], self.value
-        if kind > 2:  # only numbers, truth values and texts have an order
-            return [False] * len(rows)
-        return [KIND_RANK.get(type(actual)) == kind and order(actual, value) for actual in found]
-
-    def _accepts(self, actual: Any) -> bool:
-        """Whether a value satisfies the expression, if it is not about the order of values."""
+    def matches(self, row: Row) -> bool:
+        """Whether an experiment satisfies the expression."""
+        actual = row.value(self.name)
         if actual is ABSENT or actual is None:
             return self.operator in ("=", "==") and self.value is None
         if self.name in TIME_FIELDS:
@@ -1447,9 +1149,10 @@ class Comparison:
             return isinstance(actual, str) and self.value.search(actual) is not None
         if self.operator == "in":
             return any(same_value(actual, item) for item in self.value)
-        if self.operator in ("=", "=="):
-            return same_value(actual, self.value)
-        return not same_value(actual, self.value)
+        if self.operator in ORDER:  # only numbers, booleans and strings have an order, each among themselves
+            kind = KIND_RANK.get(type(actual), 5)
+            return kind <= 2 and kind == KIND_RANK.get(type(self.value)) and ORDER[self.operator](actual, self.value)
+        return same_value(actual, self.value) == (self.operator != "!=")
 
     def _matches_time(self, actual: datetime.datetime) -> bool:
         if self.value is None:
@@ -1469,8 +1172,8 @@ class Not:
     def names(self) -> List[str]:
         return self.operand.names()
 
-    def matches(self, rows: Sequence[Summary]) -> List[bool]:
-        return [not found for found in self.operand.matches(rows)]
+    def matches(self, row: Row) -> bool:
+        return not self.operand.matches(row)
 
 
 class Junction:
@@ -1482,8 +1185,8 @@ class Junction:
     def names(self) -> List[str]:
         return [name for operand in self.operands for name in operand.names()]
 
-    def matches(self, rows: Sequence[Summary]) -> List[bool]:
-        return list(map(self.decide, zip(*[operand.matches(rows) for operand in self.operands])))
+    def matches(self, row: Row) -> bool:
+        return self.decide(operand.matches(row) for operand in self.operands)
 
 
 FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <operator> is one of
@@ -1690,63 +1393,102 @@ def read_list(text: str) -> List[Any]:
 
 
 TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
+# A year, then perhaps a month, day, time, fraction of a second and zone, as people and other programs write them.
+DATE_FORM = (r"(?P<year>\d{4})(?:(?P<separator>[-/])(?P<month>\d{1,2})(?:(?P=separator)(?P<day>\d{1,2}))?"
+             r"|(?P<month2>\d\d)(?P<day2>\d\d))")
+NAMED_DATE_FORM = (r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?"  # the form that `show` prints, and Oct 7, 2020
+                   r"(?:(?P<day>\d{1,2})\s+(?P<name>[A-Za-z]{3,9})\.?,?|(?P<name2>[A-Za-z]{3,9})\.?\s+(?P<day2>\d{1,2}),?)"
+                   r"\s+(?P<year>\d{4})")
+CLOCK_FORM = (r"(?:[ T]\s*(?P<clock>\d{1,2}:\d\d)(?P<seconds>:\d\d)?(?:\.(?P<fraction>\d+))?"
+              r"\s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?|[A-Z]{3,5})?)?")
 
 
 def read_date(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
-    """A date, a date and time (local, unless it ends in Z or an offset) or '2 hours ago', as [start, end) in UTC.
+    """A moment as a person types it, as [start, end) in UTC. Raises ValueError.
 
-    A date means its whole day, a time without seconds its whole minute. Raises ValueError.
+    2026-01-31, 2026/01/31, 20260131, 2026-01, Jan 31, 2026, each with a time or without (local, unless a zone
+    follows); '2 hours ago'; seconds since 1970; the form that `show` prints. A month means all of it, a date its whole
+    day, a time without seconds its whole minute.
     """
     ago = re.fullmatch(r"(?i)(\d{1,9}|an?|one)\s+(second|minute|hour|day|week)s?\s+ago", text)
     if ago:
         count = int(ago.group(1)) if ago.group(1).isdigit() else 1
-        try:
-            moment = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(
-                seconds=count * TIME_UNITS[ago.group(2).lower()])
-        except OverflowError as error:
-            raise ValueError("%r is before all time" % text) from error
-        return moment, moment + datetime.timedelta(seconds=1)
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d)(:\d\d)?(?:\.(\d+))?(Z|[+-]\d\d:\d\d)?)?", text)
+        seconds = count * TIME_UNITS[ago.group(2).lower()]
+        return _span(text, lambda: datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds), 1)
+    if re.fullmatch(r"\d{9,11}(\.\d*)?", text):
+        return _span(text, lambda: datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc),
+                     1e-6 if "." in text else 1)
+    match = re.fullmatch(DATE_FORM + CLOCK_FORM, text) or re.fullmatch(NAMED_DATE_FORM + CLOCK_FORM, text)
     if match is None:
         raise ValueError("%r is no date; write 2026-01-31, 2026-01-31 23:59 or '2 hours ago'" % text)
-    day, clock, seconds, fraction, zone = match.groups()
+    found = match.groupdict()
+    month = found.get("month") or found.get("month2") or _month_number(found.get("name") or found.get("name2") or "")
+    day = found.get("day") or found.get("day2")
+    clock, seconds, fraction = found["clock"], found["seconds"], found["fraction"]
+    if not day and clock:
+        raise ValueError("%r has a time but no day" % text)
+
+    def start() -> datetime.datetime:
+        naive = datetime.datetime.strptime("%s-%s-%s %s%s" % (found["year"], month, day or 1, clock or "00:00",
+                                                              seconds or ":00"), "%Y-%m-%d %H:%M:%S")
+        return _in_utc(naive, found["zone"]) + datetime.timedelta(microseconds=int((fraction or "0").ljust(6, "0")[:6]))
+
+    if day:
+        return _span(text, start, 1e-6 if fraction else 1 if seconds else 60 if clock else 86400)
+    following = {"year": int(found["year"]) + int(month) // 12, "month": int(month) % 12 + 1}
+    return (_span(text, start, 0)[0],
+            _span(text, lambda: datetime.datetime(day=1, **following).astimezone(datetime.timezone.utc), 0)[0])
+
+
+def _span(text: str, start: Callable[[], datetime.datetime], seconds: float) -> Tuple[datetime.datetime, datetime.datetime]:
+    """(start(), so many seconds later); raises ValueError where that is no date."""
     try:
-        if zone:
-            start = parse_time("%sT%s%s%s" % (day, clock, seconds or ":00", zone))
-        else:
-            naive = datetime.datetime.strptime(day + (clock or "00:00") + (seconds or ":00"), "%Y-%m-%d%H:%M:%S")
-            start = naive.astimezone(datetime.timezone.utc)
-        if fraction:
-            start += datetime.timedelta(microseconds=int(fraction.ljust(6, "0")[:6]))
-        length = datetime.timedelta(microseconds=1) if fraction else datetime.timedelta(
-            seconds=1 if seconds else 60 if clock else 86400)
-        return start, start + length
+        moment = start()
+        return moment, moment + datetime.timedelta(seconds=seconds)
     except (ValueError, OverflowError, OSError) as error:
         raise ValueError("%r is no date: %s" % (text, error)) from error
 
 
+def _month_number(name: str) -> int:
+    """1 to 12 for Jan, January, ...; 0 for any other word."""
+    months = [month for month in MONTHS if name[:3].title() == month]
+    return MONTHS.index(months[0]) + 1 if months else 0
+
+
+def _in_utc(naive: datetime.datetime, zone: Optional[str]) -> datetime.datetime:
+    """A time in a zone: Z, an offset, or the name of the local zone (the default) as `show` prints it."""
+    if zone in ("Z", "UTC", "GMT"):
+        return naive.replace(tzinfo=datetime.timezone.utc)
+    offset = re.fullmatch(r"([+-]\d\d):?(\d\d)?", zone or "")
+    if offset:
+        minutes = int(offset.group(1)) * 60 + int(offset.group(1)[0] + (offset.group(2) or "0"))
+        return naive.replace(tzinfo=datetime.timezone.utc) - datetime.timedelta(minutes=minutes)
+    local = naive.astimezone()
+    for moment in (local, naive.replace(fold=1).astimezone()):
+        if zone in (None, moment.tzname()):
+            return moment.astimezone(datetime.timezone.utc)
+    raise ValueError("the time zone %s is not known; write an offset such as +02:00" % zone)
+
+
 def parse_sort(key: str) -> Tuple[str, bool]:
     """(name, descending) of a sort key such as `loss` or `started-desc`."""
-    for suffix, descending in (("-desc", True), ("-asc", False)):
-        if key.endswith(suffix):
-            key = key[:-len(suffix)]
-            break
-    else:
-        descending = False
-    if not key.strip():
+    match = re.fullmatch(r"\s*(.*?)\s*(-desc|-asc)?", key, re.DOTALL)
+    if match is None or not match.group(1):
         raise ReplicateError("The sort key is empty. Name a field, param or metric, for instance --sort=started-desc.")
-    return key.strip(), descending
+    return match.group(1), match.group(2) == "-desc"
 
 
-def sort_rows(rows: List[Summary], name: str, descending: bool) -> List[Summary]:
+def sort_rows(rows: List[Row], name: str, descending: bool) -> List[Row]:
     """rows, which come oldest first, by that value; those without it (or with NaN) last either way."""
-    if name in TIME_FIELDS:
-        return rows[::-1] if descending else rows
     present, missing = [], []
-    for row, value in zip(rows, look_up(rows, name)):
+    for row in rows:
+        value = row.value(name)
         usable = value is not ABSENT and value is not None and value == value
         (present if usable else missing).append((row, value))
-    present.sort(key=lambda pair: sort_key(pair[1]), reverse=descending)
+    if name not in TIME_FIELDS:
+        present.sort(key=lambda pair: sort_key(pair[1]), reverse=descending)
+    elif descending:
+        present.reverse()
     return [row for row, _ in present + missing]
 
 
@@ -2055,57 +1797,6 @@ def workers() -> Workers:
         _workers.clear()
         _workers[process] = Workers(min(os.cpu_count() or 1, 8))
     return _workers[process]
-
-
-def may_share_work() -> bool:
-    """Whether this process may be copied to use a second core: it is the command, and has no threads."""
-    return (command_runs and hasattr(os, "fork") and (os.cpu_count() or 1) > 1
-            and ("threading" not in sys.modules or threading.active_count() == 1))
-
-
-command_runs = False  # set by main(): we are not a guest in somebody's process
-
-
-def start_copy(function: Callable[[BinaryIO], None]) -> Callable[[], Optional[BinaryIO]]:
-    """Call function in a copy of this process, with a file to write its result to, for which nobody waits meanwhile.
-
-    What is returned waits for the end and gives a file with that result, or None if the copy failed.
-    """
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            os.close(reader)
-            with os.fdopen(writer, "wb") as file:
-                function(file)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-
-    def result() -> Optional[BinaryIO]:
-        with os.fdopen(reader, "rb") as file:
-            data = file.read()
-        _, status = os.waitpid(pid, 0)
-        return None if status else io.BytesIO(data)
-
-    return result
-
-
-def shared_turns(count: int) -> Iterator[int]:
-    """The numbers below count, at most 2,000, for this process and its copies: each of them goes to the one that is first to
-    ask for it."""
-    reader, writer = os.pipe()
-    os.write(writer, b"".join([number.to_bytes(2, "little") for number in range(count)]))  # a pipe holds 4,096 bytes
-    os.close(writer)
-
-    def turns() -> Iterator[int]:
-        for data in iter(lambda: os.read(reader, 2), b""):
-            yield int.from_bytes(data, "little")
-        os.close(reader)
-
-    return turns()
 
 
 class Entry:
@@ -4336,16 +4027,9 @@ def read_journal(data: bytes) -> Tuple[List[Dict[str, Any]], Set[str]]:
             if "removed" in record:
                 removed.add(str(record["removed"]))
             else:
-                added.append(record["checkpoint"])
-        except (ReadError, TypeError, KeyError):
+                added.append(checked_checkpoint(record["checkpoint"]))
+        except (ReadError, TypeError, KeyError, AttributeError):
             torn += 1
-    if not _plainly_valid(added):
-        found, added = added, []
-        for item in found:
-            try:
-                added.append(checked_checkpoint(item))
-            except (ReadError, AttributeError):
-                torn += 1
     if torn:
         console.debug("Torn lines in a journal were passed over: %d." % torn)
     return added, removed
@@ -4373,8 +4057,6 @@ class Repository:
 
     pending: a repository on disk that holds what has not been sent to this one yet.
     """
-
-    DECODED_BYTES = 64 << 10  # of documents that are decoded together: what is read of them still fits a processor's cache
 
     def __init__(self, url: str, storage: Optional[Storage] = None, pending: Optional[Repository] = None) -> None:
         self.url = url
@@ -4432,40 +4114,36 @@ class Repository:
     def experiments(self) -> List[Experiment]:
         """Every readable experiment with all of its checkpoints, oldest first."""
         waiting = self._waiting()
-        found = list(map(Experiment, self.documents(self._entries(), waiting, console.warning)))
+        found = list(map(Experiment, self.documents(self._entries(), waiting)))
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
-    def summaries(self, shown: bool = False, tabulate: Optional[Tabulate] = None) -> SummaryList:
-        """What a listing shows of every readable experiment, oldest first; only what changed is read again.
-
-        shown: with what `ls --json` shows of each; tabulate: makes the table that will be asked for, if there are so many new
-        documents that each of two processes reads a half of them and can finish its half of the table.
-        """
+    def rows(self) -> List[Row]:
+        """A row for each readable experiment, oldest first; only documents that changed are read again."""
         running, waiting = self.running(), self._waiting()
-        entries = self._entries()
-        cache = SummaryCache(self.url)
-        shown = shown or self.storage.has_index  # which is made of it
-        found = cache.take(entries, waiting, shown)
-        extended = len(found) < cache.valid
-        stale = [entry for entry in entries if entry.name[:-5] not in found] if len(found) < len(entries) else []
-        index = None
-        cache.unpublished += len(stale)
-        if self.storage.has_index and cache.unpublished >= SummaryIndex.MIN_STALE:
-            cache.unpublished = 0
-            index = SummaryIndex(self.storage)
-            found.update(index.take(stale, shown))
-            stale = [entry for entry in entries if entry.name[:-5] not in found]
-        rows, table = SummaryReader(self, waiting, cache, shown, None if found else tabulate).read(stale)
-        found.update({row.id: row for row in rows})
-        if index is not None and index.lacks(entries) >= max(SummaryIndex.MIN_STALE, len(entries) // 10):
+        entries = {entry.name[:-5]: entry for entry in self._entries()}
+        cache = RowCache(self.url)
+        found = {row.id: row for row in cache.rows()
+                 if row.id in entries and row.id not in waiting and row.version == entries[row.id].version}
+        forgotten = cache.count - len(found)
+        stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
+        new: Dict[str, Row] = {}
+        unpublished, index = cache.unpublished + len(stale), None
+        if self.storage.has_index and unpublished >= RowIndex.MIN_STALE:
+            unpublished, index = 0, RowIndex(self.storage)
+            new = {row.id: row for row in index.rows(stale)}
+        missing = [entry for entry in stale if entry.name[:-5] not in new]
+        for document in self.documents(missing, waiting):
+            experiment_id = document["id"]
+            settled = experiment_id not in waiting and cache.is_settled(entries[experiment_id], self.storage)
+            new[experiment_id] = Row.of(document, entries[experiment_id].version if settled else "")
+        found.update(new)
+        if index is not None and index.lacks(entries.values()) >= max(RowIndex.MIN_STALE, len(entries) // 10):
             index.publish(self.storage, found.values())
+        if forgotten or new or unpublished != cache.unpublished:
+            cache.update([row for row in new.values() if row.version], entries, unpublished)
         for experiment_id in running & found.keys():
             found[experiment_id].running = True
-        ordered = sorted(found.values(), key=lambda row: row.line)
-        if table is not None:
-            cells = dict(zip(rows, table.cells))
-            table.cells = [cells[row] for row in ordered]
-        return SummaryList(ordered, cache, extended, table)
+        return sorted(found.values(), key=lambda row: (canonical_time(row.summary["created"]), row.id))
 
     def _waiting(self) -> Dict[str, List[bytes]]:
         """The contents of the journals by experiment; read before the documents, into which they may be folded."""
@@ -4473,20 +4151,15 @@ class Repository:
 
     def _entries(self) -> List[Entry]:
         """The documents in the storage; a warning for each file of another name."""
-        found = list(self.storage.list(EXPERIMENTS))
-        if {entry.name[64:] for entry in found} <= {".json"} and is_hex("".join([entry.name[:64] for entry in found])):
-            return found  # as nearly always, and seen at once
         entries = []
-        for entry in found:
-            if entry.name[-5:] == ".json" and is_id(entry.name[:-5]):
+        for entry in self.storage.list(EXPERIMENTS):
+            if entry.name.endswith(".json") and is_id(entry.name[:-5]):
                 entries.append(entry)
             else:
-                console.warning("Skipped the unreadable document %s: its name is not that of an experiment." %
-                                escape_control(entry.key))
+                console.warning("Skipped %s: its name is not that of an experiment." % entry.key)
         return entries
 
-    def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
-                  warn: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
+    def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Iterator[Dict[str, Any]]:
         """The readable documents of these entries, with their journals; a warning for each of the others."""
         def read(entry: Entry) -> Any:
             try:
@@ -4494,30 +4167,19 @@ class Repository:
             except ReplicateError as error:
                 return error
 
-        def skip(experiment_id: str, error: ReplicateError) -> None:
-            warn("Skipped the unreadable document %s: %s." % (document_key(experiment_id), str(error).rstrip(".")))
-
-        def decoded(group: Dict[str, bytes]) -> Iterator[Dict[str, Any]]:
-            for experiment_id, document in decoded_experiments(group).items():
-                if isinstance(document, ReadError):
-                    skip(experiment_id, document)
-                    continue
-                if experiment_id in waiting:
-                    merge_checkpoints(document, waiting[experiment_id])
-                yield document
-
-        group: Dict[str, bytes] = {}
-        size = 0
         for entry, data in zip(entries, self.storage.in_parallel(read, entries)):
-            if type(data) is bytes:
-                group[entry.name[:-5]] = data
-                size += len(data)
-                if size >= self.DECODED_BYTES:
-                    yield from decoded(group)
-                    group, size = {}, 0
-            elif not isinstance(data, DoesNotExist):  # removed since it was listed
-                skip(entry.name[:-5], data)
-        yield from decoded(group)
+            try:
+                if isinstance(data, ReplicateError):
+                    raise data
+                document = self._decode(data, entry.name[:-5])
+            except DoesNotExist:  # somebody removed it meanwhile
+                continue
+            except ReplicateError as error:
+                console.warning("Skipped %s, which cannot be read: %s." % (entry.key, str(error).rstrip(".")))
+                continue
+            if document["id"] in waiting:
+                merge_checkpoints(document, waiting[document["id"]])
+            yield document
 
     def _decode(self, data: bytes, experiment_id: str) -> Dict[str, Any]:
         return checked_experiment(decode_json(data, "it"), experiment_id)
@@ -4624,7 +4286,7 @@ class Repository:
 
     def find_all(self, prefixes: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
         """One experiment or checkpoint for each prefix; raises DoesNotExist for the first that fits none or several."""
-        summaries: Optional[SummaryList] = None
+        rows: Optional[List[Row]] = None
         loaded: Dict[str, Experiment] = {}
 
         def load(experiment_id: str) -> Experiment:
@@ -4634,22 +4296,20 @@ class Repository:
 
         found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
         for prefix in prefixes:
-            if len(prefix) == 64 and is_id(prefix):  # a whole ID, as `ls -q` prints it, need not be searched for
+            if len(prefix) == 64 and is_id(prefix):  # a whole ID, as `ls -q` prints it, needs no search
                 try:
                     found.append((load(prefix), None))
                     continue
                 except DoesNotExist:
                     pass
-            if summaries is None:
-                summaries = self.summaries()
-                summaries.keep()
+            if rows is None:
+                rows = self.rows()
             candidates: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
-            for summary in summaries if is_id(prefix) else ():
-                if summary.id.startswith(prefix):
-                    candidates.append((summary.id, load(summary.id), None))
-                if summary.may_have_checkpoint(prefix):
-                    experiment = load(summary.id)
-                    candidates.extend((checkpoint.id, experiment, checkpoint) for checkpoint in experiment.checkpoints
+            for row in rows if is_id(prefix) else ():
+                if row.id.startswith(prefix):
+                    candidates.append((row.id, load(row.id), None))
+                if row.may_have_checkpoint(prefix):
+                    candidates.extend((checkpoint.id, load(row.id), checkpoint) for checkpoint in load(row.id).checkpoints
                                       if checkpoint.id.startswith(prefix))
             candidates = [candidate for candidate in candidates if candidate[0] == prefix] or candidates
             if not candidates:
@@ -4739,321 +4399,135 @@ class Repository:
         raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
 
 
-class SummaryList(List[Summary] if TYPE_CHECKING else list):
-    """Summaries, oldest first, and the cache that should remember them.
+class RowCache:
+    """The rows of one repository that this user has listed, in an SQLite file.
 
-    header: the titles above the cells, if they are known for just these rows.
+    A row counts only while its document has just the version that it had. A file that is locked, read-only, damaged
+    or on a full disk, or a Python without sqlite3, means that there is no cache: never an error, nor a long wait.
     """
 
-    def __init__(self, rows: Iterable[Summary], cache: SummaryCache, extended: bool,
-                 table: Optional[CellTable]) -> None:
-        super().__init__(rows)
-        self._cache = cache
-        self._changed = not cache.valid == cache.count == len([row for row in self if row.version])
-        self._extended = extended  # there is more to remember even of the same rows
-        self._cells: Optional[List[str]] = None
-        self.header: Optional[str] = None
-        if table is not None:
-            self.header, self._cells = table.header, table.cells
-        elif not self._changed and cache.count == len(self):
-            self.header = cache.header
-
-    def cells(self) -> Iterable[str]:
-        """What is known for each row, below the header."""
-        return self._cache.cells() if self._cells is None else self._cells
-
-    def keep(self, table: Optional[CellTable] = None) -> None:
-        """Remember what is new, with the table of all rows, if it is given or was known."""
-        if table is not None:
-            self.header, self._cells = table.header, table.cells
-        if not (self._changed or self._extended or table is not None):
-            return
-        rows = [row for row in self if row.version]
-        if self.header is None or len(rows) < len(self):
-            self._cache.write(rows, None, ())
-        else:
-            self._cache.write(rows, self.header, list(self.cells()))
-
-
-class SummaryReader:
-    """Reads the summaries of documents that no cache knows. If there are many, two processes take turns at groups of them, and
-    each finishes the table of what it has read."""
-
-    SHARED = 500               # documents from which on two processes read them,
-    GROUP = 25                 # at least that many at a time
-
-    def __init__(self, repository: Repository, waiting: Dict[str, List[bytes]], cache: SummaryCache, shown: bool,
-                 tabulate: Optional[Tabulate]) -> None:
-        self._repository, self._waiting, self._cache = repository, waiting, cache
-        self._shown, self._tabulate = shown, tabulate
-        self._groups: Dict[int, Sequence[Entry]] = {}  # that are to be read
-
-    def read(self, entries: Sequence[Entry]) -> Tuple[List[Summary], Optional[CellTable]]:
-        """The summaries, in no order, and the table of just those rows if two processes made it."""
-        shared = len(entries) >= self.SHARED and self._repository.storage.has_journals and may_share_work()
-        size = max(self.GROUP, len(entries) // 1000) if shared else SummaryCache.BATCH
-        self._groups = dict(enumerate(entries[start:start + size] for start in range(0, len(entries), size)))
-        if not shared:
-            return self._rows(self._batches(list(self._groups), console.warning)), None
-        turns = shared_turns(len(self._groups))
-        wait = start_copy(lambda file: self._write(file, turns))
-        batches = self._encoded_batches(turns, console.warning)
-        rows = self._rows(batches)
-        table = self._table(rows)
-        file = wait()
-        if file is None:
-            return rows + self._rows(self._batches(list(self._groups), console.warning)), None
-        warnings, of_table = json.loads(file.readline())
-        for message in warnings:
-            console.warning(message)
-        cells, *places = encoded_places(file)
-        rows += self._rows(StoredBatch(*place) for place in places)
-        return rows, table and of_table and table.joined(CellTable(*of_table, read_part(*cells, 0)))
-
-    def _write(self, file: BinaryIO, turns: Iterable[int]) -> None:
-        """What the other process does: a line of JSON with its warnings and the head of its table, the cells, the batches."""
-        warnings: List[str] = []
-        batches = self._encoded_batches(turns, warnings.append)
-        table = self._table(self._rows(batches))
-        file.write(encode_json([warnings, table and [table.header, table.basis]], indent=None) + b"\n")
-        file.write(encode_parts([table.cells if table else []]))
-        file.writelines(batch.encoded() for batch in batches)
-
-    def _encoded_batches(self, turns: Iterable[int], warn: Callable[[str], None]) -> List[SummaryBatch]:
-        """All of _batches(), so far encoded that little is left to do when they are written."""
-        batches = []
-        for batch in self._batches(turns, warn):
-            batch.encode_values()  # while the other process may still take turns from a slower one
-            batches.append(batch)
-        return batches
-
-    def _batches(self, turns: Iterable[int], warn: Callable[[str], None]) -> Iterator[SummaryBatch]:
-        """The summaries of the groups of these numbers, which are read now."""
-        found: List[Tuple[Dict[str, Any], str]] = []
-        for turn in turns:
-            group = self._groups.pop(turn)
-            versions = {entry.name[:-5]: self._cache.settled_version(entry, self._repository.storage) for entry in group}
-            for document in self._repository.documents(group, self._waiting, warn):
-                item_id = document["id"]
-                found.append((summary_data(document), "" if item_id in self._waiting else versions[item_id]))
-            if len(found) >= SummaryCache.BATCH:
-                yield SummaryBatch.of(found, self._shown)
-                found = []
-        if found:
-            yield SummaryBatch.of(found, self._shown)
-
-    @staticmethod
-    def _rows(batches: Iterable[SummaryBatch]) -> List[Summary]:
-        return [row for batch in batches for row in batch.rows()]
-
-    def _table(self, rows: Sequence[Summary]) -> Optional[CellTable]:
-        return self._tabulate(rows) if self._tabulate and rows else None
-
-
-class SummaryCache:
-    """The summaries of a repository in a file of this user, each with the version of its document.
-
-    A summary counts only if the document has just that version now, so that a stale cache costs time and never shows
-    anything wrong. The file: a line of JSON, `{"unpublished": ..., "header": ..., "batches": ...}`; that many batches,
-    see SummaryBatch; if there is a header, the right part of each row in the table of `ls`, oldest experiment first, as
-    lists of texts. Batches and lists are encoded by encode_parts().
-    """
-
-    FORMAT = 4
-    BATCH = 500                # rows that are kept together
+    FORMAT = 5
+    LOCK_SECONDS = 0.1         # to wait for another command
     MAX_FILES = 64             # repositories in the cache directory
-    SETTLED_SECONDS = 2.0      # a file changed more recently could change again without looking different
+    SETTLED_SECONDS = 2.0      # a file that changed more recently could change again and look the same
 
     def __init__(self, url: str) -> None:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-100:]
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         self._path = os.path.join(base, "replicate", "%s-%08x.%d" % (name, zlib.crc32(os.fsencode(url)), self.FORMAT))
         self._listed = time.time()
-        self._batches: List[StoredBatch] = []
-        self._cells: List[Tuple[BinaryIO, int, List[int]]] = []
-        self.unpublished = 0               # documents read since the index of the bucket was looked at
-        self.header: Optional[str] = None  # what stands above the cells
-        self.count = 0                     # of the rows in the file
-        self.valid = 0                     # and of those whose documents are as they were
+        self.count = 0        # of rows in the file
+        self.unpublished = 0  # documents read since somebody looked at the index of the bucket
+
+    def rows(self) -> Iterator[Row]:
+        """Every row in the file."""
+        def read(database: Any) -> List[Tuple[str, str, str]]:
+            self.unpublished = database.execute("PRAGMA user_version").fetchone()[0]
+            return database.execute("SELECT version, summary, checkpoints FROM rows").fetchall()
+
+        found = (self._attempt(read) if os.path.exists(self._path) else None) or []
+        self.count = len(found)
+        for version, summary, checkpoint_ids in found:
+            try:
+                yield Row(json.loads(summary), version, checkpoint_ids)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                console.debug("Skipped a damaged row of the cache %s: %s" % (self._path, error))
+
+    def is_settled(self, entry: Entry, storage: Storage) -> bool:
+        """Whether the version of a document proves that nothing changes it unnoticed."""
+        return not storage.has_journals or entry.modified < self._listed - self.SETTLED_SECONDS
+
+    def update(self, new: Sequence[Row], present: Container[str], unpublished: int) -> None:
+        """Store new rows, and remove those of experiments that are not present any more."""
+        def write(database: Any) -> None:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, version TEXT, summary TEXT, "
+                             "checkpoints TEXT)")
+            gone = [found for found in database.execute("SELECT id FROM rows") if found[0] not in present]
+            database.executemany("DELETE FROM rows WHERE id = ?", gone)
+            database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", (
+                (row.id, row.version, json.dumps(row.summary, separators=(",", ":")), row.checkpoint_ids)
+                for row in new))
+            database.execute("PRAGMA user_version = %d" % unpublished)
+            database.execute("COMMIT")
+
+        if not os.path.exists(self._path):
+            self._make_room()
+        self._attempt(write)
+
+    def _attempt(self, work: Callable[[Any], Any]) -> Any:
+        """What work(database) returns; None where the cache cannot be used."""
         try:
-            file = open(self._path, "rb")
-            first = json.loads(file.readline())
-            places = list(encoded_places(file))
-            self._batches = [StoredBatch(*place) for place in places[:first["batches"]]]
-            self._cells = places[first["batches"]:]
-            self.unpublished, self.header = int(first["unpublished"]), first["header"]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            console.debug("The cache cannot be used: %s" % error)
+            import sqlite3
+        except ImportError:
+            return None
+        try:
+            database = sqlite3.connect(self._path, timeout=self.LOCK_SECONDS, isolation_level=None)
+            try:
+                database.execute("PRAGMA synchronous = OFF")  # a power cut may cost the cache, and nothing else
+                return work(database)
+            finally:
+                database.close()
+        except sqlite3.OperationalError as error:  # locked, read-only, no table yet, a full disk
+            console.debug("The cache %s cannot be used: %s" % (self._path, error))
+        except (sqlite3.Error, OverflowError, UnicodeError) as error:
+            console.debug("The cache %s is damaged: %s" % (self._path, error))
+            remove_file(self._path)
+        return None
 
-    def take(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]], shown: bool) -> Dict[str, Summary]:
-        """The summaries of those entries whose version is known, and that have no journal; shown: and have that part."""
-        found: Dict[str, Summary] = {}
-        if not self._batches:
-            return found
-        versions = {entry.name[:-5]: entry.version for entry in entries}
-        for experiment_id in waiting:
-            versions.pop(experiment_id, None)
-        for batch in self._batches:
-            rows = batch.rows()
-            self.count += len(rows)
-            for row in rows:
-                if versions.get(row.id) == row.version:
-                    self.valid += 1
-                    if not shown or row.part("shown"):
-                        found[row.id] = row
-        return found
-
-    def cells(self) -> Iterator[str]:
-        """The right part of each row in the table of `ls`, oldest experiment first."""
-        for file, start, lengths in self._cells:
-            yield from read_part(file, start, lengths, 0)
-
-    def settled_version(self, entry: Entry, storage: Storage) -> str:
-        """The version under which a summary of that document may be remembered; none if the file is too young."""
-        if storage.has_journals and entry.modified >= self._listed - self.SETTLED_SECONDS:
-            return ""
-        return entry.version
-
-    def write(self, rows: Sequence[Summary], header: Optional[str], cells: Sequence[str]) -> None:
-        """Put these rows into the file; one that cannot be written is left alone."""
-        members = by_batch(rows)
-        whole = [batch for batch, found in members.items() if len(found) == len(batch.part("lines")) > self.BATCH // 2]
-        others = [row for row in rows if row.batch not in set(whole)]
-        groups = [others[start:start + self.BATCH] for start in range(0, len(others), self.BATCH)]
-        first = {"unpublished": self.unpublished, "header": header, "batches": len(whole) + len(groups)}
+    def _make_room(self) -> None:
+        """Make the private directory and an empty file; of many files the oldest go."""
         directory = os.path.dirname(self._path)
-        temporary = "%s.%s" % (self._path, os.urandom(6).hex())
         try:
             os.makedirs(directory, 0o700, exist_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(encode_json(first, indent=None) + b"\n")
-                file.writelines(batch.encoded() for batch in whole)
-                file.writelines(SummaryBatch.of_rows(group).encoded() for group in groups)
-                file.writelines(encode_parts([cells[start:start + self.BATCH]])
-                                for start in range(0, len(cells), self.BATCH))
-            os.replace(temporary, self._path)
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600))
             files = sorted(os.scandir(directory), key=lambda entry: entry.stat().st_mtime)
             for entry in files[:-self.MAX_FILES]:
                 remove_file(entry.path)
         except OSError as error:
-            remove_file(temporary)
             console.debug("The cache cannot be written: %s" % error)
 
 
-class StoredBatch(SummaryBatch):
-    """A batch in a file, of which each part is read when it is asked for, and each value parsed."""
+class RowIndex:
+    """The rows that stand in a bucket, from which a machine that has never listed it starts.
 
-    def __init__(self, file: BinaryIO, start: int, lengths: List[int]) -> None:
-        super().__init__({}, {})
-        self._place = file, start, lengths
-
-    def part(self, name: str) -> List[str]:
-        if name not in self._parts:
-            self._parts[name] = read_part(*self._place, self.PARTS.index(name))
-        return self._parts[name]
-
-    def encoded(self) -> bytes:
-        file, start, lengths = self._place
-        file.seek(start)
-        return _with_lengths(lengths, file.read(sum(lengths)))
-
-    def _index(self) -> Dict[str, Dict[str, Tuple[int, Optional[List[int]]]]]:
-        """For each group and name the number of its column's text, and the positions of the values if not all have one."""
-        if not self._columns:
-            number = 0
-            for group, found in json.loads(self.part("values")[0]).items():
-                self._columns[group] = {name: (number, positions) for number, (name, positions)
-                                        in enumerate(found.items(), number + 1)}
-                number += len(found)
-        return self._columns
-
-    def names(self, group: str) -> Iterable[str]:
-        return self._index()[group]
-
-    def column(self, group: str, name: str, positions: Optional[Sequence[int]] = None) -> List[Any]:
-        number, owners = self._index()[group].get(name, (0, []))
-        text = self.part("values")[number] if number else ""
-        are_floats = text[:1] == "d"
-        values: List[Any] = list(struct.unpack("<%dd" % (len(text) // 16), bytes.fromhex(text[1:]))) if are_floats \
-            else text.split("\n")
-        if owners is not None:
-            known = dict(zip(owners, values))
-            values = [known.get(position, ABSENT) for position in (self.all_positions() if positions is None else positions)]
-        elif positions is not None:
-            values = list(map(values.__getitem__, positions))
-        if are_floats:
-            return values
-        if owners is None:
-            return json.loads("[%s]" % ",".join(values))
-        present = iter(json.loads("[%s]" % ",".join([value for value in values if value is not ABSENT])))
-        return [value if value is ABSENT else next(present) for value in values]
-
-
-def encoded_places(file: BinaryIO) -> Iterator[Tuple[BinaryIO, int, List[int]]]:
-    """Where encode_parts() put what stands in file from here on: (file, start, bytes of each list). Raises ValueError
-    where it is damaged."""
-    buffer = bytearray()
-    for line in iter(file.readline, b""):
-        lengths, checksum = json.loads(line)
-        start, size = file.tell(), sum(lengths)
-        if len(buffer) < size:
-            buffer = bytearray(size)
-        with memoryview(buffer)[:size] as content:
-            if file.readinto(content) != size or zlib.crc32(content) != checksum:
-                raise ValueError("it is damaged")
-        yield file, start, lengths
-
-
-def read_part(file: BinaryIO, start: int, lengths: Sequence[int], index: int) -> List[str]:
-    """One of the lists of texts at such a place."""
-    file.seek(start + sum(lengths[:index]))
-    return file.read(lengths[index]).decode("utf-8", "surrogatepass").split("\0")
-
-
-class SummaryIndex:
-    """The summaries that stand in a bucket, from which a machine that has never listed it starts.
-
-    It has one line for each experiment: `<ID> <version> <JSON>`. What is in it was written by others, and is checked
-    like their documents.
+    One line an experiment: `<ID> <version> <JSON>`, gzipped. Others wrote it, so it is checked like their documents.
     """
 
-    KEY = "index/summaries-1.gz"
+    KEY = "index/rows-1.gz"
     MIN_STALE = 100            # changed documents from which on the object is read or written
     MAX_BYTES = 512 << 20      # when unpacked
 
     def __init__(self, storage: Storage) -> None:
         try:
             data = b"".join(_limited(gunzip(storage.open(self.KEY)), self.MAX_BYTES))
-        except (ReplicateError, EOFError, zlib.error):  # there is none, or it cannot be used
+        except (ReplicateError, EOFError, zlib.error):  # there is none, or it is damaged
             data = b""
         self._lines = {line[:line.find(b" {")]: line for line in data.split(b"\n") if b" {" in line}
 
-    def take(self, entries: Iterable[Entry], shown: bool) -> Dict[str, Summary]:
-        """The summaries of those entries whose version is known."""
-        valid = []
+    def rows(self, entries: Iterable[Entry]) -> Iterator[Row]:
+        """The rows of those entries whose version it knows."""
         for entry in entries:
             line = self._lines.get(self._key(entry.name[:-5], entry.version))
-            if line is not None:
-                try:
-                    data = decode_json(line[line.find(b"{"):], "a summary")
-                    valid.append((checked_summary(data, entry.name[:-5]), entry.version))
-                except (ReadError, KeyError, TypeError, AttributeError):
-                    continue
-        return {row.id: row for row in SummaryBatch.of(valid, shown).rows()}
+            if line is None:
+                continue
+            try:
+                summary = decode_json(line[line.find(b"{"):], "a row")
+                checkpoint_ids = summary.pop("checkpoint_ids")
+                if type(checkpoint_ids) is not str:
+                    raise ReadError("checkpoint_ids is no text")
+                yield Row(checked_summary(summary, entry.name[:-5]), entry.version, checkpoint_ids)
+            except (ReadError, KeyError, TypeError, AttributeError):
+                continue
 
     def lacks(self, entries: Iterable[Entry]) -> int:
-        """Of how many of these entries it does not have the present version."""
+        """How many of these entries have another version than it knows."""
         return sum(self._key(entry.name[:-5], entry.version) not in self._lines for entry in entries)
 
-    def publish(self, storage: Storage, rows: Iterable[Summary]) -> None:
+    def publish(self, storage: Storage, rows: Iterable[Row]) -> None:
         """Write the object for others; without permission to write there is none."""
-        lines = []
-        for row in rows:
-            data = json.loads(row.part("shown") + "}")
-            data.update(primary_metric=row.fact("primary_metric"), checkpoint_ids=row.part("checkpoints"))
-            lines.append(b"%s %s" % (self._key(row.id, row.version), encode_json(data, indent=None)))
+        lines = [b"%s %s" % (self._key(row.id, row.version), encode_json(
+            dict(row.summary, checkpoint_ids=row.checkpoint_ids), indent=None)) for row in rows]
         packer = zlib.compressobj(6, zlib.DEFLATED, 31)
         try:
             storage.write(self.KEY, packer.compress(b"\n".join(lines)) + packer.flush())
@@ -5092,7 +4566,7 @@ class DocumentText:
         if not merge_checkpoints(document, journals):
             return None
         new = document["checkpoints"][len(self.ids):]
-        lines = ",".join(["\n  " + indented_json(item, "\n  ", " ") for item in new]).encode("utf-8", "backslashreplace")
+        lines = b",".join([b"\n  " + encode_json(item).replace(b"\n", b"\n  ") for item in new])
         if self.ids:
             self.text = self.text[:-len(self.TAIL)] + b"," + lines + self.TAIL
         else:
@@ -6634,181 +6108,82 @@ def pad(text: str, width: int) -> str:
     return text + " " * (width - display_width(text))
 
 
-def lay_out(columns: Sequence[Tuple[str, Sequence[Sequence[str]]]]) -> Tuple[str, List[str]]:
-    """(header, rows) of a table whose columns stand two spaces apart.
-
-    Each column is a title and a cell for each row, a cell a list of lines. Lines end where their last text does.
-    """
-    from itertools import chain
-    titles = [title for title, _ in columns]
-    texts = [list(chain([title], *cells)) for title, cells in columns]
-    plain = "".join(chain(*texts)).isascii()
-    widths = [max(map(len if plain else display_width, column)) for column in texts]
-    shapes: Dict[Tuple[int, ...], Tuple[str, Callable[[List[str]], Any]]] = {}
+def table_rows(columns: Sequence[Column]) -> Iterator[str]:
+    """The titles, then each row (one or more lines) of a table; columns stand two spaces apart."""
+    widths = [max([display_width(title)] + [display_width(line) for cell in cells for line in cell])
+              for title, cells in columns]
 
     def row(cells: Sequence[Sequence[str]]) -> str:
-        depths = tuple(map(len, cells))
-        if depths not in shapes:
-            shapes[depths] = row_shape(depths, widths, plain)
-        template, in_lines = shapes[depths]
-        found = list(chain(*cells)) if plain else [pad(text, width) for cell, width in zip(cells, widths) for text in cell]
-        text = template % in_lines(found)
-        if not plain or " \n" in text or text[-1:] == " ":
-            text = "\n".join([line.rstrip() for line in text.split("\n")])
-        return text
+        lines = []
+        for number in range(max(map(len, cells))):
+            texts = [pad(cell[number] if number < len(cell) else "", width) for cell, width in zip(cells, widths)]
+            lines.append("  ".join(texts).rstrip())
+        return "\n".join(lines)
 
-    return row([[title] for title in titles]), list(map(row, zip(*[cells for _, cells in columns])))
+    yield row([[title] for title, _ in columns])
+    yield from map(row, zip(*[cells for _, cells in columns]))
 
 
-def row_shape(depths: Sequence[int], widths: Sequence[int], fill: bool) -> Tuple[str, Callable[[List[str]], Any]]:
-    """How a row looks whose cells have that many lines: a template, which fills the texts up to the widths or leaves them as they
-    are, and what takes the texts for it, line by line, from those of all cells, column by column."""
-    from operator import itemgetter
-    lines, order = [], []
-    for number in range(max(depths, default=0)):
-        pieces = []
-        for index, (depth, width) in enumerate(zip(depths, widths)):
-            if number < depth:
-                order.append(sum(depths[:index]) + number)
-                pieces.append("%%-%ds" % width if fill and number < max(depths[index + 1:], default=0) else "%s")
-            else:
-                pieces.append(" " * width)
-        lines.append("  ".join(pieces).rstrip())
-    return "\n".join(lines), itemgetter(*order) if order else lambda texts: ()
+def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = False) -> Iterator[str]:
+    """`ls` of at least one row, in pieces: the header line, then each experiment with a blank line below."""
+    header, *experiments = table_rows(list_columns(rows, now, show_all))
+    yield header + "\n"
+    yield from (text + "\n\n" for text in experiments)
 
 
-LISTED_FACTS = ("host", "user", "primary_metric", "latest_id", "latest_step", "best_id", "best_step")
-
-
-def list_cells(rows: Sequence[Summary], show_all: bool = False) -> CellTable:
-    """The table of these rows."""
-    members = by_batch(rows)
-    facts, params = value_columns(members, "facts", LISTED_FACTS), value_columns(members, "params")
-    named = None if show_all else {name for name in facts["primary_metric"] if name} or None
-    latest, best = value_columns(members, "latest", named), value_columns(members, "best", named)
-    differing, common = differing_names(params)
-    chosen = set(params) if show_all else {name for name in differing
-                                           if {dict, list}.isdisjoint(map(type, params[name]))}
-    metrics, common_metrics = (named, {}) if named else _listed_metrics(latest, best, show_all)
-    columns: List[Tuple[str, Sequence[Sequence[str]]]] = []
-    same = []
+def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) -> List[Column]:
+    """The columns of `ls`; HOST, USER and BEST CHECKPOINT only where they tell something."""
+    columns: List[Column] = [("EXPERIMENT", [[row.id[:SHORT_ID]] for row in rows]),
+                             ("STARTED", [[relative_time(row.created, now)] for row in rows]),
+                             ("STATUS", [[row.value("status")] for row in rows])]
     for title in ("HOST", "USER"):
-        texts = [text or "" for text in facts[title.lower()]]
+        texts = [escape_control(row.value(title.lower()) or "") for row in rows]
         if len(set(texts)) > 1:
-            columns.append((title, [[escape_control(text)] for text in texts]))
-        else:
-            same.append(texts[0])
-    columns.append(("PARAMS", _value_cells(params, chosen, len(rows))))
-    if any(facts["best_id"]):
-        columns.append(("BEST CHECKPOINT", _checkpoint_cells(facts["best_id"], facts["best_step"], best, metrics)))
-    columns.append(("LATEST CHECKPOINT", _checkpoint_cells(facts["latest_id"], facts["latest_step"], latest, metrics)))
-    header, cells = lay_out(columns)
-    found = dict(zip((row for some in members.values() for row in some), cells))
-    basis = json.dumps([same, sorted(chosen), sorted(metrics), common, common_metrics])
-    return CellTable(header, basis, [found[row] for row in rows])
+            columns.append((title, [[text] for text in texts]))
+    params, metrics = listed_params(rows, show_all), listed_metrics(rows, show_all)
+    columns.append(("PARAMS", [value_lines(row.params, params) for row in rows]))
+    if any(row.best for row in rows):
+        columns.append(("BEST CHECKPOINT", [checkpoint_lines(row.best, metrics) for row in rows]))
+    columns.append(("LATEST CHECKPOINT", [checkpoint_lines(row.latest, metrics) for row in rows]))
+    return columns
 
 
-def differing_names(columns: Dict[str, List[Any]]) -> Tuple[List[str], Dict[str, Any]]:
-    """The names whose values differ between the rows, and the common value of each other name; absent and null count as
-    one value."""
-    def differs(values: List[Any]) -> bool:
-        first = None if values[0] is ABSENT else values[0]
-        return any(not same_value(None if value is ABSENT else value, first) for value in values)
-
-    differing = [name for name, values in sorted(columns.items()) if differs(values)]
-    return differing, {name: columns[name][0] for name in sorted(columns.keys() - set(differing))
-                       if columns[name][0] is not ABSENT}
+def listed_params(rows: Sequence[Row], show_all: bool) -> List[str]:
+    """The params that `ls` shows: all, or those that differ and are no lists or objects."""
+    if show_all:
+        return sorted({name for row in rows for name in row.params})
+    return [name for name in differing_names([row.params for row in rows])
+            if not any(isinstance(row.params.get(name), (dict, list)) for row in rows)]
 
 
-def list_pieces(rows: Sequence[Summary], header: str, cells: Iterable[str], now: datetime.datetime) -> Iterator[str]:
-    """The table of `ls` in pieces, its cells from HOST on being finished."""
-    started = _started_texts(rows, now)
-    width = max(map(len, started + ["STARTED"]))
-    layout = "%%-10s  %%-%ds  %%-7s  " % width
-    margin = "\n" + " " * len(layout % ("", "", ""))
-
-    def lines() -> Iterator[str]:
-        yield layout % ("EXPERIMENT", "STARTED", "STATUS") + header + "\n"
-        for row, text, cell in zip(rows, started, cells):
-            left = layout % (row.id[:SHORT_ID], text, "running" if row.running else "stopped")
-            if cell[:1] in ("", "\n"):
-                left = left.rstrip()
-            yield "%s%s\n\n" % (left, cell.replace("\n", margin))
-
-    return in_pieces(lines())
+def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
+    """The metrics that `ls` shows: all, or the primary ones, or where no experiment has one, those that differ."""
+    primary = {row.summary["primary_metric"] for row in rows} - {None}
+    if primary and not show_all:
+        return sorted(primary)
+    measured = [item["metrics"] for row in rows for item in (row.latest, row.best if show_all else None)
+                if item and item.get("metrics")]
+    return sorted({name for metrics in measured for name in metrics}) if show_all else differing_names(measured)
 
 
-def in_pieces(texts: Iterator[str]) -> Iterator[str]:
-    """texts joined by hundreds, since each piece that is written takes its time."""
-    from itertools import islice
-    return iter(lambda: "".join(islice(texts, SummaryCache.BATCH)), "")
+def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    """The sorted names whose values differ between these dicts; an absent value is the same as null."""
+    names = sorted({name for values in rows for name in values})
+    return [name for name in names
+            if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
 
 
-SORTABLE = "%Y-%m-%dT%H:%M:%S"
+def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
+    """`name=value` for each of the names that there is a value for."""
+    return ["%s=%s" % (escape_control(name), format_cell(values[name])) for name in names if name in values]
 
 
-def _started_texts(rows: Sequence[Summary], now: datetime.datetime) -> List[str]:
-    """When each experiment started; of days that are long past the text is made once."""
-    texts, text, start, end = {}, "", "", ""
-    recent = (now - datetime.timedelta(hours=RELATIVE_HOURS)).strftime(SORTABLE)
-    for row in sorted(rows, key=lambda row: row.line):
-        if not start <= row.line < end:  # lines begin with the time
-            moment = row.created
-            text, start, end = relative_time(moment, now), row.line, ""
-            if row.line < recent:
-                end = min(_next_midnight(moment), recent)
-        texts[row.id] = text
-    return [texts[row.id] for row in rows]
-
-
-def _next_midnight(moment: datetime.datetime) -> str:
-    """When the local day of that time ends, as text that sorts by time; empty at the ends of the calendar."""
-    try:
-        day = local_time(moment).replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None) + datetime.timedelta(1)
-        return day.astimezone(datetime.timezone.utc).strftime(SORTABLE)
-    except (OverflowError, ValueError, OSError):
-        return ""
-
-
-def _listed_metrics(latest: Dict[str, List[Any]], best: Dict[str, List[Any]],
-                    show_all: bool) -> Tuple[Iterable[str], Dict[str, Any]]:
-    """The metrics that a listing shows where no primary ones decide: all, or those that differ, in which case the common
-    values of the others come with them."""
-    if show_all or not latest:
-        return set(latest) | set(best), {}
-    measured = [any(value is not ABSENT for value in row) for row in zip(*latest.values())]
-    return differing_names({name: [value for value, counts in zip(values, measured) if counts]
-                            for name, values in latest.items()})
-
-
-def _value_cells(columns: Dict[str, List[Any]], names: Iterable[str], count: int) -> Sequence[Sequence[str]]:
-    """`name=value` lines of the chosen names, for each of that many rows."""
-    texts = [_value_texts(name, columns[name]) for name in sorted(names) if name in columns]
-    if not texts:
-        return [()] * count
-    if any(None in column for column in texts):
-        return [[text for text in row if text is not None] for row in zip(*texts)]
-    return list(zip(*texts))  # type: ignore[arg-type]
-
-
-def _value_texts(name: str, values: Sequence[Any]) -> List[Optional[str]]:
-    """`name=value` for each value, as format_cell() has it; None where it is absent."""
-    label, kinds = escape_control(name) + "=", set(map(type, values))
-    if kinds == {int}:
-        return list(map((label.replace("%", "%%") + "%d").__mod__, values))
-    if kinds == {float} and sum(values) - sum(values) == 0 and max(values) <= 1e5:  # all are finite and short
-        return list(map((label.replace("%", "%%") + "%.5g").__mod__, values))
-    if kinds == {str}:
-        texts = {value: label + format_cell(value) for value in set(values)}
-        return list(map(texts.__getitem__, values))
-    return [None if value is ABSENT else label + format_cell(value) for value in values]
-
-
-def _checkpoint_cells(ids: Sequence[Optional[str]], steps: Sequence[int], metrics: Dict[str, List[Any]],
-                      names: Iterable[str]) -> List[Sequence[str]]:
-    """The short ID and step of each checkpoint, and its metrics of those names below."""
-    return [["%s (step %d)" % (short_id, step), *lines] if short_id else ()
-            for short_id, step, lines in zip(ids, steps, _value_cells(metrics, names, len(ids)))]
+def checkpoint_lines(item: Optional[Dict[str, Any]], names: Iterable[str]) -> List[str]:
+    """The short ID and step of a stored checkpoint, and below them its metrics of those names."""
+    if not item:
+        return []
+    return ["%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)] + value_lines(
+        unpack_floats(item.get("metrics") or {}), names)
 
 
 def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
@@ -6822,12 +6197,24 @@ def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, s
 
 
 def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str, str]]]]:
-    """The blocks Params, System and Python Packages."""
+    """The blocks Params and System."""
     return [("Params", [(escape_control(name), format_value(value))
                         for name, value in sorted(experiment.params.items())]),
-            ("System", _facts([("Python version", experiment.python_version)])),
-            ("Python Packages", [(escape_control(name), escape_control(version))
-                                 for name, version in sorted(experiment.python_packages.items())])]
+            ("System", _facts([("Python version", experiment.python_version)]))]
+
+
+def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
+    """The packages that the program had imported when it ended, where that is recorded; all of them otherwise."""
+    imported = experiment._document.get("imported_packages")
+    if show_all or not isinstance(imported, list):
+        return experiment.python_packages
+    return {name: version for name, version in experiment.python_packages.items() if name in imported}
+
+
+def package_block(packages: Dict[str, str]) -> Tuple[str, List[Tuple[str, str]]]:
+    """The block Python Packages."""
+    return "Python Packages", [(escape_control(name), escape_control(version))
+                               for name, version in sorted(packages.items())]
 
 
 def metric_rows(checkpoint: Checkpoint) -> List[Tuple[str, str]]:
@@ -6839,9 +6226,9 @@ def metric_rows(checkpoint: Checkpoint) -> List[Tuple[str, str]]:
 
 
 def render_blocks(title: str, blocks: Sequence[Tuple[str, List[Tuple[str, str]]]], paint: Paint) -> str:
-    """A title, then blocks of `label: text` rows in one column width, each below its heading ('' for none)."""
+    """A title ('' for none), then blocks of `label: text` rows in one column width, each below its heading."""
     width = max([SHOW_WIDTH] + [display_width(label) + 3 for _, rows in blocks for label, _ in rows])
-    parts = [paint(title, "heading") + "\n"]
+    parts = [paint(title, "heading") + "\n"] if title else []
     for heading, rows in blocks:
         lines = [paint(heading, "bold")] if heading else []
         lines += [(pad(label + ":", width) + text).rstrip() for label, text in rows] or [paint("(none)", "faint")]
@@ -6849,22 +6236,31 @@ def render_blocks(title: str, blocks: Sequence[Tuple[str, List[Tuple[str, str]]]
     return "\n".join(parts)
 
 
-def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, paint: Paint = no_paint) -> str:
+def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, show_all: bool = False,
+                      paint: Paint = no_paint) -> str:
     """`show` of a checkpoint."""
     blocks = [("", _facts([("Created", full_time(checkpoint.created)), ("Path", checkpoint.path),
                            ("Step", str(checkpoint.step))])),
               ("Experiment", _facts([("ID", experiment.id)]) + experiment_facts(experiment, running))]
-    blocks += experiment_blocks(experiment) + [("Metrics", metric_rows(checkpoint))]
+    blocks += experiment_blocks(experiment)
+    blocks += [("Metrics", metric_rows(checkpoint)), package_block(shown_packages(experiment, show_all))]
     return render_blocks("Checkpoint: " + checkpoint.id, blocks, paint)
 
 
-def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, paint: Paint = no_paint) -> str:
+def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool = False,
+                      paint: Paint = no_paint) -> str:
     """`show` of an experiment."""
-    text = render_blocks("Experiment: " + experiment.id, [("", experiment_facts(experiment, running))] +
-                         experiment_blocks(experiment), paint)
-    text += "\n" + paint("Checkpoints", "bold") + "\n"
+    blocks = [("", experiment_facts(experiment, running))] + experiment_blocks(experiment)
+    packages = [package_block(shown_packages(experiment, show_all))]
+    return "\n".join([render_blocks("Experiment: " + experiment.id, blocks, paint),
+                      render_checkpoints(experiment, now, paint), render_blocks("", packages, paint)])
+
+
+def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Paint) -> str:
+    """The table of an experiment's checkpoints, the best value marked."""
+    heading = paint("Checkpoints", "bold") + "\n"
     if not experiment.checkpoints:
-        return text + paint("(none)", "faint") + "\n"
+        return heading + paint("(none)", "faint") + "\n"
     names = sorted({name for checkpoint in experiment.checkpoints for name in checkpoint.metrics})
     best = experiment.best()
     primary = (experiment.primary_metric() or {}).get("name")
@@ -6876,8 +6272,7 @@ def render_experiment(experiment: Experiment, running: bool, now: datetime.datet
                   (" (best)" if checkpoint is best and name == primary else "") for name in names]
         rows.append([[cell] for cell in cells])
     titles = ["ID", "STEP", "CREATED"] + [escape_control(name.upper()) for name in names]
-    header, lines = lay_out(list(zip(titles, zip(*rows))))
-    return text + "\n".join([header, *lines]) + "\n"
+    return heading + "\n".join(table_rows(list(zip(titles, zip(*rows))))) + "\n"
 
 
 class Side:
@@ -6929,16 +6324,13 @@ def _cut(text: Optional[str]) -> str:
     return text if len(text) <= DIFF_CUT else text[:DIFF_CUT - 3] + "..."
 
 
-def json_pieces(rows: Sequence[Summary]) -> Iterator[str]:
-    """The JSON of `ls --json`, in pieces."""
-    def elements() -> Iterator[str]:
-        opening = "[\n  "
-        for row in rows:
-            yield '%s%s,\n    "running": %s\n  }' % (opening, row.part("shown"), "true" if row.running else "false")
-            opening = ",\n  "
-        yield "\n]\n" if rows else "[]\n"
-
-    return in_pieces(elements())
+def render_json_list(rows: Sequence[Row]) -> Iterator[str]:
+    """`ls --json`, in pieces."""
+    opening = "[\n  "
+    for row in rows:
+        yield opening + shown_json(row.to_json()).replace("\n", "\n  ")
+        opening = ",\n  "
+    yield "\n]\n" if rows else "[]\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -7020,14 +6412,24 @@ def say(text: str) -> None:
     write_text(sys.stdout, text)
 
 
+def say_all(texts: Iterable[str]) -> None:
+    """Data in many pieces, to stdout, hundreds at a time."""
+    from itertools import islice
+    pieces = iter(texts)
+    for text in iter(lambda: "".join(islice(pieces, 500)), ""):
+        say(text)
+
+
 def say_json(pieces: Iterable[str]) -> None:
-    """JSON, to stdout; ASCII alone where stdout's encoding lacks something of it."""
-    for text in pieces:
+    """JSON, to stdout; ASCII alone where stdout's encoding lacks a character."""
+    def encodable(text: str) -> str:
         try:
             text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+            return text
         except UnicodeEncodeError:
-            text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
-        say(text)
+            return re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
+
+    say_all(map(encodable, pieces))
 
 
 def paint(text: str, style: str) -> str:
@@ -7052,45 +6454,29 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
         raise UsageError("--quiet cannot be used with --json or --all.")
     filters = [parse_filter(text) for text in args.filter]
     name, descending = parse_sort(args.sort)
-    whole = not (only_running or filters or args.json or args.quiet or args.all)
-    rows = opened_project(args).repository.summaries(args.json, list_cells if whole else None)
-    wanted = [name for tree in filters for name in tree.names()] + [name]
-    if any(item not in FIELDS for item in wanted) and rows:
-        known = known_names(rows)
-        for item in wanted:
-            if item not in known:
-                console.warning("No experiment has a param or metric called %r.%s" % (item, nearest(item, known)))
-    chosen = [row for row in rows if row.running or not only_running]
-    for tree in filters:
-        chosen = [row for row, matches in zip(chosen, tree.matches(chosen)) if matches]
-    chosen = sort_rows(chosen, name, descending)
-    if args.json or args.quiet or not chosen:
-        rows.keep()
+    rows = opened_project(args).repository.rows()
+    warn_of_unknown_names([name for tree in filters for name in tree.names()] + [name], rows)
+    rows = [row for row in rows if (row.running or not only_running) and all(tree.matches(row) for tree in filters)]
+    rows = sort_rows(rows, name, descending)
     if args.json:
-        say_json(json_pieces(chosen))
+        say_json(render_json_list(rows))
     elif args.quiet:
-        say("".join(row.id + "\n" for row in chosen))
-    elif chosen:
-        header, cells = finished_cells(rows, chosen, args.all)
-        for text in list_pieces(chosen, header, cells, datetime.datetime.now(datetime.timezone.utc)):
-            say(text)
+        say("".join(row.id + "\n" for row in rows))
+    elif rows:
+        say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc), args.all))
     else:
         console.info("No experiments found")
     return 0
 
 
-def finished_cells(rows: SummaryList, chosen: Sequence[Summary], show_all: bool) -> Tuple[str, Iterable[str]]:
-    """(header, cells) for the table of the chosen rows: those that were remembered, if they are for the same rows."""
-    if show_all or len(chosen) < len(rows):
-        rows.keep()
-        table = list_cells(chosen, show_all)
-        return table.header, table.cells
-    rows.keep(list_cells(rows) if rows.header is None else None)
-    cells = rows.cells()
-    if chosen != rows:
-        found = {row.id: text for row, text in zip(rows, cells)}
-        cells = [found[row.id] for row in chosen]
-    return rows.header, cells  # type: ignore[return-value]
+def warn_of_unknown_names(names: Sequence[str], rows: Sequence[Row]) -> None:
+    """Warn of names in filters and sort keys that no experiment has."""
+    if not rows or all(name in FIELDS for name in names):
+        return
+    known = known_names(rows)
+    for name in names:
+        if name not in known:
+            console.warning("No experiment has a param or metric called %r.%s" % (name, nearest(name, known)))
 
 
 @command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
@@ -7105,7 +6491,8 @@ def ps_command(args: argparse.Namespace) -> int:
     return print_list(args, only_running=True)
 
 
-@command("show", ID, JSON, usage="<experiment or checkpoint ID>")
+@command("show", ID, JSON, option("--all", action="store_true", help="List every installed package (default: those that "
+                                  "the program imported)"), usage="<experiment or checkpoint ID>")
 def show_command(args: argparse.Namespace) -> int:
     """View information about an experiment or checkpoint"""
     repository = opened_project(args).repository
@@ -7114,12 +6501,15 @@ def show_command(args: argparse.Namespace) -> int:
         say_json([shown_json((checkpoint or experiment).to_json()) + "\n"])
         return 0
     running = repository.is_running(experiment.id)
+    hidden = len(experiment.python_packages) - len(shown_packages(experiment, args.all))
     if checkpoint:
-        say(render_checkpoint(experiment, checkpoint, running, paint))
+        say(render_checkpoint(experiment, checkpoint, running, args.all, paint))
     else:
-        say(render_experiment(experiment, running, datetime.datetime.now(datetime.timezone.utc), paint))
+        say(render_experiment(experiment, running, datetime.datetime.now(datetime.timezone.utc), args.all, paint))
         if experiment.checkpoints:
             console.info("To see more details about a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
+    if hidden:
+        console.info("%s that the program did not import: --all lists them" % plural(hidden, "more installed package"))
     return 0
 
 
@@ -7342,11 +6732,9 @@ def demo_command(args: argparse.Namespace) -> int:
     say("\n")
     repository = Project(None, directory).repository if not _search_upward(os.path.abspath(directory), CONFIG_NAMES, 1) \
         else Project("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).repository
-    rows = repository.summaries()
-    table = list_cells(rows)
-    say("".join(list_pieces(rows, table.header, table.cells, datetime.datetime.now(datetime.timezone.utc))))
-    losses = look_up(rows, "loss")
-    best = rows[losses.index(min(losses))]
+    rows = repository.rows()
+    say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc)))
+    best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
     say("The runs are in %s, with the script train.py that made them. Try next:\n\n"
         "  %s show %s\n  %s diff %s %s\n  %s checkout %s -o %s\n" % (
@@ -7671,9 +7059,7 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line and return its exit code; without argv it is that of this process, which ends with it."""
-    global command_runs
     if argv is None:
-        command_runs = True
         code = exit_code(sys.argv[1:])
         os._exit(code)  # all is written: to free the memory piece by piece would take a tenth of the time
     return exit_code(argv)
