@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
-    Column = Tuple[str, Sequence[Sequence[str]]]  # of a table: a title, and for each row the lines of its cell
+    Column = Tuple[str, Sequence[str]]  # of a table: a title, and for each row a cell of one or more lines
     Deflate = Callable[[Union[bytes, memoryview]], bytes]  # compresses to deflate data
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
@@ -678,7 +678,8 @@ def primary_of(items: Sequence[Dict[str, Any]]) -> Optional[Dict[str, str]]:
 
 def latest_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     """The position of the newest of these stored checkpoints; of equals the last."""
-    return max(range(len(items)), key=lambda index: (canonical_time(items[index]["created"]), index), default=None)
+    times = [canonical_time(item["created"]) for item in items]
+    return len(times) - 1 - times[::-1].index(max(times)) if times else None
 
 
 def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
@@ -686,15 +687,14 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     primary = primary_of(items)
     if primary is None:
         return None
-    sign = 1 if primary["goal"] == "maximize" else -1
-    values = {}
-    for index, item in enumerate(items):
-        value = unpack_floats((item.get("metrics") or {}).get(primary["name"]))
-        if _is_number(value) and value == value:
-            values[index] = sign * value
-    best = max(values.values(), default=None)
-    equals = [index for index, value in values.items() if value == best]
-    return equals[latest_index([items[index] for index in equals]) or 0] if equals else None
+    values = [(item.get("metrics") or {}).get(primary["name"]) for item in items]
+    values = [NON_FINITE.get(value) if type(value) is str else value for value in values]
+    usable = [index for index, value in enumerate(values) if _is_number(value) and value == value]
+    if not usable:
+        return None
+    best = (max if primary["goal"] == "maximize" else min)(values[index] for index in usable)
+    equals = [index for index in usable if values[index] == best]
+    return equals[latest_index([items[index] for index in equals]) or 0]
 
 
 class CheckpointMetrics:
@@ -939,12 +939,12 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
 
 
 class Row:
-    """An experiment in a listing: its document without packages and checkpoints, but with the best and latest one.
+    """An experiment in a listing: what its document says, with the best and latest of its checkpoints alone.
 
     Filters, sorting, tables and `ls --json` all use it.
     """
 
-    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created", "params", "metrics")
+    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created")
 
     def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
         self.summary = summary                # what summarize() returns
@@ -953,8 +953,6 @@ class Row:
         self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS of each, with spaces between
         self.running = False
         self.created = parse_time(summary["created"])
-        self.params = unpack_floats(summary.get("params") or {})
-        self.metrics = unpack_floats((self.best or self.latest or {}).get("metrics") or {})
 
     @classmethod
     def of(cls, document: Dict[str, Any], version: str = "") -> Row:
@@ -972,6 +970,16 @@ class Row:
         """The latest checkpoint as stored, or None."""
         return self.summary["latest_checkpoint"]
 
+    @property
+    def params(self) -> Dict[str, Any]:
+        """Hyperparameters by name."""
+        return unpack_floats(self.summary.get("params") or {})
+
+    @property
+    def metrics(self) -> Dict[str, Any]:
+        """Metric values of the best checkpoint, or of the latest where there is no best."""
+        return unpack_floats((self.best or self.latest or {}).get("metrics") or {})
+
     def may_have_checkpoint(self, prefix: str) -> bool:
         """Whether the ID of a checkpoint may start with prefix, as far as the remembered digits tell."""
         return " " + prefix[:ROW_ID_DIGITS] in " " + self.checkpoint_ids
@@ -984,13 +992,16 @@ class Row:
             return self.params.get(name[len("params."):], ABSENT)
         if name.startswith("metrics."):
             return self.metrics.get(name[len("metrics."):], ABSENT)
-        return self.metrics.get(name, self.params.get(name, ABSENT))
+        metrics = self.metrics
+        return metrics[name] if name in metrics else self.params.get(name, ABSENT)
 
     def to_json(self) -> Dict[str, Any]:
         """The element of `ls --json`."""
         return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, running=self.running)
 
 
+NOT_LISTED = ("checkpoints", "config", "python_version", "python_packages", "imported_packages", "replicate_version",
+              "keepsake_version")  # keys of a document that a row leaves out
 ROW_ID_DIGITS = 12  # of each checkpoint's ID that a row keeps
 SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
               "host")
@@ -1002,10 +1013,10 @@ SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_c
 
 
 def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
-    """A valid document with its best and latest checkpoint in place of all of them, and without packages."""
+    """A valid document without what NOT_LISTED names, but with its best and latest checkpoint."""
     items = document.get("checkpoints") or ()
     latest, best, primary = latest_index(items), best_index(items), primary_of(items)
-    summary = {key: value for key, value in document.items() if key not in ("checkpoints", "python_packages")}
+    summary = {key: value for key, value in document.items() if key not in NOT_LISTED}
     summary.update(num_checkpoints=len(items), primary_metric=primary["name"] if primary else None,
                    latest_checkpoint=None if latest is None else items[latest],
                    best_checkpoint=None if best is None else items[best])
@@ -1015,13 +1026,14 @@ def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
 def checked_summary(summary: Any, experiment_id: str) -> Dict[str, Any]:
     """summary if it is what summarize() returns for an experiment of that ID; raises ReadError otherwise."""
     _check_fields(summary, dict(_EXPERIMENT_FIELDS, **_SUMMARY_FIELDS))
+    _check_depth(summary)
     if not summary.keys() >= _SUMMARY_FIELDS.keys():
         raise ReadError("a field is missing")
     if summary["id"] != experiment_id:
         raise ReadError("its id is another one")
     for checkpoint in (summary["latest_checkpoint"], summary["best_checkpoint"]):
         if checkpoint is not None:
-            checked_checkpoint(checkpoint)
+            _check_checkpoint(checkpoint)
     return summary
 
 
@@ -1042,24 +1054,32 @@ _SUMMARY_FIELDS = {"num_checkpoints": (int,), "latest_checkpoint": (dict, type(N
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
     """document if it is a valid experiment document of that ID; raises ReadError otherwise."""
     _check_fields(document, _EXPERIMENT_FIELDS)
+    _check_depth(document)
     if document["id"] != experiment_id:
         raise ReadError("its id is not the name of its file")
     if not set(map(type, (document.get("python_packages") or {}).values())) <= {str}:
         raise ReadError("python_packages holds something that is not text")
-    ids = [checked_checkpoint(item)["id"] for item in document.get("checkpoints") or ()]
-    if len(set(ids)) != len(ids):
+    items = document.get("checkpoints") or ()
+    for item in items:
+        _check_checkpoint(item)
+    if len({item["id"] for item in items}) != len(items):
         raise ReadError("two of its checkpoints have the same ID")
     return document
 
 
 def checked_checkpoint(item: Any) -> Dict[str, Any]:
     """item if it is a valid checkpoint; raises ReadError otherwise."""
+    _check_checkpoint(item)
+    _check_depth(item)
+    return item
+
+
+def _check_checkpoint(item: Any) -> None:
     _check_fields(item, _CHECKPOINT_FIELDS)
     primary = item.get("primary_metric")
     if primary is not None and not (type(primary.get("name")) is str
                                     and primary.get("goal") in ("maximize", "minimize")):
         raise ReadError("primary_metric is not {name, goal}")
-    return item
 
 
 def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
@@ -1068,21 +1088,12 @@ def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
     if not is_id(document.get("id")):
         raise ReadError("id is not made of hex digits")
     try:
-        if type(document.get("created")) is not str:
-            raise ValueError("not text")
         parse_time(document["created"])
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReadError("created is not an RFC 3339 time") from error
-    for key, value in document.items():
-        kind = type(value)
-        if key in fields and kind not in fields[key]:
-            raise ReadError("%s is a %s" % (key, kind.__name__))
-        if kind in _CONTAINERS and not (key == "checkpoints" and key in fields):
-            if not _CONTAINERS.isdisjoint(map(type, value.values() if kind is dict else value)):
-                _check_depth(value)
-
-
-_CONTAINERS = {dict, list}
+    wrong = [key for key, kinds in fields.items() if type(document.get(key)) not in kinds]
+    if wrong:
+        raise ReadError("%s is a %s" % (wrong[0], type(document.get(wrong[0])).__name__))
 
 
 def _check_depth(value: Any) -> None:
@@ -4409,6 +4420,7 @@ class RowCache:
     FORMAT = 5
     LOCK_SECONDS = 0.1         # to wait for another command
     MAX_FILES = 64             # repositories in the cache directory
+    BATCH = 500                # rows that are parsed together, so that they share the texts of their keys
     SETTLED_SECONDS = 2.0      # a file that changed more recently could change again and look the same
 
     def __init__(self, url: str) -> None:
@@ -4419,19 +4431,20 @@ class RowCache:
         self.count = 0        # of rows in the file
         self.unpublished = 0  # documents read since somebody looked at the index of the bucket
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> List[Row]:
         """Every row in the file."""
-        def read(database: Any) -> List[Tuple[str, str, str]]:
+        def read(database: Any) -> List[Row]:
             self.unpublished = database.execute("PRAGMA user_version").fetchone()[0]
-            return database.execute("SELECT version, summary, checkpoints FROM rows").fetchall()
+            cursor = database.execute("SELECT version, summary, checkpoints FROM rows")
+            found: List[Row] = []
+            for batch in iter(lambda: cursor.fetchmany(self.BATCH), []):
+                versions, summaries, checkpoint_ids = zip(*batch)
+                found += map(Row, json.loads("[%s]" % ",".join(summaries)), versions, checkpoint_ids)
+            return found
 
         found = (self._attempt(read) if os.path.exists(self._path) else None) or []
         self.count = len(found)
-        for version, summary, checkpoint_ids in found:
-            try:
-                yield Row(json.loads(summary), version, checkpoint_ids)
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                console.debug("Skipped a damaged row of the cache %s: %s" % (self._path, error))
+        return found
 
     def is_settled(self, entry: Entry, storage: Storage) -> bool:
         """Whether the version of a document proves that nothing changes it unnoticed."""
@@ -4445,9 +4458,9 @@ class RowCache:
                              "checkpoints TEXT)")
             gone = [found for found in database.execute("SELECT id FROM rows") if found[0] not in present]
             database.executemany("DELETE FROM rows WHERE id = ?", gone)
+            encode = json.JSONEncoder(separators=(",", ":")).encode
             database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", (
-                (row.id, row.version, json.dumps(row.summary, separators=(",", ":")), row.checkpoint_ids)
-                for row in new))
+                (row.id, row.version, encode(row.summary), row.checkpoint_ids) for row in new))
             database.execute("PRAGMA user_version = %d" % unpublished)
             database.execute("COMMIT")
 
@@ -4470,7 +4483,7 @@ class RowCache:
                 database.close()
         except sqlite3.OperationalError as error:  # locked, read-only, no table yet, a full disk
             console.debug("The cache %s cannot be used: %s" % (self._path, error))
-        except (sqlite3.Error, OverflowError, UnicodeError) as error:
+        except (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             console.debug("The cache %s is damaged: %s" % (self._path, error))
             remove_file(self._path)
         return None
@@ -6110,50 +6123,48 @@ def pad(text: str, width: int) -> str:
 
 def table_rows(columns: Sequence[Column]) -> Iterator[str]:
     """The titles, then each row (one or more lines) of a table; columns stand two spaces apart."""
-    widths = [max([display_width(title)] + [display_width(line) for cell in cells for line in cell])
+    from itertools import zip_longest
+    plain = all(title.isascii() and all(map(str.isascii, cells)) for title, cells in columns)
+    measure = len if plain else display_width
+    widths = [max([measure(title)] + [measure(line) for cell in cells for line in cell.split("\n")])
               for title, cells in columns]
-
-    def row(cells: Sequence[Sequence[str]]) -> str:
-        lines = []
-        for number in range(max(map(len, cells))):
-            texts = [pad(cell[number] if number < len(cell) else "", width) for cell, width in zip(cells, widths)]
-            lines.append("  ".join(texts).rstrip())
-        return "\n".join(lines)
-
-    yield row([[title] for title, _ in columns])
-    yield from map(row, zip(*[cells for _, cells in columns]))
+    template = "  ".join("%%-%ds" % width for width in widths)  # several times as fast, and nearly always enough
+    for row in zip(*[[title, *cells] for title, cells in columns]):
+        lines = zip_longest(*[cell.split("\n") for cell in row], fillvalue="")
+        yield "\n".join([(template % line if plain else "  ".join(map(pad, line, widths))).rstrip() for line in lines])
 
 
 def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = False) -> Iterator[str]:
     """`ls` of at least one row, in pieces: the header line, then each experiment with a blank line below."""
-    header, *experiments = table_rows(list_columns(rows, now, show_all))
-    yield header + "\n"
-    yield from (text + "\n\n" for text in experiments)
+    lines = table_rows(list_columns(rows, now, show_all))
+    yield next(lines) + "\n"
+    yield from (text + "\n\n" for text in lines)
 
 
 def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) -> List[Column]:
     """The columns of `ls`; HOST, USER and BEST CHECKPOINT only where they tell something."""
-    columns: List[Column] = [("EXPERIMENT", [[row.id[:SHORT_ID]] for row in rows]),
-                             ("STARTED", [[relative_time(row.created, now)] for row in rows]),
-                             ("STATUS", [[row.value("status")] for row in rows])]
+    columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows]),
+                             ("STARTED", [relative_time(row.created, now) for row in rows]),
+                             ("STATUS", [row.value("status") for row in rows])]
     for title in ("HOST", "USER"):
         texts = [escape_control(row.value(title.lower()) or "") for row in rows]
         if len(set(texts)) > 1:
-            columns.append((title, [[text] for text in texts]))
+            columns.append((title, texts))
     params, metrics = listed_params(rows, show_all), listed_metrics(rows, show_all)
-    columns.append(("PARAMS", [value_lines(row.params, params) for row in rows]))
+    columns.append(("PARAMS", ["\n".join(value_lines(row.params, params)) for row in rows]))
     if any(row.best for row in rows):
-        columns.append(("BEST CHECKPOINT", [checkpoint_lines(row.best, metrics) for row in rows]))
-    columns.append(("LATEST CHECKPOINT", [checkpoint_lines(row.latest, metrics) for row in rows]))
+        columns.append(("BEST CHECKPOINT", [checkpoint_cell(row.best, metrics) for row in rows]))
+    columns.append(("LATEST CHECKPOINT", [checkpoint_cell(row.latest, metrics) for row in rows]))
     return columns
 
 
 def listed_params(rows: Sequence[Row], show_all: bool) -> List[str]:
     """The params that `ls` shows: all, or those that differ and are no lists or objects."""
+    found = [row.params for row in rows]
     if show_all:
-        return sorted({name for row in rows for name in row.params})
-    return [name for name in differing_names([row.params for row in rows])
-            if not any(isinstance(row.params.get(name), (dict, list)) for row in rows)]
+        return sorted({name for params in found for name in params})
+    return [name for name in differing_names(found)
+            if not any(isinstance(params.get(name), (dict, list)) for params in found)]
 
 
 def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
@@ -6174,16 +6185,16 @@ def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
 
 
 def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
-    """`name=value` for each of the names that there is a value for."""
-    return ["%s=%s" % (escape_control(name), format_cell(values[name])) for name in names if name in values]
+    """`name=value` for each of the names that has a value."""
+    return [escape_control(name) + "=" + format_cell(values[name]) for name in names if name in values]
 
 
-def checkpoint_lines(item: Optional[Dict[str, Any]], names: Iterable[str]) -> List[str]:
+def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str:
     """The short ID and step of a stored checkpoint, and below them its metrics of those names."""
     if not item:
-        return []
-    return ["%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)] + value_lines(
-        unpack_floats(item.get("metrics") or {}), names)
+        return ""
+    title = "%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)
+    return "\n".join([title] + value_lines(unpack_floats(item.get("metrics") or {}), names))
 
 
 def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
@@ -6270,7 +6281,7 @@ def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Pa
         cells = [checkpoint.short_id(), str(checkpoint.step), relative_time(checkpoint.created, now)]
         cells += [(format_cell(metrics[name]) if name in metrics else "") +
                   (" (best)" if checkpoint is best and name == primary else "") for name in names]
-        rows.append([[cell] for cell in cells])
+        rows.append(cells)
     titles = ["ID", "STEP", "CREATED"] + [escape_control(name.upper()) for name in names]
     return heading + "\n".join(table_rows(list(zip(titles, zip(*rows))))) + "\n"
 
