@@ -1093,7 +1093,7 @@ def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
         raise ReadError("created is not an RFC 3339 time") from error
     wrong = [key for key, kinds in fields.items() if type(document.get(key)) not in kinds]
     if wrong:
-        raise ReadError("%s is a %s" % (wrong[0], type(document.get(wrong[0])).__name__))
+        raise ReadError("%s has the wrong type (%s)" % (wrong[0], type(document.get(wrong[0])).__name__))
 
 
 def _check_depth(value: Any) -> None:
@@ -4186,7 +4186,7 @@ class Repository:
             except DoesNotExist:  # somebody removed it meanwhile
                 continue
             except ReplicateError as error:
-                console.warning("Skipped %s, which cannot be read: %s." % (entry.key, str(error).rstrip(".")))
+                console.warning("Skipped %s: %s." % (entry.key, str(error).rstrip(".")))
                 continue
             if document["id"] in waiting:
                 merge_checkpoints(document, waiting[document["id"]])
@@ -4435,10 +4435,12 @@ class RowCache:
         """Every row in the file."""
         def read(database: Any) -> List[Row]:
             self.unpublished = database.execute("PRAGMA user_version").fetchone()[0]
-            cursor = database.execute("SELECT version, summary, checkpoints FROM rows")
+            cursor = database.execute("SELECT version, summary, checkpoints, checksum FROM rows")
             found: List[Row] = []
             for batch in iter(lambda: cursor.fetchmany(self.BATCH), []):
-                versions, summaries, checkpoint_ids = zip(*batch)
+                versions, summaries, checkpoint_ids, checksums = zip(*batch)
+                if list(checksums) != list(map(self._checksum, versions, summaries, checkpoint_ids)):
+                    raise ValueError("a checksum is wrong")
                 found += map(Row, json.loads("[%s]" % ",".join(summaries)), versions, checkpoint_ids)
             return found
 
@@ -4455,18 +4457,24 @@ class RowCache:
         def write(database: Any) -> None:
             database.execute("BEGIN IMMEDIATE")
             database.execute("CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, version TEXT, summary TEXT, "
-                             "checkpoints TEXT)")
+                             "checkpoints TEXT, checksum INTEGER)")
             gone = [found for found in database.execute("SELECT id FROM rows") if found[0] not in present]
             database.executemany("DELETE FROM rows WHERE id = ?", gone)
             encode = json.JSONEncoder(separators=(",", ":")).encode
-            database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", (
-                (row.id, row.version, encode(row.summary), row.checkpoint_ids) for row in new))
+            for row in new:
+                values = (row.version, encode(row.summary), row.checkpoint_ids)
+                database.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)",
+                                 (row.id, *values, self._checksum(*values)))
             database.execute("PRAGMA user_version = %d" % unpublished)
             database.execute("COMMIT")
 
         if not os.path.exists(self._path):
             self._make_room()
         self._attempt(write)
+
+    @staticmethod
+    def _checksum(*values: str) -> int:
+        return zlib.crc32("\0".join(values).encode("utf-8", "surrogatepass"))
 
     def _attempt(self, work: Callable[[Any], Any]) -> Any:
         """What work(database) returns; None where the cache cannot be used."""

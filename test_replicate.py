@@ -25,6 +25,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -267,7 +268,7 @@ def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project
 def test_an_unexpected_failure_is_one_line_too(project):
     source = ("import replicate, sys\n"
               "def broken(self, *arguments): raise ZeroDivisionError('a bug')\n"
-              "replicate.Repository.summaries = broken\n"
+              "replicate.Repository.rows = broken\n"
               "sys.exit(replicate.main(sys.argv[1:]))")
     write_repository(project / "repo", experiment_document(A))
     plain, verbose = run_script(source, "ls", check=False), run_script(source, "ls", "-v", check=False)
@@ -730,20 +731,15 @@ def make_experiment(*checkpoints, **fields):
 
 
 def make_row(params=None, metrics=None, running=False, created="2006-01-02T14:54:05Z", steps=(20,), primary=None, **fields):
-    """The summary of an experiment whose checkpoints all have the same metrics."""
+    """The row of an experiment whose checkpoints all have the same metrics."""
     checkpoints = [checkpoint_document(hex_id("%xc" % number), "2006-01-03T00:00:%02dZ" % number, step, metrics, None, primary)
                    for number, step in enumerate(steps)]
-    return make_summary(*checkpoints, running=running, params=params, created=created, **fields)
+    return row_of(*checkpoints, running=running, params=params, created=created, **fields)
 
 
-def summary_of(document):
-    """The summary of a whole document."""
-    return replicate.SummaryBatch.of([(replicate.summary_data(document), "")], shown=True).rows()[0]
-
-
-def make_summary(*checkpoints, running=False, **fields):
-    """What a listing has of an experiment with these checkpoints."""
-    row = summary_of(make_experiment(*checkpoints, **fields).to_json())
+def row_of(*checkpoints, running=False, **fields):
+    """The row of an experiment with these checkpoints."""
+    row = replicate.Row.of(make_experiment(*checkpoints, **fields).to_json())
     row.running = running
     return row
 
@@ -865,19 +861,19 @@ def test_checkpoints_of_wrong_types_are_read_errors(change):
 def use_everything(document):
     """What the listings and the library ask of a document that was accepted."""
     experiment = replicate.Experiment(document)
-    summary = summary_of(document)
+    row = replicate.Row.of(document)
     replicate.encode_json(experiment.to_json())
-    shown = json.loads("".join(replicate.json_pieces([summary])))[0]
+    shown = json.loads("".join(replicate.render_json_list([row])))[0]
     assert shown["id"] == document["id"] and list(shown)[-1] == "running"
     experiment._repr_html_()
     [repr(experiment.checkpoints), repr(experiment), experiment.duration, experiment.replicate_version]
-    for name in replicate.known_names([summary]):
-        (value,) = replicate.look_up([summary], name)
+    for name in replicate.known_names([row]):
+        value = row.value(name)
         if value is not replicate.ABSENT and not isinstance(value, datetime.datetime):
             replicate.format_cell(value)
             replicate.format_value(value)
         for descending in (True, False):
-            assert replicate.sort_rows([summary, summary], name, descending) == [summary, summary]
+            assert replicate.sort_rows([row, row], name, descending) == [row, row]
     for checkpoint in experiment.checkpoints:
         assert checkpoint.created and checkpoint.step >= checkpoint.step and checkpoint.metrics is not None
 
@@ -936,8 +932,7 @@ def test_damaged_document_bytes_raise_only_read_errors(data):
 # ------------------------------------------------------------------------------------------------------------------
 
 def matches(text, row):
-    (found,) = replicate.parse_filter(text).matches([row])
-    return found
+    return replicate.parse_filter(text).matches(row)
 
 
 FILTERED = dict(params={"lr": 0.1, "n": 3, "name": "adam", "on": True, "nothing": None, "layers": [1, 2], "o": {"a": 1},
@@ -980,13 +975,46 @@ def test_filters_that_do_not_hold(text):
 def test_filters_on_a_metric_use_the_best_checkpoint_or_the_latest():
     checkpoints = [checkpoint_document("a1", "2006-01-02T15:00:01Z", 1, {"loss": 0.1}, None, ("loss", "minimize")),
                    checkpoint_document("a2", "2006-01-02T15:00:02Z", 2, {"loss": 0.5})]
-    row = make_summary(*checkpoints)
+    row = row_of(*checkpoints)
     assert matches("loss = 0.1", row) and matches("step = 2", row) and matches("checkpoints = 2", row)
     checkpoints[0]["primary_metric"] = None
-    assert matches("loss = 0.5", make_summary(*checkpoints))
-    empty = make_summary()
+    assert matches("loss = 0.5", row_of(*checkpoints))
+    empty = row_of()
     assert matches("step = 0", empty) and matches("duration = null", empty) and matches("loss = null", empty)
-    assert matches("checkpoints = 0", empty) and matches("status = running", make_summary(running=True))
+    assert matches("checkpoints = 0", empty) and matches("status = running", row_of(running=True))
+
+
+@pytest.mark.parametrize("text, start, seconds", [
+    ("2020/10/07", (2020, 10, 7), 86400), ("20201007", (2020, 10, 7), 86400), ("2020-10", (2020, 10, 1), 31 * 86400),
+    ("2020/12", (2020, 12, 1), 31 * 86400), ("2020-2", (2020, 2, 1), 29 * 86400), ("2020-10-7", (2020, 10, 7), 86400),
+    ("Oct 7, 2020", (2020, 10, 7), 86400), ("October 7 2020", (2020, 10, 7), 86400), ("7 Oct 2020", (2020, 10, 7), 86400),
+    ("Oct 7, 2020 12:34", (2020, 10, 7, 12, 34), 60), ("20201007T123456", None, None), ("1602028800", (2020, 10, 7), 1),
+    ("1602028800.5", (2020, 10, 7, 0, 0, 0, 500000), 1e-6), ("2020/10/07 12:34:56", (2020, 10, 7, 12, 34, 56), 1),
+    ("2020-10-07 12:34:56.25 +02:00", (2020, 10, 7, 10, 34, 56, 250000), 1e-6), ("2020-10-07T12:34Z", (2020, 10, 7, 12, 34), 60),
+    ("Wed, 07 Oct 2020 20:34:56 +08", (2020, 10, 7, 12, 34, 56), 1), ("Wed, 07 Oct 2020 12:34:56 UTC", (2020, 10, 7, 12, 34, 56), 1),
+    ("2020-13", None, None), ("2020-02-30", None, None), ("Foo 7, 2020", None, None), ("2020-10 12:00", None, None),
+    ("2020-10/07", None, None), ("Wed, 07 Oct 2020 12:34:56 XYZ", None, None), ("99999999999", (5138, 11, 16, 9, 46, 39), 1)])
+def test_dates_as_people_write_them(text, start, seconds):
+    if start is None:
+        with pytest.raises(replicate.ReplicateError, match="character"):
+            replicate.parse_filter("started = " + text)
+        return
+    first, end = replicate.parse_filter("started = " + text).value
+    assert (first, end - first) == (utc(*start), datetime.timedelta(seconds=seconds))
+
+
+@pytest.mark.parametrize("zone", ["UTC", "<+08>-8", "CET-1CEST,M3.5.0,M10.5.0/3", "EST5EDT,M3.2.0,M11.1.0"])
+@pytest.mark.parametrize("created", ["2020-10-07T12:34:56Z", "2020-10-25T00:30:00Z", "2020-10-25T01:30:00Z", "2020-11-01T06:30:00Z"])
+def test_filters_read_the_times_that_show_prints(monkeypatch, zone, created):
+    """Also in the hour that a clock passes twice."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        shown = replicate.full_time(replicate.parse_time(created))
+        assert matches("started = " + shown, make_row(created=created)), shown
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_text_fields_compare_as_text():
@@ -1063,7 +1091,7 @@ def test_parsing_any_filter_raises_only_our_error(text):
         return
     assert all(isinstance(name, str) for name in tree.names())
     if "~" not in text or "started" not in text:  # that pair has a test of its own
-        assert tree.matches([make_row(**FILTERED)]) in ([True], [False])
+        assert tree.matches(make_row(**FILTERED)) in (True, False)
 
 
 @pytest.mark.parametrize("text", [
@@ -1083,7 +1111,7 @@ def test_rows_sort_by_kind_with_missing_values_last():
     values = {"a": 3, "b": None, "c": "x", "d": 1.5, "e": "[NaN]", "f": True, "g": [1], "h": "abc", "i": ABSENT_PARAM}
     rows = [make_row({"v": value} if value is not ABSENT_PARAM else {}, created="2006-01-02T14:54:%02dZ" % number, user=name)
             for number, (name, value) in enumerate(values.items())]
-    order = lambda *key: "".join(row.fact("user") for row in replicate.sort_rows(rows, *key))  # noqa: E731
+    order = lambda *key: "".join(row.value("user") for row in replicate.sort_rows(rows, *key))  # noqa: E731
     assert order("v", False) == "dafhcgbei"
     assert order("v", True) == "gchfadbei"
     assert order("params.v", False) == "dafhcgbei"
@@ -1096,7 +1124,7 @@ ABSENT_PARAM = object()
 def test_rows_of_equal_values_sort_by_start_time_either_way():
     rows = [make_row({"v": 1}, created="2006-01-02T14:54:05.%dZ" % part, user=str(part)) for part in (1, 2, 3)]
     for descending in (False, True):
-        assert [row.fact("user") for row in replicate.sort_rows(rows, "v", descending)] == ["1", "2", "3"]
+        assert [row.value("user") for row in replicate.sort_rows(rows, "v", descending)] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("key, wanted", [("loss", ("loss", False)), ("loss-desc", ("loss", True)), ("loss-asc", ("loss", False)),
@@ -3253,7 +3281,7 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, monkeypat
     of them has more than the 1,000 of one page either way."""
     ids = shelf.fill(3000)
     first = listed_params(call)
-    assert len(first) == 3000 and shelf.count("PUT") == 1 and shelf.seen("PUT")[0].key == "index/summaries-1.gz"
+    assert len(first) == 3000 and shelf.count("PUT") == 1 and shelf.seen("PUT")[0].key == "index/rows-1.gz"
     fresh_machine(monkeypatch, tmp_path)
     shelf.clear()
     assert listed_params(call) == first
@@ -3281,7 +3309,7 @@ def test_experiments_that_came_a_few_at_a_time_are_in_the_index_too(shelf, call,
 
 
 def index_lines(shelf):
-    return gzip.decompress(shelf.objects["index/summaries-1.gz"][0]).split(b"\n")
+    return gzip.decompress(shelf.objects["index/rows-1.gz"][0]).split(b"\n")
 
 
 def spoiled_index(lines, how):
@@ -3329,7 +3357,7 @@ def test_a_bad_index_never_shows_wrong_data(shelf, call, monkeypatch, tmp_path, 
     first = listed_params(call)
     lines = index_lines(shelf)
     assert len(lines) == 120 and json.loads(lines[0].split(b" ", 2)[2])["id"] == lines[0][:64].decode()
-    shelf.store("index/summaries-1.gz", spoiled_index(lines, how))
+    shelf.store("index/rows-1.gz", spoiled_index(lines, how))
     fresh_machine(monkeypatch, tmp_path)
     assert listed_params(call) == first
     fresh_machine(monkeypatch, tmp_path)
@@ -3341,12 +3369,12 @@ def test_hostile_fields_in_the_index_break_nothing(shelf, call, monkeypatch, tmp
     ids = shelf.fill(120)
     listed_params(call)
     lines = index_lines(shelf)
-    shelf.store("index/summaries-1.gz", spoiled_index(lines, "wrong fields"))
+    shelf.store("index/rows-1.gz", spoiled_index(lines, "wrong fields"))
     for arguments in (["ls"], ["ls", "--all"], ["ls", "--json"], ["ls", "-f", "n > 3", "--sort", "host"], ["show", ids[0]]):
         fresh_machine(monkeypatch, tmp_path)
         code, out, errors = call(*arguments)
         assert code == 0 and "\x1b" not in out and "\x1b" not in errors and "unexpected" not in errors, (arguments, errors)
-    shelf.store("index/summaries-1.gz", gzip.compress(b"\n".join(
+    shelf.store("index/rows-1.gz", gzip.compress(b"\n".join(
         line.replace(b"andreas", b"\\u001b]0;evil\\u0007") for line in lines)))
     fresh_machine(monkeypatch, tmp_path)
     code, out, errors = call("ls", "--all")
@@ -3378,7 +3406,7 @@ def test_a_reader_without_permission_to_write(shelf, call, monkeypatch, tmp_path
     shelf.fill(150)
     shelf.rule = lambda request: shelf.refusal(request) if request.method in ("PUT", "POST", "DELETE") else None
     assert len(listed_params(call)) == 150  # which asserts that there is no message
-    assert shelf.count("PUT") == 1 and "index/summaries-1.gz" not in shelf.objects
+    assert shelf.count("PUT") == 1 and "index/rows-1.gz" not in shelf.objects
     fresh_machine(monkeypatch, tmp_path)
     assert len(listed_params(call)) == 150
 
@@ -6724,11 +6752,10 @@ def table(text):
 
 def listing(root, now="2006-01-02T15:02:05Z", show_all=False, running=()):
     """The table of `ls` at a given time."""
-    rows = replicate.Repository("file://%s" % root).summaries()
+    rows = replicate.Repository("file://%s" % root).rows()
     for row in rows:
         row.running = row.id in running
-    table = replicate.list_cells(rows, show_all)
-    return "".join(replicate.list_pieces(rows, table.header, table.cells, replicate.parse_time(now)))
+    return "".join(replicate.render_list(rows, replicate.parse_time(now), show_all))
 
 
 def specification_repository(root):
@@ -6828,10 +6855,16 @@ def test_params_differ_among_the_listed_experiments_only(project, call):
     assert "p=" in call("ls")[1] and "p=" not in call("ls", "-f", "k = 1")[1]
 
 
-def test_objects_and_lists_are_in_the_full_list(project, call):
-    write_repository(project / "repo", experiment_document(A, params={"l": [1, 2.5, None], "o": {"a": True}}))
+def test_objects_and_lists_are_in_the_full_list_and_cut_like_strings(project, call):
+    matrix = [[0.25] * 40] * 3
+    write_repository(project / "repo", experiment_document(
+        A, params={"l": [1, 2.5, None], "o": {"a": True}, "matrix": matrix, "table": {"rows": matrix}},
+        checkpoints=[checkpoint_document(C, metrics={"confusion": matrix})]))
     out = call("ls", "--all")[1]
     assert "l=[1,2.5,null]" in out and 'o={"a":true}' in out
+    assert "matrix=[[0.25,0.25,0.25,..." in out and "confusion=[[0.25,0.25,0.25,..." in out
+    assert max(map(len, out.split("\n"))) < 120
+    assert "[[0.25,0.25,0.25,..." in call("show", A)[1] and json.dumps(matrix, separators=(",", ":")) in call("show", C)[1]
 
 
 def test_params_are_sorted_by_name(project, call):
@@ -6905,12 +6938,12 @@ def test_show_of_a_checkpoint(project, call, singapore):
         System
         Python version:  3.4.5
 
-        Python Packages
-        foo:             1.2.3
-
         Metrics
         metric-1:        0.02 (primary, minimize)
         metric-2:        2
+
+        Python Packages
+        foo:             1.2.3
         """), "")
 
 
@@ -6933,23 +6966,36 @@ def test_show_of_an_experiment(project, call, singapore):
         System
         Python version:  3.4.5
 
-        Python Packages
-        foo:             1.2.3
-
         Checkpoints
         ID       STEP  CREATED     METRIC-1     METRIC-2
         1cccccc  10    2006-01-02  0.1          2
         2cccccc  20    2006-01-02  0.01 (best)  2
         3cccccc  20    2006-01-02  0.02         2
+
+        Python Packages
+        foo:             1.2.3
         """))
+
+
+@pytest.mark.parametrize("item", [A, C])
+def test_show_lists_the_packages_that_the_program_imported(project, call, item):
+    packages = {"package-%03d" % number: "1.%d" % number for number in range(110)}
+    write_repository(project / "repo", experiment_document(
+        A, python_packages=packages, imported_packages=["package-003", "package-050", "gone"],
+        checkpoints=[checkpoint_document(C, metrics={"m": 1})]))
+    code, out, errors = call("show", item)
+    assert code == 0 and re.findall("^package-.*$", out, re.M) == ["package-003:     1.3", "package-050:     1.50"]
+    assert "108 more installed packages" in errors and "--all" in errors
+    code, out, errors = call("show", item, "--all")
+    assert len(re.findall("^package-", out, re.M)) == 110 and "--all" not in errors
 
 
 def test_empty_blocks_say_none(project, call):
     write_repository(project / "repo", experiment_document(A, python_packages=None, checkpoints=[checkpoint_document(C)]),
                      experiment_document(B))
     out = call("show", C)[1]
-    assert "Params\n(none)\n" in out and "Python Packages\n(none)\n" in out and out.endswith("Metrics\n(none)\n")
-    assert call("show", B)[1].endswith("Checkpoints\n(none)\n")
+    assert "Params\n(none)\n" in out and "Metrics\n(none)\n" in out and out.endswith("Python Packages\n(none)\n")
+    assert "Checkpoints\n(none)\n" in call("show", B)[1]
 
 
 def test_show_prints_the_stored_document_as_json(project, call):
@@ -7045,7 +7091,8 @@ cell_text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=30)
 @hypothesis.given(st.lists(st.lists(st.lists(cell_text.map(replicate.escape_control), min_size=1, max_size=3), min_size=3, max_size=3),
                            min_size=1, max_size=5))
 def test_every_cell_of_a_table_starts_at_its_column(rows):
-    header, found = replicate.lay_out(list(zip("ABC", zip(*rows))))
+    columns = list(zip("ABC", zip(*[["\n".join(cell) for cell in row] for row in rows])))
+    header, *found = replicate.table_rows(columns)
     lines = "".join([header + "\n"] + [text + "\n\n" for text in found]).split("\n")
     wanted = [max([1] + [replicate.display_width(line) for row in rows for line in row[column]]) + 2 for column in range(2)]
     position = 1
@@ -8101,7 +8148,7 @@ def test_filters_select_what_the_peer_selects(project, peer, call, filters):
 # ------------------------------------------------------------------------------------------------------------------
 
 REAL_HOME = os.environ.get("HOME", "/")  # package managers have their settings and caches there
-HEAVY = {"yaml", "boto3", "botocore", "google.cloud", "ssl", "numpy", "matplotlib", "sqlite3", "asyncio", "multiprocessing", "concurrent",
+HEAVY = {"yaml", "boto3", "botocore", "google.cloud", "ssl", "numpy", "matplotlib", "asyncio", "multiprocessing", "concurrent",
          "urllib.request", "http", "unittest", "email", "xml", "ctypes"}
 
 
@@ -8119,7 +8166,7 @@ def imported(*arguments):
 def test_what_is_imported(project, arguments):
     two_experiments(project, checkpoints=[checkpoint_document(C, metrics={"x": 1})])
     modules = imported(*arguments)
-    heavy = HEAVY | ({"argparse", "json", "tarfile"} if arguments in ([], ["--version"]) else set())
+    heavy = HEAVY | ({"argparse", "json", "sqlite3", "tarfile"} if arguments in ([], ["--version"]) else set())
     assert not {name for name in modules if name in heavy or name.split(".")[0] in heavy}
     if not arguments:
         assert "replicate" in modules
@@ -8317,24 +8364,6 @@ def test_a_second_listing_opens_no_document_and_prints_the_same(project, call, o
     assert call("ls", *arguments) == changed
 
 
-def test_json_is_made_when_it_is_asked_for_and_remembered(project, call, opened_documents):
-    ids = many_documents(30)
-    table = call("ls")
-    opened_documents.clear()
-    shown = call("ls", "--json")
-    assert sorted(opened_documents) == sorted(ids) and len(json.loads(shown[1])) == 30
-    opened_documents.clear()
-    assert call("ls", "--json") == shown and call("ls") == table and call("ls", "--json") == shown
-    path = project / "repo/metadata/experiments" / (ids[3] + ".json")
-    path.write_text(path.read_text().replace('"same": 1', '"same": 2'))
-    os.utime(str(path), (1e9, 1e9))
-    assert "same=2" in call("ls")[1] and opened_documents == [ids[3]]
-    again = json.loads(call("ls", "--json")[1])
-    assert opened_documents == [ids[3]] * 2
-    assert [item["params"].pop("same") for item in again if item["id"] == ids[3]] == [2]
-    assert [item for item in again if item["id"] != ids[3]] == [item for item in json.loads(shown[1]) if item["id"] != ids[3]]
-
-
 def test_only_changed_documents_are_read_again(project, call, opened_documents):
     ids = many_documents(30)
     call("ls")
@@ -8346,51 +8375,6 @@ def test_only_changed_documents_are_read_again(project, call, opened_documents):
     opened_documents.clear()
     table = call("ls")[1]
     assert sorted(opened_documents) == ids[3:6] and table.count("same=2") == 3 and table.count("same=1") == 26
-
-
-def test_the_plain_table_is_printed_from_finished_cells(project, call, monkeypatch):
-    """Without parsing a value: only the times and the states are new."""
-    ids = many_documents(40)
-    first = call("ls")[1]
-    call("ls")
-    call("ls", "--json")  # which adds to what is remembered, and keeps the cells
-    monkeypatch.setattr(replicate.StoredBatch, "column", lambda *arguments: pytest.fail("values were parsed"))
-    assert call("ls")[1] == first
-    assert len(json.loads(call("ls", "--json")[1])) == 40
-    write_repository("repo", running=[ids[5]])
-    table = call("ls")[1].split("\n")
-    assert [line.split()[2] for line in table if line.startswith(ids[5][:7]) and "running" in line] == ["running"]
-    assert len([line for line in table if "running" in line]) == 1
-
-
-def test_a_filter_parses_the_values_that_it_asks_for(project, call, monkeypatch):
-    """And the table those of the rows that it shows."""
-    many_documents(40)
-    call("ls")
-    asked, real = [], replicate.StoredBatch.column
-
-    def column(self, group, name, positions=None):
-        asked.append((group, name, 40 if positions is None else len(positions)))
-        return real(self, group, name, positions)
-
-    monkeypatch.setattr(replicate.StoredBatch, "column", column)
-    assert len(call("ls", "-q", "-f", "n < 3")[1].split()) == 3
-    assert {name for _, name, _ in asked} == {"best_id", "n"}
-    asked.clear()
-    assert call("ls", "-f", "n < 3")[1].count("stopped") == 3
-    assert {count for _, name, count in asked if name not in ("best_id", "n")} == {3}
-
-
-def test_finished_cells_belong_to_just_these_experiments(project, call):
-    ids = many_documents(5)
-    call("ls")
-    for item in ids[1:]:  # one is left, of which no param differs from another's
-        (project / "repo/metadata/experiments" / (item + ".json")).unlink()
-    assert "n=" not in call("ls")[1]
-    write_repository("repo", experiment_document(hex_id("2e"), params={"n": 77}))  # too young to be remembered
-    for _ in range(2):
-        table = call("ls")[1]
-        assert "n=77" in table and "n=0" in table and "same=1" in table
 
 
 def test_old_dates_and_recent_times_stand_in_one_listing(project, call):
@@ -8406,163 +8390,79 @@ def test_old_dates_and_recent_times_stand_in_one_listing(project, call):
         assert [re.split("  +", line)[1] for line in lines] == expected
 
 
-def forked_listing(project, *arguments):
-    """(stdout, stderr, number of forks, documents opened by each process) of the command in its own process."""
-    done = run_script("""
-        import collections, os, sys, replicate
-        fork, real = os.fork, os.open
-        forks = []
-        os.fork = lambda: forks.append(1) or fork()
-        log = open("opened", "w+b", 0)
-        def counted(path, *arguments, **options):
-            if "metadata/experiments" in str(path) and str(path).endswith(".json"):
-                log.write(b"%d %s\\n" % (os.getpid(), path.encode()))
-            return real(path, *arguments, **options)
-        os.open = counted
-        replicate.command_runs = True
-        code = replicate.exit_code(sys.argv[1:])
-        print(len(forks), file=sys.stderr)
-        sys.exit(code)
-        """, *arguments, cwd=str(project))
-    *errors, forks = done.stderr.splitlines()
-    opened = {}
-    for line in (project / "opened").read_text().splitlines():
-        process, path = line.split(" ", 1)
-        opened.setdefault(process, []).append(path)
-    return done.stdout, errors, int(forks), list(opened.values())
+@pytest.mark.parametrize("trouble", ["locked", "no sqlite3", "other table", "full"])
+def test_a_cache_that_cannot_be_used_is_no_cache(project, call, trouble, opened_documents):
+    ids = many_documents(20)
+    first = call("ls")
+    path, = Path("~/.cache/replicate").expanduser().iterdir()
+    assert call("ls") == first and len(opened_documents) == 20
+    opened_documents.clear()
+    source = "import sys, replicate; sys.exit(replicate.main(['ls']))"
+    if trouble == "locked":
+        database = sqlite3.connect(str(path), isolation_level=None)
+        database.execute("BEGIN EXCLUSIVE")
+        assert call("ls") == first and sorted(opened_documents) == sorted(ids)
+        database.execute("ROLLBACK")
+        database.close()
+    elif trouble == "no sqlite3":
+        done = run_script("import sys; sys.modules['sqlite3'] = sys.modules['_sqlite3'] = None\n" + source)
+        assert (done.stdout, done.stderr) == first[1:]
+    elif trouble == "other table":
+        database = sqlite3.connect(str(path))
+        database.execute("DROP TABLE rows")
+        database.execute("CREATE TABLE rows (id INTEGER)")
+        database.commit()
+        database.close()
+        assert call("ls") == call("ls") == first
+    else:
+        path.unlink()
+        done = run_script("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+                          "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + source)
+        assert (done.stdout, done.stderr) == first[1:]
+    opened_documents.clear()
+    assert call("ls")[0] == 0 and call("ls") == call("ls")
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="there is no second core to share work with")
-def test_a_first_listing_of_many_is_shared_by_two_processes(project, call):
-    ids = many_documents(1200)
-    for number in (100, 700, 1100):
-        (project / "repo/metadata/experiments" / (ids[number] + ".json")).write_text("{")
-    (project / "repo/metadata/experiments" / (ids[800] + ".json")).write_text(json.dumps({"id": ids[800], "created": 5}))
-    age("repo")
-    code, alone, warnings = call("ls")
-    assert code == 0 and alone.count("stopped") == 1196
-    shutil.rmtree(os.path.expanduser("~/.cache"))
-    table, errors, forks, opened = forked_listing(project, "ls")
-    assert (table, forks, len(opened)) == (alone, 1, 2)
-    paths = [path for process in opened for path in process]
-    assert len(paths) == len(set(paths)) == 1200 and min(map(len, opened)) >= 100
-    assert sorted(errors) == sorted(warnings.splitlines()) and len(errors) == 4
-    table, _, forks, opened = forked_listing(project, "ls")
-    assert (table, forks, list(map(len, opened))) == (alone, 0, [4])  # those that could not be read
+def test_a_cache_of_another_user_is_read_and_not_written(shared_project, monkeypatch):
+    repo, cache = shared_project / "repo", shared_project / "cache"
+    ids = many_documents(20, repo)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert run("ls", "-q", cwd=str(shared_project)).stdout.split() == sorted(ids, key=lambda item: ids.index(item) % 28)
+    path, = (cache / "replicate").iterdir()
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    cache.chmod(0o555)
+    changed = repo / "metadata/experiments" / (ids[3] + ".json")
+    changed.write_text(changed.read_text().replace('"same": 1', '"same": 2'))
+    os.utime(str(changed), (1e9, 1e9))
+    before = path.read_bytes()
+    done = run_script("        import sqlite3" + BECOMES_NOBODY + """
+        opened, real = [], os.open
+        os.open = lambda path, *more, **options: opened.append(str(path)) or real(path, *more, **options)
+        print(replicate.main(["ls", "--all"]), len([path for path in opened if path.endswith(".json") and "experiments" in path]))
+        """, cwd=str(shared_project))
+    assert done.stdout.endswith("\n0 1\n") and done.stdout.count("same=2") == 1 and done.stderr == ""
+    assert path.read_bytes() == before
 
 
-SOME_VALUES = st.sampled_from([1, 1.0, None, "a longer one", "\u4e2d\u6587", [1], [1, 2]])
-
-
-@hypothesis.given(st.lists(st.tuples(
-    st.dictionaries(st.just("a"), SOME_VALUES), st.sampled_from(["", "host"]),
-    st.lists(st.tuples(st.dictionaries(st.sampled_from(["loss", "acc"]), st.sampled_from([0, 1.5, None])),
-                       st.sampled_from([None, ("loss", "minimize"), ("acc", "maximize")])), max_size=1)),
-    min_size=2, max_size=5), st.integers(1, 4))
-@hypothesis.example([({"a": 1}, "", []), ({"a": 2}, "", []), ({"a": [1]}, "", []), ({"a": [2]}, "", [])], 2)
-@hypothesis.example([({}, "", [({"loss": 1, "acc": 1}, (name, "minimize"))]) for name in ("loss", "acc")], 1)
-@hypothesis.settings(deadline=None, max_examples=300)
-def test_two_tables_are_joined_only_if_they_make_the_whole_one(experiments, middle):
-    """Each process has laid out its rows without knowing the others'."""
-    hypothesis.assume(middle < len(experiments))
-    rows = []
-    for number, (params, host, checkpoints) in enumerate(experiments):
-        rows.append(summary_of(experiment_document(
-            hex_id("%x0" % number), params=params, host=host,
-            checkpoints=[checkpoint_document(hex_id("%x%xc" % (number, index)), step=index, metrics=metrics, primary=primary)
-                         for index, (metrics, primary) in enumerate(checkpoints)])))
-    whole = replicate.list_cells(rows)
-    joined = replicate.list_cells(rows[:middle]).joined(replicate.list_cells(rows[middle:]))
-    hypothesis.event("joined" if joined else "not joined")
-    if joined:
-        assert (joined.header, joined.cells) == (whole.header, whole.cells)
-
-
-@pytest.mark.skipif(os.cpu_count() == 1, reason="there is no second core to share work with")
-def test_each_process_makes_its_half_of_the_first_table(project):
-    """And the first one nothing more, unless the halves look different."""
-    script = """
-        import sys, replicate
-        real, counts = replicate.list_cells, []
-        replicate.list_cells = lambda rows, *more: counts.append(len(rows)) or real(rows, *more)
-        replicate.command_runs = True
-        replicate.exit_code(["ls"])
-        print(counts, file=sys.stderr)
-        """
-    ids = many_documents(1200)
-    done = run_script(script, cwd=str(project))
-    counts = json.loads(done.stderr)
-    assert len(counts) == 1 and 0 < counts[0] < 1200 and done.stdout.count("stopped") == 1200
-    path = project / "repo/metadata/experiments" / (ids[600] + ".json")
-    path.write_text(path.read_text().replace('"same": 1', '"same": "another value"'))  # in one of the halves
-    age("repo")
-    shutil.rmtree(os.path.expanduser("~/.cache"))
-    done = run_script(script, cwd=str(project))
-    counts = json.loads(done.stderr)
-    assert len(counts) == 2 and counts[1] == 1200 and done.stdout.count("same=1\n") == 1199
-
-
-def test_a_second_process_that_fails_costs_nothing_but_time(project, call, monkeypatch):
-    many_documents(600)
-    alone = call("ls")
-    shutil.rmtree(os.path.expanduser("~/.cache"))
-    monkeypatch.setattr(replicate, "may_share_work", lambda: True)
-    started = []
-    monkeypatch.setattr(replicate, "start_copy", lambda function: started.append(function) or (lambda: None))
-    assert call("ls") == alone and len(started) == 1
-
-
-def test_a_copy_of_the_process_that_fails_is_noticed():
-    done = run_script("""
-        import replicate
-        def fail(file):
-            file.write(b"half")
-            raise ValueError
-        assert replicate.start_copy(fail)() is None
-        assert replicate.start_copy(lambda file: file.write(b"whole"))().read() == b"whole"
-        print("fine")
-        """)
-    assert done.stdout == "fine\n"
-
-
-JSON_DOCUMENTS = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
-
-
-@hypothesis.given(JSON_DOCUMENTS, st.sampled_from([1, 2, 4]))
-def test_indented_json_is_that_of_the_standard_library(value, indent):
-    assert replicate.indented_json(value, "\n", " " * indent) == json.dumps(value, indent=indent, ensure_ascii=False)
-
-
-@hypothesis.given(st.lists(st.dictionaries(st.sampled_from("ab"), st.floats()), min_size=1), st.data())
-def test_floats_come_back_bit_by_bit_and_are_not_parsed(rows, data):
-    parts = {name: [""] * len(rows) for name in ("lines", "checkpoints", "shown")}
-    fresh = replicate.SummaryBatch(parts, {"params": replicate.columns_of(rows)})
-    (place,) = replicate.encoded_places(io.BytesIO(fresh.encoded()))
-    stored = replicate.StoredBatch(*place)
-    names = set(stored.names("params"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicate.json, "loads", None)
-        positions = data.draw(st.lists(st.integers(0, len(rows) - 1)))
-        for name in names:
-            found = stored.column("params", name, positions)
-            assert [value if value is replicate.ABSENT else struct.pack("d", value) for value in found] == [
-                struct.pack("d", rows[position][name]) if name in rows[position] else replicate.ABSENT for position in positions]
-    assert names == {name for row in rows for name in row}
-
-
-@hypothesis.given(st.lists(st.dictionaries(st.sampled_from("abcdef"), JSON_DOCUMENTS), max_size=6))
-def test_columns_give_back_the_rows(rows):
-    parts = {name: [""] * len(rows) for name in ("lines", "checkpoints", "shown")}
-    fresh = replicate.SummaryBatch(parts, {"params": replicate.columns_of(rows)})
-    file = io.BytesIO(fresh.encoded())
-    for batch in [fresh] + [replicate.StoredBatch(*place) for place in replicate.encoded_places(file)]:
-        assert set(batch.names("params")) == {name for row in rows for name in row}
-        for positions in (None, range(len(rows))[::-2]):
-            found = {name: batch.column("params", name, positions) for name in "abcdef"}
-            assert [{name: column[number] for name, column in found.items() if column[number] is not replicate.ABSENT}
-                    for number in range(len(rows[::-2] if positions else rows))] == (rows[::-2] if positions else rows)
+def test_only_what_changed_is_written_to_the_cache(project, call):
+    ids = many_documents(30)
+    call("ls")
+    path, = Path("~/.cache/replicate").expanduser().iterdir()
+    changed = project / "repo/metadata/experiments" / (ids[3] + ".json")
+    changed.write_text(changed.read_text().replace('"same": 1', '"same": 2'))
+    os.utime(str(changed), (1e9, 1e9))
+    (project / "repo/metadata/experiments" / (ids[4] + ".json")).unlink()
+    database = sqlite3.connect(str(path))
+    database.execute("CREATE TABLE log (what TEXT, id TEXT)")
+    for what, row in (("INSERT", "new"), ("DELETE", "old")):
+        database.execute("CREATE TRIGGER log_%s AFTER %s ON rows BEGIN INSERT INTO log VALUES ('%s', %s.id); END" % (what, what, what, row))
+    database.commit()
+    database.close()
+    assert call("ls")[1].count("same=2") == 1
+    database = sqlite3.connect(str(path))
+    assert sorted(database.execute("SELECT * FROM log")) == [("DELETE", ids[4]), ("INSERT", ids[3])]
+    database.close()
 
 
 @pytest.fixture
