@@ -1221,7 +1221,7 @@ def test_the_old_name_storage_warns(project, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["replicate.yaml", "replicate.yml", "keepsake.yaml"])
+@pytest.mark.parametrize("name", ["replicate.yaml", "replicate.yml", "keepsake.yaml", "keepsake.yml"])
 def test_the_configuration_is_searched_upward(project, monkeypatch, name):
     write_config(project, "repository: file://here\n", name)
     below = project / "a" / "b" / "c"
@@ -1232,6 +1232,20 @@ def test_the_configuration_is_searched_upward(project, monkeypatch, name):
     (project / "a" / "replicate.yaml").write_text("repository: file:///elsewhere\n")
     location = replicate.find_location()
     assert (location.directory, location.url) == (str(project / "a"), "file:///elsewhere")
+
+
+@pytest.mark.parametrize("config, storage, wanted", [
+    ("", "", "config"), ("", "a", "storage"), ("a", "", "config"), ("a", "a", "config"), ("a", "a/b", "storage"), ("a/b", "a", "config")])
+def test_the_nearest_of_a_configuration_and_an_embedded_repository_is_used(tmp_path, monkeypatch, config, storage, wanted):
+    below, root = tmp_path / "project/a/b/c", str(tmp_path / "project")
+    below.mkdir(parents=True)
+    write_config(tmp_path / "project" / config, "repository: file://mine\n", "keepsake.yml")
+    (tmp_path / "project" / storage / ".replicate/storage").mkdir(parents=True)
+    monkeypatch.chdir(below)
+    location = replicate.find_location()
+    directory = os.path.normpath(os.path.join(root, config if wanted == "config" else storage))
+    assert (location.directory, location.is_default) == (directory, wanted == "storage")
+    assert location.url == "file://%s/%s" % (directory, "mine" if wanted == "config" else ".replicate/storage")
 
 
 def test_the_search_ends_after_a_hundred_levels(tmp_path, monkeypatch):
@@ -1259,11 +1273,23 @@ def test_the_project_directory_argument(project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     location = replicate.find_location(directory="project")
     assert (location.directory, location.url) == (str(project), "file://%s/repo" % project)
-    (project / "sub").mkdir()
-    location = replicate.find_location("file://r", "project/sub")
-    assert (location.directory, location.url) == (str(project / "sub"), "file://%s/sub/r" % project)
     with pytest.raises(replicate.ConfigNotFound, match="nowhere"):
         replicate.find_location(directory="nowhere")
+
+
+@pytest.mark.parametrize("directory", [None, "project/sub"])
+@pytest.mark.parametrize("how", ["argument", "environment", "library"])
+def test_a_typed_relative_url_is_relative_to_the_working_directory(project, tmp_path, monkeypatch, how, directory):
+    (project / "sub").mkdir()
+    monkeypatch.chdir(tmp_path if directory else project / "sub")
+    wanted = "file://%s/r" % os.getcwd()
+    if how == "environment":
+        monkeypatch.setenv("REPLICATE_REPOSITORY", "file://r")
+    location = replicate.find_location("file://r" if how == "argument" else None, directory)
+    if how == "library":
+        assert replicate.Project(repository="file://r", directory=directory).repository.url == wanted
+    else:
+        assert (location.directory, location.url) == (str(project / "sub" if directory else project), wanted)
 
 
 def test_without_configuration_the_embedded_default_is_used(tmp_path, monkeypatch):
@@ -1503,13 +1529,172 @@ def test_a_file_lock_holds_between_processes_and_dies_with_its_holder(tmp_path):
         holder.stdout.close()
 
 
-def test_prepare_removes_only_what_is_old_in_tmp(tmp_path):
+HOLDING = """
+    import os, signal, sys, replicate
+    storage = replicate.DiskStorage(sys.argv[1])
+    def stop(*ignored):
+        print("here", flush=True)
+        sys.stdin.readline()
+    def write(file):
+        file.write(b"x" * 1000)
+        stop()
+    if sys.argv[2] == "written":
+        storage.create("checkpoints/x", write)
+    else:
+        storage.update("metadata/experiments/x", stop)
+"""
+
+
+@pytest.mark.parametrize("what", ["written", "updated"])
+def test_what_a_killed_process_left_goes_at_once_and_what_a_live_one_uses_stays(tmp_path, what):
     storage = make_storage(tmp_path)
-    storage.write("tmp/old", b"")
-    storage.write("tmp/new", b"")
-    os.utime(storage.path("tmp/old"), (time.time() - 2 * 86400,) * 2)
+    script = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HOLDING), storage.root, what], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    try:
+        assert script.stdout.readline() == b"here\n"
+        left = list(tree(storage.root))
+        assert len(left) == 1 and left[0].startswith("tmp/x.")
+        os.utime(storage.path(left[0]), (time.time() - 2 * 86400,) * 2)  # however long it takes
+        storage.prepare()
+        assert list(tree(storage.root)) == left
+    finally:
+        script.kill()
+        script.communicate()
     storage.prepare()
-    assert list(tree(storage.root)) == ["tmp/new"]
+    assert tree(storage.root) == {}
+
+
+def test_only_what_nobody_holds_is_removed_from_tmp(tmp_path, monkeypatch):
+    """Older versions did not lock what they were writing, and some file systems have no locks: there, a day decides."""
+    storage = make_storage(tmp_path)
+    names = ["tmp/a", "tmp/b", "tmp/a.part", "tmp/b.part", "tmp/a.lock", "tmp/b.lock"]
+
+    def left():
+        for name in names:
+            (tmp_path / "store/tmp").mkdir(parents=True, exist_ok=True)
+            Path(storage.path(name)).write_bytes(b"x")
+            if "/b" in name:
+                os.utime(storage.path(name), (time.time() - 2 * 86400,) * 2)
+        storage.prepare()
+        return list(tree(storage.root))
+
+    assert left() == ["tmp/a"]
+    monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
+    assert sorted(left()) == ["tmp/a", "tmp/a.lock", "tmp/a.part"]
+
+
+@pytest.mark.parametrize("moment", ["created", "locked", "written", "renamed"])
+def test_removing_leftovers_never_takes_a_file_in_use(tmp_path, monkeypatch, moment):
+    """Another process removes leftovers just then, or has opened the file before it is renamed, and locks it after that."""
+    storage, other = make_storage(tmp_path), make_storage(tmp_path)
+    real, seen = replicate.lock_descriptor, []
+
+    def lock(descriptor, wait):
+        seen.append(descriptor)
+        if len(seen) == 1 and moment in ("created", "locked"):
+            before = real(descriptor, wait) if moment == "locked" else None
+            other.remove_leftovers()
+            return before or real(descriptor, wait)
+        if moment == "renamed":
+            os.replace(storage.path("tmp/x.0.part"), storage.path("x"))
+        return real(descriptor, wait)
+
+    if moment == "renamed":
+        storage.write("tmp/x.0.part", b"data")
+        monkeypatch.setattr(replicate, "lock_descriptor", lock)
+        other.remove_leftovers()
+    else:
+        monkeypatch.setattr(replicate, "lock_descriptor", lock)
+        storage.create("x", lambda file: (file.write(b"data"), moment == "written" and other.remove_leftovers()))
+    assert seen and tree(storage.root) == {"x": b"data"}
+
+
+TWO_USERS = """
+        def as_user(number, work):
+            if os.fork():
+                assert os.wait()[1] == 0
+                return
+            try:
+                os.setgroups([3000])
+                os.setgid(number)
+                os.setuid(number)
+                os.umask(int(sys.argv[1], 8))
+                work()
+                replicate.stop_all()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+
+        def record():
+            with replicate.init(path="train.py", params={"lr": 0.1}, quiet=True) as experiment:
+                experiment.checkpoint(path="train.py", metrics={"loss": 1.0}, quiet=True)
+
+        def resume_and_record():
+            (first,) = replicate.experiments.list()
+            first.checkpoint(path="train.py", metrics={"loss": 0.5}, quiet=True)
+            first.stop()
+            record()
+
+        def remove():
+            first, second = replicate.experiments.list()
+            print(len(first.checkpoints), len(second.checkpoints))
+            first.delete()
+            record()
+
+        for user, work in ((2001, record), (2002, resume_and_record), (2001, remove)):
+            as_user(user, work)
+"""
+
+
+@pytest.mark.parametrize("umask", ["022", "077"])
+@pytest.mark.parametrize("root_mode", [0o2775, 0o2770, 0o3777])
+def test_users_of_one_group_share_a_repository_whatever_their_umask(shared_project, umask, root_mode):
+    repo = shared_project / "repo"
+    (shared_project / "train.py").write_text("print(1)")
+    repo.mkdir()
+    os.chown(str(repo), -1, 3000)
+    repo.chmod(root_mode)
+    done = run_script(BECOMES_NOBODY.partition("os.setgid")[0] + TWO_USERS, umask, cwd=str(shared_project))
+    assert done.stdout.split() == ["2", "1"] and done.stderr == ""
+    assert len(stored_documents(repo)) == 2
+    for folder, folders, files in os.walk(str(repo)):
+        for name in folders + files:
+            status = os.stat(os.path.join(folder, name))
+            wanted = 0o2000 | root_mode & 0o777 if name in folders else root_mode & 0o666
+            assert (status.st_gid, oct(status.st_mode & 0o7777)) == (3000, oct(wanted)), name
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o700, 0o755])
+@pytest.mark.parametrize("umask", [0o077, 0])
+def test_journals_locks_and_what_is_being_written_have_the_permissions_of_the_repository(tmp_path, mode, umask):
+    root, seen = tmp_path / "store", []
+    root.mkdir()
+    root.chmod(mode)
+    storage, before = replicate.DiskStorage(str(root)), os.umask(umask)
+    try:
+        journal = replicate.Journal(storage, hex_id("1e"))
+        storage.update("x", lambda old: storage.create("y", lambda file: seen.extend(root.rglob("*")) or seen.extend(
+            oct(path.stat().st_mode & 0o777) for path in root.rglob("*"))))
+        journal.close(remove=True)
+    finally:
+        os.umask(before)
+    assert len(seen) == 10  # two folders, a journal, a lock and a temporary file
+    assert sorted(seen[5:]) == [oct(mode & 0o666)] * 3 + [oct(mode)] * 2
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o000])
+def test_what_waits_to_be_uploaded_is_private(s3_bucket, project, umask):
+    before = os.umask(umask)
+    try:
+        s3_bucket.create()
+        experiment = replicate.init(quiet=True)
+        root = pending_root(project)
+        assert root.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o077 for path in root.rglob("*")} == {0}
+        experiment.stop()
+    finally:
+        os.umask(before)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2153,6 +2338,9 @@ def hasty(monkeypatch):
     """Short pauses between tries, in this process."""
     monkeypatch.setattr(replicate.CloudStorage, "FIRST_PAUSE", 0.005)
     monkeypatch.setattr(replicate.CloudStorage, "LONGEST_PAUSE", 0.02)
+    with contextlib.suppress(ImportError):
+        import botocore.retries.standard
+        monkeypatch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
     monkeypatch.setattr(replicate, "FIRST_SEND_PAUSE", 0.05)
     monkeypatch.setattr(replicate, "LONGEST_SEND_PAUSE", 0.2)
 
@@ -2160,6 +2348,11 @@ def hasty(monkeypatch):
 HASTY = """
 import os, sys, time, replicate
 replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.005, 0.02
+try:
+    from botocore.retries.standard import ExponentialBackoff
+    ExponentialBackoff.delay_amount = lambda self, context: 0.01
+except ImportError:
+    pass
 replicate.FIRST_SEND_PAUSE, replicate.LONGEST_SEND_PAUSE = 0.05, 0.2
 def wait(word):
     print(word, flush=True)
@@ -2759,22 +2952,71 @@ def test_an_outage_right_after_the_bucket_was_checked_does_not_stop_training(buc
     assert len(bucket.checkpoints()) == 1
 
 
-def test_a_request_that_gave_up_is_never_taken_for_done(s3_bucket, hasty):
-    """The number of attempts is lowered when a process ends, also of requests that are under way."""
-    storage = replicate.open_storage(s3_bucket.url)
+def test_a_request_that_gave_up_is_never_taken_for_done(bucket, hasty, monkeypatch):
+    """A deadline is set when the process ends, also while requests are under way."""
+    monkeypatch.setattr(replicate.CloudStorage, "ATTEMPTS", 30)
+    storage = replicate.open_storage(bucket.url)
     storage.prepare()
     seen = []
 
     def rule(request):
         seen.append(request)
         if len(seen) == 4:
-            storage.attempts = 2
+            storage.deadline = time.monotonic() + 100
         return "reset"
 
-    s3_bucket.proxy.rule = rule
-    with pytest.raises(replicate.ReplicateError):
+    bucket.proxy.rule = rule
+    with pytest.raises(replicate.Unreachable):
         storage.write("checkpoints/x", b"data")
-    assert "checkpoints/x" not in s3_bucket.keys()
+    assert len(seen) == 4 and "checkpoints/x" not in bucket.keys()
+
+
+@pytest.fixture
+def silent_server():
+    """The address of a server that accepts connections and never answers, and the list of its connections."""
+    listener, connections = socket.socket(), []
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(100)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(listener.accept()[0])
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield "http://127.0.0.1:%d" % listener.getsockname()[1], connections
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    for connection in connections:
+        connection.close()
+
+
+USES = {"list": lambda storage: list(storage.list("a/")), "stat": lambda storage: storage.stat("a"),
+        "open": lambda storage: storage.open("a"), "read": lambda storage: storage.read("a"),
+        "write": lambda storage: storage.write("a", b"x"), "delete": lambda storage: storage.delete(["a"]),
+        "update": lambda storage: storage.update("a", lambda old: b"x"), "prepare": lambda storage: storage.prepare(),
+        "upload": lambda storage: storage.upload("a", str(PROGRAM)),
+        "upload in parts": lambda storage: storage.upload("a", "large")}
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_server_that_never_answers_is_given_up_by_the_deadline(scheme, silent_server, project, monkeypatch):
+    """TIMEOUT would hold each request up for a thousand seconds; a deadline that is near lets none begin."""
+    pytest.importorskip({"s3": "boto3", "gs": "google.cloud.storage"}[scheme])
+    address, connections = silent_server
+    for name, value in dict(CLOUD_KEYS, AWS_ENDPOINT_URL=address, STORAGE_EMULATOR_HOST=address).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(replicate.CloudStorage, "TIMEOUT", 1000.0)
+    monkeypatch.setattr(replicate.CloudStorage, "LAST_TIMEOUT", 0.2)
+    (project / "large").write_bytes(bytes(9 << 20))
+    storage = replicate.open_storage("%s://silent" % scheme)
+    for left, requests in ((1000.0, 1), (0.1, 0)):
+        storage.deadline = time.monotonic() + left
+        for name, use in USES.items():
+            before = len(connections)
+            with pytest.raises(replicate.Unreachable, match="%s://silent cannot be reached" % scheme):
+                use(storage)
+            assert len(connections) - before == requests, name
 
 
 def test_what_is_not_sent_when_the_process_is_terminated_stays_pending(s3_bucket, project, training):
