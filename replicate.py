@@ -24,6 +24,7 @@ Sections, each of which depends only on those above it:
 """
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -42,12 +43,12 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import stat
+    import struct
     import tarfile
     import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
     Column = Tuple[str, Sequence[str]]  # of a table: a title, and for each row a cell of one or more lines
-    Deflate = Callable[[Union[bytes, memoryview]], bytes]  # compresses to deflate data
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
 
@@ -70,7 +71,7 @@ class _LazyModule:
 
 if not TYPE_CHECKING:
     for _name in ("argparse", "datetime", "difflib", "errno", "json", "platform", "re", "shlex", "shutil", "signal",
-                  "stat", "tarfile", "zlib"):
+                  "stat", "struct", "tarfile", "zlib"):
         globals()[_name] = _LazyModule(_name)
 
 __version__ = "1.0.0"
@@ -1554,8 +1555,11 @@ def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional
 def read_config(path: str) -> Dict[str, str]:
     """{"repository": url} from a replicate.yaml. Raises RepositoryConfigurationError."""
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+        with open_regular(path, follow=True) as file:
+            data = read_up_to(file, (1 << 20) + 1)
+        if len(data) > 1 << 20:
+            raise RepositoryConfigurationError("%s is larger than 1 MB: that is no configuration." % path)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RepositoryConfigurationError("%s cannot be read: %s." % (path, short_reason(error))) from error
     values = read_flat_yaml(text)
@@ -2087,7 +2091,8 @@ def disk_entry(key: str, status: os.stat_result) -> Entry:
     return Entry(key, status.st_size, status.st_mtime_ns / 1e9, version)
 
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows lacks it
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows lacks these two
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 BINARY = getattr(os, "O_BINARY", 0)      # only Windows has it
 CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
@@ -2105,21 +2110,30 @@ class FileRange:
         self._position += len(data)
         return data
 
-    def scatter(self, views: Sequence[memoryview]) -> bool:
-        """Fill memory views, at most 1,000, one behind the other; whether there was enough."""
-        size = sum(map(len, views))
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), views, self._position) == size
-        data = read_fully(self, size)  # type: ignore[arg-type]
-        for view in views:
-            view[:], data = data[:len(view)], data[len(view):]
-        return True
-
     def __enter__(self) -> FileRange:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         """The file belongs to others."""
+
+
+class Unreadable(OSError):
+    """A file that should be saved cannot be read."""
+
+
+def open_regular(path: str, follow: bool = False) -> BinaryIO:
+    """A regular file, opened without waiting for what has taken its name meanwhile: a FIFO, say. Raises Unreadable."""
+    flags = os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC | (0 if follow else NOFOLLOW)
+    try:
+        file = os.fdopen(os.open(path, flags), "rb", 0)
+    except OSError as error:
+        if os.path.islink(path) and not follow:
+            raise Unreadable(error.errno, "it has become a link") from error
+        raise Unreadable(error.errno, error.strerror) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Unreadable(0, "it is not a regular file")
+    return file
 
 
 class FileLock:
@@ -2823,6 +2837,7 @@ BACKENDS: Dict[str, Callable[[str], Storage]] = {"file": DiskStorage, "s3": S3St
 
 NEVER_SAVED = (".replicate", ".keepsake", ".git", ".mypy_cache", "__pycache__", ".ipynb_checkpoints", ".env")
 STAGING_PREFIX = ".replicate-checkout-"
+SUGGESTED_NAMES = 10000  # that are remembered to suggest one of
 
 
 class IgnoreRules:
@@ -2835,9 +2850,9 @@ class IgnoreRules:
         """Add the ignore files of a directory; folder is its path relative to the project ('' or 'a/b/')."""
         for name in IGNORE_NAMES:
             try:
-                with open(os.path.join(directory, name), "rb") as file:
+                with open_regular(os.path.join(directory, name), follow=True) as file:
                     self.add(file.read(), folder)
-            except (FileNotFoundError, IsADirectoryError, PermissionError):
+            except Unreadable:
                 continue
 
     def add(self, content: bytes, folder: str = "") -> None:
@@ -2994,14 +3009,12 @@ def _bracket_expression(pattern: bytes, position: int) -> Optional[Tuple[bytes, 
 class Source:
     """A file to be packed."""
 
-    __slots__ = ("name", "path", "size", "mode", "modified")
+    __slots__ = ("name", "path", "size")
 
-    def __init__(self, name: str, path: str, status: os.stat_result) -> None:
-        self.name = name          # relative to the project directory, with forward slashes
-        self.path = path          # where it is now
-        self.size = status.st_size
-        self.mode = status.st_mode & 0o777
-        self.modified = int(status.st_mtime)
+    def __init__(self, name: str, path: str, size: int) -> None:
+        self.name = name  # relative to the project directory, with forward slashes
+        self.path = path  # where it is: behind the link, if the name is one
+        self.size = size  # bytes, when it was found
 
 
 def relative_path(path: Any, directory: str) -> str:
@@ -3095,7 +3108,7 @@ def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], N
         warn("%s is not saved: %s." % (name, short_reason(error)))
         return
     if stat.S_ISREG(status.st_mode):
-        found.append(Source(name, path, status))
+        found.append(Source(name, os.path.realpath(path) if os.path.islink(path) else path, status.st_size))
 
 
 # An archive is a .tar.gz in many gzip members, which every reader takes for one file. Members start at files or every
@@ -3106,14 +3119,15 @@ def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], N
 
 MEMBER_BYTES = 1 << 20            # of a large file that stand in one gzip member
 GROUP_BYTES = 256 << 10           # small files share a member up to this size
-MAX_STORED_BYTES = 8 << 20        # of a stored member that is read in one system call
-MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not believed
+MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not believed,
+MAX_TABLE_ENTRIES = 500000        # and neither is one with more members and files
 STORED_BYTES = 65535              # of a stored deflate block, the most that it can hold
-PIECE_BYTES = 256 << 10           # of an archive without a table that are decompressed at a time
+PIECE_BYTES = 64 << 10            # of an archive without a table that are decompressed at a time
+LEVEL = 1                         # of zlib: higher ones take much longer for little
 SHRINKS = 0.9                     # what compresses to less than this is worth compressing
-SAMPLED_MEMBERS = 8               # that are judged together
-NEARLY = 1.04                     # how much larger a quicker method may make it
-SAMPLE_BYTES = 16 << 10           # looked at to choose the method
+SAMPLED_MEMBERS = 8               # of a large file of which the first is sampled
+SAMPLE_BYTES = 16 << 10           # looked at to see whether compression pays
+SETTLING_SECONDS = 0.005          # two changes in this time can leave the same modification time
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 GZIP_EXTRA_HEADER = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
 GZIP_EMPTY_BODY = b"\x03\x00" + bytes(8)
@@ -3162,7 +3176,10 @@ class Table:
     def _decode(cls, packed: bytes, start: int) -> Optional[Table]:
         unpacker = zlib.decompressobj()
         try:
-            content = json.loads(unpacker.decompress(packed, MAX_MEMBER_BYTES))
+            text = unpacker.decompress(packed, MAX_MEMBER_BYTES)
+            if text.count(b"[") + text.count(b"{") > MAX_TABLE_ENTRIES:
+                return None
+            content = json.loads(text)
             members = [(int(compressed), int(size)) for compressed, size in content["members"]]
             files = [(str(name), int(offset), int(size)) for name, offset, size in content["files"]]
         except (zlib.error, ValueError, TypeError, KeyError, RecursionError, OverflowError):
@@ -3197,399 +3214,246 @@ class ArchiveWriter:
         self.file = file
         self.table = Table([], [])
         self.position = 0  # where the next member goes
+        self.offset = 0    # of its content in the tar
 
-    def add(self, size: int, parts: Sequence[bytes]) -> None:
-        """Append one gzip member (given in parts) that holds size bytes of tar."""
-        self.note(sum(map(len, parts)), size)
-        write_all(self.file, b"".join(parts))
+    def add(self, member: bytes, size: int) -> None:
+        """Append one gzip member that holds size bytes of tar."""
+        write_at(self.file, member, self.position)
+        self.note(len(member), size)
 
     def note(self, compressed: int, size: int) -> None:
-        """Remember a member that is written by others."""
+        """Count a member that stands in its place already."""
         self.table.members.append((compressed, size))
         self.position += compressed
+        self.offset += size
 
     def finish(self) -> None:
         """Append the table, with which the file ends."""
-        write_all(self.file, self.table.encode())
-        self.file.truncate()
+        table = self.table.encode()
+        write_at(self.file, table, self.position)
+        self.file.truncate(self.position + len(table))
 
 
 def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
-         warn: Callable[[str], None] = console.warning) -> ArchiveWriter:
+         warn: Callable[[str], None] = console.warning) -> bool:
     """Write the archive of sources to an unbuffered file: small files compressed, large ones as they are, which takes
-    no longer than a copy and can be made good by recompress(). Raises OSError."""
+    no longer than a copy. Returns whether a large one would shrink, so that recompress() pays. Raises OSError.
+    """
     writer = ArchiveWriter(file)
-    large = StoredFiles(writer, archive_id, [source for source in sources if source.size > GROUP_BYTES])
-    large.store()
-    for problem in large.problems:
-        warn(problem)
-    file.seek(writer.position)
-    small = (source for source in sources if source.size <= GROUP_BYTES)
-    for size, parts in workers().map(gzip_chunk, tar_chunks(archive_id, small, large.size, writer.table.files, warn)):
-        writer.add(size, parts)
+    shrinks = False
+    for source in sources:
+        if source.size > GROUP_BYTES:
+            shrinks |= store_large(writer, archive_id, source, warn)
+    groups = group_small([source for source in sources if source.size <= GROUP_BYTES])
+    for files, tar, member, problems in in_threads(lambda group: pack_group(archive_id, group), groups):
+        for problem in problems:
+            warn(problem)
+        if tar:
+            writer.table.files += [(name, writer.offset + offset, size) for name, offset, size in files]
+            writer.add(member, tar)
+    writer.add(gzip_member(bytes(1024)), 1024)
     writer.finish()
-    return writer
+    return shrinks
 
 
-class StoredFiles:
-    """Large files that are stored in gzip members of their own, which several threads write."""
+def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
+    """Small files in groups that each become one gzip member."""
+    group: List[Source] = []
+    waiting = 0
+    for source in sources:
+        if group and waiting + source.size > GROUP_BYTES:
+            yield group
+            group, waiting = [], 0
+        group.append(source)
+        waiting += source.size + 1024
+    if group:
+        yield group
 
-    def __init__(self, writer: ArchiveWriter, archive_id: str, sources: Sequence[Source]) -> None:
-        self.size = 0                         # of their tar
-        self.problems: List[str] = []
-        self._cut_short: List[str] = []       # the names of files that have become shorter
-        self._writer, self._archive_id, self._sources = writer, archive_id, sources
-        self._target = writer.file.fileno()
-        self._lock = threading.Lock()
-        self._open: Dict[BinaryIO, int] = {}  # how many members of a file are not written yet
 
-    def store(self) -> None:
-        """Write them. Raises OSError."""
-        if self._sources:
-            reserve(self._target, sum(source.size for source in self._sources))
+def pack_group(archive_id: str, sources: Sequence[Source]) -> Tuple[List[Tuple[str, int, int]], int, bytes, List[str]]:
+    """([(name, offset in it, size)], size of the tar of these files, its gzip member, what went wrong)."""
+    files: List[Tuple[str, int, int]] = []
+    parts: List[bytes] = []
+    problems: List[str] = []
+    offset = 0
+    for source in sources:
         try:
-            workers().each(self._write, self._members())
-        finally:
-            for stream in self._open:
-                stream.close()
-        self.problems += ["%s became shorter while it was saved: zeros stand for the rest." % name for name in self._cut_short]
-
-    def _members(self) -> Iterator[StoredMember]:
-        for source in self._sources:
-            try:
-                stream = open(source.path, "rb", 0)
-            except OSError as error:
-                self.problems.append("%s is not saved: %s." % (source.name, short_reason(error)))
-                continue
-            header = tar_header(self._archive_id, source)
-            padding = bytes(-source.size % 512)
-            self._writer.table.files.append((source.name, self.size, source.size))
-            self.size += len(header) + source.size + len(padding)
-            starts = range(0, source.size, MEMBER_BYTES)
-            self._open[stream] = len(starts)
-            for start in starts:
-                end = min(start + MEMBER_BYTES, source.size)
-                member = StoredMember(source.name, stream, start, end, b"" if start else header,
-                                      padding if end == source.size else b"", self._writer.position)
-                self._writer.note(member.packed_size, member.size)
-                yield member
-
-    def _write(self, member: StoredMember) -> None:
-        complete = member.write(self._target)
-        with self._lock:
-            if not complete and member.name not in self._cut_short:
-                self._cut_short.append(member.name)
-            self._open[member.stream] -= 1
-            if not self._open[member.stream]:
-                del self._open[member.stream]
-                member.stream.close()
+            data, status, changed = read_small(source)
+        except OSError as error:
+            problems.append("%s is not saved: %s." % (source.name, short_reason(error)))
+            continue
+        if changed:
+            problems.append(CHANGED % source.name)
+        files.append((source.name, offset, len(data)))
+        parts += [tar_header(archive_id, source.name, status, len(data)), data, bytes(-len(data) % 512)]
+        offset += sum(map(len, parts[-3:]))
+    return files, offset, gzip_member(b"".join(parts)) if parts else b"", problems
 
 
-class StoredMember:
-    """A part of a file that becomes a gzip member in which it stands as it is, in deflate blocks of STORED_BYTES."""
-
-    def __init__(self, name: str, stream: BinaryIO, start: int, end: int, head: bytes, tail: bytes, position: int) -> None:
-        self.name, self.stream = name, stream
-        self.position = position             # of the member in the archive
-        self._start = start                  # of the part in the file
-        self._head, self._tail = head, tail  # bytes of the tar before and behind those of the file
-        self.size = len(head) + end - start + len(tail)
-        self.packed_size = stored_size(self.size)
-
-    def write(self, target: int) -> bool:
-        """Write the member to that descriptor; False if the file has become shorter, and zeros stand for the rest."""
-        content = own_buffer(self.size)
-        start, end = len(self._head), self.size - len(self._tail)
-        content[:start], content[end:] = self._head, self._tail
-        found = read_at(self.stream.fileno(), content[start:end], self._start)
-        content[start + found:end] = bytes(end - start - found)
-        write_at(target, stored_member(content), self.position)
-        return found == end - start
+CHANGED = "%s changed while it was saved: the saved copy may mix its old and its new content."
 
 
-def reserve(descriptor: int, size: int) -> None:
-    """Make room on the disk for a file, which is quicker to write then, where the file system does so at once: other than
-    fallocate(2), posix_fallocate(3) would fill the file with zeros on those that do not."""
+def read_small(source: Source) -> Tuple[bytes, os.stat_result, bool]:
+    """(content, status, whether it changed under two readings) of a small file. Raises OSError."""
+    with open_regular(source.path) as stream:
+        for _ in range(2):
+            before = os.fstat(stream.fileno())
+            stream.seek(0)
+            data = read_up_to(stream, before.st_size)
+            if len(data) == before.st_size and is_unchanged(before, os.fstat(stream.fileno())):
+                return data, before, False
+    return data, before, True
+
+
+def store_large(writer: ArchiveWriter, archive_id: str, source: Source, warn: Callable[[str], None]) -> bool:
+    """Append a large file as it is; whether it would shrink. Raises OSError where the archive cannot be written."""
     try:
-        import ctypes
-        function = ctypes.CDLL(None).fallocate
-    except (ImportError, OSError, AttributeError, TypeError):  # no such system
-        return
-    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
-    if ctypes.sizeof(ctypes.c_long) == 8:
-        function(descriptor, 0, 0, size)
+        with open_regular(source.path) as stream:
+            for is_last in (False, True):
+                before = os.fstat(stream.fileno())
+                settle(before)
+                header = tar_header(archive_id, source.name, before, before.st_size)
+                large = LargeFile(stream, before.st_size, header, writer)
+                pieces = large.store()
+                if large.is_complete and is_unchanged(before, os.fstat(stream.fileno())):
+                    break
+                if is_last:
+                    warn(CHANGED % source.name)
+    except Unreadable as error:
+        warn("%s is not saved: %s." % (source.name, short_reason(error)))
+        return False
+    writer.table.files.append((source.name, writer.offset, before.st_size))
+    for size in pieces:
+        writer.note(stored_size(size), size)
+    return large.shrinks
 
 
-def stored_member(content: Any) -> List[Any]:
-    """The parts of a gzip member that holds content as it is, in full stored blocks."""
-    checksum, content = crc32(content), memoryview(content)
-    parts: List[Any] = []
-    for start, frame in zip(range(0, len(content), STORED_BYTES), stored_frames(len(content))):
-        parts += [frame, content[start:start + STORED_BYTES]]
-    parts.append(gzip_trailer(checksum, len(content)))
-    return parts
+class LargeFile:
+    """A file that is stored as it is, in gzip members that several threads read and write."""
+
+    def __init__(self, stream: BinaryIO, size: int, header: bytes, writer: ArchiveWriter) -> None:
+        self.is_complete = True  # False once it has turned out to be shorter
+        self.shrinks = False     # whether samples of it do
+        self._stream, self._size, self._header, self._writer = stream, size, header, writer
+
+    def store(self) -> List[int]:
+        """Write the members to where the next ones go; the sizes of their contents. Raises Unreadable, OSError."""
+        position = self._writer.position
+        pieces, sizes = [], []
+        for start in range(0, max(self._size, 1), MEMBER_BYTES):
+            length = min(MEMBER_BYTES, self._size - start)
+            head = b"" if start else self._header
+            tail = bytes(-self._size % 512) if start + length == self._size else b""
+            pieces.append((start, length, head, tail, position))
+            sizes.append(len(head) + length + len(tail))
+            position += stored_size(sizes[-1])
+        for _ in in_threads(self._store_piece, pieces, min(len(pieces), 2) if len(pieces) < 8 else 0):
+            pass
+        return sizes
+
+    def _store_piece(self, piece: Tuple[int, int, bytes, bytes, int]) -> None:
+        start, length, head, tail, position = piece
+        try:
+            data = os.pread(self._stream.fileno(), length, start)
+        except OSError as error:
+            raise Unreadable(error.errno, error.strerror) from error
+        if len(data) < length:
+            self.is_complete = False
+            data += bytes(length - len(data))
+        if start % (SAMPLED_MEMBERS * MEMBER_BYTES) == 0 and does_shrink(data):
+            self.shrinks = True
+        write_at(self._writer.file, stored_member(head + data + tail if head or tail else data), position)
 
 
-def gzip_trailer(checksum: int, size: int) -> bytes:
-    """What ends a gzip member whose content has that checksum and size."""
-    return checksum.to_bytes(4, "little") + (size & 0xffffffff).to_bytes(4, "little")
+def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
+    """Whether a file was not written to between two looks at it."""
+    return ((before.st_size, before.st_mtime_ns, before.st_ctime_ns) ==
+            (after.st_size, after.st_mtime_ns, after.st_ctime_ns))
 
 
-def crc32(data: Any, start: int = 0) -> int:
-    """zlib.crc32, by the quickest means."""
-    addressable = len(data) >= STORED_BYTES and (type(data) is bytes or not memoryview(data).readonly)
-    library = libdeflate() if addressable else None
-    return library.crc32(data, start) if library else zlib.crc32(data, start)
+def settle(status: os.stat_result) -> None:
+    """Wait until a further change would give the file another modification time."""
+    age = time.time() - status.st_mtime
+    if 0 <= age < SETTLING_SECONDS:
+        time.sleep(SETTLING_SECONDS - age)
 
 
-def stored_frames(size: int) -> List[bytes]:
-    """What stands before each stored block of size bytes: its header (RFC 1951, 3.2.4), and before the first that of
-    the gzip member."""
-    if size not in _frames:
-        if len(_frames) > 16:
-            _frames.clear()
-        lengths = [min(STORED_BYTES, size - start) for start in range(0, size, STORED_BYTES)]
-        frames = [b"\0" + length.to_bytes(2, "little") + (length ^ 0xffff).to_bytes(2, "little") for length in lengths]
-        frames[-1] = b"\1" + frames[-1][1:]
-        frames[0] = GZIP_HEADER + frames[0]
-        _frames[size] = frames
-    return _frames[size]
+def write_at(file: BinaryIO, data: Union[bytes, memoryview], position: int) -> None:
+    """Write all of data to a place of an unbuffered file."""
+    written = os.pwrite(file.fileno(), data, position)
+    while written < len(data):
+        written += os.pwrite(file.fileno(), memoryview(data)[written:], position + written)
 
 
-_frames: Dict[int, List[bytes]] = {}  # of sizes that were asked for: nearly all members are as large as can be
+def read_up_to(stream: BinaryIO, length: int) -> bytes:
+    """The next bytes of a stream: so many, or all that there are."""
+    data = stream.read(length)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    left = length - len(data)
+    while left and data:
+        data = stream.read(left)
+        parts.append(data)
+        left -= len(data)
+    return b"".join(parts)
+
+
+def tar_header(archive_id: str, name: str, status: os.stat_result, size: int) -> bytes:
+    """The header blocks of a file, in GNU format, without its owner."""
+    member = tarfile.TarInfo("%s/%s" % (archive_id, name))
+    member.size, member.mode, member.mtime = size, status.st_mode & 0o777, max(0, int(status.st_mtime))
+    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def gzip_member(data: bytes) -> bytes:
+    """A gzip member that holds data: compressed if that pays, stored otherwise."""
+    if not does_shrink(data):
+        return stored_member(data)
+    packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 31)
+    packed = packer.compress(data) + packer.flush()
+    return packed if len(packed) < len(data) else stored_member(data)
+
+
+def does_shrink(data: bytes) -> bool:
+    """Whether a sample of data shrinks enough to be compressed."""
+    half = SAMPLE_BYTES // 2
+    sample = data if len(data) <= SAMPLE_BYTES else data[len(data) // 4:][:half] + data[len(data) // 4 * 3:][:half]
+    return len(zlib.compress(sample, LEVEL)) < SHRINKS * len(sample)
+
+
+def stored_member(data: bytes) -> bytes:
+    """A gzip member that holds data as it is, in full stored blocks (RFC 1951, 3.2.4)."""
+    view = memoryview(data)
+    parts: List[Any] = [GZIP_HEADER]
+    for start in range(0, len(view), STORED_BYTES):
+        block = view[start:start + STORED_BYTES]
+        parts += [struct.pack("<BHH", start + len(block) == len(view), len(block), len(block) ^ 0xffff), block]
+    return b"".join(parts + [struct.pack("<II", zlib.crc32(view), len(view))])
 
 
 def stored_size(size: int) -> int:
-    """The bytes of a gzip member that stores size bytes in full blocks."""
+    """The length of the gzip member that stores size bytes."""
     return len(GZIP_HEADER) + size + 5 * -(-size // STORED_BYTES) + 8
 
 
-_own = threading.local()  # what each thread has for itself
-
-
-def own_buffer(size: int, purpose: str = "content") -> memoryview:
-    """The buffer of this thread for that purpose: memory that is new for each use would cost as much time as copying."""
-    if len(getattr(_own, purpose, b"")) < size:
-        setattr(_own, purpose, page_buffer(max(size, MEMBER_BYTES + STORED_BYTES)))
-    return getattr(_own, purpose)[:size]
-
-
-def page_buffer(size: int) -> memoryview:
-    """Memory that starts at a page, as what is read from a file does in the system's memory. Some processors copy four times
-    as slowly to memory that starts 1 to 31 bytes behind that, as a bytearray's does (see glibc's bug 30994)."""
-    import mmap
-    return memoryview(mmap.mmap(-1, size, access=mmap.ACCESS_COPY))
-
-
-_position_lock = threading.Lock()  # where the system cannot read and write at a position
-
-
-def read_at(descriptor: int, view: memoryview, position: int) -> int:
-    """Fill view from a place of a file; the number of bytes that were there."""
-    found = 0
-    while found < len(view):
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [view[found:]], position + found)
-        else:
-            with _position_lock:
-                os.lseek(descriptor, position + found, os.SEEK_SET)
-                data = os.read(descriptor, len(view) - found)
-            count = len(data)
-            view[found:found + count] = data
-        if not count:
-            break
-        found += count
-    return found
-
-
-def write_at(descriptor: int, parts: Sequence[Any], position: int) -> int:
-    """Write buffers, at most 1,000, one behind the other to a place of a file; their length."""
-    total = sum(map(len, parts))
-    if hasattr(os, "pwritev"):
-        written = os.pwritev(descriptor, parts, position)
-        if written == total:
-            return total
-    else:
-        written = 0
-    rest = memoryview(b"".join(parts))[written:]
-    with _position_lock:
-        while rest:
-            os.lseek(descriptor, position + total - len(rest), os.SEEK_SET)
-            rest = rest[os.write(descriptor, rest):]
-    return total
-
-
-def shrinkable_members(archive: Archive) -> Dict[int, Deflate]:
-    """How to compress the stored members that would become smaller, by number, going by samples of each few of them."""
-    stored = [(number, start) for number, (start, compressed, size) in enumerate(archive.places())
-              if compressed == stored_size(size)]
-    found: Dict[int, Deflate] = {}
-    for first in range(0, len(stored), SAMPLED_MEMBERS):
-        group = stored[first:first + SAMPLED_MEMBERS]
-        sample = b""
-        for number, start in group[::SAMPLED_MEMBERS // 2]:
-            start += len(GZIP_HEADER) + 5
-            sample += archive.read_range(start, start + min(SAMPLE_BYTES // 2, archive.table.members[number][1], STORED_BYTES))
-        deflate = chosen_method(sample)
-        if deflate:
-            found.update((number, deflate) for number, _ in group)
-    return found
-
-
-def recompress(reader: Archive, file: BinaryIO, methods: Dict[int, Deflate], check: Callable[[], Any]) -> None:
-    """Write the archive that reader reads to another file, its members of those numbers compressed.
+def recompress(reader: Archive, file: BinaryIO, check: Callable[[], Any]) -> None:
+    """Write the archive that reader reads to another file, those of its stored members that shrink compressed.
 
     check: called before each member; it raises what ends the work early. Raises OSError.
     """
     writer = ArchiveWriter(file)
-    writer.table.files = reader.table.files
+    writer.table.files = reader.table.files if reader.table else []
 
-    def convert(item: Tuple[int, Tuple[int, int, int]]) -> Tuple[int, Sequence[bytes]]:
-        number, (start, compressed, size) = item
+    def convert(place: Tuple[int, int, int]) -> Tuple[bytes, int]:
+        start, compressed, size = place
         check()
-        if number in methods:
-            content = own_buffer(size)
-            trailer = reader.read_stored(start, content)
-            packed = methods[number](content) if trailer else b""
-            if trailer and len(packed) < SHRINKS * size:
-                return size, [GZIP_HEADER, packed, trailer]
-        return size, [reader.read_range(start, start + compressed)]
+        member = reader.read_range(start, start + compressed)
+        return gzip_member(inflate_member(member, size)) if compressed == stored_size(size) else member, size
 
-    for size, parts in workers().map(convert, enumerate(reader.places())):
-        writer.add(size, parts)
+    for member, size in in_threads(convert, reader.places()):
+        writer.add(member, size)
     writer.finish()
-
-
-def tar_chunks(archive_id: str, sources: Iterable[Source], offset: int, files: List[Tuple[str, int, int]],
-               warn: Callable[[str], None]) -> Iterator[bytes]:
-    """The tar of small files from that offset on, in pieces that each become a gzip member; notes each file in `files`."""
-    pending: List[bytes] = []
-    waiting = 0
-    for source in sources:
-        try:
-            with open(source.path, "rb", 0) as stream:
-                data = stream.read(source.size)
-                while len(data) < source.size:
-                    more = stream.read(source.size - len(data))
-                    if not more:
-                        warn("%s became shorter while it was saved: zeros stand for the rest." % source.name)
-                        more = bytes(source.size - len(data))
-                    data += more
-        except OSError as error:
-            warn("%s is not saved: %s." % (source.name, short_reason(error)))
-            continue
-        if waiting and waiting + source.size > GROUP_BYTES:
-            yield b"".join(pending)
-            pending, waiting = [], 0
-        files.append((source.name, offset, source.size))
-        pending += [tar_header(archive_id, source), data, bytes(-source.size % 512)]
-        added = sum(map(len, pending[-3:]))
-        waiting += added
-        offset += added
-    yield b"".join(pending) + bytes(1024)
-
-
-def tar_header(archive_id: str, source: Source) -> bytes:
-    """The header blocks of a file, in GNU format, without its owner."""
-    member = tarfile.TarInfo("%s/%s" % (archive_id, source.name))
-    member.size, member.mode, member.mtime = source.size, source.mode, max(0, source.modified)
-    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-def gzip_chunk(data: bytes) -> Tuple[int, Sequence[bytes]]:
-    """(size, parts of a gzip member): compressed if that pays, stored otherwise."""
-    deflate = chosen_method(data if len(data) <= 2 * SAMPLE_BYTES else (
-        data[len(data) // 4:][:SAMPLE_BYTES] + data[len(data) // 4 * 3:][:SAMPLE_BYTES]))
-    if deflate is None:
-        return len(data), stored_member(data)
-    return len(data), [GZIP_HEADER, deflate(data), gzip_trailer(crc32(data), len(data))]
-
-
-def chosen_method(sample: bytes) -> Optional[Deflate]:
-    """The quickest method that makes a sample nearly as small as any; None if none pays."""
-    methods = deflate_methods()
-    sizes = [len(deflate(sample)) for deflate in methods]
-    if min(sizes) >= SHRINKS * len(sample):
-        return None
-    return next(deflate for deflate, size in zip(methods, sizes) if size <= NEARLY * min(sizes))
-
-
-def deflate_methods() -> List[Deflate]:
-    """Functions that compress to deflate data (RFC 1951), the quickest first: libdeflate's, else some of zlib's."""
-    library = libdeflate()
-    if library:
-        return [library.deflate]
-    return [zlib_method(level, strategy) for level, strategy in (
-        (1, zlib.Z_RLE), (1, zlib.Z_HUFFMAN_ONLY), (1, zlib.Z_DEFAULT_STRATEGY), (4, zlib.Z_DEFAULT_STRATEGY))]
-
-
-def zlib_method(level: int, strategy: int) -> Deflate:
-    """A way in which zlib compresses."""
-    def deflate(data: Union[bytes, memoryview]) -> bytes:
-        packer = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
-        return packer.compress(data) + packer.flush()
-
-    return deflate
-
-
-class LibDeflate:
-    """The library of that name (see its libdeflate.h), which many systems have for their image libraries: it compresses
-    twice as fast as zlib to the same size, and sums four times as fast. What others have written never gets to it."""
-
-    NAMES = ("libdeflate.so.0", "libdeflate.0.dylib")
-    LEVEL = 2  # about as small as zlib's level 4
-
-    def __init__(self) -> None:
-        """Raises ImportError, OSError or AttributeError where neither the system nor this Python's environment has it."""
-        import ctypes
-        self._ctypes = ctypes
-        library: Any = None
-        for name in self.NAMES + tuple(os.path.join(sys.prefix, "lib", name) for name in self.NAMES):
-            try:
-                library = ctypes.CDLL(name)
-                break
-            except OSError:
-                continue
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        self._allocate = library.libdeflate_alloc_compressor
-        self._allocate.restype, self._allocate.argtypes = pointer, [ctypes.c_int]
-        self._bound = library.libdeflate_deflate_compress_bound
-        self._bound.restype, self._bound.argtypes = size, [pointer, size]
-        self._compress = library.libdeflate_deflate_compress
-        self._compress.restype, self._compress.argtypes = size, [pointer, pointer, size, pointer, size]
-        self._crc32 = library.libdeflate_crc32
-        self._crc32.restype, self._crc32.argtypes = ctypes.c_uint32, [ctypes.c_uint32, pointer, size]
-
-    def deflate(self, data: Union[bytes, memoryview]) -> bytes:
-        """data as deflate data."""
-        compressor = getattr(_own, "compressor", None)
-        if compressor is None:  # one for each thread, which no other may use at the same time
-            compressor = _own.compressor = self._allocate(self.LEVEL)
-            if not compressor:
-                raise MemoryError("libdeflate")
-        target = own_buffer(self._bound(compressor, len(data)), "deflated")
-        return bytes(target[:self._compress(compressor, self._address(data), len(data), self._address(target), len(target))])
-
-    def crc32(self, data: Any, start: int = 0) -> int:
-        """The checksum of zlib.crc32."""
-        return self._crc32(start, self._address(data), len(data))
-
-    def _address(self, data: Any) -> Any:
-        """Where data is in memory, which must be writable or bytes."""
-        return data if type(data) is bytes else self._ctypes.byref(self._ctypes.c_char.from_buffer(data))
-
-
-def libdeflate() -> Optional[LibDeflate]:
-    """The library, if it is there."""
-    if not _libraries:
-        try:
-            _libraries.append(LibDeflate())
-        except (ImportError, OSError, AttributeError):
-            _libraries.append(None)
-    return _libraries[0]
-
-
-_libraries: List[Optional[LibDeflate]] = []  # looked for when first needed
 
 
 def inflate_member(data: bytes, size: int) -> bytes:
@@ -3678,35 +3542,30 @@ class Archive:
                 yield data[skip:]
                 skip = 0
 
-    def raw_members(self) -> Iterator[Tuple[int, bytes, int]]:
-        """(number, compressed bytes, size) of each gzip member that the table names."""
+    def raw_members(self) -> Iterator[Tuple[bytes, int]]:
+        """(compressed bytes, size) of each gzip member that the table names."""
         length = sum(compressed for compressed, _ in self.table.members)
         with self._open(0, length) as stream:
-            for number, (compressed, size) in enumerate(self.table.members):
-                yield number, read_fully(stream, compressed), size
+            for compressed, size in self.table.members:
+                yield read_fully(stream, compressed), size
 
-    def content(self) -> Iterator[Any]:
-        """The tar, decompressed, in order, in pieces that must be used before the next one is asked for: as far as the
-        table proves right, several members at a time."""
+    def content(self) -> Iterator[bytes]:
+        """The tar, decompressed, in pieces: as far as the table proves right, several members at a time."""
         done = 0
         if self.table is not None:
-            buffers: List[bytearray] = []  # those that are free
-            inflated = (workers().map(lambda place: self._member(place, buffers), self.places()) if self.is_local else
-                        workers().map(lambda item: (inflate_member(item[1], item[2]), None), self.raw_members()))
+            members = in_threads(lambda place: self._member(*place), self.places()) if self.is_local else in_threads(
+                lambda item: inflate_member(item[0], item[1]), self.raw_members())
             for compressed, _ in self.table.members:
                 try:
-                    data, buffer = next(inflated)
+                    data = next(members)
                 except ReadError:
                     break
                 yield data
-                if buffer is not None:
-                    buffers.append(buffer)
                 done += compressed
             else:
                 return
         with self._open(done, self.size) as stream:
-            pieces = gunzip(stream)
-            yield from workers().ahead(pieces) if self.is_local else pieces  # nobody waits for a network that hangs
+            yield from gunzip(stream)
 
     def places(self) -> Iterator[Tuple[int, int, int]]:
         """(first byte, compressed size, size) of each gzip member that the table names."""
@@ -3715,103 +3574,38 @@ class Archive:
             yield start, compressed, size
             start += compressed
 
-    def _member(self, place: Tuple[int, int, int], buffers: List[bytearray]) -> Tuple[Any, Optional[bytearray]]:
-        """(content, the buffer that it is in, if it is one of those) of the member there."""
-        start, compressed, size = place
-        if compressed == stored_size(size) and size <= MAX_STORED_BYTES:
-            buffer = buffers.pop() if buffers else bytearray(MEMBER_BYTES + STORED_BYTES)
-            if len(buffer) < size:
-                buffer = bytearray(size)
-            content = memoryview(buffer)[:size]
-            if self.read_stored(start, content) == gzip_trailer(crc32(content), size):
-                return content, buffer
-        return inflate_member(self.read_range(start, start + compressed), size), None
-
-    def read_stored(self, start: int, content: memoryview) -> Optional[bytes]:
-        """Read a gzip member of an archive on disk as StoredMember writes it, its content into that memory; returns the
-        checksum and size at its end, which are not checked, or None if it was not one."""
-        frames = stored_frames(len(content))
-        expected = b"".join(frames)
-        found = memoryview(bytearray(len(expected) + 8))
-        parts, position = [], 0
-        for first, frame in zip(range(0, len(content), STORED_BYTES), frames):
-            parts += [found[position:position + len(frame)], content[first:first + STORED_BYTES]]
-            position += len(frame)
-        with self._open(start, start + stored_size(len(content))) as stream:
-            whole = stream.scatter(parts + [found[position:]])  # type: ignore[attr-defined]
-        return bytes(found[position:]) if whole and found[:position] == expected else None
+    def _member(self, start: int, compressed: int, size: int) -> bytes:
+        """The content of the member there."""
+        return inflate_member(self.read_range(start, start + compressed), size)
 
 
 def read_fully(stream: BinaryIO, length: int) -> bytes:
     """Exactly length bytes; raises ReadError if the stream ends before."""
-    data = stream.read(length)
+    data = read_up_to(stream, length)
     if len(data) < length:
-        parts = [data]
-        left = length - len(data)
-        while left and data:
-            data = stream.read(left)
-            parts.append(data)
-            left -= len(data)
-        if left:
-            raise ReadError("it is cut off")
-        data = b"".join(parts)
+        raise ReadError("it is cut off")
     return data
 
 
 def gunzip(stream: BinaryIO) -> Iterator[bytes]:
     """The content of a gzip file of one or more members, in pieces. Raises EOFError, zlib.error."""
-    def more() -> bytes:
-        piece = stream.read(PIECE_BYTES)
-        if not piece:
-            raise EOFError("it is cut off")
-        return piece
-
-    data = stream.read(PIECE_BYTES)
-    while data:
-        header = gzip_header_length(data)
-        while header is None:
-            data += more()
-            header = gzip_header_length(data)
-        data = data[header:]
-        unpacker, checksum, size = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0  # whose own checksum would be slow
-        while not unpacker.eof:
-            content = unpacker.decompress(data or more(), 4 * PIECE_BYTES)
+    unpacker, is_inside, is_first = zlib.decompressobj(31), False, True
+    for data in iter(lambda: stream.read(PIECE_BYTES), b""):
+        while data:
+            if not (is_inside or is_first):
+                data = data.lstrip(b"\0")  # zeros may stand behind a member
+                if not data:
+                    break
+            is_inside, is_first = True, False
+            content = unpacker.decompress(data, 4 * MEMBER_BYTES)
             data = unpacker.unconsumed_tail
             if content:
-                checksum, size = crc32(content, checksum), size + len(content)
                 yield content
-        data = unpacker.unused_data
-        while len(data) < 8:
-            data += more()
-        if data[:8] != gzip_trailer(checksum, size):
-            raise zlib.error("incorrect checksum")
-        data = data[8:].lstrip(b"\0")
-        while not data:  # zeros may stand behind a member
-            data = stream.read(PIECE_BYTES)
-            if not data:
-                return
-            data = data.lstrip(b"\0")
-
-
-def gzip_header_length(data: bytes) -> Optional[int]:
-    """The length of the gzip header (RFC 1952, 2.3) at the start of data; None if data is too short. Raises zlib.error."""
-    if not data.startswith(GZIP_HEADER[:min(3, len(data))]) or len(data) > MAX_MEMBER_BYTES:
-        raise zlib.error("incorrect header")
-    if len(data) < 10:
-        return None
-    flags, position = data[3], 10
-    if flags & 0xe0:
-        raise zlib.error("incorrect header")
-    if flags & 4:  # extra fields
-        position += 2 + int.from_bytes(data[10:12], "little")
-    for flag in (8, 16):  # a name and a comment
-        if flags & flag:
-            end = data.find(b"\0", position)
-            if end < 0:
-                return None
-            position = end + 1
-    position += flags & 2  # its checksum
-    return position if position <= len(data) else None
+            if unpacker.eof:
+                data = unpacker.unused_data
+                unpacker, is_inside = zlib.decompressobj(31), False
+    if is_inside:
+        raise EOFError("it is cut off")
 
 
 class TarMember:
@@ -3824,12 +3618,25 @@ class TarMember:
 
 
 class TarReader:
-    """Members of an untrusted tar stream; anything but regular files and directories is a ReadError."""
+    """Members of an untrusted tar stream; anything but regular files and directories is a ReadError.
 
-    MAX_HEADER_BYTES = 1 << 20
+    What costs a hostile archive nothing and us time or memory is bounded, each far above what honest archives hold.
+    """
+
+    MAX_HEADER_BYTES = 64 << 10
+    MAX_HEADERS = 8              # long names and PAX headers before one member
+    MAX_RECORDS = 256            # of a PAX header
+    MAX_NAME_BYTES = 4096
+    MAX_DEPTH = 255              # directories within each other
+    MAX_IDLE_MEMBERS = 100000    # directories and repeated names
+    MAX_MEMBERS = 2000000
+    MAX_NAMES_BYTES = 64 << 20   # of all names together
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
+        self._names: Set[int] = set()  # hashes of those so far
+        self._names_bytes = 0
+        self._idle_members = 0
         self._buffer = memoryview(b"")
         self._left = 0     # bytes of the current member's content
         self._padding = 0  # and of the padding behind it
@@ -3837,6 +3644,7 @@ class TarReader:
     def members(self) -> Iterator[TarMember]:
         """Each member; its content can be taken from data() before the next one is asked for."""
         overrides: Dict[str, str] = {}
+        headers = 0
         while True:
             self._skip()
             block = self._read(512)
@@ -3852,6 +3660,9 @@ class TarReader:
                 raise ReadError("it has a member of negative size")
             self._left, self._padding = size, -size % 512
             if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
+                headers += 1
+                if headers > self.MAX_HEADERS:
+                    raise ReadError("it has more than %d headers before one file" % self.MAX_HEADERS)
                 overrides.update(self._extended_header(info.type, size))
                 continue
             name = overrides.get("path", info.name)
@@ -3861,8 +3672,28 @@ class TarReader:
             is_directory = info.type == tarfile.DIRTYPE
             if is_directory:
                 self._left = self._padding = 0
-            overrides = {}
+            overrides, headers = {}, 0
+            self._check_bounds(name, is_directory)
             yield TarMember(name, size, info.mode, is_directory)
+
+    def _check_bounds(self, name: str, is_directory: bool) -> None:
+        """Raises ReadError where a name or the number of members is beyond reason."""
+        length = len(name.encode("utf-8", "surrogateescape"))
+        if length > self.MAX_NAME_BYTES:
+            raise ReadError("it has a file name of %d bytes, more than %d" % (length, self.MAX_NAME_BYTES))
+        if name.count("/") > self.MAX_DEPTH:
+            raise ReadError("it has more than %d directories within each other" % self.MAX_DEPTH)
+        if is_directory or hash(name) in self._names:
+            self._idle_members += 1
+            if self._idle_members > self.MAX_IDLE_MEMBERS:
+                raise ReadError("it has more than %d directories and repeated names" % self.MAX_IDLE_MEMBERS)
+            return
+        self._names.add(hash(name))
+        self._names_bytes += length
+        if len(self._names) > self.MAX_MEMBERS:
+            raise ReadError("it has more than %d files" % self.MAX_MEMBERS)
+        if self._names_bytes > self.MAX_NAMES_BYTES:
+            raise ReadError("its file names are longer than %s together" % format_size(self.MAX_NAMES_BYTES))
 
     def data(self) -> Iterator[memoryview]:
         """The content of the current member in pieces."""
@@ -3876,7 +3707,7 @@ class TarReader:
     def _extended_header(self, kind: bytes, size: int) -> Dict[str, str]:
         """What a GNU long name or a PAX header says of the next member."""
         if size > self.MAX_HEADER_BYTES:
-            raise ReadError("it has a header of %d bytes" % size)
+            raise ReadError("it has a header of %d bytes, more than %d" % (size, self.MAX_HEADER_BYTES))
         content = b"".join([bytes(piece) for piece in self.data()])
         if kind == tarfile.GNUTYPE_LONGNAME:
             return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
@@ -3917,18 +3748,22 @@ class TarReader:
 
 def read_pax(content: bytes) -> Dict[str, str]:
     """The records of a PAX header ("<length> <key>=<value>\\n"; POSIX.1-2001). Raises ReadError."""
-    records = {}
-    while content:
-        match = re.match(rb"(\d{1,7}) ([^=\n]+)=", content)
-        length = int(match.group(1)) if match else 0
-        if match is None or not match.end() < length <= len(content) or content[length - 1:length] != b"\n":
+    records: Dict[str, str] = {}
+    position = count = 0
+    while position < len(content):
+        match = re.compile(rb"(\d{1,7}) ([^=\n]+)=").match(content, position)
+        end = position + (int(match.group(1)) if match else 0)
+        if match is None or not match.end() < end <= len(content) or content[end - 1:end] != b"\n":
             raise ReadError("it has a malformed PAX header")
         key = match.group(2).decode("utf-8", "replace")
-        value = content[match.end():length - 1].decode("utf-8", "surrogateescape")
+        value = content[match.end():end - 1].decode("utf-8", "surrogateescape")
         if key == "size" and not (value.isascii() and value.isdigit() and len(value) < 20):
             raise ReadError("it has a malformed PAX header")
+        count += 1
+        if count > TarReader.MAX_RECORDS:
+            raise ReadError("it has a PAX header of more than %d records" % TarReader.MAX_RECORDS)
         records[key] = value
-        content = content[length:]
+        position = end
     return records
 
 
@@ -3959,9 +3794,9 @@ def is_protected(part: str) -> bool:
 
 
 def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
-              progress: Optional[Progress] = None) -> Dict[str, str]:
-    """Write files below a private directory; returns {name: path written}. Raises ReadError, OSError."""
-    written: Dict[str, str] = {}
+              progress: Optional[Progress] = None) -> Set[str]:
+    """Write files below a private directory; returns their names. Raises ReadError, OSError."""
+    written: Set[str] = set()
     for member, pieces in files:
         path = os.path.join(directory, *member.name.split("/"))
         try:
@@ -3975,7 +3810,7 @@ def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
                 if progress:
                     progress.add(len(piece))
         os.chmod(path, member.mode & 0o755 | 0o600)
-        written[member.name] = path
+        written.add(member.name)
     return written
 
 
@@ -4634,7 +4469,7 @@ class Checkout:
             self._new.append(folder)
             folder = os.path.dirname(folder)
         self._staging = ""
-        self.files: Dict[str, str] = {}  # name -> staged file
+        self.files: Set[str] = set()  # the names of those that are staged
 
     def __enter__(self) -> Checkout:
         import tempfile
@@ -4665,31 +4500,37 @@ class Checkout:
 
     def stage(self, repository: Repository, layers: Sequence[Tuple[str, str]], path: Optional[str],
               quiet: bool) -> None:
-        """Unpack the wanted files (all, or those at or below path) of archives, later ones over earlier ones.
+        """Unpack the wanted files (all, or those at or below path) of archives, of which later ones win.
 
-        Raises DoesNotExist where an archive or path is not there, ReadError, WriteError.
+        A file of an upper archive needs no lower one. Of a directory, what a lower archive had is left out with a warning
+        if that archive is gone. Raises DoesNotExist where an archive or path is not there, ReadError, WriteError.
         """
-        names: List[str] = []
+        names: List[str] = []  # some, to suggest one of
 
         def wanted(name: str) -> bool:
-            names.append(name)
-            return path is None or name == path or name.startswith(path + "/")
+            if len(names) < SUGGESTED_NAMES:
+                names.append(name)
+            return name not in staged and (path is None or name == path or name.startswith(path + "/"))
 
-        archives = []
-        for kind, item_id in layers:
-            with reading_archive(repository, kind, item_id):
-                archives.append(repository.archive(kind, item_id))
-        with Progress("Checking out", sum(archive.size for archive in archives), quiet) as progress:
-            for number, (archive, (kind, item_id)) in enumerate(zip(archives, layers)):
-                folder = os.path.join(self._staging, str(number))
+        with Progress("Checking out", 0, quiet) as progress:
+            for kind, item_id in reversed(layers):
+                staged = frozenset(self.files)
                 try:
                     with reading_archive(repository, kind, item_id):
+                        archive = repository.archive(kind, item_id)
+                        progress.total += archive.size
                         single = archive.located(path, item_id) if path else None
                         files = [single] if single else archive.files(wanted, item_id)
-                        self.files.update(unpack_to(folder, files, progress))
+                        self.files |= unpack_to(self._staging, files, progress)
+                except DoesNotExist as error:
+                    if not (path and self.files):
+                        raise
+                    console.warning("%s Only the checkpoint's own files are checked out." % error)
                 except OSError as error:
                     raise WriteError("The files could not be written below %s: %s." %
                                      (self.directory, short_reason(error))) from error
+                if path in self.files:
+                    return
         if not self.files:
             raise DoesNotExist("There is no file or directory %s in it.%s" % (path, nearest(path, names)) if path
                                else "No file is saved in it.")
@@ -4710,29 +4551,32 @@ class Checkout:
     def drop_foreign_configs(self) -> None:
         """Leave out each configuration that would make its directory use another repository; says so."""
         for name in [name for name in self.files if name.rpartition("/")[2] in CONFIG_NAMES]:
-            folder = os.path.join(self.directory, *name.split("/")[:-1])
+            folder = os.path.dirname(self._target(name))
             current = _configured_url(folder)
-            if current is not None and _configured_url(folder, self.files[name]) != current:
-                console.warning("%s is left as it is: the saved one names another repository." %
-                                escape_control(os.path.join(folder, name.rpartition("/")[2])))
-                del self.files[name]
+            saved = _configured_url(folder, self._staged(name)) if current is not None else None
+            if saved != current:
+                console.warning("%s is left as it is: the saved one %s." % (
+                    escape_control(self._target(name)), "names another repository" if saved else "cannot be read"))
+                self.files.remove(name)
+
+    def _staged(self, name: str) -> str:
+        return os.path.join(self._staging, *name.split("/"))
+
+    def _target(self, name: str) -> str:
+        return os.path.join(self.directory, *name.split("/"))
 
     def conflicts(self) -> List[str]:
         """The names of existing files that would get other content."""
-        found = []
-        for name, staged in sorted(self.files.items()):
-            target = os.path.join(self.directory, *name.split("/"))
-            if os.path.lexists(target) and (os.path.islink(target) or not same_content(staged, target)):
-                found.append(name)
-        return found
+        return [name for name in sorted(self.files) if os.path.lexists(self._target(name))
+                and not same_content(self._staged(name), self._target(name))]
 
     def move(self) -> None:
         """Move every staged file into place. Raises WriteError; files moved before stay whole."""
-        for name, staged in sorted(self.files.items()):
-            target = os.path.join(self.directory, *name.split("/"))
+        for name in sorted(self.files):
+            target = self._target(name)
             try:
                 os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.replace(staged, target)
+                os.replace(self._staged(name), target)
             except OSError as error:
                 raise WriteError("%s could not be replaced: %s. Run the checkout again to finish it." %
                                  (target, short_reason(error))) from error
@@ -4752,14 +4596,14 @@ def _configured_url(directory: str, config: Optional[str] = None) -> Optional[st
 
 
 def same_content(left: str, right: str) -> bool:
-    """Whether two files hold the same bytes."""
+    """Whether two names are regular files, not links, that hold the same bytes."""
     try:
-        if os.path.getsize(left) != os.path.getsize(right):
-            return False
-        with open(left, "rb") as one, open(right, "rb") as other:
+        with open_regular(left) as one, open_regular(right) as other:
+            if os.fstat(one.fileno()).st_size != os.fstat(other.fileno()).st_size:
+                return False
             while True:
-                piece = one.read(1 << 20)
-                if piece != other.read(1 << 20):
+                piece = read_up_to(one, MEMBER_BYTES)
+                if piece != read_up_to(other, MEMBER_BYTES):
                     return False
                 if not piece:
                     return True
@@ -4900,26 +4744,23 @@ def new_checkpoint(path: Optional[str], step: int, metrics: Dict[str, Any],
 
 
 def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequence[Source]) -> bool:
-    """Store the archive of sources; whether some of them are large, so that shrink_archive() should look at it later.
+    """Store the archive of sources; whether shrink_archive() should make it smaller later.
 
     It takes no longer than a plain copy. Raises WriteError.
     """
-    storage.create(archive_key(kind, item_id), lambda file: pack(file, item_id, sources))
-    return any(source.size > GROUP_BYTES for source in sources)
+    return storage.create(archive_key(kind, item_id), lambda file: pack(file, item_id, sources))
 
 
 def shrink_archive(storage: DiskStorage, kind: str, item_id: str) -> None:
-    """Replace a stored archive by a compressed one if that is smaller. Raises WriteError, ReadError, DoesNotExist."""
+    """Replace an archive of which save_archive() says so by a smaller one. Raises WriteError, ReadError, DoesNotExist."""
     key = archive_key(kind, item_id)
     archive = Archive(storage, key)
-    shrinkable = shrinkable_members(archive)
 
     def write(file: BinaryIO) -> None:
-        recompress(archive, file, shrinkable, lambda: storage.stat(key))
+        recompress(archive, file, lambda: storage.stat(key))
         storage.stat(key)  # whoever removed it meanwhile wants it gone
 
-    if shrinkable:
-        storage.create(key, write)
+    storage.create(key, write)
 
 
 # What is recorded for a bucket is first a repository of its own on disk, the pending area, from which it is sent.
@@ -5970,8 +5811,7 @@ class Project:
         """
         layers = self.repository.layers(experiment, checkpoint)
         if not layers:
-            raise DoesNotExist("Experiment %s has no files, and neither has %s." % (
-                experiment.short_id(), "checkpoint " + checkpoint.short_id() if checkpoint else "a checkpoint of it"))
+            raise DoesNotExist("Nothing to check out: experiment %s saved no files." % experiment.short_id())
         with Checkout(output_directory) as checkout:
             wanted = normal_path(path) if path else "."
             checkout.stage(self.repository, layers, None if wanted == "." else wanted, quiet)
