@@ -3719,8 +3719,28 @@ def stored_member(data: bytes) -> bytes:
     parts: List[Any] = [GZIP_HEADER]
     for start in range(0, len(view), STORED_BYTES):
         block = view[start:start + STORED_BYTES]
-        parts += [struct.pack("<BHH", start + len(block) == len(view), len(block), len(block) ^ 0xffff), block]
+        parts += [block_header(len(block), start + len(block) == len(view)), block]
     return b"".join(parts + [struct.pack("<II", zlib.crc32(view), len(view))])
+
+
+def block_header(length: int, is_last: bool) -> bytes:
+    """What stands before a stored block of that length."""
+    return struct.pack("<BHH", is_last, length, length ^ 0xffff)
+
+
+def stored_blocks(member: bytes, size: int) -> Optional[List[memoryview]]:
+    """The content of a member that stored_member() made, in pieces that are not copied; None for any other."""
+    view, end, checksum = memoryview(member), len(member) - 8, 0
+    if len(member) != stored_size(size) or not member.startswith(GZIP_HEADER):
+        return None
+    blocks = []
+    for start in range(len(GZIP_HEADER) + 5, end, STORED_BYTES + 5):
+        block = view[start:min(start + STORED_BYTES, end)]
+        if view[start - 5:start] != block_header(len(block), start + len(block) == end):
+            return None
+        checksum = zlib.crc32(block, checksum)
+        blocks.append(block)
+    return blocks if view[end:] == struct.pack("<II", checksum, size) else None
 
 
 def stored_size(size: int) -> int:
@@ -3749,12 +3769,6 @@ def recompress(reader: Archive, file: BinaryIO, check: Callable[[], Any]) -> Non
 
 def inflate_member(data: bytes, size: int) -> bytes:
     """The content of one gzip member that must hold exactly size bytes. Raises ReadError."""
-    if len(data) == stored_size(size):  # zlib takes four times as long
-        first, view = len(GZIP_HEADER) + 5, memoryview(data)
-        content = b"".join([view[start:min(start + STORED_BYTES, len(data) - 8)]
-                            for start in range(first, len(data) - 8, STORED_BYTES + 5)])
-        if stored_member(content) == data:
-            return content
     unpacker = zlib.decompressobj(31)
     try:
         content = unpacker.decompress(data, size + 1)
@@ -3846,18 +3860,18 @@ class Archive:
             for compressed, size in self.table.members:
                 yield read_fully(stream, compressed), size
 
-    def content(self) -> Iterator[bytes]:
+    def content(self) -> Iterator[Union[bytes, memoryview]]:
         """The tar, decompressed, in pieces: as far as the table proves right, several members at a time."""
         done = 0
         if self.table is not None:
             members = in_threads(lambda place: self._member(*place), self.places()) if self.is_local else in_threads(
-                lambda item: inflate_member(item[0], item[1]), self.raw_members())
+                lambda item: member_pieces(item[0], item[1]), self.raw_members())
             for compressed, _ in self.table.members:
                 try:
-                    data = next(members)
+                    pieces = next(members)
                 except ReadError:
                     break
-                yield data
+                yield from pieces
                 done += compressed
             else:
                 return
@@ -3871,9 +3885,14 @@ class Archive:
             yield start, compressed, size
             start += compressed
 
-    def _member(self, start: int, compressed: int, size: int) -> bytes:
-        """The content of the member there."""
-        return inflate_member(self.read_range(start, start + compressed), size)
+    def _member(self, start: int, compressed: int, size: int) -> Sequence[Union[bytes, memoryview]]:
+        """The content of the member there, in pieces."""
+        return member_pieces(self.read_range(start, start + compressed), size)
+
+
+def member_pieces(member: bytes, size: int) -> Sequence[Union[bytes, memoryview]]:
+    """The content of one gzip member that must hold exactly size bytes, in pieces. Raises ReadError."""
+    return stored_blocks(member, size) or [inflate_member(member, size)]
 
 
 def read_fully(stream: BinaryIO, length: int) -> bytes:
