@@ -3729,7 +3729,7 @@ def block_header(length: int, is_last: bool) -> bytes:
 
 
 def stored_blocks(member: bytes, size: int) -> Optional[List[memoryview]]:
-    """The content of a member that stored_member() made, in pieces that are not copied; None for any other."""
+    """The content of a member that stored_member() made, block by block; None for any other."""
     view, end, checksum = memoryview(member), len(member) - 8, 0
     if len(member) != stored_size(size) or not member.startswith(GZIP_HEADER):
         return None
@@ -3860,18 +3860,18 @@ class Archive:
             for compressed, size in self.table.members:
                 yield read_fully(stream, compressed), size
 
-    def content(self) -> Iterator[Union[bytes, memoryview]]:
+    def content(self) -> Iterator[bytes]:
         """The tar, decompressed, in pieces: as far as the table proves right, several members at a time."""
         done = 0
         if self.table is not None:
             members = in_threads(lambda place: self._member(*place), self.places()) if self.is_local else in_threads(
-                lambda item: member_pieces(item[0], item[1]), self.raw_members())
+                lambda item: member_content(item[0], item[1]), self.raw_members())
             for compressed, _ in self.table.members:
                 try:
-                    pieces = next(members)
+                    data = next(members)
                 except ReadError:
                     break
-                yield from pieces
+                yield data
                 done += compressed
             else:
                 return
@@ -3885,14 +3885,15 @@ class Archive:
             yield start, compressed, size
             start += compressed
 
-    def _member(self, start: int, compressed: int, size: int) -> Sequence[Union[bytes, memoryview]]:
-        """The content of the member there, in pieces."""
-        return member_pieces(self.read_range(start, start + compressed), size)
+    def _member(self, start: int, compressed: int, size: int) -> bytes:
+        """The content of the member there."""
+        return member_content(self.read_range(start, start + compressed), size)
 
 
-def member_pieces(member: bytes, size: int) -> Sequence[Union[bytes, memoryview]]:
-    """The content of one gzip member that must hold exactly size bytes, in pieces. Raises ReadError."""
-    return stored_blocks(member, size) or [inflate_member(member, size)]
+def member_content(member: bytes, size: int) -> bytes:
+    """The content of one gzip member that must hold exactly size bytes. Raises ReadError."""
+    blocks = stored_blocks(member, size)  # for which zlib would take several times as long
+    return b"".join(blocks) if blocks else inflate_member(member, size)
 
 
 def read_fully(stream: BinaryIO, length: int) -> bytes:
