@@ -6527,13 +6527,17 @@ def plotted_repository(repo):
 
 def test_plots_of_metrics(repo, pyplot):
     experiments = plotted_repository(repo)
-    for axes in (experiments[0].plot(), experiments[0].checkpoints.plot()):
+    for plot in (experiments[0].plot, experiments[0].checkpoints.plot):
+        pyplot.figure()
+        axes = plot()
         line, = axes.get_lines()
         assert list(line.get_xdata()) == [0, 10, 20] and list(line.get_ydata()) == [3.0, 1, 2.0]
         assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "loss", "linear")
+    pyplot.figure()
     line, = experiments[0].checkpoints[1:].plot("acc", logy=True).get_lines()
     assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == [1, 2]
     assert line.axes.get_yscale() == "log" and line.axes.get_ylabel() == "acc"
+    pyplot.figure()
     axes = experiments.plot()
     first, second, third = axes.get_lines()
     assert [line.get_label() for line in (first, second, third)] == ["1eeeeee", "2eeeeee", "3eeeeee"]
@@ -6548,6 +6552,25 @@ def test_plots_of_metrics(repo, pyplot):
         replicate.ExperimentList().plot()
 
 
+def test_plots_draw_on_the_current_axes_or_those_given(repo, pyplot):
+    experiments = plotted_repository(repo)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3))
+    assert experiments[0].plot() is right and not left.lines  # the current axes are the last subplot
+    assert experiments[1].plot() is right  # an overlay
+    assert [line.get_label() for line in right.lines] == ["1eeeeee", "2eeeeee"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["1eeeeee", "2eeeeee"]
+    for plot in (experiments.plot, experiments[0].plot, experiments[0].checkpoints.plot, lambda ax: experiments.scatter("lr", ax=ax)):
+        left.clear()
+        assert plot(ax=left) is left and left.lines + list(left.collections)
+        assert left.get_ylabel() == "loss" and left.get_xlabel() in ("step", "lr")
+    pyplot.sca(left)
+    assert experiments.scatter("lr", "acc") is left and left.get_ylabel() == "acc"
+    assert pyplot.get_fignums() == [figure.number] and figure.axes == [left, right] and len(right.lines) == 2
+    assert tuple(figure.get_size_inches()) == (9, 3)
+    pyplot.close("all")
+    assert experiments[0].plot().get_legend() is None and len(pyplot.get_fignums()) == 1
+
+
 def test_scatter(repo, pyplot):
     experiments = plotted_repository(repo)
     axes = experiments.scatter("lr", "loss", logx=True)
@@ -6557,11 +6580,14 @@ def test_scatter(repo, pyplot):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("lr", "loss")
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
     assert experiments.scatter("lr", logy=True).get_yscale() == "log"
+    pyplot.figure()
     axes = experiments.scatter("opt", "loss")
     axes.figure.canvas.draw()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "null"]
     assert [point[1] for point in axes.collections[0].get_offsets()] == [1.0, 0.5]
+    pyplot.figure()
     assert len(experiments.scatter("absent", "loss").collections[0].get_offsets()) == 0
+    pyplot.figure()
     experiments[:1].scatter("lr").figure.canvas.draw()
 
 
@@ -7013,7 +7039,8 @@ def test_diff_of_experiments_takes_the_best_or_the_latest_and_says_which(project
                                             checkpoint_document(hex_id("6c"), "2006-01-02T15:00:01Z", 2, {"m": 0})]))
     code, out, err = call("diff", "1e", "2e")
     assert code == 0 and ["ID:", "2cccccc", "6cccccc"] in cells(out)
-    assert "best checkpoint 2cccccc" in err and "latest checkpoint 6cccccc" in err
+    assert "Comparing the best checkpoint of 1eeeeee: 2cccccc (step 20)\n" in err
+    assert "Comparing the latest checkpoint of 2eeeeee: 6cccccc (step 2)\n" in err
 
 
 def test_diff_without_checkpoints(project, call):
@@ -7304,13 +7331,13 @@ def test_checkout_puts_the_checkpoint_over_the_experiment(project, call):
     assert (code, out) == (0, "") and "train.py --lr 1" in err
     assert tree(project / "out") == {"train.py": b"code", "model/a": b"new", "model/b": b"b", "sub/dir/x": b"x"}
     code, out, err = call("checkout", A, "-o", "two")
-    assert code == 0 and "latest checkpoint 1cccccc (step 7)" in err and tree(project / "two") == tree(project / "out")
+    assert code == 0 and "Checking out the latest checkpoint of 1eeeeee: 1cccccc (step 7)\n" in err and tree(project / "two") == tree(project / "out")
 
 
 def test_checkout_of_an_experiment_takes_the_best_checkpoint(project, call):
     experiment, best, _ = recorded(project)
     code, _, err = call("checkout", experiment, "-o", "out")
-    assert code == 0 and "best checkpoint " + best[:7] in err
+    assert code == 0 and "Checking out the best checkpoint of %s: %s (step 0)\n" % (experiment[:7], best[:7]) in err
     assert tree(project / "out")["model/weights"] == b"weights 0" and tree(project / "out")["data/in.txt"] == b"data of checkpoint 0"
     assert tree(project / "out")["train.py"] == b"code\n" and "repo/repository.json" not in tree(project / "out")
 
@@ -7672,7 +7699,7 @@ def test_events_are_sent_after_fifteen(project, call, settings, collector, monke
 def test_events_are_not_sent_before_there_are_fifteen(project, call, monkeypatch):
     monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "http://127.0.0.1:1/")
     sent = []
-    monkeypatch.setattr(replicate.Analytics, "_send_in_background", lambda self: sent.append(len(self._events())))
+    monkeypatch.setattr(replicate.Analytics, "_send_in_background", lambda self: sent.append(len(self._events()[0])))
     for _ in range(16):
         call("help", "ls")
         call("analytics", "on")
@@ -7732,7 +7759,7 @@ def test_analytics_follow_xdg_config_home(project, call, settings, tmp_path, mon
 def test_analytics_never_fail_a_command(project, call, settings, monkeypatch, tmp_path):
     monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "http://127.0.0.1:1/")
     call("ls")
-    event = replicate.Analytics().event("ls", "token")
+    event = replicate.Analytics().event("ls")
     for content in (b"{", b"[1, 2]", b'[{"properties": 1}]', json.dumps([event] * 500).encode()):
         (settings / "events.json").write_bytes(content)
         assert call("ls") == (0, "", "═══╡ No experiments found\n")
