@@ -7250,7 +7250,7 @@ def push_command(args: argparse.Namespace) -> int:
         raise WriteError("%s\nUploaded so far: %s. Run the command again for the rest." % (error, sent)) from error
     console.info("Uploaded %s to %s" % (sent, remote.url))
     for experiment_id in busy:
-        console.info("Another process is recording experiment %s and uploads it" % experiment_id[:SHORT_ID])
+        console.info("Another process is still recording experiment %s, and will upload it" % experiment_id[:SHORT_ID])
     return 0
 
 

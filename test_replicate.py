@@ -2549,7 +2549,7 @@ def test_what_a_killed_process_left_is_sent(bucket, project, training, by):
     assert len(before) == 1
     if by == "push":
         done = run("push")
-        assert done.returncode == 0 and "Sent 1 experiment" in done.stderr, done.stderr
+        assert done.returncode == 0 and "Uploaded 1 experiment" in done.stderr, done.stderr
     else:
         run_script(HASTY + "replicate.init(quiet=True).stop()")
     (document,) = [item for item in bucket.documents() if item["id"] == before[0]["id"]]
@@ -2577,7 +2577,7 @@ def test_a_push_that_is_interrupted_can_be_run_again(bucket, project, training):
     bucket.proxy.rule = lambda request: None
     bucket.proxy.clear()
     done = run("push")
-    assert done.returncode == 0 and "Sent 1 experiment and 6 checkpoints" in done.stderr, done.stderr
+    assert done.returncode == 0 and "Uploaded 1 experiment and 6 checkpoints" in done.stderr, done.stderr
     assert sorted(bucket.checkpoints().values()) == list(range(6)) and pending_leftovers(project) == []
     assert len({request.key for request in bucket.proxy.seen("PUT", "checkpoints/")}) <= 5  # what was there is not sent again
     for item in bucket.checkpoints():
@@ -2634,14 +2634,14 @@ def test_push_leaves_what_a_live_process_records(s3_bucket, project, training, s
     script.expect("saved")
     until(lambda: [item for item in pending_documents(project) if item["checkpoints"]])
     done = run("push")
-    assert done.returncode == 0 and "being recorded" in done.stderr, done.stderr
+    assert done.returncode == 0 and "Another process is still recording experiment" in done.stderr, done.stderr
     assert s3_bucket.checkpoints() == {} and len(pending_documents(project)[0]["checkpoints"]) == 1
     run_script("import replicate\nreplicate.init(quiet=True).stop()")
     assert s3_bucket.checkpoints() == {}  # nor does another run send it
     script.kill()
     away.close()
     done = run("push")
-    assert done.returncode == 0 and "Sent 1 experiment and 1 checkpoint" in done.stderr, done.stderr
+    assert done.returncode == 0 and "Uploaded 1 experiment and 1 checkpoint" in done.stderr, done.stderr
     assert list(s3_bucket.checkpoints().values()) == [1]
 
 
@@ -7301,6 +7301,16 @@ def test_ctrl_c_at_a_prompt_exits_with_130(project):
     before = tree(project)
     terminal = Terminal("rm", A).expect("(y/N)").interrupt()
     assert terminal.wait() == 130 and "Traceback" not in terminal.output and tree(project) == before
+
+
+def test_push_from_a_relative_path_means_the_working_directory(project, call, monkeypatch):
+    two_experiments(project)
+    (project / "sub").mkdir()
+    (project / "repo").rename(project / "sub/other")
+    monkeypatch.chdir(project / "sub")
+    code, out, err = call("push", "--from", "file://other", "2e")
+    assert (code, out) == (0, "") and "Copied 1 experiment and 0 checkpoints" in err
+    assert [document["id"] for document in stored_documents(project / "repo")] == [B]
 
 
 def recorded(project, name="train.py"):
