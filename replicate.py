@@ -13,14 +13,22 @@ In a training script::
 
 On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``checkout``, ``rm``, ``help``).
 
-Sections, each of which depends only on those above it:
+Each section depends only on those above it:
 
      0  imports and constants             6  archives: ignore rules, pack, unpack
      1  errors and the console            7  repository: layout, documents, journals, find, remove
-     2  values: JSON, times, short forms  8  recorder: snapshots, journal, sending, signals
+     2  values: JSON, times, short forms  8  recorder: snapshots, journal, uploads, signals
      3  model: Experiment, lists, plots   9  library: Project, init, experiments
      4  filters and sorting              10  rendering: tables, show, diff (data in, text out)
      5  configuration, threads, storage  11  commands, parser, main
+
+Five journeys, and the rooms that each passes through:
+
+    record    init, checkpoint (9) -> Recorder: journal (8) -> pack (6) -> DiskStorage (5)
+    list      ls (11) -> Repository.summaries, with its cache (7) -> filter, sort (4) -> table (10)
+    compare   show, diff (11) -> Repository.find (7) -> documents (3) -> text (10)
+    restore   checkout (11) -> Repository.find (7) -> Archive (6) -> Checkout (7) -> files
+    upload    Recorder, push (8, 11) -> pending area (8) -> S3Storage, GCSStorage (5)
 """
 from __future__ import annotations
 
@@ -58,7 +66,7 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------------------------
 
 class _LazyModule:
-    """A standard library module that is imported when it is first used: most commands need few of them."""
+    """A standard library module, imported when it is first used: most commands need few of them."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -101,23 +109,23 @@ FEEDBACK_URL = ""                # likewise, REPLICATE_FEEDBACK_URL
 # ------------------------------------------------------------------------------------------------------------------
 
 class ReplicateError(Exception):
-    """The root of every error that Replicate raises; its text is one clear sentence for the user."""
+    """The base class of all errors that Replicate raises; its text is one clear sentence for the user."""
 
 
 class DoesNotExist(ReplicateError):
-    """No experiment, checkpoint, file or bucket of that name; or a prefix that fits several."""
+    """No experiment, checkpoint, file or bucket has that name, or several match the prefix."""
 
 
 class ConfigNotFound(ReplicateError):
-    """No replicate.yaml and no repository here."""
+    """There is no replicate.yaml and no repository here."""
 
 
 class ReadError(ReplicateError):
-    """Something in the repository or on disk could not be read."""
+    """Something in the repository or on disk cannot be read."""
 
 
 class WriteError(ReplicateError):
-    """Something could not be written; what was there before is unchanged."""
+    """Something cannot be written; what was there before is unchanged."""
 
 
 class RepositoryConfigurationError(ReplicateError):
@@ -125,11 +133,11 @@ class RepositoryConfigurationError(ReplicateError):
 
 
 class IncompatibleRepositoryVersion(ReplicateError):
-    """The repository was written in a newer format."""
+    """A newer version of Replicate wrote the repository, in a newer format."""
 
 
 class CorruptedRepositorySpec(ReplicateError):
-    """repository.json is not of the form {"version": N}."""
+    """repository.json is not {"version": N}."""
 
 
 class UsageError(ReplicateError):
@@ -137,26 +145,26 @@ class UsageError(ReplicateError):
 
 
 class Console:
-    """Messages for people, on stderr; data goes to stdout and is none of its business."""
+    """Messages for people, on stderr. Data goes to stdout, by way of say()."""
 
     COLORS = {"info": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "bold": "\x1b[1m", "faint": "\x1b[2m",
               "heading": "\x1b[1;4m"}
 
     def __init__(self) -> None:
-        self.color: Optional[bool] = None  # None: decided by the terminal and NO_COLOR
+        self.color: Optional[bool] = None  # None: ask the terminal and NO_COLOR
         self.verbose = False
 
     def colored(self, text: str, style: str, stream: TextIO) -> str:
-        """text in that style if stream takes colours."""
+        """text in that style, if stream shows colours."""
         return "%s%s\x1b[0m" % (self.COLORS[style], text) if self.uses_color(stream) else text
 
     def uses_color(self, stream: TextIO) -> bool:
-        """Whether stream takes colours."""
+        """Whether stream shows colours."""
         wanted = self.color if self.color is not None else not os.environ.get("NO_COLOR")
         return wanted and is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
     def info(self, message: str) -> None:
-        """Print a message, whose further lines are continuations."""
+        """Print a message; lines after the first are continuation lines."""
         self._say(message, "info")
 
     def warning(self, message: str) -> None:
@@ -168,25 +176,24 @@ class Console:
         self._say(message, "error")
 
     def debug(self, message: str) -> None:
-        """Print a message that only -v shows."""
+        """Print a message with -v only."""
         if self.verbose:
             self._say(message, "info")
 
     def _say(self, message: str, style: str) -> None:
-        lines = []
-        for number, line in enumerate(message.split("\n")):
-            lines.append(self.colored("   │ " if number else "═══╡ ", style, sys.stderr) + escape_control(line) + "\n")
-        write_text(sys.stderr, "".join(lines))
+        write_text(sys.stderr, "".join(
+            "%s%s\n" % (self.colored("   │ " if number else "═══╡ ", style, sys.stderr), escape_control(line))
+            for number, line in enumerate(message.split("\n"))))
 
 
 def write_text(stream: Optional[TextIO], text: str) -> None:
-    """Write text whatever the stream's encoding is; a stream that is gone (no stderr, a closed pipe) is no error."""
+    """Write text in whatever encoding the stream has. Raises OSError, ValueError, but not for stderr."""
     if stream is None:
         return
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
-            text.encode(encoding)  # not by trying to write it: stderr escapes by itself
+            text.encode(encoding)  # writing it would not tell: stderr escapes what it cannot encode
         except UnicodeEncodeError:
             plain = text.replace("═══╡", "===|").replace("   │", "   |")
             text = plain.encode(encoding, "backslashreplace").decode(encoding)
@@ -198,7 +205,7 @@ def write_text(stream: Optional[TextIO], text: str) -> None:
 
 
 def is_terminal(stream: Optional[TextIO]) -> bool:
-    """Whether stream leads to a terminal."""
+    """Whether stream is an open terminal."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
@@ -210,24 +217,20 @@ console = Console()
 # C0 and C1 controls, bidirectional and zero-width marks, line separators, tags and lone surrogates.
 _CONTROL = ("\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
             "\ud800-\udfff\U000e0000-\U000e0fff")
-_control_pattern: Optional[re.Pattern] = None
 
 
 def escape_control(text: str) -> str:
-    """text with everything that could steer a terminal or reorder a line written as an escape (\\n, \\x1b, \\u202e)."""
-    global _control_pattern
+    """text with everything that could steer a terminal or reorder a line escaped (\\n, \\x1b, \\u202e)."""
     if text.isascii() and text.isprintable():
         return text
-    if _control_pattern is None:
-        _control_pattern = re.compile("[%s]" % _CONTROL)
-    return _control_pattern.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
+    return re.sub("[%s]" % _CONTROL, lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class Progress:
-    """One line on a terminal's stderr that counts bytes or things done; silent in a pipe and for quick work."""
+    """One line on the terminal that counts bytes; nothing in a pipe, and nothing for quick work."""
 
-    DELAY = 0.5     # seconds before the first line
-    INTERVAL = 0.1  # seconds between two lines
+    DELAY = 0.5     # seconds before the line appears
+    INTERVAL = 0.1  # seconds between two updates
 
     def __init__(self, label: str, total: int, quiet: bool = False) -> None:
         self.label, self.total, self.done = label, total, 0
@@ -236,7 +239,7 @@ class Progress:
         self._shown = False
 
     def add(self, amount: int) -> None:
-        """Count so many more bytes."""
+        """Count that many more bytes."""
         self.done += amount
         if self._active:
             share = " of %s (%d %%)" % (format_size(self.total), min(100, 100 * self.done // self.total)
@@ -244,7 +247,7 @@ class Progress:
             self.show("%s: %s%s" % (self.label, format_size(self.done), share))
 
     def show(self, text: str) -> None:
-        """Show a line, unless the last one is very recent."""
+        """Replace the line, unless it has just changed."""
         if self._active and time.monotonic() >= self._next:
             self._next = time.monotonic() + self.INTERVAL
             self._shown = True
@@ -258,22 +261,24 @@ class Progress:
             write_text(sys.stderr, "\r\x1b[K")
 
 
-def confirm(question: str) -> bool:
-    """Ask on the terminal; anything but yes, and the end of input, is no."""
+def confirm(message: str, question: str, otherwise: str) -> None:
+    """Show message and ask the question; raises ReplicateError unless the answer is yes.
+
+    otherwise tells how to do it without a terminal.
+    """
+    if not is_terminal(sys.stdin):
+        raise ReplicateError("%s\nNothing was changed. %s" % (message, otherwise))
+    console.warning(message)
     write_text(sys.stderr, question + " (y/N) ")
-    answer = sys.stdin.readline() if sys.stdin is not None else ""
+    answer = sys.stdin.readline()
     if not answer.endswith("\n"):
         write_text(sys.stderr, "\n")
-    return answer.strip().lower() in ("y", "yes")
-
-
-def has_terminal_input() -> bool:
-    """Whether somebody can be asked."""
-    return is_terminal(sys.stdin)
+    if answer.strip().lower() not in ("y", "yes"):
+        raise ReplicateError("Nothing was changed.")
 
 
 def program_name() -> str:
-    """How the user called this program, as it can be pasted."""
+    """The command that started this program, ready to paste."""
     program = sys.argv[0] if sys.argv else ""
     if not program.endswith(".py"):
         return "replicate"
@@ -654,10 +659,10 @@ class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
         index = best_index([checkpoint._document for checkpoint in self])
         return None if index is None else self[index]
 
-    def plot(self, metric: Optional[str] = None, logy: bool = False) -> Any:
-        """Draw a metric (by default the primary one) over steps with matplotlib; returns the axes."""
+    def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
+        """Plot a metric (by default the primary one) against steps, on ax or the current axes; returns the axes."""
         experiment = self[0]._experiment if self else None
-        return plot_metric([(experiment.short_id() if experiment else "", self)], metric, logy)
+        return plot_metric([(experiment.short_id() if experiment else "", self)], metric, logy, ax)
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
@@ -814,9 +819,9 @@ class Experiment:
         """Copy the experiment's files into output_directory, and over them those of its best or latest checkpoint."""
         self.project.checkout(self, self.best() or self.latest(), output_directory, quiet=quiet)
 
-    def plot(self, metric: Optional[str] = None, logy: bool = False) -> Any:
-        """Draw a metric (by default the primary one) over steps with matplotlib; returns the axes."""
-        return plot_metric([(self.short_id(), self.checkpoints)], metric, logy)
+    def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
+        """Plot a metric (by default the primary one) against steps, on ax or the current axes; returns the axes."""
+        return plot_metric([(self.short_id(), self.checkpoints)], metric, logy, ax)
 
     def to_json(self) -> Dict[str, Any]:
         """The document as stored."""
@@ -836,13 +841,14 @@ class Experiment:
 class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
     """Experiments, oldest first; slices stay such lists."""
 
-    def plot(self, metric: Optional[str] = None, logy: bool = False) -> Any:
-        """Draw a metric of every experiment over steps with matplotlib; returns the axes."""
-        return plot_metric([(experiment.short_id(), experiment.checkpoints) for experiment in self], metric, logy)
+    def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
+        """Plot a metric of every experiment against steps, on ax or the current axes; returns the axes."""
+        return plot_metric([(experiment.short_id(), experiment.checkpoints) for experiment in self], metric, logy, ax)
 
-    def scatter(self, param: str, metric: Optional[str] = None, logx: bool = False, logy: bool = False) -> Any:
-        """Draw the best (or latest) value of a metric over a param with matplotlib; returns the axes."""
-        return plot_scatter(self, param, metric, logx, logy)
+    def scatter(self, param: str, metric: Optional[str] = None, logx: bool = False, logy: bool = False, *,
+                ax: Any = None) -> Any:
+        """Plot the best (or latest) value of a metric against a param, on ax or the current axes; returns the axes."""
+        return plot_scatter(self, param, metric, logx, logy, ax)
 
     def delete(self) -> None:
         """Remove all of them from the repository."""
@@ -875,23 +881,24 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "<table>%s%s</table>" % (row(header, "th"), "".join(row(cells, "td") for cells in rows))
 
 
-def _pyplot() -> Any:
+def _axes(ax: Any) -> Any:
+    """ax, or else matplotlib's current axes, as for pyplot.plot. Raises ReplicateError without matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ReplicateError("Plots need matplotlib: install it with 'pip install matplotlib'. "
                              "Everything else works without it.") from error
-    return pyplot
+    return pyplot.gca() if ax is None else ax
 
 
 def _primary_name(lists: Iterable[CheckpointList], metric: Optional[str]) -> str:
-    """metric, or the primary metric of the first list that has one."""
+    """metric, or the primary metric of the first list that has one. Raises ReplicateError if none has."""
     for checkpoints in () if metric else lists:
         primary = checkpoints.primary_metric()
         if primary:
             return primary["name"]
     if not metric:
-        raise ReplicateError("There is no primary metric to plot: pass the name of a metric.")
+        raise ReplicateError("There is no primary metric to plot: pass the name of a metric, as in plot('loss').")
     return metric
 
 
@@ -899,10 +906,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[str], logy: bool) -> Any:
-    """One line a curve: the metric over steps, with gaps where a checkpoint does not have it."""
+def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[str], logy: bool, ax: Any) -> Any:
+    """Plot one line for each (label, checkpoints): the metric against steps, with gaps where it is missing."""
     name = _primary_name([checkpoints for _, checkpoints in curves], metric)
-    axes = _pyplot().subplots()[1]
+    axes = _axes(ax)
     for label, checkpoints in curves:
         values = [value if _is_number(value) else float("nan") for value in checkpoints.metrics[name]]
         axes.plot(checkpoints.step, values, label=label, marker="." if len(values) < 50 else None)
@@ -910,13 +917,14 @@ def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[s
     axes.set_ylabel(name)
     if logy:
         axes.set_yscale("log")
-    if len(curves) > 1:
+    if len(axes.get_legend_handles_labels()[1]) > 1:  # also of an earlier call
         axes.legend()
     return axes
 
 
-def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str], logx: bool, logy: bool) -> Any:
-    """One point an experiment that has both the param and the metric."""
+def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str], logx: bool, logy: bool,
+                 ax: Any) -> Any:
+    """Plot one point for each experiment that has both the param and the metric."""
     name = _primary_name([experiment.checkpoints for experiment in experiments], metric)
     points = []
     for experiment in experiments:
@@ -924,7 +932,7 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
         value = checkpoint.metrics.get(name) if checkpoint else None
         if param in experiment.params and _is_number(value):
             points.append((experiment.params[param], value, experiment.short_id()))
-    axes = _pyplot().subplots()[1]
+    axes = _axes(ax)
     if not all(_is_number(x) for x, _, _ in points):
         points = [(format_value(x), y, label) for x, y, label in points]
     axes.scatter([x for x, _, _ in points], [y for _, y, _ in points])
@@ -6218,27 +6226,20 @@ def render_json_list(rows: Sequence[Row]) -> Iterator[str]:
 
 
 class Command:
-    """A subcommand: its function and the options that stand beside it."""
+    """A subcommand: its function, whose docstring is the help text, and its options."""
 
     def __init__(self, name: str, run: Callable[[argparse.Namespace], int], aliases: Sequence[str], options: Options,
                  usage: str, epilog: str) -> None:
         self.name, self.run, self.aliases, self.options = name, run, aliases, options
         self.usage, self.epilog = usage, epilog
-
-    @property
-    def description(self) -> str:
-        return (self.run.__doc__ or "").replace("\n    ", "\n").strip()
-
-    @property
-    def summary(self) -> str:
-        return self.description.split("\n")[0].rstrip(".")
+        self.description = (run.__doc__ or "").replace("\n    ", "\n").strip()
 
 
 COMMANDS: Dict[str, Command] = {}
 
 
 def command(name: str, *options: Any, aliases: Sequence[str] = (), usage: str = "", epilog: str = "") -> Callable:
-    """Register a function as a subcommand; its docstring is the help text."""
+    """Register a function as a subcommand."""
     def register(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
         COMMANDS[name] = Command(name, run, aliases, options, usage, epilog)
         return run
@@ -6246,30 +6247,30 @@ def command(name: str, *options: Any, aliases: Sequence[str] = (), usage: str = 
 
 
 def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
-    """One argument for argparse's add_argument."""
+    """The arguments for one call of argparse's add_argument."""
     return names, settings
 
 
-REPOSITORY = option("-R", "--repository", metavar="URL",
-                    help="Repository URL, e.g. s3://my-bucket (default: the one in replicate.yaml)")
 GLOBAL_OPTIONS: Options = (
     option("-h", "--help", action="store_true", help="Show this help"),
-    option("--color", metavar="true|false", help="Display color in output (default: on a terminal, without NO_COLOR)"),
+    option("--color", type=str.lower, choices=("true", "1", "yes", "always", "false", "0", "no", "never"),
+           metavar="true|false", help="Display color in output (default: on a terminal, without NO_COLOR)"),
     option("--no-color", dest="color", action="store_const", const="false", help="The same as --color=false"),
     option("-D", "--project-directory", metavar="DIRECTORY",
            help="Project directory (default: nearest parent directory with replicate.yaml)"),
-    REPOSITORY,
+    option("-R", "--repository", metavar="URL",
+           help="Repository URL, e.g. s3://my-bucket (default: the one in replicate.yaml)"),
     option("-v", "--verbose", action="store_true", help="Verbose output"))
+ID = option("id", metavar="ID", help="Experiment or checkpoint ID, or the start of one")
+JSON = option("--json", action="store_true", help="Print output in JSON format")
 LIST_OPTIONS = (
     option("--all", action="store_true", help="Output all params and metrics (default: only those that differ)"),
     option("-f", "--filter", action="append", default=[], metavar="FILTER",
            help='Filter, repeatable (format: "<name> <operator> <value>")'),
-    option("--json", action="store_true", help="Print output in JSON format"),
+    JSON,
     option("-q", "--quiet", action="store_true", help="Only print experiment IDs"),
     option("-s", "--sort", default="started", metavar="KEY",
            help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"))
-ID = option("id", metavar="ID", help="An experiment or checkpoint ID, or the start of one")
-JSON = option("--json", action="store_true", help="Print output in JSON format")
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
@@ -6283,11 +6284,8 @@ Sort all stopped experiments by the metric "val_loss":
 """ + FILTER_HELP
 
 
-VERSION_TEXT = "replicate %s\n" % __version__
-
-
 def say(text: str) -> None:
-    """Data, to stdout."""
+    """Print data to stdout."""
     write_text(sys.stdout, text)
 
 
@@ -6300,7 +6298,7 @@ def say_all(texts: Iterable[str]) -> None:
 
 
 def say_json(pieces: Iterable[str]) -> None:
-    """JSON, to stdout; ASCII alone where stdout's encoding lacks a character."""
+    """Print JSON to stdout, escaping what its encoding lacks."""
     def encodable(text: str) -> str:
         try:
             text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -6312,12 +6310,12 @@ def say_json(pieces: Iterable[str]) -> None:
 
 
 def paint(text: str, style: str) -> str:
-    """text in a style if stdout takes colours."""
+    """text in a style, if stdout shows colours."""
     return console.colored(text, style, sys.stdout)
 
 
 def opened_project(args: argparse.Namespace) -> Project:
-    """The project that the arguments name, with its abandoned journals folded."""
+    """The project that the flags name, after folding the journals of killed recorders. Raises ReadError."""
     project = Project(args.repository, args.project_directory)
     explicit = args.repository or os.environ.get("REPLICATE_REPOSITORY")
     storage = project.repository.storage
@@ -6386,7 +6384,7 @@ def show_command(args: argparse.Namespace) -> int:
     else:
         say(render_experiment(experiment, running, datetime.datetime.now(datetime.timezone.utc), args.all, paint))
         if experiment.checkpoints:
-            console.info("To see more details about a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
+            console.info("To see more of a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
     if hidden:
         console.info("%s that the program did not import: --all lists them" % plural(hidden, "more installed package"))
     return 0
@@ -6400,19 +6398,19 @@ def diff_command(args: argparse.Namespace) -> int:
     defined, it will use the latest checkpoint.
     """
     repository = opened_project(args).repository
-    sides = [Side(experiment, checkpoint or chosen_checkpoint(experiment))
+    sides = [Side(experiment, checkpoint or chosen_checkpoint(experiment, "Comparing"))
              for experiment, checkpoint in repository.find_all(args.ids)]
     say(render_diff(sides[0], sides[1], paint))
     return 0
 
 
-def chosen_checkpoint(experiment: Experiment) -> Optional[Checkpoint]:
-    """The best checkpoint of an experiment, else the latest; says which."""
+def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint]:
+    """The experiment's best checkpoint, or else its latest; tells the user which one it is."""
     best = experiment.best()
     checkpoint = best or experiment.latest()
     if checkpoint:
-        console.info("Of experiment %s, the %s checkpoint %s (step %d) is taken" % (
-            experiment.short_id(), "best" if best else "latest", checkpoint.short_id(), checkpoint.step))
+        console.info("%s the %s checkpoint of %s: %s (step %d)" % (
+            doing, "best" if best else "latest", experiment.short_id(), checkpoint.short_id(), checkpoint.step))
     return checkpoint
 
 
@@ -6427,27 +6425,23 @@ def checkout_command(args: argparse.Namespace) -> int:
     project = opened_project(args)
     experiment, checkpoint = project.repository.find(args.id)
     if checkpoint is None:
-        checkpoint = chosen_checkpoint(experiment)
+        checkpoint = chosen_checkpoint(experiment, "Checking out")
     directory = args.output_directory or project.directory
 
     def approve(conflicts: List[str]) -> None:
-        if not conflicts or args.force:
-            return
-        shown = "\n".join("  " + escape_control(name) for name in conflicts[:10])
-        more = "\n  and %d more" % (len(conflicts) - 10) if len(conflicts) > 10 else ""
-        message = "These files in %s would be overwritten with other content:\n%s%s" % (directory, shown, more)
-        if not has_terminal_input():
-            raise ReplicateError(message + "\nNothing was changed. Pass -f to overwrite them, or -o to write elsewhere.")
-        console.warning(message)
-        if not confirm("Do you want to overwrite them?"):
-            raise ReplicateError("Nothing was changed.")
+        if conflicts and not args.force:
+            shown = ["  " + escape_control(name) for name in conflicts[:10]]
+            shown += ["  and %d more" % (len(conflicts) - 10)] if len(conflicts) > 10 else []
+            confirm("Checking out would overwrite these files in %s, whose contents differ:\n%s" % (
+                directory, "\n".join(shown)), "Do you want to overwrite them?",
+                "Pass -f to overwrite them, or -o to check out elsewhere.")
 
     names = project.checkout(experiment, checkpoint, directory, path=args.path, approve=approve)
-    console.info("Checked out %s of experiment %s%s into %s" % (
-        plural(len(names), "file"), experiment.short_id(),
-        " and its checkpoint %s" % checkpoint.short_id() if checkpoint else "", directory))
+    console.info("Checked out %s of %s%s into %s" % (
+        plural(len(names), "file"), "checkpoint %s and " % checkpoint.short_id() if checkpoint else "",
+        "experiment " + experiment.short_id(), directory))
     if experiment.command:
-        console.info("The experiment was run with this command:\n  %s" % escape_control(experiment.command))
+        console.info("The experiment ran with this command:\n  %s" % escape_control(experiment.command))
     return 0
 
 
@@ -6465,47 +6459,44 @@ def rm_command(args: argparse.Namespace) -> int:
     """
     repository = opened_project(args).repository
     found = repository.find_all(args.ids)
-    whole = {experiment.id: experiment for experiment, checkpoint in found if checkpoint is None}
-    single = {checkpoint.id: (experiment, checkpoint) for experiment, checkpoint in found
-              if checkpoint is not None and experiment.id not in whole}
+    experiments = {experiment.id: experiment for experiment, checkpoint in found if checkpoint is None}
+    checkpoints = {checkpoint.id: (experiment, checkpoint) for experiment, checkpoint in found
+                   if checkpoint is not None and experiment.id not in experiments}
     if not args.force:
         running = repository.running()
         lines = ["* Experiment %s (%s)%s" % (item.short_id(), plural(len(item.checkpoints), "checkpoint"),
                                              ", which is running" if item.id in running else "")
-                 for item in whole.values()]
-        lines += ["* Checkpoint %s of experiment %s%s" % (checkpoint.short_id(), experiment.short_id(),
+                 for item in experiments.values()]
+        lines += ["* Checkpoint %s of experiment %s%s" % (item.short_id(), experiment.short_id(),
                                                           ", which is running" if experiment.id in running else "")
-                  for experiment, checkpoint in single.values()]
-        if not has_terminal_input():
-            raise ReplicateError("Removing needs a confirmation, and there is no terminal to ask on: pass -f. "
-                                 "Nothing was removed.")
-        console.warning("You are about to delete the following:\n%s" % "\n".join(lines))
-        if not confirm("Do you want to continue?"):
-            raise ReplicateError("Nothing was removed.")
-    for experiment, checkpoint in single.values():
+                  for experiment, item in checkpoints.values()]
+        confirm("You are about to delete the following:\n%s" % "\n".join(lines), "Do you want to continue?",
+                "Pass -f to delete without being asked.")
+    for experiment, checkpoint in checkpoints.values():
         repository.remove_checkpoint(experiment, checkpoint)
         console.info("Removed checkpoint %s of experiment %s" % (checkpoint.short_id(), experiment.short_id()))
-    for experiment in whole.values():
+    for experiment in experiments.values():
         repository.remove_experiment(experiment)
         console.info("Removed experiment %s" % experiment.short_id())
     return 0
 
 
 @command("push", option("ids", nargs="*", metavar="ID", help="Experiments to copy (default: all); only with --from"),
-         option("--from", dest="source", metavar="URL", help="Copy experiments from this repository into the project's"),
+         option("--from", dest="source", metavar="URL", help="Copy experiments from this repository"),
          usage="[ID...]")
 def push_command(args: argparse.Namespace) -> int:
-    """Send what is waiting to be sent, or copy experiments from another repository
+    """Upload what is waiting to be uploaded, or copy experiments from another repository
 
-    Checkpoints that could not be sent to the bucket yet wait below .replicate/pending/ in the project. They are sent
-    by the next run in the project, or by this command. It can be interrupted and run again.
+    While a bucket cannot be reached, experiments and checkpoints wait in .replicate/pending/ in the project directory.
+    The next run in the project uploads them, or this command. If it is interrupted, run it again. With --from, it
+    copies experiments from that repository into the project's.
     """
     if args.ids and not args.source:
-        raise UsageError("IDs can be given only with --from.")
+        raise UsageError("Experiment IDs need --from URL: without it, push uploads all that is waiting.")
     project = Project(args.repository, args.project_directory)
     sent = Sent()
     if args.source:
-        source = Repository(absolute_url(args.source, project.directory))
+        source = Repository(absolute_url(args.source, os.getcwd()))
         if not source.check_version():
             raise DoesNotExist("There is no repository at %s." % source.url)
         copy_experiments(source, project._open(), args.ids, sent)
@@ -6513,33 +6504,32 @@ def push_command(args: argparse.Namespace) -> int:
         return 0
     pending = project.pending()
     areas = pending_areas(pending)
-    waiting = [entry for area in areas for entry in area.storage.list(EXPERIMENTS)]
-    tell_of_other_pending(project.directory, pending)
-    if not waiting:
-        console.info("Nothing is waiting to be sent")
+    mention_other_pending(project.directory, pending)
+    if not any(True for area in areas for entry in area.storage.list(EXPERIMENTS)):
+        console.info("Nothing is waiting to be uploaded")
         return 0
     remote = project.repository
     remote.prepare()
     total = sum(entry.size for area in areas for kind in ("experiments/", "checkpoints/")
                 for entry in area.storage.list(kind))
     try:
-        with Progress("Sending", total) as progress:
+        with Progress("Uploading", total) as progress:
             busy = send_abandoned(pending, remote, sent, progress.add)
     except ReplicateError as error:
-        raise WriteError("%s\nSent so far: %s. Run the command again for the rest." % (error, sent)) from error
-    console.info("Sent %s to %s" % (sent, remote.url))
+        raise WriteError("%s\nUploaded so far: %s. Run the command again for the rest." % (error, sent)) from error
+    console.info("Uploaded %s to %s" % (sent, remote.url))
     for experiment_id in busy:
-        console.info("Experiment %s is being recorded, and sent, by another process" % experiment_id[:SHORT_ID])
+        console.info("Another process is still recording experiment %s, and will upload it" % experiment_id[:SHORT_ID])
     return 0
 
 
-def tell_of_other_pending(directory: str, pending: Repository) -> None:
-    """Say where something waits for another repository than this one."""
+def mention_other_pending(directory: str, pending: Repository) -> None:
+    """Tell the user what is waiting for other repositories than this one."""
     base = os.path.join(directory, PENDING)
     for name in sorted(os.listdir(base)) if os.path.isdir(base) else ():
         url = "file://" + os.path.join(base, name)
         if not url.startswith(pending.url) and next(Repository(url).storage.list(EXPERIMENTS), None):
-            console.info("Something for another repository waits in %s: send it with 'push -R URL'" % url)
+            console.info("Experiments in %s are waiting for another repository: upload them with 'push -R URL'" % url)
 
 
 def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[str], sent: Sent) -> None:
@@ -6556,7 +6546,7 @@ def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[
 # -- demo
 
 DEMO_SCRIPT = '''\
-"""A character model of Python source, in plain Python: how likely is each letter, given the few before it?"""
+"""A character model of Python source, in plain Python: how likely is each letter after the few before it?"""
 import collections
 import json
 import math
@@ -6572,10 +6562,10 @@ letters = sorted(set(text))
 experiment = replicate.init(path="train.py", params={"order": order, "smoothing": smoothing})
 counts = collections.defaultdict(collections.Counter)
 for step in range(3):
-    for i in range(split * step // 3, split * (step + 1) // 3):  # train on one more third
+    for i in range(split * step // 3, split * (step + 1) // 3):  # train on another third
         counts[text[max(0, i - order):i]][text[i]] += 1
     loss = 0.0
-    for i in range(split, len(text)):  # bits for each letter of the last tenth, which it has not seen
+    for i in range(split, len(text)):  # test on the last tenth: the loss is in bits a letter
         seen = counts.get(text[i - order:i], {})
         loss -= math.log2((seen.get(text[i], 0) + smoothing) / (sum(seen.values()) + smoothing * len(letters)))
     with open("model.json", "w") as file:
@@ -6588,9 +6578,9 @@ DEMO_RUNS = (("1", "0.1"), ("2", "0.1"), ("3", "0.1"), ("3", "0.01"))
 
 
 @command("demo", option("directory", nargs="?", metavar="DIRECTORY",
-                        help="The new folder to make (default: replicate-demo)"), usage="[directory]")
+                        help="The folder to create (default: replicate-demo)"), usage="[directory]")
 def demo_command(args: argparse.Namespace) -> int:
-    """Train a small model four times in a new folder, record the runs, and show them"""
+    """Train a small model four times in a new folder, and list the experiments"""
     import subprocess
     directory = args.directory or new_directory("replicate-demo")
     try:
@@ -6599,7 +6589,7 @@ def demo_command(args: argparse.Namespace) -> int:
         with open(os.path.join(directory, "train.py"), "x", encoding="utf-8") as file:
             file.write(DEMO_SCRIPT)
     except OSError as error:
-        raise WriteError("The folder %s could not be made: %s." % (directory, short_reason(error))) from error
+        raise WriteError("The demo cannot be created in %s: %s." % (directory, short_reason(error))) from error
     os.makedirs(os.path.join(directory, DEFAULT_STORAGE))
     environment = {name: value for name, value in os.environ.items()
                    if name not in RANK_VARIABLES + ("REPLICATE_REPOSITORY", "PYTHONPATH")}
@@ -6607,7 +6597,7 @@ def demo_command(args: argparse.Namespace) -> int:
         console.info("python train.py %s" % " ".join(arguments))
         run = subprocess.run([sys.executable, "train.py", *arguments], cwd=directory, env=environment)
         if run.returncode:
-            raise ReplicateError("The demo's training script failed: see above.")
+            raise ReplicateError("The demo's training script failed: its output is above.")
     say("\n")
     repository = Project(None, directory).repository if not _search_upward(os.path.abspath(directory), CONFIG_NAMES, 1) \
         else Project("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).repository
@@ -6615,7 +6605,7 @@ def demo_command(args: argparse.Namespace) -> int:
     say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc)))
     best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
-    say("The runs are in %s, with the script train.py that made them. Try next:\n\n"
+    say("%s holds the experiments and train.py, the script that recorded them. Try next:\n\n"
         "  %s show %s\n  %s diff %s %s\n  %s checkout %s -o %s\n" % (
             directory, program, best.id[:SHORT_ID], program, rows[0].id[:SHORT_ID], best.id[:SHORT_ID],
             program, best.id[:SHORT_ID], shlex.quote(os.path.join(directory, "best"))))
@@ -6634,97 +6624,95 @@ def new_directory(name: str) -> str:
 # -- analytics and feedback
 
 class Analytics:
-    """Anonymous usage events, kept in a bounded file and sent in the background; only where a URL is configured."""
+    """Anonymous usage events, sent in the background, and only if REPLICATE_ANALYTICS_URL says where to."""
 
     MAX_EVENTS = 100
     SEND_AFTER_EVENTS = 15
     SEND_AFTER_SECONDS = 300
-    TIMEOUT = 5.0
     NOTICE = ("Replicate sends anonymous usage data to %s: a random token for this machine, the name of the command, "
-              "the version, the operating system and the processor type. Nothing has been sent yet.\n"
+              "the version, the operating system and the processor type. It has not sent anything yet.\n"
               "To switch it off, run: replicate analytics off")
 
     def __init__(self) -> None:
         base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
         self.directory = os.path.join(base, "replicate")
         self.url = os.environ.get("REPLICATE_ANALYTICS_URL", ANALYTICS_URL)
-
-    @property
-    def refused(self) -> bool:
-        """Whether the environment forbids it."""
-        return any(os.environ.get(name, "") not in ("", "0", "false")
-                   for name in ("REPLICATE_NO_ANALYTICS", "DO_NOT_TRACK"))
+        self.refused = any(os.environ.get(name, "") not in ("", "0", "false")
+                           for name in ("REPLICATE_NO_ANALYTICS", "DO_NOT_TRACK"))
 
     def settings(self) -> Dict[str, Any]:
-        """{"analytics_enabled": bool, "anonymous_id": str}, or what there is of it."""
-        try:
-            with open(os.path.join(self.directory, "settings.json"), "rb") as file:
-                settings = decode_json(file.read(), "settings.json")
-            return settings if isinstance(settings, dict) else {}
-        except (OSError, ReadError):
-            return {}
+        """{"analytics_enabled": bool, "anonymous_id": str}; empty before the first run."""
+        settings = self._read("settings.json")
+        return settings if isinstance(settings, dict) else {}
 
-    def save(self, **changes: Any) -> Dict[str, Any]:
-        """Change settings. Raises WriteError."""
-        settings = dict(self.settings(), **changes)
-        settings.setdefault("anonymous_id", new_uuid())
-        self._write("settings.json", encode_json(settings))
-        return settings
+    def switch(self, enabled: bool) -> None:
+        """Switch analytics on or off. Raises WriteError."""
+        import uuid
+        settings = dict({"anonymous_id": str(uuid.uuid4())}, **self.settings())
+        self._write("settings.json", dict(settings, analytics_enabled=enabled))
 
-    def event(self, command_name: str, anonymous_id: str) -> Dict[str, Any]:
-        """One event: all that is ever sent."""
-        return {"anonymous_id": anonymous_id, "event": "Run command", "properties": {
+    def event(self, command_name: str) -> Dict[str, Any]:
+        """One event, with all that is ever sent."""
+        example = "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a"  # for `replicate analytics` before the first run
+        return {"anonymous_id": self.settings().get("anonymous_id", example), "event": "Run command", "properties": {
             "command": "replicate " + command_name, "replicate_version": __version__,
             "operating_system": sys.platform, "cpu_architecture": platform.machine(), "timestamp": timestamp()}}
 
     def track(self, command_name: str) -> None:
-        """Note that a command was run; explains itself first. Never raises, never waits."""
+        """Record that a command was run; the first time, only explain. Never raises, never waits."""
         if not self.url or self.refused or command_name in ("analytics", "help"):
             return
         try:
-            settings = self.settings()
-            if "analytics_enabled" not in settings:
-                self.save(analytics_enabled=True)
+            enabled = self.settings().get("analytics_enabled")
+            if enabled is None:
+                self.switch(True)
                 console.info(self.NOTICE % self.url)
-            elif settings["analytics_enabled"]:
-                events = (self._events() + [self.event(command_name, settings.get("anonymous_id", ""))])
-                self._write("events.json", encode_json(events[-self.MAX_EVENTS:], indent=None))
-                age = time.time() - parse_time(events[0]["properties"]["timestamp"]).timestamp()
+            elif enabled:
+                events, age = self._events()
+                events = [*events, self.event(command_name)][-self.MAX_EVENTS:]
+                self._write("events.json", events)
                 if len(events) >= self.SEND_AFTER_EVENTS or age >= self.SEND_AFTER_SECONDS:
                     self._send_in_background()
         except Exception as error:
             console.debug("Analytics: %s" % error)
 
     def send(self) -> None:
-        """Send what is waiting; runs in a process of its own."""
+        """Send the waiting events, in a process of its own."""
         path = os.path.join(self.directory, "events.json")
         taken = "%s.%d" % (path, os.getpid())
-        os.replace(path, taken)  # so that no two processes send the same
+        os.replace(path, taken)  # so that no other process sends them too
         try:
             with open(taken, "rb") as file:
-                post_json(self.url, file.read(), self.TIMEOUT)
+                post_json(self.url, file.read(), 5.0)
         finally:
             remove_file(taken)
 
-    def _events(self) -> List[Dict[str, Any]]:
+    def _events(self) -> Tuple[List[Dict[str, Any]], float]:
+        """The waiting events and the age of the first in seconds; none if the file is damaged."""
+        events = self._read("events.json")
         try:
-            with open(os.path.join(self.directory, "events.json"), "rb") as file:
-                events = decode_json(file.read(), "events.json")
-            return [event for event in events if isinstance(event, dict)
-                    and isinstance(parse_time(event["properties"]["timestamp"]), datetime.datetime)]
-        except (OSError, ReadError, TypeError, KeyError, ValueError):
-            return []
+            first = min(parse_time(event["properties"]["timestamp"]) for event in events)
+            return events, time.time() - first.timestamp()
+        except (TypeError, KeyError, ValueError):
+            return [], 0.0
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _read(self, name: str) -> Any:
+        try:
+            with open(os.path.join(self.directory, name), "rb") as file:
+                return json.loads(file.read())
+        except (OSError, ValueError):
+            return None
+
+    def _write(self, name: str, content: Any) -> None:
+        path = os.path.join(self.directory, name)
+        temporary = "%s.%s" % (path, os.urandom(6).hex())
         try:
             os.makedirs(self.directory, 0o700, exist_ok=True)
-            path = os.path.join(self.directory, ".%s.%s" % (name, os.urandom(6).hex()))
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-            os.replace(path, os.path.join(self.directory, name))
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(encode_json(content))
+            os.replace(temporary, path)
         except OSError as error:
-            raise WriteError("%s could not be written: %s." % (os.path.join(self.directory, name),
-                                                               short_reason(error))) from error
+            raise WriteError("%s cannot be written: %s." % (path, short_reason(error))) from error
 
     def _send_in_background(self) -> None:
         import subprocess
@@ -6732,80 +6720,68 @@ class Analytics:
                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def new_uuid() -> str:
-    """A random UUID (RFC 4122, version 4)."""
-    import uuid
-    return str(uuid.uuid4())
-
-
 def post_json(url: str, data: bytes, timeout: float) -> None:
     """POST JSON to an http(s) URL. Raises ReplicateError."""
     import urllib.request
     if not url.startswith(("http://", "https://")):
-        raise ReplicateError("%s is no http or https URL." % url)
+        raise ReplicateError("%s is not an http or https URL." % url)
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout):
-            pass
+        urllib.request.urlopen(request, timeout=timeout).close()
     except (OSError, ValueError) as error:
         raise ReplicateError("%s cannot be reached: %s." % (url, short_reason(error))) from error
 
 
 @command("analytics", option("switch", nargs="?", choices=("on", "off"), metavar="on|off",
-                             help="Switch it on or off (default: print the state)"), usage="<on|off>")
+                             help="Switch analytics on or off (default: show the state)"), usage="<on|off>")
 def analytics_command(args: argparse.Namespace) -> int:
     """Enable or disable analytics
 
-    The following data is sent for each command, and only where a URL to send it to is configured
-    (REPLICATE_ANALYTICS_URL; there is none by default):
+    Nothing is sent unless you set REPLICATE_ANALYTICS_URL. If you do, the following data is sent for each command:
       * A random token for the machine (e.g. "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")
-      * The subcommand, without any options or arguments (e.g. "replicate ls")
+      * The subcommand you ran, without any options or arguments (e.g. "replicate ls")
       * The Replicate version (e.g. "1.0.0")
-      * The CPU architecture (e.g. "x86_64")
-      * The operating system (e.g. "linux")
+      * Your CPU architecture (e.g. "x86_64")
+      * Your operating system (e.g. "linux")
     """
     analytics = Analytics()
     if args.switch:
-        analytics.save(analytics_enabled=args.switch == "on")
-        console.info("Analytics are switched %s" % args.switch)
+        analytics.switch(args.switch == "on")
+        console.info("Analytics are now %s" % args.switch)
         return 0
-    settings = analytics.settings()
     if analytics.refused:
-        state = "off (the environment says so)"
-    elif not settings.get("analytics_enabled", True):
+        state = "off: REPLICATE_NO_ANALYTICS or DO_NOT_TRACK is set"
+    elif not analytics.settings().get("analytics_enabled", True):
         state = "off"
     elif not analytics.url:
-        state = "on, but no URL is configured (REPLICATE_ANALYTICS_URL), so that nothing is recorded or sent"
+        state = "on, but nothing is recorded or sent: REPLICATE_ANALYTICS_URL is not set"
     else:
-        state = "on, sent to " + analytics.url
-    say("Analytics are %s.\nAn example of an event:\n%s" % (escape_control(state), shown_json(
-        analytics.event("ls", settings.get("anonymous_id") or "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")) + "\n"))
+        state = "on, and sent to " + analytics.url
+    say("Analytics are %s.\nAn example of an event:\n" % escape_control(state))
+    say_json([shown_json(analytics.event("ls")) + "\n"])
     return 0
 
 
 @command("feedback", option("message", nargs="*", metavar="MESSAGE",
-                            help="What to say (default: asked for, or read from standard input)"), usage="[message]")
+                            help="Your feedback (default: asked for, or read from standard input)"), usage="[message]")
 def feedback_command(args: argparse.Namespace) -> int:
     """Submit feedback to the team!"""
     message = " ".join(args.message)
-    if not message:
-        if has_terminal_input():
-            write_text(sys.stderr, "What would you like to tell us? ")
-            message = sys.stdin.readline()
-        elif sys.stdin is not None:
-            message = sys.stdin.read()
-    message = message.strip()
-    if not message:
-        raise ReplicateError("The feedback is empty: nothing was sent.")
-    content = {"feedback": message, "replicate_version": __version__, "python_version": platform.python_version(),
-               "operating_system": sys.platform, "cpu_architecture": platform.machine()}
+    if not message and is_terminal(sys.stdin):
+        write_text(sys.stderr, "What would you like to tell us? ")
+        message = sys.stdin.readline()
+    elif not message and sys.stdin is not None:
+        message = sys.stdin.read()
+    if not message.strip():
+        raise ReplicateError("There is no feedback to send: the message is empty.")
+    content = {"feedback": message.strip(), "replicate_version": __version__, "operating_system": sys.platform,
+               "python_version": platform.python_version(), "cpu_architecture": platform.machine()}
     url = os.environ.get("REPLICATE_FEEDBACK_URL", FEEDBACK_URL)
     if url:
-        post_json(url, encode_json(content, indent=None), 10.0)
+        post_json(url, encode_json(content), 10.0)
         console.info("Thank you!")
     else:
-        console.info("No address is set up to send it to. Set REPLICATE_FEEDBACK_URL to one, or paste this where the "
-                     "project's team reads it:")
+        console.info("Nothing was sent: REPLICATE_FEEDBACK_URL is not set. Set it and run this again, or pass this on:")
         say_json([shown_json(content) + "\n"])
     return 0
 
@@ -6813,147 +6789,110 @@ def feedback_command(args: argparse.Namespace) -> int:
 @command("help", option("command", nargs="?", metavar="COMMAND"), usage="[command]")
 def help_command(args: argparse.Namespace) -> int:
     """Help about any command"""
-    if not args.command:
-        say(general_help())
-    else:
-        say(command_parser(find_command(args.command)).format_help())
+    say(command_parser(find_command(args.command)).format_help() if args.command else general_help())
     return 0
 
 
 # -- parsing
 
-def argument_parser(**settings: Any) -> argparse.ArgumentParser:
-    """A parser that raises UsageError, and takes no abbreviations."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError("%s%s." % (message[:1].upper(), message[1:].rstrip(".")))
+def argument_parser(options: Options, **settings: Any) -> argparse.ArgumentParser:
+    """A parser of these options that raises UsageError."""
+    def narrow(prog: str) -> argparse.HelpFormatter:  # to ask for the terminal's width would import a lot
+        return argparse.RawDescriptionHelpFormatter(prog, width=80)
 
-        def format_help(self) -> str:
-            self.formatter_class = argparse.RawDescriptionHelpFormatter
-            return super().format_help()
+    def fail(message: str) -> NoReturn:
+        raise UsageError("%s%s." % (message[:1].upper(), message[1:].rstrip(".")))
 
-    def narrow(prog: str) -> argparse.HelpFormatter:  # that asks for no terminal's width, for which it would import a lot
-        return argparse.HelpFormatter(prog, width=80)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=narrow, **settings)
+    parser.error = fail  # type: ignore[method-assign,assignment]
+    for names, keywords in options:
+        parser.add_argument(*names, **keywords)
+    return parser
 
-    return Parser(add_help=False, allow_abbrev=False, formatter_class=narrow, **settings)
 
-
-def command_parser(chosen: Command, flags_before: bool = False) -> argparse.ArgumentParser:
-    """The parser of one subcommand; flags_before: global flags that were parsed before it stay as they are."""
+def command_parser(chosen: Command) -> argparse.ArgumentParser:
+    """The parser of one subcommand, which leaves the global flags before it as they are."""
+    flags = [(names, dict(settings, default=argparse.SUPPRESS)) for names, settings in GLOBAL_OPTIONS]
     aliases = "\n\naliases: %s" % ", ".join(chosen.aliases) if chosen.aliases else ""
-    parser = argument_parser(prog="replicate " + chosen.name, description=chosen.description + aliases,
-                             usage=" ".join(("replicate", chosen.name, chosen.usage, "[flags]")).replace("  ", " "),
-                             epilog=chosen.epilog or None)
-    for names, settings in chosen.options:
-        parser.add_argument(*names, **settings)
-    for names, settings in GLOBAL_OPTIONS:
-        parser.add_argument(*names, **(dict(settings, default=argparse.SUPPRESS) if flags_before else settings))
-    return parser
-
-
-def general_parser() -> argparse.ArgumentParser:
-    """The parser of what stands before the subcommand, which takes all that follows it as it is."""
-    parser = argument_parser(prog="replicate")
-    for names, settings in GLOBAL_OPTIONS:
-        parser.add_argument(*names, **settings)
-    parser.add_argument("--version", action="store_true")
-    parser.add_argument("command", nargs="?")
-    parser.add_argument("rest", nargs=argparse.REMAINDER)
-    return parser
+    return argument_parser((*chosen.options, *flags), prog="replicate " + chosen.name, epilog=chosen.epilog or None,
+                           usage=" ".join(("replicate", chosen.name, chosen.usage, "[flags]")).replace("  ", " "),
+                           description=chosen.description + aliases)
 
 
 def general_help() -> str:
     """`replicate --help`."""
-    lines = ["Replicate: version control for machine learning", "", "usage: replicate [flags] <command> [flags]", "",
-             "commands:"]
-    lines += ["  %-10s %s" % (chosen.name, chosen.summary) for chosen in COMMANDS.values()]
-    parser = argument_parser(prog="replicate", usage=argparse.SUPPRESS)
-    for names, settings in GLOBAL_OPTIONS + (option("--version", action="store_true", help="Print the version"),):
-        parser.add_argument(*names, **settings)
-    return "\n".join(lines) + "\n\n" + parser.format_help().lstrip("\n") + (
-        "\nRun 'replicate help <command>' for more about a command, 'replicate demo' to see it at work.\n")
+    lines = ["  %-10s %s" % (name, chosen.description.split("\n")[0].rstrip(".")) for name, chosen in COMMANDS.items()]
+    version = option("--version", action="store_true", help="Print the version")
+    flags = argument_parser((*GLOBAL_OPTIONS, version), prog="replicate", usage=argparse.SUPPRESS).format_help()
+    return ("Replicate: version control for machine learning\n\nusage: replicate [flags] <command> [flags]\n\n"
+            "commands:\n%s\n\n%s\n"
+            "Run 'replicate help <command>' to learn more about a command, or 'replicate demo' for a demonstration.\n"
+            % ("\n".join(lines), flags.lstrip("\n")))
 
 
 def find_command(name: str) -> Command:
-    """The command of that name or alias. Raises UsageError with a suggestion."""
-    for chosen in COMMANDS.values():
-        if name == chosen.name or name in chosen.aliases:
-            return chosen
-    names = [alias for chosen in COMMANDS.values() for alias in (chosen.name, *chosen.aliases)]
-    raise UsageError("There is no command %r.%s Run 'replicate --help' for all of them." % (name, nearest(name, names)))
+    """The command with that name or alias. Raises UsageError with a suggestion."""
+    found = {alias: chosen for chosen in COMMANDS.values() for alias in (chosen.name, *chosen.aliases)}
+    if name not in found:
+        raise UsageError("There is no command %r.%s Run 'replicate --help' for a list." % (name, nearest(name, found)))
+    return found[name]
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     """The command and its arguments. Raises UsageError."""
-    argv = explicit_color(argv)
-    args = argparse.Namespace()
-    flags_before = not argv or argv[0].startswith("-")
-    if flags_before:
-        args = general_parser().parse_args(argv)
-        if args.version:
-            return Command("version", lambda args: say(VERSION_TEXT) or 0, (), (), "", ""), args
-        if not args.command:
-            return COMMANDS["help"], args
-        argv = [args.command, *args.rest]
-        del args.command, args.rest
-    chosen = find_command(argv[0])
+    words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
+    args = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate").parse_args(explicit_color(argv))
+    chosen, rest = find_command(args.command or "help"), args.rest
+    del args.command, args.rest
     try:
-        args = command_parser(chosen, flags_before).parse_intermixed_args(argv[1:], args)
+        args = command_parser(chosen).parse_intermixed_args(rest, args)
     except UsageError:
-        if not args.help:  # which is set before what is missing is complained of
+        if not args.help:  # --help is parsed before a missing argument is noticed
             raise
     if args.help and chosen.name != "help":
-        args.command = chosen.name
-        return COMMANDS["help"], args
+        return COMMANDS["help"], argparse.Namespace(**dict(vars(args), command=chosen.name))
     return chosen, args
 
 
 def explicit_color(argv: Sequence[str]) -> List[str]:
-    """A bare --color is a switch: it must not take the next word for its value."""
+    """argv with --color as --color=true, so that it does not take the next word for its value."""
     end = list(argv).index("--") if "--" in argv else len(argv)
     return ["--color=true" if word == "--color" and number < end else word for number, word in enumerate(argv)]
 
 
-def apply_color(text: Optional[str]) -> None:
-    """Set the console's colours from --color. Raises UsageError."""
-    if text is None:
-        console.color = None
-    elif text.lower() in ("true", "1", "yes", "always"):
-        console.color = True
-    elif text.lower() in ("false", "0", "no", "never"):
-        console.color = False
-    else:
-        raise UsageError("--color takes true or false, not %r." % text)
-
-
 def run(argv: Sequence[str]) -> int:
     """Parse and run a command line; returns the exit code. Raises ReplicateError, KeyboardInterrupt, OSError."""
+    if next((word for word in argv if word == "--version" or word[:1] != "-"), None) == "--version":
+        say("replicate %s\n" % __version__)
+        return 0
     chosen, args = parse_arguments(argv)
-    console.verbose = bool(args.verbose)
-    apply_color(args.color)
+    console.verbose = args.verbose
+    console.color = args.color in ("true", "1", "yes", "always") if args.color else None
     status = chosen.run(args)
     Analytics().track(chosen.name)
     return status
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a command line and return its exit code; without argv it is that of this process, which ends with it."""
-    if argv is None:
-        code = exit_code(sys.argv[1:])
-        os._exit(code)  # all is written: to free the memory piece by piece would take a tenth of the time
-    return exit_code(argv)
+    """Run a command line, by default this process's; returns 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
+    if argv is not None:
+        return exit_code(argv)
+    import gc
+    gc.disable()  # a command is short and makes no cycles worth collecting: looking for them takes a tenth of `ls`
+    code = exit_code(sys.argv[1:])
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # a closed pipe, a full disk: drop the rest, or the interpreter complains of it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 def exit_code(argv: Sequence[str]) -> int:
-    """Run a command line: 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
-    if list(argv) == ["--send-analytics"]:
-        Analytics().send()
-        return 0
-    import gc
-    gc.disable()  # a command is short, makes no cycles worth collecting, and is a third faster without the search
+    """Run a command line and report its errors; see main."""
     try:
-        if list(argv) == ["--version"]:  # without argparse
-            say(VERSION_TEXT)
+        if list(argv) == ["--send-analytics"]:
+            Analytics().send()
             return 0
         return run(argv)
     except UsageError as error:
@@ -6963,24 +6902,16 @@ def exit_code(argv: Sequence[str]) -> int:
         write_text(sys.stderr, "\n")
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return 0
-    except ReplicateError as error:
-        _print_traceback()
-        console.error(str(error))
-        return 1
     except Exception as error:
-        _print_traceback()
-        console.error("Something unexpected went wrong: %s: %s. Run it with -v for the details." % (
-            type(error).__name__, short_reason(error)))
+        if console.verbose:
+            import traceback
+            traceback.print_exc()
+        console.error(str(error) if isinstance(error, ReplicateError) else
+                      "Something unexpected went wrong: %s: %s. Run the command with -v for details." % (
+                          type(error).__name__, short_reason(error)))
         return 1
-
-
-def _print_traceback() -> None:
-    if console.verbose:
-        import traceback
-        traceback.print_exc()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

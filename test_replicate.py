@@ -17,6 +17,7 @@ import ipaddress
 import json
 import math
 import os
+import platform
 import queue
 import random
 import re
@@ -247,10 +248,10 @@ def test_messages_go_to_stderr_with_the_prefix(project):
 
 def test_continuation_lines_have_their_own_prefix(project):
     write_repository(project / "repo", experiment_document(A))
-    message = run("rm", A, "--verbose").stderr
     terminal = Terminal("rm", A, env={"NO_COLOR": "1"}).expect("(y/N)").send("n\n")
     assert terminal.wait() == 1 and "═══╡ You are about" in terminal.output and "\r\n   │ * Experiment" in terminal.output
-    assert "═══╡ " in message
+    assert run("rm", A).stderr.startswith("═══╡ You are about to delete the following:\n   │ * Experiment 1eeeeee (0 checkpoints)\n"
+                                          "   │ Nothing was changed. Pass -f")
 
 
 def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project):
@@ -325,11 +326,13 @@ def test_a_closed_stdout_or_stderr_is_no_error(project):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_under_stdout_is_an_error_without_a_traceback(project):
+def test_a_full_disk_under_the_output_is_an_error_without_a_traceback(project):
     write_repository(project / "repo", experiment_document(A))
     done = subprocess.run("%s %s ls > /dev/full" % (sys.executable, PROGRAM), shell=True, capture_output=True, text=True)
     assert done.returncode == 1 and "No space left" in done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    done = subprocess.run("%s %s show zz 2> /dev/full" % (sys.executable, PROGRAM), shell=True, capture_output=True, text=True)
+    assert done.returncode == 1
 
 
 def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(project):
@@ -2768,7 +2771,7 @@ def test_what_a_killed_process_left_is_sent(bucket, project, training, by):
     assert len(before) == 1
     if by == "push":
         done = run("push")
-        assert done.returncode == 0 and "Sent 1 experiment" in done.stderr, done.stderr
+        assert done.returncode == 0 and "Uploaded 1 experiment" in done.stderr, done.stderr
     else:
         run_script(HASTY + "replicate.init(quiet=True).stop()")
     (document,) = [item for item in bucket.documents() if item["id"] == before[0]["id"]]
@@ -2796,7 +2799,7 @@ def test_a_push_that_is_interrupted_can_be_run_again(bucket, project, training):
     bucket.proxy.rule = lambda request: None
     bucket.proxy.clear()
     done = run("push")
-    assert done.returncode == 0 and "Sent 1 experiment and 6 checkpoints" in done.stderr, done.stderr
+    assert done.returncode == 0 and "Uploaded 1 experiment and 6 checkpoints" in done.stderr, done.stderr
     assert sorted(bucket.checkpoints().values()) == list(range(6)) and pending_leftovers(project) == []
     assert len({request.key for request in bucket.proxy.seen("PUT", "checkpoints/")}) <= 5  # what was there is not sent again
     for item in bucket.checkpoints():
@@ -2853,14 +2856,14 @@ def test_push_leaves_what_a_live_process_records(s3_bucket, project, training, s
     script.expect("saved")
     until(lambda: [item for item in pending_documents(project) if item["checkpoints"]])
     done = run("push")
-    assert done.returncode == 0 and "being recorded" in done.stderr, done.stderr
+    assert done.returncode == 0 and "Another process is still recording experiment" in done.stderr, done.stderr
     assert s3_bucket.checkpoints() == {} and len(pending_documents(project)[0]["checkpoints"]) == 1
     run_script("import replicate\nreplicate.init(quiet=True).stop()")
     assert s3_bucket.checkpoints() == {}  # nor does another run send it
     script.kill()
     away.close()
     done = run("push")
-    assert done.returncode == 0 and "Sent 1 experiment and 1 checkpoint" in done.stderr, done.stderr
+    assert done.returncode == 0 and "Uploaded 1 experiment and 1 checkpoint" in done.stderr, done.stderr
     assert list(s3_bucket.checkpoints().values()) == [1]
 
 
@@ -6836,13 +6839,17 @@ def plotted_repository(repo):
 
 def test_plots_of_metrics(repo, pyplot):
     experiments = plotted_repository(repo)
-    for axes in (experiments[0].plot(), experiments[0].checkpoints.plot()):
+    for plot in (experiments[0].plot, experiments[0].checkpoints.plot):
+        pyplot.figure()
+        axes = plot()
         line, = axes.get_lines()
         assert list(line.get_xdata()) == [0, 10, 20] and list(line.get_ydata()) == [3.0, 1, 2.0]
         assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "loss", "linear")
+    pyplot.figure()
     line, = experiments[0].checkpoints[1:].plot("acc", logy=True).get_lines()
     assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == [1, 2]
     assert line.axes.get_yscale() == "log" and line.axes.get_ylabel() == "acc"
+    pyplot.figure()
     axes = experiments.plot()
     first, second, third = axes.get_lines()
     assert [line.get_label() for line in (first, second, third)] == ["1eeeeee", "2eeeeee", "3eeeeee"]
@@ -6857,6 +6864,25 @@ def test_plots_of_metrics(repo, pyplot):
         replicate.ExperimentList().plot()
 
 
+def test_plots_draw_on_the_current_axes_or_those_given(repo, pyplot):
+    experiments = plotted_repository(repo)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3))
+    assert experiments[0].plot() is right and not left.lines  # the current axes are the last subplot
+    assert experiments[1].plot() is right  # an overlay
+    assert [line.get_label() for line in right.lines] == ["1eeeeee", "2eeeeee"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["1eeeeee", "2eeeeee"]
+    for plot in (experiments.plot, experiments[0].plot, experiments[0].checkpoints.plot, lambda ax: experiments.scatter("lr", ax=ax)):
+        left.clear()
+        assert plot(ax=left) is left and left.lines + list(left.collections)
+        assert left.get_ylabel() == "loss" and left.get_xlabel() in ("step", "lr")
+    pyplot.sca(left)
+    assert experiments.scatter("lr", "acc") is left and left.get_ylabel() == "acc"
+    assert pyplot.get_fignums() == [figure.number] and figure.axes == [left, right] and len(right.lines) == 2
+    assert tuple(figure.get_size_inches()) == (9, 3)
+    pyplot.close("all")
+    assert experiments[0].plot().get_legend() is None and len(pyplot.get_fignums()) == 1
+
+
 def test_scatter(repo, pyplot):
     experiments = plotted_repository(repo)
     axes = experiments.scatter("lr", "loss", logx=True)
@@ -6866,11 +6892,14 @@ def test_scatter(repo, pyplot):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("lr", "loss")
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
     assert experiments.scatter("lr", logy=True).get_yscale() == "log"
+    pyplot.figure()
     axes = experiments.scatter("opt", "loss")
     axes.figure.canvas.draw()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "null"]
     assert [point[1] for point in axes.collections[0].get_offsets()] == [1.0, 0.5]
+    pyplot.figure()
     assert len(experiments.scatter("absent", "loss").collections[0].get_offsets()) == 0
+    pyplot.figure()
     experiments[:1].scatter("lr").figure.canvas.draw()
 
 
@@ -7340,7 +7369,8 @@ def test_diff_of_experiments_takes_the_best_or_the_latest_and_says_which(project
                                             checkpoint_document(hex_id("6c"), "2006-01-02T15:00:01Z", 2, {"m": 0})]))
     code, out, err = call("diff", "1e", "2e")
     assert code == 0 and ["ID:", "2cccccc", "6cccccc"] in cells(out)
-    assert "best checkpoint 2cccccc" in err and "latest checkpoint 6cccccc" in err
+    assert "Comparing the best checkpoint of 1eeeeee: 2cccccc (step 20)\n" in err
+    assert "Comparing the latest checkpoint of 2eeeeee: 6cccccc (step 2)\n" in err
 
 
 def test_diff_without_checkpoints(project, call):
@@ -7487,22 +7517,17 @@ def test_help(call, tmp_path):
         code, text, err = call("help", name)
         assert (code, err) == (0, "") and "replicate %s " % name in text and len(text.split("\n")) > 10
         if name != "help":
-            assert call(name, "--help")[1] == call(name, "-h")[1] == call("--help", name)[1] == text
-
-
-def test_help_of_ls_names_every_option_of_the_reference(call):
-    out = call("help", "ls")[1]
-    for name in ("--all", "-f", "--filter", "-h", "--help", "--json", "-q", "--quiet", "-R", "--repository", "-s", "--sort",
-                 "--color", "-D", "--project-directory", "-v", "--verbose"):
-        assert re.search(r"(?<![\w-])%s(?![\w-])" % name, out), name
-    for name in ("-f", "--force", "-o", "--output-directory", "--path"):
-        assert re.search(r"(?<![\w-])%s(?![\w-])" % name, call("help", "checkout")[1]), name
-
-
-def test_help_needs_no_arguments_and_no_project(call):
-    for name in ("show", "diff", "rm", "checkout"):
-        assert call(name, "--help")[0] == 0
+            assert call(name, "--help") == call(name, "-h") == call("--help", name) == (0, text, "")
     assert call("rm", "-f", "--help", "abc")[0] == 0
+
+
+@pytest.mark.parametrize("command, names", [
+    ("ls", "--all -f --filter --json -q --quiet -s --sort"), ("ps", "--all -f --filter --json -q --quiet -s --sort"),
+    ("checkout", "-f --force -o --output-directory --path"), ("rm", "-f --force"), ("show", "--json"), ("diff", "")])
+def test_help_names_every_option_of_the_reference(call, command, names):
+    out = call("help", command)[1]
+    for name in (names + " -h --help -R --repository --color -D --project-directory -v --verbose").split():
+        assert re.search(r"(?<![\w-])%s(?![\w-])" % name, out), name
 
 
 def test_version(call):
@@ -7525,11 +7550,7 @@ def test_global_flags_before_and_after_the_command(project, call, tmp_path, monk
             assert call(*arguments) == (0, A + "\n" + B + "\n", ""), arguments
     assert call("-D", tmp_path / "nowhere", "ls", "-D", project, "-q")[1] == A + "\n" + B + "\n"
     assert call("show", "-v", "zz")[2].count("Traceback") == call("-v", "show", "zz")[2].count("Traceback") == 1
-
-
-def test_verbose_does_not_last(project, call):
-    call("-v", "ls")
-    assert "Traceback" not in call("show", "zz")[2]
+    assert "Traceback" not in call("show", "zz")[2]  # -v does not last
 
 
 def test_a_bare_color_does_not_swallow_the_next_word(project, call):
@@ -7604,6 +7625,16 @@ def test_ctrl_c_at_a_prompt_exits_with_130(project):
     assert terminal.wait() == 130 and "Traceback" not in terminal.output and tree(project) == before
 
 
+def test_push_from_a_relative_path_means_the_working_directory(project, call, monkeypatch):
+    two_experiments(project)
+    (project / "sub").mkdir()
+    (project / "repo").rename(project / "sub/other")
+    monkeypatch.chdir(project / "sub")
+    code, out, err = call("push", "--from", "file://other", "2e")
+    assert (code, out) == (0, "") and "Copied 1 experiment and 0 checkpoints" in err
+    assert [document["id"] for document in stored_documents(project / "repo")] == [B]
+
+
 def recorded(project, name="train.py"):
     """An experiment with code and two checkpoints, by the real recorder; returns (experiment, first, second checkpoint) IDs."""
     (project / "train.py").write_text("code\n")
@@ -7623,6 +7654,12 @@ def recorded(project, name="train.py"):
     return (document["id"], *(item["id"] for item in document["checkpoints"]))
 
 
+def archived_code(project, files):
+    """Experiment A, of which only these files are saved."""
+    write_repository(project / "repo", experiment_document(A, path="."))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, files)
+
+
 def test_checkout_puts_the_checkpoint_over_the_experiment(project, call):
     checkpoints = [checkpoint_document(C, path="model", step=7)]
     write_repository(project / "repo", experiment_document(A, path=".", command="train.py --lr 1", checkpoints=checkpoints))
@@ -7632,13 +7669,13 @@ def test_checkout_puts_the_checkpoint_over_the_experiment(project, call):
     assert (code, out) == (0, "") and "train.py --lr 1" in err
     assert tree(project / "out") == {"train.py": b"code", "model/a": b"new", "model/b": b"b", "sub/dir/x": b"x"}
     code, out, err = call("checkout", A, "-o", "two")
-    assert code == 0 and "latest checkpoint 1cccccc (step 7)" in err and tree(project / "two") == tree(project / "out")
+    assert code == 0 and "Checking out the latest checkpoint of 1eeeeee: 1cccccc (step 7)\n" in err and tree(project / "two") == tree(project / "out")
 
 
 def test_checkout_of_an_experiment_takes_the_best_checkpoint(project, call):
     experiment, best, _ = recorded(project)
     code, _, err = call("checkout", experiment, "-o", "out")
-    assert code == 0 and "best checkpoint " + best[:7] in err
+    assert code == 0 and "Checking out the best checkpoint of %s: %s (step 0)\n" % (experiment[:7], best[:7]) in err
     assert tree(project / "out")["model/weights"] == b"weights 0" and tree(project / "out")["data/in.txt"] == b"data of checkpoint 0"
     assert tree(project / "out")["train.py"] == b"code\n" and "repo/repository.json" not in tree(project / "out")
 
@@ -7779,9 +7816,7 @@ def test_checkout_says_that_files_are_gone(project, call):
 
 
 def test_checkout_leaves_the_configuration_of_another_repository_alone(project, call, tmp_path):
-    write_repository(project / "repo", experiment_document(A, path="."))
-    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A,
-                  {"replicate.yaml": b"repository: s3://evil\n", "sub/replicate.yaml": b"repository: s3://evil\n", "train.py": b"code"})
+    archived_code(project, {"replicate.yaml": b"repository: s3://evil\n", "sub/replicate.yaml": b"repository: s3://evil\n", "train.py": b"code"})
     code, _, err = call("checkout", A, "-f")
     assert code == 0 and "replicate.yaml" in err and "another repository" in err
     assert (project / "replicate.yaml").read_text() == "repository: file://repo\n" and (project / "train.py").exists()
@@ -7798,8 +7833,7 @@ def test_a_saved_configuration_of_another_name_does_not_take_over(project, call)
 
 
 def test_checkout_never_writes_through_a_link(project, call, tmp_path):
-    write_repository(project / "repo", experiment_document(A, path="."))
-    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"dir/file": b"new", "plain": b"new"})
+    archived_code(project, {"dir/file": b"new", "plain": b"new"})
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("precious")
@@ -7816,8 +7850,7 @@ def test_checkout_never_writes_through_a_link(project, call, tmp_path):
 
 
 def test_a_file_and_a_directory_in_each_others_way(project, call):
-    write_repository(project / "repo", experiment_document(A, path="."))
-    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"a": b"new", "x/y": b"new"})
+    archived_code(project, {"a": b"new", "x/y": b"new"})
     (project / "out/a").mkdir(parents=True)
     before = snapshot(project / "out")
     assert call("checkout", A, "-f", "-o", "out")[0] == 1 and snapshot(project / "out") == before
@@ -7971,10 +8004,7 @@ def test_a_killed_checkout_can_be_run_again_and_leaves_nothing_behind(project, f
 
 @pytest.fixture
 def collector(monkeypatch):
-    """An HTTP server on loopback: .url, and .posts, a queue of (path, headers, parsed JSON)."""
-    import http.server
-    import queue
-
+    """An HTTP server that analytics go to: .url, and .posts, a queue of (path, headers, parsed JSON)."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -7987,13 +8017,12 @@ def collector(monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.posts, server.url = queue.Queue(), "http://127.0.0.1:%d/collect" % server.server_port
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", server.url)
     yield server
     server.shutdown()
-    thread.join()
     server.server_close()
 
 
@@ -8010,8 +8039,7 @@ def test_without_a_url_nothing_of_analytics_exists(project, call, settings):
     assert not settings.exists()
 
 
-def test_the_first_run_only_explains(project, call, settings, collector, monkeypatch):
-    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+def test_the_first_run_only_explains(project, call, settings, collector):
     two_experiments(project)
     code, out, err = call("ls", "-q")
     assert (code, out) == (0, A + "\n" + B + "\n") and collector.url in err and "replicate analytics off" in err
@@ -8022,9 +8050,7 @@ def test_the_first_run_only_explains(project, call, settings, collector, monkeyp
     assert os.stat(settings / "events.json").st_mode & 0o777 == 0o600
 
 
-def test_events_are_sent_after_fifteen(project, call, settings, collector, monkeypatch):
-    import platform
-    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+def test_events_are_sent_after_fifteen(project, call, settings, collector):
     two_experiments(project)
     call("ls")
     for number in range(15):
@@ -8045,7 +8071,7 @@ def test_events_are_sent_after_fifteen(project, call, settings, collector, monke
 def test_events_are_not_sent_before_there_are_fifteen(project, call, monkeypatch):
     monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "http://127.0.0.1:1/")
     sent = []
-    monkeypatch.setattr(replicate.Analytics, "_send_in_background", lambda self: sent.append(len(self._events())))
+    monkeypatch.setattr(replicate.Analytics, "_send_in_background", lambda self: sent.append(len(self._events()[0])))
     for _ in range(16):
         call("help", "ls")
         call("analytics", "on")
@@ -8053,8 +8079,7 @@ def test_events_are_not_sent_before_there_are_fifteen(project, call, monkeypatch
     assert sent == [15, 16]
 
 
-def test_events_are_sent_after_five_minutes(project, call, settings, collector, monkeypatch):
-    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
+def test_events_are_sent_after_five_minutes(project, call, settings, collector):
     call("ls")
     call("ls")
     events = json.loads((settings / "events.json").read_text())
@@ -8066,7 +8091,6 @@ def test_events_are_sent_after_five_minutes(project, call, settings, collector, 
 
 @pytest.mark.parametrize("variable", ["REPLICATE_NO_ANALYTICS", "DO_NOT_TRACK", None])
 def test_analytics_can_be_switched_off(project, call, settings, collector, monkeypatch, variable):
-    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
     if variable:
         monkeypatch.setenv(variable, "1")
     else:
@@ -8082,13 +8106,12 @@ def test_analytics_can_be_switched_off(project, call, settings, collector, monke
         assert (settings / "events.json").exists() and "are on" in call("analytics")[1]
 
 
-def test_the_analytics_command_prints_the_state_and_is_not_tracked(project, call, settings, collector, monkeypatch):
+def test_the_analytics_command_prints_the_state_and_is_not_tracked(project, call, settings, collector):
     code, out, err = call("analytics")
     example = json.loads(out[out.index("{"):])
     assert code == 0 and set(example) == {"anonymous_id", "event", "properties"}
     assert set(example["properties"]) == {"command", "replicate_version", "operating_system", "cpu_architecture", "timestamp"}
     assert not settings.exists()
-    monkeypatch.setenv("REPLICATE_ANALYTICS_URL", collector.url)
     for _ in range(3):
         call("analytics")
         call("analytics", "on")
@@ -8096,16 +8119,19 @@ def test_the_analytics_command_prints_the_state_and_is_not_tracked(project, call
     assert collector.url in call("analytics")[1]
 
 
-def test_analytics_follow_xdg_config_home(project, call, settings, tmp_path, monkeypatch):
+def test_the_settings_follow_xdg_config_home_and_may_not_be_writable(project, call, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
     assert call("analytics", "off")[0] == 0
     assert (tmp_path / "xdg/replicate/settings.json").exists() and not settings.exists()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(project / "replicate.yaml"))
+    code, out, err = call("analytics", "off")
+    assert (code, out) == (1, "") and "settings.json cannot be written" in err
 
 
 def test_analytics_never_fail_a_command(project, call, settings, monkeypatch, tmp_path):
     monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "http://127.0.0.1:1/")
     call("ls")
-    event = replicate.Analytics().event("ls", "token")
+    event = replicate.Analytics().event("ls")
     for content in (b"{", b"[1, 2]", b'[{"properties": 1}]', json.dumps([event] * 500).encode()):
         (settings / "events.json").write_bytes(content)
         assert call("ls") == (0, "", "═══╡ No experiments found\n")
@@ -8481,7 +8507,7 @@ HEAVY = {"yaml", "boto3", "botocore", "google.cloud", "ssl", "numpy", "matplotli
 def imported(*arguments):
     """The modules that running the command (or, without arguments, importing the library) adds to a plain Python's."""
     body = "import replicate" if not arguments else (
-        "import os; os._exit = sys.exit\nsys.argv = ['replicate.py', *sys.argv[1:]]\n"
+        "sys.argv = ['replicate.py', *sys.argv[1:]]\n"
         "with contextlib.suppress(SystemExit):\n    runpy.run_path(%r, run_name='__main__')" % str(PROGRAM))
     done = run_script("import contextlib, runpy, sys\nbefore = set(sys.modules)\n%s\nprint(*sorted(set(sys.modules) - before), file=sys.stderr)"
                       % body, *arguments)

@@ -3,12 +3,11 @@
 
     python3 .ci/bench.py [--only NAME...] [--runs 5] [--scale 1.0] [--json FILE]
 
-Each peer is installed from PyPI into an environment of its own under .ci/venvs/; one that cannot be installed is
-reported as such. Times are medians of `--runs` runs after one that is not counted, so that files are in the page cache;
-each row says what else was cached. Only the ratios mean something: all commands of a row take turns, in an order that
-rotates, since what one of them leaves behind is paid for by the next. Just before each run with large files two copies are
-made and removed, which are not counted: the host of a virtual machine takes back memory that has been free for two seconds,
-and whoever then writes a file may wait several times as long as for the copy.
+Each peer is installed from PyPI into an environment of its own under .ci/venvs/; the report names those that cannot be
+installed. Times are medians of `--runs` runs after one that does not count, so that all files are in the page cache; each row
+says what else was cached. Only the ratios mean something. The commands of a row take turns, in an order that rotates, since
+each pays for what the one before left behind. Before each run with large files, two copies are made and removed: the host of
+a virtual machine takes back memory that has been free for two seconds, and whoever writes next waits for it.
 """
 import argparse
 import json
@@ -31,9 +30,6 @@ PEERS = {
     "keepsake": (["keepsake==0.4.2", "protobuf<3.21", "grpcio<1.60"], "3.9"),
     "trackio": (["trackio"], None),
     "mlflow": (["mlflow"], None),
-    "dvc": (["dvc"], None),
-    "aim": (["aim"], "3.11"),
-    "guild": (["guildai", "setuptools<81"], "3.9"),
 }
 
 
@@ -94,14 +90,14 @@ def warm_memory(path):
 
 
 def alternate(commands, runs, before=lambda name: None, large=None, cwd=None, env=None):
-    """{name: (median seconds, largest MB)} of commands that take turns; before(name) prepares each run, and as much memory
-    as two copies of that large file need was in use a moment ago."""
+    """{name: (median seconds, largest MB)} of commands that take turns; before(name) prepares each run. With a large file,
+    two copies of it are made and removed before each run."""
     results = {name: [] for name in commands}
     names = list(commands)
     for number in range(runs + 1):
         for name in names[number % len(names):] + names[:number % len(names)]:
             before(name)
-            os.sync()  # what the one before has left to be written is not this one's
+            os.sync()  # so that this run does not pay for what the last one left to be written
             if large:
                 subprocess.run([sys.executable, "-c", WARM + "warm_memory(sys.argv[1])", str(large)], check=True)
             result = run_once(commands[name], cwd=cwd, env=env, killed="killed" in name)
@@ -150,7 +146,7 @@ def hex_id(source):
 def make_repository(root, count, files=False):
     """A repository of `count` experiments with 10 params and 20 checkpoints each, as keepsake writes it.
 
-    It is written by a child, since the peak memory of what is measured counts what this process had when it started it.
+    A child writes it, since a measured process's peak memory includes what this process had when it forked.
     """
     child = multiprocessing.Process(target=write_repository, args=(root, count, files))
     child.start()
@@ -277,7 +273,7 @@ experiment = tool.init(params={{"lr": 0.1}})
 experiment.checkpoint(path="weights", step=0, metrics={{"loss": 0.1}}, quiet=True)
 experiment.stop()
 """
-# The same until the checkpoint is complete for every reader: from then on the process may as well be killed, and is.
+# The same until every reader sees the checkpoint; the process can be killed from then on, and is.
 COMPLETE = """
 import os, time, replicate
 experiment = replicate.init(params={"lr": 0.1})
@@ -477,36 +473,11 @@ OTHERS = {
                "    client.log_batch(run, [Metric('loss', 1 / (k + 1), k, k) for k in range(20)],\n"
                "                     [Param('p%d' % k, str(i * k)) for k in range(10)])\n"
                "    client.set_terminated(run)\n", ["mlflow", "runs", "list", "--experiment-id", "0"]),
-    "aim": ("import sys, aim\n"
-            "for i in range(int(sys.argv[1])):\n"
-            "    run = aim.Run(system_tracking_interval=None)\n"
-            "    run['hparams'] = {'p%d' % k: i * k for k in range(10)}\n"
-            "    [run.track(1 / (k + 1), name='loss', step=k) for k in range(20)]\n"
-            "    run.close()\n", ["aim", "runs", "ls"]),
-    "guild": ("import subprocess, sys, os\n"
-              "open('train.py', 'w').write('lr = 0.1\\nfor k in range(20): print(\"loss: %f\" % (1 / (k + 1)))\\n')\n"
-              "guild = os.path.join(os.path.dirname(sys.executable), 'guild')\n"
-              "for i in range(int(sys.argv[1])):\n"
-              "    subprocess.run([guild, 'run', 'train.py', '-y', 'lr=%f' % (i / 1000)], check=True,\n"
-              "                   stdout=subprocess.DEVNULL)\n", ["guild", "runs", "-n", "100000"]),
-    "dvc": ("import subprocess, sys, os\n"
-            "dvc = os.path.join(os.path.dirname(sys.executable), 'dvc')\n"
-            "run = lambda *a: subprocess.run(a, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
-            "run('git', 'init'); run('git', 'config', 'user.email', 'a@example.com')\n"
-            "run('git', 'config', 'user.name', 'a'); run(dvc, 'init')\n"
-            "open('params.yaml', 'w').write('lr: 0\\n'); open('train.py', 'w').write('"
-            "import json, yaml; json.dump({\"loss\": yaml.safe_load(open(\"params.yaml\"))[\"lr\"]},"
-            " open(\"metrics.json\", \"w\"))')\n"
-            "run(dvc, 'stage', 'add', '-n', 'train', '-p', 'lr', '-M', 'metrics.json', sys.executable + ' train.py')\n"
-            "run('git', 'add', '-A'); run('git', 'commit', '-m', 'start')\n"
-            "for i in range(int(sys.argv[1])):\n"
-            "    run(dvc, 'exp', 'run', '-S', 'lr=%d' % (i + 1))\n", ["dvc", "exp", "show", "--no-pager"]),
 }
-# (peer, numbers of runs, what is set for it); filling Guild and DVC takes a process for each run. trackio prints names alone.
+# (peer, numbers of runs, its settings); trackio lists only names.
 OTHER_RUNS = [("trackio", (1000, 10000), {"TRACKIO_DIR": "t"}),
               ("mlflow", (1000,), {"MLFLOW_TRACKING_URI": "sqlite:///{directory}/mlflow.db"}),
-              ("mlflow", (1000,), {"MLFLOW_TRACKING_URI": "file://{directory}/runs", "MLFLOW_ALLOW_FILE_STORE": "true"}),
-              ("aim", (1000,), {}), ("guild", (100,), {"GUILD_HOME": "{directory}/g"}), ("dvc", (20,), {})]
+              ("mlflow", (1000,), {"MLFLOW_TRACKING_URI": "file://{directory}/runs", "MLFLOW_ALLOW_FILE_STORE": "true"})]
 
 
 def bench_others(report, tools, work, runs, scale):
@@ -517,7 +488,7 @@ def bench_others(report, tools, work, runs, scale):
             store = settings.get("MLFLOW_TRACKING_URI", "").partition(":")[0]
             label = "%s (%s)" % (name, store) if store else name
             directory = work / ("%s-%s-%d" % (name, store, count))
-            (directory / "g").mkdir(parents=True)
+            directory.mkdir(parents=True)
             env = dict(os.environ, HOME=str(directory), XDG_CACHE_HOME=str(work / "cache"),
                        PATH="%s:%s" % (tools[name], os.environ["PATH"]))
             env.update({key: value.format(directory=directory) for key, value in settings.items()})
