@@ -2432,7 +2432,7 @@ def test_deleting_while_recording_leaves_nothing(bucket, project):
     until(lambda: bucket.checkpoints())
     experiment.delete()
     assert bucket.keys() == ["repository.json"] and pending_leftovers(project) == []
-    until(lambda: "replicate-sender" not in [thread.name for thread in set(threading.enumerate()) - before])
+    until(lambda: "replicate-packer" not in [thread.name for thread in set(threading.enumerate()) - before])
 
 
 def test_the_peer_reads_what_we_write_to_a_bucket(new_place, project, tmp_path):
@@ -2489,7 +2489,7 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training):
     bucket.proxy.down()
     script.go()
     script.expect("offline")
-    until(lambda: "Recording goes on" in script.stderr)
+    until(lambda: "Recording continues" in script.stderr)
     (document,) = until(lambda: [item for item in pending_documents(project) if len(item["checkpoints"]) == 3])
     assert [item["step"] for item in document["checkpoints"]] == [1, 2, 3]
     listed = run("ls", "--json", "-R", "file://.replicate/pending/" + pending_root(project).name)
@@ -2504,7 +2504,7 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training):
     assert not [key for key in pending_leftovers(project) if "heartbeats" in key]
     script.go()
     errors = script.end()
-    assert errors.count("Recording goes on") == 1 and errors.count("can be reached again") == 1, errors
+    assert errors.count("Recording continues") == 1 and errors.count("can be reached again") == 1, errors
     assert sorted(bucket.checkpoints().values()) == [0, 1, 2, 3, 4]
     for item, step in bucket.checkpoints().items():
         assert step == 4 or bucket.files("checkpoints", item)["model.bin"].startswith(b"step %d" % step)
@@ -2667,7 +2667,7 @@ def test_ctrl_c_in_the_final_upload_leaves_the_rest_pending(bucket, project, tra
     time.sleep(0.5)  # until it waits for nothing but the upload
     script.process.send_signal(signal.SIGINT)
     errors = script.end(timeout=15)  # long before any of the timeouts of a stalled connection
-    assert "Not everything was sent" in errors and "push" in errors and "Traceback" not in errors, errors
+    assert "Not everything was uploaded" in errors and "push" in errors and "Traceback" not in errors, errors
     assert len(pending_documents(project)[0]["checkpoints"]) == 1 and not bucket.checkpoints()
     bucket.proxy.rule = lambda request: None
     assert run("push").returncode == 0
@@ -2708,7 +2708,7 @@ def test_an_unreachable_bucket_at_init_does_not_stop_training(bucket, project, t
     if how == "nothing listens":
         script.go()
         errors = script.end()
-        assert "Not everything was sent" in errors and errors.count("Recording goes on") == 1, errors
+        assert "Not everything was uploaded" in errors and errors.count("Recording continues") == 1, errors
         assert len(pending_documents(project)[0]["checkpoints"]) == 2
         bucket.proxy.up()
         assert run("push").returncode == 0
@@ -2765,7 +2765,7 @@ def test_what_is_not_sent_when_the_process_is_terminated_stays_pending(s3_bucket
     script.expect("saved")
     until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/") >= 4)
     script.process.terminate()
-    assert "Not everything was sent" in script.end(code=-signal.SIGTERM)
+    assert "Not everything was uploaded" in script.end(code=-signal.SIGTERM)
     assert len(pending_documents(project)[0]["checkpoints"]) == 1
     s3_bucket.proxy.rule = lambda request: None
     assert run("push").returncode == 0
@@ -2893,7 +2893,7 @@ def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket,
     s3_bucket.proxy.clear()
     script.go()
     script.expect("saved")
-    until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/"))
+    until(lambda: s3_bucket.proxy.count("GET", "metadata/experiments/"))
     until(lambda: s3_bucket.proxy.count("PUT", "metadata/heartbeats/") >= 3)
     script.go()
     errors = script.end()
@@ -4562,7 +4562,7 @@ def finish(process, timeout=90):
 def errors_in(text):
     """The messages on stderr that are neither announcements of experiments nor of checkpoints."""
     return [line for line in text.splitlines() if line.startswith("═══╡")
-            and not re.match(r"═══╡ (Experiment \w{7}: recording|Checkpoint \w{7} at step|Waiting until)", line)]
+            and not re.match(r"═══╡ (Experiment \w{7}: recording|Recording experiment|Saved |Checkpoint \w{7} \(step|Waiting for)", line)]
 
 
 @pytest.fixture
@@ -6216,8 +6216,8 @@ def test_a_run_from_beginning_to_end(project, repo, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "═══╡ Experiment %s: recording train.py to file://%s" % (experiment.short_id(), repo),
-        "═══╡ Checkpoint %s at step 3: saved model.pth to file://%s" % (first.short_id(), repo),
-        "═══╡ Checkpoint %s at step 4: saved model.pth to file://%s" % (second.short_id(), repo)]
+        "═══╡ Saved model.pth as checkpoint %s (step 3)" % first.short_id(),
+        "═══╡ Saved model.pth as checkpoint %s (step 4)" % second.short_id()]
     (project / "train.py").write_text("changed")
     found = replicate.experiments.get(experiment.id[:8])
     assert found.id == experiment.id and found.params == {"lr": 0.1, "layers": [1, 2], "none": None}
