@@ -4399,6 +4399,7 @@ class Repository:
         """Make it ready for recording. Raises what check_version raises, and WriteError."""
         exists = self.check_version()
         self.storage.prepare()
+        self._remove_leftovers()
         if not exists:
             self.storage.write("repository.json", encode_json({"version": REPOSITORY_VERSION}, indent=None))
 
@@ -4586,10 +4587,22 @@ class Repository:
 
         self.storage.update(document_key(experiment_id), change)
 
-    def fold_abandoned(self) -> None:
-        """Fold the journals that killed processes left, where this repository may be written."""
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files and heartbeats of killed processes from a disk, where it may be written."""
         if not isinstance(self.storage, DiskStorage):
             return
+        try:
+            self.storage.remove_leftovers()
+            self.storage.delete([entry.key for entry in self.storage.list(HEARTBEATS)
+                                 if is_id(entry.name[:-5]) and not self._is_recent(entry)])
+        except ReplicateError as error:
+            console.debug(str(error))
+
+    def fold_abandoned(self) -> None:
+        """Fold the journals of killed processes and remove what else they left, where this repository may be written."""
+        if not isinstance(self.storage, DiskStorage):
+            return
+        self._remove_leftovers()
         for experiment_id, keys in self.journals().items():
             for key in keys:
                 lock = FileLock(self.storage.path(key), os.O_APPEND)
