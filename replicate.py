@@ -82,7 +82,7 @@ __all__ = ["init", "experiments", "Project", "Experiment", "Checkpoint", "Experi
 
 HEARTBEAT_INTERVAL = 10.0        # seconds between two heartbeats of a running experiment
 HEARTBEAT_TIMEOUT = 30.0         # seconds after which a silent experiment counts as stopped
-CONFIG_NAMES = ("replicate.yaml", "replicate.yml", "keepsake.yaml")
+CONFIG_NAMES = ("replicate.yaml", "replicate.yml", "keepsake.yaml", "keepsake.yml")
 IGNORE_NAMES = (".replicateignore", ".keepsakeignore")
 CONFIG_SEARCH_DEPTH = 100        # directories
 DEFAULT_STORAGE = os.path.join(".replicate", "storage")
@@ -1766,22 +1766,22 @@ class Location:
 def find_location(repository: Optional[str] = None, directory: Optional[str] = None) -> Location:
     """The project directory and the repository, from arguments, the environment, the configuration or the default.
 
-    Raises RepositoryConfigurationError, ConfigNotFound (a directory that is not there).
+    Raises RepositoryConfigurationError, ConfigNotFound (no such directory).
     """
     if directory is not None and not os.path.isdir(directory):
         raise ConfigNotFound("There is no directory %s." % directory)
     start = os.path.abspath(directory or os.getcwd())
-    depth = 1 if directory is not None else CONFIG_SEARCH_DEPTH
-    found = _search_upward(start, CONFIG_NAMES, depth)
-    storage = None if found else _search_upward(start, (DEFAULT_STORAGE,), depth)
-    project = (os.path.dirname(found) if found
-               else storage[:-len(DEFAULT_STORAGE)].rstrip(os.sep) or os.sep if storage else start)
-    url = repository or os.environ.get("REPLICATE_REPOSITORY")
-    if url:
-        return Location(project, absolute_url(url, project))
-    if found:
+    found = _search_upward(start, CONFIG_NAMES + (DEFAULT_STORAGE,), 1 if directory else CONFIG_SEARCH_DEPTH)
+    is_default = found is None or found.endswith(os.sep + DEFAULT_STORAGE)
+    project = start if found is None else os.path.dirname(found)
+    if found and is_default:
+        project = os.path.dirname(project)
+    typed = repository or os.environ.get("REPLICATE_REPOSITORY")
+    if typed:
+        return Location(project, absolute_url(typed, os.getcwd()))
+    if found and not is_default:
         return Location(project, absolute_url(read_config(found)["repository"], project))
-    return Location(project, "file://" + storage if storage else None, is_default=True)
+    return Location(project, "file://" + found if found else None, is_default=True)
 
 
 def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional[str]:
@@ -2117,24 +2117,29 @@ class Entry:
         self.key = key            # relative to the repository's root, with forward slashes
         self.name = key[key.rfind("/") + 1:]
         self.size = size          # bytes
-        self.modified = modified  # seconds since the epoch, by the store's clock
+        self.modified = modified  # seconds since the epoch, by the storage's clock
         self.version = version    # differs whenever the content does
 
 
 class Storage:
     """What every backend can do; all else is plain functions over these.
 
-    Keys are relative to the repository's root. Everything appears whole or not at all. Methods raise DoesNotExist
+    Keys are relative to the repository's root. Every object appears whole or not at all. Methods raise DoesNotExist
     for a missing key, ReadError and WriteError for other failures, each with one sentence for the user.
     """
 
     scheme = ""
     has_journals = False  # journals and locks may stand beside the documents
     has_index = False     # reading many documents is slow enough to keep an index of them
-    clock_skew = 0.0      # seconds by which the store's clock is ahead of ours
+    clock_skew = 0.0      # seconds by which the storage's clock is ahead of ours
+
+    deadline: Optional[float] = None
+    """Set it to time.monotonic() + 10, say, when the process has to end. From then on no request is retried, none waits
+    longer than 3 seconds for the server, and within 3 seconds of the deadline each fails at once with Unreachable. What
+    is under way in another thread may last longer: do not wait for it beyond the deadline."""
 
     def prepare(self) -> None:
-        """Make sure that it can be written, creating the directory or bucket; called once when recording starts."""
+        """Create the directory or bucket if it is missing, and check that we may write; called when recording starts."""
         raise NotImplementedError
 
     def list(self, folder: str) -> Iterator[Entry]:
@@ -2154,11 +2159,11 @@ class Storage:
         raise NotImplementedError
 
     def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        """Store a copy of a local file under key; progress gets the numbers of bytes as they are sent."""
+        """Store a copy of a local file under key; calls progress with the number of bytes of each step."""
         raise NotImplementedError
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
-        """Replace an object by change(its bytes, or None if it is missing); no change of others is ever lost.
+        """Replace an object by change(its bytes, or None if it is missing) without losing changes of other processes.
 
         change may be called several times, and returns None to leave things as they are.
         """
@@ -2169,7 +2174,7 @@ class Storage:
         raise NotImplementedError
 
     def remove(self, key: str) -> None:
-        """Remove one object that others may update at this moment: they will find it missing."""
+        """Remove one object that others may be updating; their update finds it missing."""
         self.delete([key])
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
@@ -2183,12 +2188,16 @@ class Storage:
         return entry, lambda start, end: self.open(key, start, end, entry)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
-        """function of each item, in order; several at a time where waiting for the store takes the time."""
+        """function of each item, in order; several at a time where waiting for the server takes the time."""
         return map(function, items)
 
 
 class DiskStorage(Storage):
-    """A directory. Writes go to a temporary file in its tmp/ and are then renamed into place."""
+    """A directory. New files are written in its tmp/ and then renamed into place.
+
+    Files and folders take the permissions of group and others from the folder that they are made in, and so from the root,
+    whatever the umask: one group can share a repository, and nobody else can read one in a private folder.
+    """
 
     scheme = "file"
     has_journals = True
@@ -2201,23 +2210,24 @@ class DiskStorage(Storage):
         return "%s%s%s" % (self.root, os.sep, key if os.sep == "/" else key.replace("/", os.sep))
 
     def prepare(self) -> None:
-        path = self.temporary("probe")
         try:
-            self._create(path, b"")
-            os.unlink(path)
+            os.makedirs(self.root, exist_ok=True)
+            with self._new_lock("probe"):
+                pass
         except OSError as error:
             raise WriteError("The repository %s cannot be written: %s." % (self.root, short_reason(error))) from error
-        self._remove_stale()
+        self.remove_leftovers()
 
     def list(self, folder: str) -> Iterator[Entry]:
         try:
             with os.scandir(self.path(folder)) as entries:
                 for entry in entries:
                     try:
-                        if not entry.is_dir() and (not entry.is_symlink() or entry.stat()):  # or it leads nowhere
-                            yield DiskEntry(folder + entry.name, entry.name, entry)
-                    except OSError:  # deleted meanwhile
+                        status = entry.stat()
+                    except OSError:  # deleted meanwhile, or a link that leads nowhere
                         continue
+                    if not stat.S_ISDIR(status.st_mode):
+                        yield disk_entry(folder + entry.name, status)
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
@@ -2225,7 +2235,7 @@ class DiskStorage(Storage):
 
     def stat(self, key: str) -> Entry:
         try:
-            return DiskEntry(key, os.path.basename(key), status=os.stat(self.path(key)))
+            return disk_entry(key, os.stat(self.path(key)))
         except OSError as error:
             raise self._read_failure(key, error) from error
 
@@ -2244,50 +2254,53 @@ class DiskStorage(Storage):
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
         file = self.open(key)
-        return (DiskEntry(key, os.path.basename(key), status=os.fstat(file.fileno())),
+        return (disk_entry(key, os.fstat(file.fileno())),
                 lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
-            if entry is None:
-                return super().read(key)
-            size = entry.size
-            descriptor = os.open(self.path(key), os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC)
-            try:
-                data = os.read(descriptor, size + 1)
-                while len(data) > size:  # it has grown since it was listed
-                    more = os.read(descriptor, COPY_BYTES)
-                    if not more:
-                        break
-                    data += more
-                return data
-            finally:
-                os.close(descriptor)
+            return super().read(key)
         except OSError as error:
             raise self._read_failure(key, error) from error
 
-    def write(self, key: str, data: bytes) -> None:
-        path = self.temporary(key.rpartition("/")[2])
-        try:
-            self._create(path, data)
-            self.move_in(path, key)
-        except OSError as error:
-            remove_file(path)
-            raise self.write_failure(key, error) from error
+    def create(self, key: str, write: Callable[[BinaryIO], Any]) -> Any:
+        """Store what write(file) writes under key; returns what it returns. Raises WriteError, and what write raises.
 
-    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        temporary = self.temporary(key.rpartition("/")[2])
+        The temporary file stays locked until it is in place, so that remove_leftovers() knows that it is in use.
+        """
+        lock = self._new_lock(key.rpartition("/")[2])
         try:
-            os.makedirs(os.path.dirname(temporary), exist_ok=True)
-            with open(path, "rb", 0) as source, open(temporary, "xb", 0) as target:
-                for data in iter(lambda: source.read(COPY_BYTES), b""):
-                    write_all(target, data)
-                    progress(len(data))
-            self.move_in(temporary, key)
+            lock.acquire()
+            with os.fdopen(lock.descriptor, "wb", 0, closefd=False) as file:
+                result = write(file)
+            os.close(os.dup(lock.descriptor))  # where NFS reports a full disk
+            self._move_in(lock.path, key)
+            return result
         except OSError as error:
             raise self.write_failure(key, error) from error
         finally:
-            remove_file(temporary)
+            lock.release()
+
+    def _move_in(self, path: str, key: str) -> None:
+        try:
+            os.replace(path, self.path(key))
+        except FileNotFoundError:
+            folders = key.split("/")[:-1]
+            for depth in range(len(folders)):
+                make_folder(self.path("/".join(folders[:depth + 1])))
+            os.replace(path, self.path(key))
+
+    def write(self, key: str, data: bytes) -> None:
+        self.create(key, lambda file: write_all(file, data))
+
+    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        def copy(target: BinaryIO) -> None:
+            with open(path, "rb", 0) as source:
+                for data in iter(lambda: source.read(COPY_BYTES), b""):
+                    write_all(target, data)
+                    progress(len(data))
+
+        self.create(key, copy)
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
         try:
@@ -2318,25 +2331,23 @@ class DiskStorage(Storage):
         except OSError as error:
             raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
 
-    def _lock(self, key: str) -> FileLock:
-        """What everybody holds who replaces or removes that object."""
-        return FileLock(self.path("tmp/%s.lock" % key.rpartition("/")[2]))
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left in tmp/: what nobody has locked, and what is older than a day.
 
-    def temporary(self, name: str) -> str:
-        """A new path in tmp/ for something that will be called name."""
-        return self.path("tmp/%s.%s" % (name, os.urandom(6).hex()))
-
-    def move_in(self, path: str, key: str) -> None:
-        """Rename a finished temporary file to its place. Raises OSError."""
-        target = self.path(key)
-        try:
-            os.replace(path, target)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.replace(path, target)
+        Older versions locked only their *.lock files.
+        """
+        for entry in self.list("tmp/"):
+            old = entry.modified < time.time() - 86400
+            if old or entry.name.endswith((".part", ".lock")):
+                try:
+                    lock = FileLock(self.path(entry.key), create=False)
+                    if lock.acquire(wait=False):
+                        lock.release(remove=old or lock.is_held)
+                except OSError:  # it is gone, or belongs to somebody else
+                    continue
 
     def sync(self, keys: Iterable[str]) -> None:
-        """Wait until these objects are on the disk itself; what is gone meanwhile is passed over."""
+        """Wait until these objects are on the disk itself; skips those that are gone."""
         for key in keys:
             for path in (self.path(key), os.path.dirname(self.path(key))):
                 try:
@@ -2354,67 +2365,28 @@ class DiskStorage(Storage):
         """The error for a failed write of key."""
         return WriteError("%s could not be written: %s." % (self.path(key), short_reason(error)))
 
-    def _create(self, path: str, data: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY | CLOEXEC
-        try:
-            descriptor = os.open(path, flags, 0o666)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            descriptor = os.open(path, flags, 0o666)
-        with os.fdopen(descriptor, "wb", 0) as file:
-            write_all(file, data)
-
-    def _remove_stale(self) -> None:
-        """Remove what killed processes left in tmp/ more than a day ago."""
-        for entry in self.list("tmp/"):
-            if entry.modified < time.time() - 86400:
-                remove_file(self.path(entry.key))
-
     def _read_failure(self, key: str, error: OSError) -> ReplicateError:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             return DoesNotExist("%s does not exist." % self.path(key))
         return ReadError("%s cannot be read: %s." % (self.path(key), short_reason(error)))
 
+    def _lock(self, key: str) -> FileLock:
+        """The lock that every process holds that replaces or removes the object."""
+        return FileLock(self.path("tmp/%s.lock" % key.rpartition("/")[2]))
 
-class DiskEntry(Entry):
-    """An entry whose facts are taken from the file's status when they are first asked for."""
-
-    __slots__ = ("_source", "_facts")
-
-    def __init__(self, key: str, name: str, source: Optional[os.DirEntry] = None,
-                 status: Optional[os.stat_result] = None) -> None:
-        self.key = key
-        self.name = name
-        self._source = source
-        if status:
-            self._facts = status.st_size, status.st_mtime_ns, status.st_ino
-
-    def facts(self) -> Tuple[int, int, int]:
-        """(bytes, time of the last change in nanoseconds, inode); zeros for a file that was deleted meanwhile."""
-        if self._source is not None:
-            try:
-                status = self._source.stat()
-                self._facts = status.st_size, status.st_mtime_ns, status.st_ino
-            except OSError:
-                self._facts = 0, 0, 0
-            self._source = None
-        return self._facts
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        return self.facts()[0]
-
-    @property
-    def modified(self) -> float:  # type: ignore[override]
-        return self.facts()[1] / 1e9
-
-    @property
-    def version(self) -> str:  # type: ignore[override]
-        return "%d-%d-%d" % self.facts()
+    def _new_lock(self, name: str) -> FileLock:
+        """The lock of a new temporary file."""
+        return FileLock(self.path("tmp/%s.%s.part" % (name, os.urandom(6).hex())), os.O_EXCL)
 
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)
-BINARY = getattr(os, "O_BINARY", 0)
+def disk_entry(key: str, status: os.stat_result) -> Entry:
+    """The entry of a file."""
+    version = "%d-%d-%d" % (status.st_size, status.st_mtime_ns, status.st_ino)
+    return Entry(key, status.st_size, status.st_mtime_ns / 1e9, version)
+
+
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows lacks it
+BINARY = getattr(os, "O_BINARY", 0)      # only Windows has it
 CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 
@@ -2427,12 +2399,7 @@ class FileRange:
     def read(self, size: int = -1) -> bytes:
         """Up to size bytes, none at the end."""
         left = self._end - self._position
-        wanted = left if size < 0 else min(size, left)
-        if hasattr(os, "pread"):
-            data = os.pread(self._file.fileno(), wanted, self._position)
-        else:
-            self._file.seek(self._position)
-            data = self._file.read(wanted)
+        data = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._position)
         self._position += len(data)
         return data
 
@@ -2454,35 +2421,44 @@ class FileRange:
 
 
 class FileLock:
-    """An exclusive lock between processes that dies with its holder; its file is gone when nobody holds it.
+    """An exclusive lock between processes that dies with its holder; release() removes its file.
 
-    On systems without fcntl it is no lock: there, two processes should not record into one experiment.
+    The file takes the permissions of group and others from its folder, so that whoever may write there can lock it.
     """
 
-    def __init__(self, path: str, flags: int = 0) -> None:
+    def __init__(self, path: str, flags: int = 0, create: bool = True) -> None:
         self.path = path
-        self.descriptor: int = -1
-        self._flags = os.O_RDWR | os.O_CREAT | CLOEXEC | flags
+        self.descriptor = -1
+        self.is_held = False  # False after acquire() too, where the file system has no locks
+        self._flags = os.O_RDWR | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
 
     def acquire(self, wait: bool = True) -> bool:
-        """Take the lock; False if it is held by another and wait is False. Raises OSError."""
+        """Take the lock; False if another process holds it and wait is False. Raises OSError."""
         while True:
+            descriptor = self._open()
             try:
-                descriptor = os.open(self.path, self._flags, 0o666)
-            except FileNotFoundError:
-                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                locked = lock_descriptor(descriptor, wait)
+                if locked is False:
+                    return False
+                status = os.fstat(descriptor)
+                if os.path.samestat(os.stat(self.path), status):
+                    self.descriptor, self.is_held = descriptor, bool(locked)
+                    share(descriptor, status, os.path.dirname(self.path))
+                    return True
+            except FileNotFoundError:  # its holder removed the file while we waited
                 continue
-            if not lock_descriptor(descriptor, wait):
-                os.close(descriptor)
-                return False
-            try:
-                current = os.stat(self.path)
-            except FileNotFoundError:
-                current = None
-            if current is not None and os.path.samestat(current, os.fstat(descriptor)):
-                self.descriptor = descriptor
-                return True
-            os.close(descriptor)  # its holder removed the file while we waited
+            finally:
+                if self.descriptor != descriptor:
+                    os.close(descriptor)
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, self._flags, 0o666)
+        except FileNotFoundError:
+            if not self._flags & os.O_CREAT:
+                raise
+            make_folder(os.path.dirname(self.path))
+            return os.open(self.path, self._flags, 0o666)
 
     def release(self, remove: bool = True) -> None:
         """Give the lock back, and remove its file while it is still held."""
@@ -2490,7 +2466,7 @@ class FileLock:
             if remove:
                 remove_file(self.path)
             os.close(self.descriptor)
-            self.descriptor = -1
+            self.descriptor, self.is_held = -1, False
 
     def __enter__(self) -> FileLock:
         self.acquire()
@@ -2500,12 +2476,12 @@ class FileLock:
         self.release()
 
 
-def lock_descriptor(descriptor: int, wait: bool) -> bool:
-    """Lock an open file until it is closed; False if another process holds it. True where locks do not exist."""
+def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
+    """Lock an open file until it is closed; False if another process holds it, None if the file system has no locks."""
     try:
         import fcntl
-    except ImportError:
-        return True
+    except ImportError:  # Windows: two processes should not record into one experiment there
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -2513,7 +2489,42 @@ def lock_descriptor(descriptor: int, wait: bool) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
+        return None
     return True
+
+
+def make_folder(path: str) -> None:
+    """Make a folder that takes its permissions and group from the folder that it is in, whatever the umask."""
+    parent = os.path.dirname(path)
+    os.makedirs(parent, exist_ok=True)
+    mode = 0o700 | os.stat(parent).st_mode & 0o2077
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    _change_mode(path, mode)
+
+
+def make_private_folder(path: str) -> None:
+    """Make a folder that only its owner may enter; whoever uses it finds out if that failed."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+    except OSError:
+        pass
+
+
+def share(descriptor: int, status: os.stat_result, folder: str) -> None:
+    """Give a file of ours the permissions of group and others that its folder has, whatever the umask."""
+    mode = 0o600 | os.stat(folder).st_mode & 0o066
+    if status.st_mode & 0o777 != mode and status.st_uid == os.geteuid():
+        _change_mode(descriptor, mode)
+
+
+def _change_mode(file: Union[int, str], mode: int) -> None:
+    try:
+        os.chmod(file, mode)
+    except OSError:  # a file system without permissions
+        pass
 
 
 def write_all(file: BinaryIO, data: Union[bytes, memoryview]) -> None:
@@ -2532,7 +2543,7 @@ def remove_file(path: str) -> None:
 
 
 class Unreachable(ReplicateError):
-    """The store did not answer, or not sensibly: worth another try."""
+    """The server did not answer, or not sensibly: worth another try."""
 
 
 class NoBucket(DoesNotExist):
@@ -2543,22 +2554,23 @@ class Changed(ReplicateError):
     """An object is not the version that was expected."""
 
 
-NO_BUCKET = "There is no bucket for %s. Is its name right? Reading never creates one; recording does."
+NO_BUCKET = "There is no bucket for %s. Is the name right? Recording creates a missing bucket; reading does not."
 
 
 class CloudStorage(Storage):
-    """What S3 and Google Cloud Storage have in common: retries, ranged reading that resumes, parallel listing.
+    """What S3 and Google Cloud Storage have in common: reading that resumes, merging updates, parallel listing.
 
-    A backend gives the requests themselves and translates the SDK's errors, once, in translate().
+    A backend makes the requests, which its SDK retries, and translates the SDK's errors in translate().
     """
 
-    ATTEMPTS = 10          # for each request, with growing pauses: 10 seconds in all
-    FIRST_PAUSE = 0.05     # seconds
-    LONGEST_PAUSE = 3.0
+    ATTEMPTS = 5           # for each request, with growing pauses: about 8 seconds in all
+    FIRST_PAUSE = 0.5      # seconds; S3's SDK has its own pauses, much the same
+    LONGEST_PAUSE = 8.0
     TIMEOUT = 20.0         # seconds without a byte after which a request has failed
+    LAST_TIMEOUT = 3.0     # the same once there is a deadline
     PARALLEL = 16          # requests at a time
     PART_BYTES = 8 << 20   # of an upload in parts, and of a ranged reading
-    LARGE_UPLOADS = 2      # whole files at a time: each is in memory
+    LARGE_UPLOADS = 2      # files at a time, of each of which a part is in memory
     has_index = True
 
     def __init__(self, rest: str) -> None:
@@ -2567,8 +2579,6 @@ class CloudStorage(Storage):
             raise RepositoryConfigurationError("%r is no bucket name." % self.bucket)
         self.root = root.strip("/") + "/" if root.strip("/") else ""
         self.url = "%s://%s" % (self.scheme, rest)
-        self.attempts = self.ATTEMPTS
-        self._threads: Dict[int, Workers] = {}
 
     # -- what a backend provides
 
@@ -2588,10 +2598,6 @@ class CloudStorage(Storage):
         """Store an object; version: only if it is still this one ('' for none at all), else raises Changed."""
         raise NotImplementedError
 
-    def put_parts(self, key: str, path: str, size: int, progress: Callable[[int], None]) -> None:
-        """Store a large file."""
-        raise NotImplementedError
-
     def find_bucket(self) -> bool:
         """Whether the bucket exists. Raises for one that is somebody else's."""
         raise NotImplementedError
@@ -2603,30 +2609,23 @@ class CloudStorage(Storage):
     # -- what they share
 
     def call(self, request: Callable[[], Any], key: str) -> Any:
-        """The result of a request, tried again with growing pauses while the failure may be a passing one."""
-        pause = self.FIRST_PAUSE
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                return request()
-            except ReplicateError as error:
-                failure = error
-            except Exception as error:
-                failure = self.translate(error, key)
-                failure.__cause__ = error
-            if not isinstance(failure, Unreachable) or attempt >= self.attempts:
-                raise failure
-            console.debug("Trying again: %s" % failure)
-            time.sleep(pause * (0.5 + os.urandom(1)[0] / 256))
-            pause = min(2 * pause, self.LONGEST_PAUSE)
+        """The result of a request, with the SDK's errors translated."""
+        try:
+            self.check_deadline()
+            return request()
+        except ReplicateError:
+            raise
+        except Exception as error:
+            raise self.translate(error, key) from error
+
+    def check_deadline(self, *args: Any, **kwargs: Any) -> None:
+        """Raise Unreachable if a request that starts now could last beyond the deadline."""
+        if self.deadline is not None and time.monotonic() > self.deadline - self.LAST_TIMEOUT:
+            raise Unreachable("%s cannot be reached in the time that is left." % self.url)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
         """function of each item, in order, several requests at a time; fewer where each takes much memory."""
-        count = self.LARGE_UPLOADS if large else self.PARALLEL
-        if count not in self._threads:
-            self._threads[count] = Workers(count)
-        return self._threads[count].map(function, items)
+        return in_threads(function, items, self.LARGE_UPLOADS if large else self.PARALLEL)
 
     def prepare(self) -> None:
         if not self.call(self.find_bucket, ""):
@@ -2701,15 +2700,6 @@ class CloudStorage(Storage):
                 continue
         raise WriteError("%s in %s changes all the time: it could not be updated." % (key, self.url))
 
-    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        size = os.path.getsize(path)
-        if size > self.PART_BYTES:
-            self.put_parts(key, path, size, progress)
-        else:
-            with open(path, "rb") as file:
-                self.write(key, file.read())
-            progress(size)
-
 
 class ResumingStream:
     """The bytes [start, end) of an object; when the connection breaks, it goes on where it was, in the same version."""
@@ -2721,7 +2711,7 @@ class ResumingStream:
         self._stream: Any = None
         self.version = version
         if end is None or end > start:
-            self._storage.call(self._connect, key)
+            storage.call(self._connect, key)
 
     def _connect(self) -> None:
         end = self._end if self._end is not None else self._position + (1 << 62)
@@ -2734,7 +2724,7 @@ class ResumingStream:
         try:
             data = self._stream.read(size)
             if not data:
-                raise Unreachable("%s: the connection was closed too early." % self._storage.url)
+                raise Unreachable("%s closed the connection too early." % self._storage.url)
             return data
         except Exception:
             self.close()
@@ -2745,11 +2735,15 @@ class ResumingStream:
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 20), b""))
         size = min(size, self._end - self._position) if self._end is not None else 0
-        if size <= 0:
-            return b""
-        data = self._storage.call(lambda: self._read_once(size), self._key)
-        self._position += len(data)
-        return data
+        for left in range(self._storage.ATTEMPTS - 1, -1, -1) if size > 0 else ():
+            try:
+                data = self._storage.call(lambda: self._read_once(size), self._key)
+                self._position += len(data)
+                return data
+            except Unreachable:
+                if not left or self._storage.deadline is not None:
+                    raise
+        return b""
 
     def close(self) -> None:
         stream, self._stream = self._stream, None
@@ -2767,14 +2761,13 @@ class ResumingStream:
 
 
 class S3Storage(CloudStorage):
-    """A bucket of Amazon S3 or of any store that speaks its protocol, with the standard settings of boto3."""
+    """A bucket of Amazon S3 or of any server that speaks its protocol, with the standard settings of boto3."""
 
     scheme = "s3"
-    MAX_PARTS = 9000
-    MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchUpload")
+    MISSING = ("404", "NoSuchKey", "NotFound")
     STALE = ("412", "PreconditionFailed", "ConditionalRequestConflict", "409")
-    PASSING = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed.Retry", "InternalError", "ServiceUnavailable",
-               "Throttling", "ThrottlingException", "TooManyRequests", "OperationAborted")
+    PASSING = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException",
+               "TooManyRequests", "OperationAborted", "NoSuchUpload")
 
     def __init__(self, rest: str) -> None:
         super().__init__(rest)
@@ -2785,24 +2778,52 @@ class S3Storage(CloudStorage):
         except ImportError as error:
             raise RepositoryConfigurationError("s3:// repositories need boto3: install it with 'pip install boto3'. "
                                                "Repositories on disk (file://) work without it.") from error
-        self._errors = botocore.exceptions
-        settings = {"connect_timeout": 5, "read_timeout": self.TIMEOUT, "max_pool_connections": 2 * self.PARALLEL,
-                    "retries": {"total_max_attempts": 1, "mode": "standard"}}
-        new_settings = {"request_checksum_calculation": "when_required",  # the default is refused by some stores
-                        "response_checksum_validation": "when_required"}
+        self._errors, self._new_config = botocore.exceptions, botocore.config.Config
+        self._clients: Dict[bool, Any] = {}
+        self._creating = threading.Lock()
         try:
-            config = botocore.config.Config(**settings, **new_settings)
-        except TypeError:  # an older botocore, which adds no checksums
-            config = botocore.config.Config(**settings)
-        try:
-            self._client = boto3.session.Session().client("s3", config=config)
-            self._client.meta.events.register("after-call.s3", self._note_clock)
+            self._session = boto3.session.Session()
+            self._client
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise RepositoryConfigurationError("%s cannot be used: %s." % (
                 self.url, short_reason(error).rstrip("."))) from error
 
+    @property
+    def _client(self) -> Any:
+        """A client of the SDK; an impatient one once there is a deadline, since its timeouts cannot be changed."""
+        hurried = self.deadline is not None
+        with self._creating:
+            if hurried not in self._clients:
+                self._clients[hurried] = self._new_client(hurried)
+            return self._clients[hurried]
+
+    def _new_client(self, hurried: bool) -> Any:
+        settings = {"connect_timeout": min(5.0, self._timeout(hurried)), "read_timeout": self._timeout(hurried),
+                    "max_pool_connections": 2 * self.PARALLEL,
+                    "retries": {"total_max_attempts": 1 if hurried else self.ATTEMPTS, "mode": "standard"}}
+        new_settings = {"request_checksum_calculation": "when_required",  # some servers refuse the default
+                        "response_checksum_validation": "when_required"}
+        try:
+            config = self._new_config(**settings, **new_settings)
+        except TypeError:  # an older botocore, which adds no checksums
+            config = self._new_config(**settings)
+        client = self._session.client("s3", config=config)
+        client.meta.events.register("after-call.s3", self._note_clock)
+        client.meta.events.register("before-send.s3", self.check_deadline)
+        client.meta.events.register_first("needs-retry.s3", self._give_up)
+        return client
+
+    def _timeout(self, hurried: bool) -> float:
+        return self.LAST_TIMEOUT if hurried else self.TIMEOUT
+
     def _note_clock(self, parsed: Dict[str, Any], **kwargs: Any) -> None:
         self.clock_skew = http_date_skew(parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
+
+    def _give_up(self, caught_exception: Optional[Exception] = None, **kwargs: Any) -> None:
+        """Raise the error of a request that the SDK is about to retry where that is of no use."""
+        if caught_exception is not None and (self.deadline is not None or
+                                             isinstance(caught_exception, self._errors.SSLError)):
+            raise caught_exception
 
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
@@ -2812,12 +2833,12 @@ class S3Storage(CloudStorage):
             code, status = str(answer.get("Code", "")), error.response.get("ResponseMetadata", {}).get(
                 "HTTPStatusCode", 0)
             reason = "%s (%s)" % (str(answer.get("Message") or "no reason given").rstrip("."), code)
+            if code in self.PASSING or status >= 500 and code != "NotImplemented" or status == 429:
+                return Unreachable("%s cannot be reached: %s." % (self.url, reason))
             if code == "NoSuchBucket" or (status == 404 and not key):
                 return NoBucket(NO_BUCKET % self.url)
             if code in self.STALE or status == 412:
-                return Changed("%s was changed by another process." % name)
-            if status >= 500 and code != "NotImplemented" or status == 429 or code in self.PASSING:
-                return Unreachable("%s cannot be reached: %s." % (self.url, reason))
+                return Changed("Another process changed %s." % name)
             if code in self.MISSING:
                 return DoesNotExist("%s does not exist." % name)
             return ReadError("%s refuses: %s." % (name, reason))
@@ -2853,46 +2874,26 @@ class S3Storage(CloudStorage):
 
     def put(self, key: str, data: bytes, version: Optional[str]) -> None:
         condition = {} if version is None else {"IfMatch": '"%s"' % version} if version else {"IfNoneMatch": "*"}
-        try:
-            self._client.put_object(Bucket=self.bucket, Key=self.root + key, Body=data, **condition)
-        except self._errors.ParamValidationError:  # an older boto3
-            self._client.put_object(Bucket=self.bucket, Key=self.root + key, Body=data)
-        except self._errors.ClientError as error:
-            if error.response.get("Error", {}).get("Code") != "NotImplemented" or not condition:
-                raise
-            self._client.put_object(Bucket=self.bucket, Key=self.root + key, Body=data)
-
-    def put_parts(self, key: str, path: str, size: int, progress: Callable[[int], None]) -> None:
         target = {"Bucket": self.bucket, "Key": self.root + key}
-        length = max(self.PART_BYTES, size // self.MAX_PARTS + 1)
-        upload = self.call(lambda: self._client.create_multipart_upload(**target), key)["UploadId"]
-
-        def send(number: int) -> Dict[str, Any]:
-            with open(path, "rb") as file:
-                file.seek((number - 1) * length)
-                data = file.read(length)
-            answer = self.call(lambda: self._client.upload_part(UploadId=upload, PartNumber=number, Body=data, **target),
-                               key)
-            progress(len(data))
-            return {"PartNumber": number, "ETag": answer["ETag"]}
-
         try:
-            parts = list(workers().map(send, range(1, (size + length - 1) // length + 1)))
-            self.call(lambda: self._complete(target, upload, parts), key)
-        except BaseException:
-            try:
-                self._client.abort_multipart_upload(UploadId=upload, **target)
-            except Exception as error:  # the store's own rules clean it up
-                console.debug("An unfinished upload of %s is left: %s" % (key, error))
-            raise
-
-    def _complete(self, target: Dict[str, str], upload: str, parts: List[Dict[str, Any]]) -> None:
-        try:
-            self._client.complete_multipart_upload(UploadId=upload, MultipartUpload={"Parts": parts}, **target)
-        except self._errors.ClientError as error:
-            if error.response.get("Error", {}).get("Code") != "NoSuchUpload":
+            self._client.put_object(Body=data, **target, **condition)
+        except (self._errors.ParamValidationError, self._errors.ClientError) as error:
+            if not condition or getattr(error, "response", {}).get("Error", {}).get("Code", "NotImplemented") != \
+                    "NotImplemented":
                 raise
-            self._client.head_object(**target)  # an earlier try succeeded, and its answer was lost
+            self._client.put_object(Body=data, **target)  # an older boto3 or another server knows no conditions
+
+    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        """In one thread: those of the SDK refuse work when the interpreter shuts down, and then hold it up."""
+        from boto3.s3.transfer import TransferConfig
+        config = TransferConfig(self.PART_BYTES + 1, multipart_chunksize=self.PART_BYTES, use_threads=False)
+        try:
+            with open(path, "rb") as file:
+                self.call(lambda: self._client.upload_fileobj(file, self.bucket, self.root + key, Callback=progress,
+                                                              Config=config), key)
+        except Unreachable as error:  # perhaps it is complete, and the answer was lost
+            if "NoSuchUpload" not in str(error) or self.stat(key).size != os.path.getsize(path):
+                raise
 
     def delete(self, keys: Iterable[str]) -> None:
         names = [{"Key": self.root + key} for key in keys]
@@ -2939,7 +2940,7 @@ class GCSStorage(CloudStorage):
                 "Repositories on disk (file://) work without it.") from error
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # a request of the SDK's own
         self._errors, self._auth_errors = google.api_core.exceptions, google.auth.exceptions
-        self._chunk_retry = DEFAULT_RETRY
+        self._retry = DEFAULT_RETRY.with_delay(self.FIRST_PAUSE, self.LONGEST_PAUSE, 2.0)
         project = os.environ.get("GOOGLE_CLOUD_PROJECT")
         try:
             if os.environ.get("STORAGE_EMULATOR_HOST"):
@@ -2956,88 +2957,100 @@ class GCSStorage(CloudStorage):
     def _note_clock(self, response: Any, *args: Any, **kwargs: Any) -> None:
         self.clock_skew = http_date_skew(response.headers.get("date"))
 
+    def _limits(self, attempts: Optional[int] = None) -> Dict[str, Any]:
+        """How long the SDK waits for an answer, and how often it tries (ATTEMPTS times, if not given)."""
+        if self.deadline is not None:
+            return {"timeout": self.LAST_TIMEOUT, "retry": None}
+        tries = iter(range((attempts or self.ATTEMPTS) - 1))
+
+        def worthwhile(error: Exception) -> bool:
+            return (isinstance(self.translate(error, ""), Unreachable) and self.deadline is None
+                    and next(tries, None) is not None)
+
+        return {"timeout": self.TIMEOUT, "retry": self._retry.with_predicate(worthwhile)}
+
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
+        error = getattr(error, "cause", None) or error  # the SDK's own time for retries is over
         text = str(getattr(error, "message", None) or short_reason(error))
         inner = re.search(r'"message":\s*"([^"]+)"', text)  # media requests give the whole answer
         reason = inner.group(1) if inner else re.sub(r"^[A-Z]+ https?://\S+: ", "", text)
         reason = reason.strip().rstrip(".:")
-        code = getattr(error, "code", None)
+        code = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, self._errors.NotFound):
             if not key or "specified bucket" in reason.lower():
                 return NoBucket(NO_BUCKET % self.url)
             return DoesNotExist("%s does not exist." % name)
         if isinstance(error, self._errors.PreconditionFailed):
-            return Changed("%s was changed by another process." % name)
+            return Changed("Another process changed %s." % name)
         if isinstance(error, self._auth_errors.GoogleAuthError) and not isinstance(
                 error, self._auth_errors.TransportError):
             return ReadError("%s cannot be used: %s." % (self.url, reason))
-        if isinstance(error, self._errors.GoogleAPICallError) and not (
-                isinstance(code, int) and (code >= 500 or code in (408, 429))):
+        if isinstance(code, int) and code < 500 and code not in (408, 429):
             return ReadError("%s refuses: %s." % (name, reason))
         module = type(error).__module__.split(".")[0]
         if isinstance(error, OSError) or module in ("google", "requests", "urllib3", "http"):
             return Unreachable("%s cannot be reached: %s." % (self.url, reason))
         return ReadError("%s: %s." % (name, reason))
 
-    def _blob(self, key: str) -> Any:
-        return self._bucket.blob(self.root + key)
+    def _blob(self, key: str, chunk_size: Optional[int] = None) -> Any:
+        return self._bucket.blob(self.root + key, chunk_size)
 
     def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
         extra = {"start_offset": after} if after else {}
         pages = self._client.list_blobs(self._bucket, prefix=prefix, page_token=token, max_results=None, page_size=1000,
-                                        fields="items(name,size,updated,generation),nextPageToken", retry=None,
-                                        timeout=self.TIMEOUT, **extra)
+                                        fields="items(name,size,updated,generation),nextPageToken", **self._limits(),
+                                        **extra)
         page = next(pages.pages, ())
         entries = [Entry(blob.name[len(self.root):], blob.size or 0, blob.updated.timestamp(), str(blob.generation))
                    for blob in page if blob.name != after]
         return entries, pages.next_page_token
 
-    def stat(self, key: str) -> Entry:
+    def _loaded(self, key: str) -> Any:
         blob = self._blob(key)
-        self.call(lambda: blob.reload(retry=None, timeout=self.TIMEOUT), key)
+        blob.reload(**self._limits())
+        return blob
+
+    def stat(self, key: str) -> Entry:
+        blob = self.call(lambda: self._loaded(key), key)
         return Entry(key, blob.size or 0, blob.updated.timestamp(), str(blob.generation))
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
-        blob = self._blob(key)
+        size = end
         if version is None:
-            blob.reload(retry=None, timeout=self.TIMEOUT)
-            version = str(blob.generation)
-            size = blob.size or 0
-        else:
-            size = end
-        return GCSStream(self, blob, start, min(end, size), version), version, size  # type: ignore[return-value]
+            blob = self._loaded(key)
+            size, version = blob.size or 0, str(blob.generation)
+        return GCSStream(self, key, start, min(end, size), version), version, size  # type: ignore[return-value]
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         """In one request, where the inherited method would first ask for the version."""
-        return self.call(lambda: self._blob(key).download_as_bytes(raw_download=True, checksum=None, retry=None,
-                                                                   timeout=self.TIMEOUT), key)
+        return self.call(lambda: self._blob(key).download_as_bytes(raw_download=True, checksum=None, **self._limits()),
+                         key)
 
-    def download(self, blob: Any, start: int, end: int, version: str) -> bytes:
+    def download(self, key: str, start: int, end: int, version: str) -> bytes:
         """The bytes [start, end) of one version of an object, in one request."""
-        data = blob.download_as_bytes(start=start, end=end - 1, raw_download=True, checksum=None, retry=None,
-                                      if_generation_match=int(version), timeout=self.TIMEOUT)
+        data = self._blob(key).download_as_bytes(start=start, end=end - 1, raw_download=True, checksum=None,
+                                                 if_generation_match=int(version), **self._limits())
         if len(data) != end - start:
-            raise Unreachable("%s: the connection was closed too early." % self.url)
+            raise Unreachable("%s closed the connection too early." % self.url)
         return data
 
     def put(self, key: str, data: bytes, version: Optional[str]) -> None:
-        self._blob(key).upload_from_string(data, "application/octet-stream", retry=None, timeout=self.TIMEOUT,
+        self._blob(key).upload_from_string(data, "application/octet-stream", **self._limits(),
                                            if_generation_match=None if version is None else int(version or 0))
 
-    def put_parts(self, key: str, path: str, size: int, progress: Callable[[int], None]) -> None:
-        blob = self._bucket.blob(self.root + key, chunk_size=self.PART_BYTES)
-
-        def send() -> None:
-            with CountingFile(path, progress) as file:
-                blob.upload_from_file(file, size=size, content_type="application/octet-stream", timeout=self.TIMEOUT,
-                                      retry=self._chunk_retry, checksum=None)
-        self.call(send, key)
+    def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        size = os.path.getsize(path)
+        blob = self._blob(key, self.PART_BYTES if size > self.PART_BYTES else None)
+        attempts = self.ATTEMPTS * (1 + size // self.PART_BYTES)
+        with CountingFile(path, progress, self.check_deadline) as file:
+            self.call(lambda: blob.upload_from_file(file, size=size, content_type="application/octet-stream",
+                                                    checksum=None, **self._limits(attempts)), key)
 
     def delete(self, keys: Iterable[str]) -> None:
         def remove(key: str) -> None:
             try:
-                self.call(lambda: self._blob(key).delete(retry=None, timeout=self.TIMEOUT), key)
+                self.call(lambda: self._blob(key).delete(**self._limits()), key)
             except DoesNotExist:
                 pass
 
@@ -3045,17 +3058,17 @@ class GCSStorage(CloudStorage):
             pass
 
     def find_bucket(self) -> bool:
-        return self._client.lookup_bucket(self.bucket, retry=None, timeout=self.TIMEOUT) is not None
+        return self._client.lookup_bucket(self.bucket, **self._limits()) is not None
 
     def create_bucket(self) -> None:
-        self._client.create_bucket(self.bucket, retry=None, timeout=self.TIMEOUT)
+        self._client.create_bucket(self.bucket, **self._limits())
 
 
 class GCSStream:
     """A range of one version of an object, fetched in parts, each in one request."""
 
-    def __init__(self, storage: GCSStorage, blob: Any, start: int, end: int, version: str) -> None:
-        self._storage, self._blob, self._version = storage, blob, version
+    def __init__(self, storage: GCSStorage, key: str, start: int, end: int, version: str) -> None:
+        self._storage, self._key, self._version = storage, key, version
         self._position, self._end = start, end
         self._data = memoryview(b"")
 
@@ -3063,7 +3076,7 @@ class GCSStream:
         """Up to size bytes."""
         if not self._data and self._position < self._end:
             end = min(self._end, self._position + self._storage.PART_BYTES)
-            self._data = memoryview(self._storage.download(self._blob, self._position, end, self._version))
+            self._data = memoryview(self._storage.download(self._key, self._position, end, self._version))
             self._position = end
         taken, self._data = self._data[:size], self._data[size:]
         return bytes(taken)
@@ -3072,28 +3085,20 @@ class GCSStream:
         self._data = memoryview(b"")
 
 
-class CountingFile:
-    """A file opened for reading that reports how many bytes are read for the first time."""
+class CountingFile(io.FileIO):
+    """A file opened for reading that reports how many bytes are read for the first time; check may end it all."""
 
-    def __init__(self, path: str, progress: Callable[[int], None]) -> None:
-        self._file, self._progress, self._furthest = open(path, "rb"), progress, 0
+    def __init__(self, path: str, progress: Callable[[int], None], check: Callable[[], None]) -> None:
+        super().__init__(path, "rb")
+        self._progress, self._check, self._furthest = progress, check, 0
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        ahead = self._file.tell() - self._furthest
-        if ahead > 0:
-            self._furthest += ahead
-            self._progress(ahead)
+    def read(self, size: Optional[int] = -1) -> bytes:
+        self._check()
+        data = super().read(size)
+        ahead = max(0, self.tell() - self._furthest)
+        self._furthest += ahead
+        self._progress(ahead)
         return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> CountingFile:
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._file.close()
 
 
 def http_date_skew(date: Optional[str]) -> float:
@@ -5294,7 +5299,7 @@ MAX_FOLD_INTERVAL = 8   # but at most this;
 FOLD_HELP = 1.0         # seconds that the clock may be late before the worker folds in its place
 MAX_PACKING = 2         # archives that wait for compression before checkpoint() waits too
 TERMINATION_SECONDS = 10.0  # that stopping may take after SIGTERM, and that it waits for a bucket that does not answer;
-JOIN_SECONDS = 2.0          # so much of that is for the last heartbeat
+JOIN_SECONDS = 3.5          # so much of that is for the last heartbeat: one request, see Storage.deadline
 
 MAX_STEP = (1 << 63) - 1
 SECRET_NAMES = ("token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
@@ -5411,7 +5416,7 @@ def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequenc
 
     It takes no longer than a plain copy. Raises WriteError.
     """
-    _write_archive(storage, archive_key(kind, item_id), lambda file: pack(file, item_id, sources))
+    storage.create(archive_key(kind, item_id), lambda file: pack(file, item_id, sources))
     return any(source.size > GROUP_BYTES for source in sources)
 
 
@@ -5424,28 +5429,16 @@ def shrink_archive(storage: DiskStorage, kind: str, item_id: str, check: Callabl
     archive = Archive(storage, key)
     shrinkable = shrinkable_members(archive)
 
+    def write(file: BinaryIO) -> None:
+        recompress(archive, file, shrinkable, go_on)
+        storage.stat(key)  # whoever removed it meanwhile wants it gone
+
     def go_on() -> None:
         storage.stat(key)
         check()
 
     if shrinkable:
-        _write_archive(storage, key, lambda file: recompress(archive, file, shrinkable, go_on), replace=True)
-
-
-def _write_archive(storage: DiskStorage, key: str, write: Callable[[BinaryIO], Any], replace: bool = False) -> Any:
-    path = storage.temporary(key.rpartition("/")[2])
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "xb", 0) as file:
-            result = write(file)
-        if replace:
-            storage.stat(key)  # whoever removed it meanwhile wants it gone
-        storage.move_in(path, key)
-        return result
-    except OSError as error:
-        raise storage.write_failure(key, error) from error
-    finally:
-        remove_file(path)
+        storage.create(key, write)
 
 
 # Recording for a bucket goes to a repository of its own on disk, the pending area, which is uploaded from there.
@@ -5475,6 +5468,7 @@ def pending_areas(pending: Repository) -> List[Repository]:
 def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repository, FileLock]:
     """A pending area in which no other process records this experiment, and its owner's lock. Raises WriteError."""
     while True:
+        make_private_folder(pending.storage.root)  # type: ignore[attr-defined]
         pending.prepare()
         lock = owner_lock(pending, experiment_id)
         if lock.acquire(wait=False):
@@ -5855,7 +5849,7 @@ class Worker:
         with self.changed:
             self.stopping, self.limit = True, min(self.limit, limit)
             if self.remote and self.limit < float("inf"):
-                self.remote.storage.deadline = self.limit  # type: ignore[attr-defined]
+                self.remote.storage.deadline = self.limit
             self.changed.notify_all()
 
     def wait(self) -> None:
@@ -6075,10 +6069,10 @@ class Recorder:
                 self.fold()
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_INTERVAL
-                pulse.storage.deadline = next_beat  # type: ignore[attr-defined]
+                pulse.storage.deadline = next_beat
                 self._beat(pulse)
         if self.heartbeat and not self.gone and active_recorder(self.key()) is None:
-            pulse.storage.deadline = time.monotonic() + JOIN_SECONDS  # type: ignore[attr-defined]
+            pulse.storage.deadline = time.monotonic() + JOIN_SECONDS
             try:
                 pulse.storage.delete([heartbeat_key(self.experiment.id)])
             except ReplicateError as error:

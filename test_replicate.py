@@ -2125,6 +2125,9 @@ def hasty(monkeypatch):
     """Short pauses between tries, in this process."""
     monkeypatch.setattr(replicate.CloudStorage, "FIRST_PAUSE", 0.005)
     monkeypatch.setattr(replicate.CloudStorage, "LONGEST_PAUSE", 0.02)
+    with contextlib.suppress(ImportError):
+        import botocore.retries.standard
+        monkeypatch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
     monkeypatch.setattr(replicate, "FIRST_SEND_PAUSE", 0.05)
     monkeypatch.setattr(replicate, "LONGEST_SEND_PAUSE", 0.2)
 
@@ -2132,6 +2135,11 @@ def hasty(monkeypatch):
 HASTY = """
 import os, sys, time, replicate
 replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.005, 0.02
+try:
+    from botocore.retries.standard import ExponentialBackoff
+    ExponentialBackoff.delay_amount = lambda self, context: 0.01
+except ImportError:
+    pass
 replicate.FIRST_SEND_PAUSE, replicate.LONGEST_SEND_PAUSE = 0.05, 0.2
 def wait(word):
     print(word, flush=True)
