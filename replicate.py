@@ -7393,7 +7393,8 @@ def push_command(args: argparse.Namespace) -> int:
             busy = send_abandoned(pending, remote, sent, progress.add)
     except ReplicateError as error:
         raise WriteError("%s\nSent so far: %s. Run the command again for the rest." % (error, sent)) from error
-    console.info("Sent %s to %s" % (sent, remote.url))
+    if sent.experiments:
+        console.info("Sent %s to %s" % (sent, remote.url))
     for experiment_id in busy:
         console.info("Experiment %s is being recorded, and sent, by another process" % experiment_id[:SHORT_ID])
     return 0
