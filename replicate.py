@@ -5645,12 +5645,12 @@ class LiveDocument:
         self._one_at_a_time = threading.RLock()
         self._last_fold, self._pause = float("-inf"), FOLD_INTERVAL
 
-    def append(self, line: bytes) -> Optional[str]:
+    def append(self, item: Dict[str, Any]) -> Optional[str]:
         """Make a checkpoint survive the death of the process; what prevented that, if it waits in memory instead."""
         with self._changed:
             if self._is_gone:
                 return None
-            self.unwritten.append(line)
+            self.unwritten.append(encode_json({"checkpoint": item}, indent=None))
             if self.fold_at == float("inf"):
                 self.fold_at = max(time.monotonic(), self._last_fold + self._pause)
                 self._changed.notify_all()
@@ -5945,12 +5945,14 @@ class Recorder:
                     return None
                 self._saving = [other for other in self._saving if other.locked()] + [saving]
                 checkpoint = self._next_checkpoint(experiment, step, values, primary, problems)
+                if path is None:  # written at once, so that the document has them in this order
+                    failure = self.document.append(checkpoint._document)
             if path is not None:
                 try:
                     self._save_files(checkpoint, path, quiet)
                 except Exception as error:  # recording must never break training
                     problems.append(_problem(error))
-            failure = self.document.append(encode_json({"checkpoint": checkpoint._document}, indent=None))
+                failure = self.document.append(checkpoint._document)
             self._tell(checkpoint, problems, failure, quiet)
         return checkpoint
 
