@@ -3880,7 +3880,7 @@ class Journal:
     """Checkpoints that are not in their experiment's document yet, a JSON line each; locked while its writer lives.
 
     `{"checkpoint": {...}}` adds one, `{"removed": "<id>"}` takes one out again. Its name is made of the experiment's
-    ID and the time. A torn last line, left by a full disk or a killed process, is passed over.
+    ID and the time. Readers skip a torn line, which a full disk or a killed process leaves.
     """
 
     def __init__(self, storage: DiskStorage, experiment_id: str) -> None:
@@ -3916,7 +3916,7 @@ def read_journal(data: bytes) -> Tuple[List[Dict[str, Any]], Set[str]]:
         except (ReadError, TypeError, KeyError, AttributeError):
             torn += 1
     if torn:
-        console.debug("Torn lines in a journal were passed over: %d." % torn)
+        console.debug("Skipped %s of a journal." % plural(torn, "torn line"))
     return added, removed
 
 
@@ -3973,6 +3973,7 @@ class Repository:
         """Make it ready for recording. Raises what check_version raises, and WriteError."""
         exists = self.check_version()
         self.storage.prepare()
+        self._remove_leftovers()
         if not exists:
             self.storage.write("repository.json", encode_json({"version": REPOSITORY_VERSION}, indent=None))
 
@@ -4140,10 +4141,22 @@ class Repository:
 
         self.storage.update(document_key(experiment_id), change)
 
-    def fold_abandoned(self) -> None:
-        """Fold the journals that killed processes left, where this repository may be written."""
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files and heartbeats of killed processes from a disk, where it may be written."""
         if not isinstance(self.storage, DiskStorage):
             return
+        try:
+            self.storage.remove_leftovers()
+            self.storage.delete([entry.key for entry in self.storage.list(HEARTBEATS)
+                                 if is_id(entry.name[:-5]) and not self._is_recent(entry)])
+        except ReplicateError as error:
+            console.debug(str(error))
+
+    def fold_abandoned(self) -> None:
+        """Fold the journals of killed processes and remove what else they left, where this repository may be written."""
+        if not isinstance(self.storage, DiskStorage):
+            return
+        self._remove_leftovers()
         for experiment_id, keys in self.journals().items():
             for key in keys:
                 lock = FileLock(self.storage.path(key), os.O_APPEND)
@@ -4461,7 +4474,7 @@ class DocumentText:
         if not merge_checkpoints(document, journals):
             return None
         new = document["checkpoints"][len(self.ids):]
-        lines = b",".join([b"\n  " + encode_json(item).replace(b"\n", b"\n  ") for item in new])
+        lines = encode_json(new)[1:-2].replace(b"\n", b"\n ")  # no text in it has such a byte
         if self.ids:
             self.text = self.text[:-len(self.TAIL)] + b"," + lines + self.TAIL
         else:
@@ -4662,10 +4675,11 @@ def process_is_alive(pid: int) -> bool:
 
 FOLD_INTERVAL = 1.0     # seconds between two writings of a document, at least
 FOLD_SHARE = 50         # and at least so many times as long as the last one took,
-MAX_FOLD_INTERVAL = 10  # but at most this
+MAX_FOLD_INTERVAL = 8   # but at most this;
+FOLD_HELP = 1.0         # seconds that the clock may be late before the worker folds in its place
 MAX_PACKING = 2         # archives that wait for compression before checkpoint() waits too
-TERMINATION_SECONDS = 10.0
-JOIN_SECONDS = 2.0      # that a heartbeat under way may take at the end
+TERMINATION_SECONDS = 10.0  # that stopping may take after SIGTERM, and that it waits for a bucket that does not answer;
+JOIN_SECONDS = 3.5          # so much of that is for the last heartbeat: one request, see Storage.deadline
 
 MAX_STEP = (1 << 63) - 1
 SECRET_NAMES = ("token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
@@ -4785,25 +4799,32 @@ def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequenc
     return storage.create(archive_key(kind, item_id), lambda file: pack(file, item_id, sources))
 
 
-def shrink_archive(storage: DiskStorage, kind: str, item_id: str) -> None:
-    """Replace an archive of which save_archive() says so by a smaller one. Raises WriteError, ReadError, DoesNotExist."""
+def shrink_archive(storage: DiskStorage, kind: str, item_id: str, check: Callable[[], None] = lambda: None) -> None:
+    """Replace an archive of which save_archive() says so by a smaller one; check() raises what ends the work early.
+
+    Raises WriteError, ReadError, DoesNotExist.
+    """
     key = archive_key(kind, item_id)
     archive = Archive(storage, key)
 
-    def write(file: BinaryIO) -> None:
-        recompress(archive, file, lambda: storage.stat(key))
+    def go_on() -> None:
         storage.stat(key)  # whoever removed it meanwhile wants it gone
+        check()
+
+    def write(file: BinaryIO) -> None:
+        recompress(archive, file, go_on)
+        go_on()
 
     storage.create(key, write)
 
 
-# What is recorded for a bucket is first a repository of its own on disk, the pending area, from which it is sent.
+# Recording for a bucket goes to a repository of its own on disk, the pending area, which is uploaded from there.
 
 PENDING = os.path.join(".replicate", "pending")
 SENT_KEY = "replicate_sent"     # in a pending document: the bucket has it, so that it is not created again
 REACH_SECONDS = 5.0             # that init() gives an unreachable bucket
-SMALL_UPLOAD_BYTES = 512 << 10  # many files up to this size are sent at a time
-FIRST_SEND_PAUSE = 1.0          # between two tries to send
+SMALL_UPLOAD_BYTES = 512 << 10  # many files up to this size are uploaded at a time
+FIRST_SEND_PAUSE = 1.0          # between two tries to upload
 LONGEST_SEND_PAUSE = 60.0
 
 
@@ -4822,7 +4843,7 @@ def pending_areas(pending: Repository) -> List[Repository]:
 
 
 def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repository, FileLock]:
-    """A pending area in which no other process records this experiment, and the lock of its owner. Raises WriteError."""
+    """A pending area in which no other process records this experiment, and its owner's lock. Raises WriteError."""
     while True:
         make_private_folder(pending.storage.root)  # type: ignore[attr-defined]
         pending.prepare()
@@ -4833,12 +4854,12 @@ def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repositor
 
 
 def owner_lock(pending: Repository, experiment_id: str) -> FileLock:
-    """The lock that the process which records an experiment holds: nobody else sends it meanwhile."""
+    """The lock of the process that records an experiment: nobody else uploads it meanwhile."""
     return FileLock(pending.storage.path("%s%s.owner" % (JOURNALS, experiment_id)))  # type: ignore[attr-defined]
 
 
 class Sent:
-    """How much was sent."""
+    """How much was uploaded."""
 
     def __init__(self) -> None:
         self.experiments = self.checkpoints = self.bytes = 0
@@ -4856,6 +4877,7 @@ def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[
             return entry.size
     except DoesNotExist:
         pass
+    progress(0)
     if isinstance(source, DiskStorage):
         target.upload(key, source.path(key), progress)
         return entry.size
@@ -4873,27 +4895,23 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
                     sent: Sent, progress: Callable[[int], None]) -> None:
     """Copy an experiment and these of its checkpoints, the document last; what the target has already stays.
 
-    Raises ExperimentGone if the document says that it was sent before, and the target does not have it any more.
+    Raises ExperimentGone if the document says that it was uploaded before, and the target does not have it any more.
     """
     keys = [archive_key("experiments", document["id"])] if document.get("path") else []
     keys += [archive_key("checkpoints", item["id"]) for item in checkpoints if item.get("path")]
-
     sizes = {}
     for key in keys:
         try:
             sizes[key] = source.storage.stat(key).size
-        except DoesNotExist:  # sent before, or removed
+        except DoesNotExist:  # uploaded before, or removed
             continue
-    for large in (False, True):
-        chosen = [key for key, size in sizes.items() if (size > SMALL_UPLOAD_BYTES) == large]
-        sent.bytes += sum(target.storage.in_parallel(
-            lambda key: copy_object(source.storage, target.storage, key, progress), chosen, large))
     header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY)}
+    gone = ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
 
     def change(old: Optional[bytes]) -> Optional[bytes]:
         if old is None:
             if document.get(SENT_KEY):
-                raise ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
+                raise gone
             return DocumentText(dict(header, checkpoints=checkpoints)).text
         there = target._decode(old, document["id"])
         known = {item["id"] for item in there.get("checkpoints") or ()}
@@ -4901,15 +4919,31 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
         there["checkpoints"] = (there.get("checkpoints") or []) + new
         return DocumentText(there).text if new else None
 
-    target.storage.update(document_key(document["id"]), change)
+    if sizes and document.get(SENT_KEY):
+        try:
+            target.storage.read(document_key(document["id"]))
+        except NoBucket:
+            raise
+        except DoesNotExist as error:
+            raise gone from error
+    for large in (False, True):
+        chosen = [key for key, size in sizes.items() if (size > SMALL_UPLOAD_BYTES) == large]
+        sent.bytes += sum(target.storage.in_parallel(
+            lambda key: copy_object(source.storage, target.storage, key, progress), chosen, large))
+    try:
+        target.storage.update(document_key(document["id"]), change)
+    except ExperimentGone:  # while its archives were uploaded
+        target.storage.delete(keys)
+        raise
     sent.checkpoints += len(checkpoints)
 
 
 def send_pending(pending: Repository, remote: Repository, experiment_id: str, unready: Set[str], finished: bool,
                  sent: Sent, progress: Callable[[int], None] = lambda count: None) -> None:
-    """Send what is pending of an experiment but the unready checkpoints, and remove it here once it is there.
+    """Upload what is pending of an experiment but the unready checkpoints, then remove it here.
 
-    finished: its recording has ended, so that nothing of it stays here. Raises Unreachable and the like.
+    finished: its recording has ended, so that nothing of it stays here. Raises ExperimentGone, once nothing is left of
+    it here either, and Unreachable and the like.
     """
     document = pending.load(experiment_id)
     ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]
@@ -4942,26 +4976,27 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
 
 def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
                    progress: Callable[[int], None] = lambda count: None) -> List[str]:
-    """Send what processes that have ended left behind; returns the IDs of those that a live process still records."""
+    """Upload what ended processes left behind; returns the IDs of the experiments that live ones still record."""
     busy = []
     for area in pending_areas(pending):
         area.fold_abandoned()
         for entry in list(area.storage.list(EXPERIMENTS)):
             experiment_id = entry.name[:-5]
-            lock = owner_lock(area, experiment_id)
             if not is_id(experiment_id):
                 continue
+            lock = owner_lock(area, experiment_id)
             if not lock.acquire(wait=False):
                 busy.append(experiment_id)
                 continue
             try:
                 send_pending(area, remote, experiment_id, set(), True, sent, progress)
-            except ExperimentGone as error:  # removed from the bucket
-                console.debug(str(error))
+                remote.storage.delete([heartbeat_key(experiment_id)])  # that of a killed process
+            except ExperimentGone as error:
+                console.warning("%s; its waiting checkpoints were dropped." % _problem(error))
+            except NoBucket:
+                raise
             except DoesNotExist as error:
-                if isinstance(error, NoBucket):
-                    raise
-                console.debug(str(error))  # sent by another process meanwhile
+                console.debug(str(error))  # uploaded by another process meanwhile
             finally:
                 lock.release()
         if area.url != pending.url and not busy and next(area.storage.list(EXPERIMENTS), None) is None:
@@ -4969,125 +5004,257 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
     return busy
 
 
-class Sender:
-    """Sends what a recorder has written from the pending area to the bucket, in the background."""
+class LiveDocument:
+    """The document of an experiment that this process records, and the journal through which it grows.
 
-    def __init__(self, recorder: Recorder, remote: Repository, prepared: bool, lock: FileLock) -> None:
-        self.recorder, self.remote = recorder, remote
-        remote.storage.attempts = CloudStorage.ATTEMPTS  # type: ignore[attr-defined]
-        self.lock = lock  # that of the owner of the pending experiment
-        self.sent = Sent()
-        self._prepared = prepared
-        self._offline = not prepared
-        self._stopping = False
-        self._due = True
-        self._bytes = 0                       # sent by this run
-        self._failure: Optional[Exception] = None
-        self._wake = threading.Condition()
-        self.interrupted = False
-        self._ended = threading.Event()       # join() and is_alive() go wrong after a KeyboardInterrupt in join()
-        self._thread = threading.Thread(target=self._run, name="replicate-sender", daemon=True)
+    changed guards it, and is notified when there is something to fold.
+    """
 
-    def start(self) -> None:
-        """Start sending."""
-        self._thread.start()
+    def __init__(self, repository: Repository, experiment: Experiment, changed: Any) -> None:
+        self.storage: DiskStorage = repository.storage  # type: ignore[assignment]
+        self.unwritten: List[bytes] = []     # lines that a full disk refused
+        self.fold_at = float("inf")          # monotonic seconds
+        self._repository, self._id, self._changed = repository, experiment.id, changed
+        self._text = DocumentText(experiment._document)
+        self._journals: List[Journal] = []   # the last is written to; the folding of others has failed
+        self._is_full = True                 # the last is one of those others
+        self._is_gone = False
+        self._one_at_a_time = threading.RLock()
+        self._last_fold, self._pause = float("-inf"), FOLD_INTERVAL
 
-    def notify(self) -> None:
-        """Something new is in the document."""
-        with self._wake:
-            self._due = True
-            self._wake.notify_all()
-
-    def _run(self) -> None:
-        """The sender thread: everything that is sent is sent by it, also when the interpreter is shutting down."""
-        try:
-            self._send_all()
-        finally:
-            self._ended.set()
-
-    def _send_all(self) -> None:
-        pause, abandoned = FIRST_SEND_PAUSE, True
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._due or self._stopping)
-                finished, self._due = self._stopping, False
-            if self.recorder.gone:
-                return
+    def append(self, item: Dict[str, Any]) -> Optional[str]:
+        """Make a checkpoint survive the death of the process; what prevented that, if it waits in memory instead."""
+        with self._changed:
+            if self._is_gone:
+                return None
+            self.unwritten.append(encode_json({"checkpoint": item}, indent=None))
+            if self.fold_at == float("inf"):
+                self.fold_at = max(time.monotonic(), self._last_fold + self._pause)
+                self._changed.notify_all()
             try:
-                self._send(finished)
-                if finished:
-                    return
-                if abandoned:
-                    send_abandoned(pending_repository(self.recorder.directory, self.remote.url), self.remote, Sent())
-                abandoned, pause = False, FIRST_SEND_PAUSE
-                if self._offline:
-                    self._offline = False
-                    console.info("%s can be reached again." % self.remote.url)
-            except ExperimentGone:
-                self.recorder.lose()
+                if self._is_full:
+                    self._journals.append(Journal(self.storage, self._id))
+                    self._is_full = False
+                while self.unwritten:
+                    self._journals[-1].append(self.unwritten[0])
+                    del self.unwritten[0]
+            except OSError as error:
+                return _problem(self.storage.write_failure(JOURNALS + self._id, error))
+            return None
+
+    def fold(self) -> None:
+        """Put what is in the journals, and what they could not take, into the document.
+
+        Raises ExperimentGone, WriteError, ReadError.
+        """
+        with self._one_at_a_time:
+            with self._changed:
+                journals, lines, self._is_full, self.fold_at = list(self._journals), list(self.unwritten), True, float("inf")
+            if not (journals or lines):
                 return
-            except Exception as error:  # tried again after a pause
-                if finished:
-                    self._failure = error
-                    return
-                self._fail(error)
-                with self._wake:
-                    self._due = True
-                    self._wake.wait_for(lambda: self._stopping, pause)
-                pause = min(2 * pause, LONGEST_SEND_PAUSE)
+            started = time.monotonic()
+            try:
+                self._repository.fold(self._id, [journal.key for journal in journals], self._text, b"\n".join(lines))
+            except ReplicateError:
+                with self._changed:
+                    self.fold_at = time.monotonic() + MAX_FOLD_INTERVAL
+                raise
+            with self._changed:
+                self._last_fold = time.monotonic()
+                self._pause = min(MAX_FOLD_INTERVAL, max(FOLD_INTERVAL, FOLD_SHARE * (self._last_fold - started)))
+                written = set(lines)
+                self.unwritten = [line for line in self.unwritten if line not in written]
+                del self._journals[:len(journals)]
+                for journal in journals:
+                    journal.close(remove=True)
 
-    def _fail(self, error: Exception) -> None:
-        """Say once that sending does not work, until it works again."""
-        if not self._offline:
-            self._offline = True
-            console.warning("%s\nRecording goes on in %s, and sending is tried again." % (
-                _problem(error) + ".", self.recorder.repository.url))
-        console.debug("Sending failed: %s" % error)
+    def close(self, remove: bool) -> None:
+        """Give up the journals: to nobody, since their experiment is gone, or to whoever comes next."""
+        with self._one_at_a_time, self._changed:
+            for journal in self._journals:
+                journal.close(remove)
+            self._journals, self._is_full, self._is_gone, self.fold_at = [], True, remove, float("inf")
 
-    def _send(self, finished: bool) -> None:
-        """Send what is in the document, but for archives that are still being compressed."""
+    def forget(self) -> None:
+        """close() in a forked child, where the threads that hold locks are not there."""
+        for journal in self._journals:
+            journal.close(remove=False)
+
+
+class Hurry(ReplicateError):
+    """The process is ending: what can wait is left as it is."""
+
+
+class Worker:
+    """A recorder's thread that compresses archives and, for a bucket, uploads what is ready from the pending area."""
+
+    def __init__(self, recorder: Recorder, remote: Optional[Repository], prepared: bool, lock: Optional[FileLock]) -> None:
+        self.recorder, self.remote = recorder, remote
+        self.lock = lock                         # that of the owner of the pending experiment
+        self.changed = recorder.changed
+        self.ended = threading.Event()
+        self.stopping = self.is_done = False     # everything is to be finished; it is
+        self.limit = float("inf")                # monotonic seconds, when the thread has to end
+        self.packing: List[Tuple[str, str]] = []
+        self.offline = not prepared
+        self.is_uploading = False
+        self.failure: Optional[Exception] = None
+        self._prepared = prepared
+        self._bytes = 0                          # uploaded by this process
+        self._last_sign = 0.0                    # of life, from the bucket
+        self._upload_at = 0.0 if remote else float("inf")
+        self._pause = FIRST_SEND_PAUSE
+        self._abandoned = True                   # what others have left may be pending, too
+
+    def run(self) -> None:
+        """The thread itself."""
+        recorder = self.recorder
+        while not (recorder.gone or recorder.over):
+            with self.changed:
+                late_fold = recorder.document.fold_at + FOLD_HELP if self.remote else float("inf")
+                pause = min(self._upload_at, late_fold) - time.monotonic()
+                if not (self.packing or self.stopping) and pause > 0:
+                    self.changed.wait(min(pause, threading.TIMEOUT_MAX))
+                    continue
+                last = self.stopping and len(self.packing) <= 1
+            if self.packing:
+                self._compress(*self.packing[0])
+            if time.monotonic() >= late_fold:  # a hanging heartbeat holds up the clock
+                recorder.fold()
+            if self.remote and not recorder.over and (last or time.monotonic() >= self._upload_at):
+                self._upload(self.remote, last)
+            if last:
+                return
+
+    def release(self) -> None:
+        """Let other processes upload what is still pending."""
+        with self.changed:
+            if self.lock:
+                self.lock.release()
+
+    # -- compression
+
+    def pack_later(self, kind: str, item_id: str) -> None:
+        """Have an archive compressed."""
+        with self.changed:
+            self.packing.append((kind, item_id))
+            self.changed.notify_all()
+
+    def wait_for_room(self, quiet: bool) -> None:
+        """Wait where too many archives wait for compression, but never for an upload."""
+        def must_wait() -> bool:
+            return len(self.packing) >= MAX_PACKING and not (
+                self.is_uploading or self.recorder.gone or self.recorder.closed or termination.requested or self.ended.is_set())
+
+        with self.changed:
+            if must_wait() and not quiet:
+                console.info("Waiting for earlier checkpoints to compress...")
+            while must_wait():
+                self.changed.wait(0.5)
+
+    def _compress(self, kind: str, item_id: str) -> None:
+        def check() -> None:
+            hurry = self.limit < float("inf") if self.remote else time.monotonic() >= self.limit
+            if hurry or self.recorder.over:
+                raise Hurry("The process is ending.")
+
+        try:
+            check()
+            shrink_archive(self.recorder.storage, kind, item_id, check)
+        except (DoesNotExist, Hurry):
+            pass
+        except Exception as error:  # the stored archive stays: it is merely larger
+            self.recorder.report(error)
+        with self.changed:
+            del self.packing[:1]
+            self.changed.notify_all()
+            if self.recorder.gone:  # and the archive, which was just replaced, should be
+                self.recorder.storage.delete([archive_key(kind, item_id)])
+        self.upload_soon()
+
+    # -- uploads
+
+    def upload_soon(self) -> None:
+        """Note that there is something new for the bucket."""
+        with self.changed:
+            if self.remote and self.failure is None:
+                self._upload_at = 0.0
+                self.changed.notify_all()
+
+    def _upload(self, remote: Repository, last: bool) -> None:
+        """Upload what is in the document, but for archives that wait for compression; tried again where it fails."""
+        self.is_uploading, self._upload_at, self.failure = True, float("inf"), None
+        self._count(0)
+        try:
+            self._send(remote, last)
+            self.is_done, self._pause = last, FIRST_SEND_PAUSE
+            if self.offline:
+                self.offline = False
+                console.info("%s can be reached again." % remote.url)
+        except ExperimentGone:
+            self.recorder.lose()
+        except Exception as error:  # recording goes on, whatever it is
+            self.failure = error
+            self._upload_at = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_SEND_PAUSE)
+            console.debug("Uploading failed: %s" % error)
+            if not (self.offline or last):
+                self.offline = True
+                console.warning("%s.\nRecording continues; uploads will be retried." % _problem(error))
+        finally:
+            self.is_uploading = False
+
+    def _send(self, remote: Repository, last: bool) -> None:
         if not self._prepared:
-            self.remote.prepare()
+            remote.prepare()
             self._prepared = True
-        send_pending(self.recorder.repository, self.remote, self.recorder.experiment.id, self.recorder.packing(),
-                     finished, self.sent, self._count)
+        with self.changed:
+            unready = {item_id for _, item_id in self.packing}
+        send_pending(self.recorder.repository, remote, self.recorder.experiment.id, unready, last, Sent(), self._count)
+        if self._abandoned and not last:
+            send_abandoned(pending_repository(self.recorder.directory, remote.url), remote, Sent(), self._count)
+            self._abandoned = False
 
     def _count(self, sent: int) -> None:
         self._bytes += sent
+        self._last_sign = time.monotonic()
 
-    def stop(self, timeout: Optional[float]) -> None:
-        """Send the rest, for at most `timeout` seconds if given; what is left stays pending."""
-        url = self.remote.url
-        if self._offline or timeout is not None:
-            self.remote.storage.attempts = 2  # type: ignore[attr-defined]
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
-        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+    # -- the end
+
+    def finish_by(self, limit: float) -> None:
+        """Finish all that is left, until that time at most."""
+        with self.changed:
+            self.stopping, self.limit = True, min(self.limit, limit)
+            if self.remote and self.limit < float("inf"):
+                self.remote.storage.deadline = self.limit
+            self.changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until the thread has finished, as long as its limit and a hanging bucket allow."""
+        total = len(self.packing)
         try:
             with Progress("", 0) as progress:
-                while not self._ended.wait(0.1) and time.monotonic() < deadline:
-                    progress.show("Sending the last checkpoints to %s: %s (Ctrl-C leaves the rest for '%s push')" % (
-                        url, format_size(self._bytes), program_name()))
+                while not self.ended.wait(0.05) and time.monotonic() < self.limit:
+                    if self.is_uploading and time.monotonic() > self._last_sign + TERMINATION_SECONDS:
+                        return
+                    if termination.requested:
+                        self.finish_by(time.monotonic() + TERMINATION_SECONDS - JOIN_SECONDS)
+                    if self.packing or not self.remote:
+                        progress.show("Compressing the last checkpoints: %d of %d" % (total - len(self.packing), total))
+                    else:
+                        progress.show("Uploading the last checkpoints to %s: %s (Ctrl-C leaves the rest for '%s push')" % (
+                            self.remote.url, format_size(self._bytes), program_name()))
         except KeyboardInterrupt:
-            self.interrupted = True
             console.warning("Interrupted.")
-        if self._failure is not None:
-            console.warning(_problem(self._failure) + ".")
-        if self._ended.is_set():
-            self.lock.release()
-            if self._failure is None:
-                return
-        console.warning("Not everything was sent to %s. The rest is safe in %s, and is sent by the next run in this "
-                        "project or by '%s push'." % (url, self.recorder.repository.url, program_name()))
 
 
 class Recorder:
     """Records one experiment of this process into a repository on disk: the user's own, or the pending area.
 
-    checkpoint() writes the files and a line of a journal, which is all that must not be lost. Threads do the rest: the
-    clock folds the journal into the document, the pulse writes heartbeats, the packer compresses archives, and a
-    Sender takes it all to the bucket, if that is where it belongs.
+    checkpoint() writes the files and a line of a journal, which is all that must not be lost. Two threads do the rest.
+    The clock folds the journal into the document and writes heartbeats; the worker compresses and uploads, and folds
+    where a heartbeat over the network holds up the clock. Only these two use the network, so that stop() never waits
+    longer than it means to.
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True,
@@ -5099,342 +5266,274 @@ class Recorder:
         self.directory = directory
         self.heartbeat = heartbeat
         self.pid = os.getpid()
-        self.gone = False
-        self._text = DocumentText(experiment._document)
-        self._lock = threading.RLock()                # guards the journal and what follows
-        self._changed = threading.Condition(self._lock)
-        self._journal: Optional[Journal] = None
-        self._unfolded: List[Journal] = []            # full journals whose folding failed
-        self._unwritten: List[bytes] = []             # lines that a full disk refused
+        self.gone = False                             # the experiment was removed
+        self.closed = False                           # no more checkpoints are taken
+        self.over = False                             # both threads are to end
+        self.changed = threading.Condition()          # what is here, in the document or with the worker
+        self.document = LiveDocument(repository, experiment, self.changed)
+        self.worker = Worker(self, remote, prepared, lock)
+        self._saving: List[Any] = []                  # a lock for each call of checkpoint(), held while it lasts
         self._keys = [archive_key("experiments", experiment.id)]  # and the archives that this run writes
-        self._packing: List[Tuple[str, str]] = []
-        self._is_folding = threading.RLock()
-        self._stopping = False
         self._reported: Set[str] = set()
-        self._next_fold: Optional[float] = None
-        self._last_fold = float("-inf")
-        self._fold_pause = FOLD_INTERVAL
         self._next_message = 0.0
         self._skipped_messages = 0
-        self._sender = Sender(self, remote, prepared, lock) if remote and lock else None
-        self._packer = threading.Thread(target=self._pack, name="replicate-packer", daemon=True)
-        self._others = [threading.Thread(target=work, name="replicate-" + work.__name__.strip("_"), daemon=True)
-                        for work in (self._clock, self._pulse)]
+        self._has_beaten, self._clock_ended = threading.Event(), threading.Event()
+        self._failed_start: Optional[Exception] = None
 
     def start(self, beat: bool = True) -> None:
-        """Start the threads and mark the experiment as running. Raises WriteError."""
-        if self.heartbeat and beat:
-            try:
-                self.target.beat(self.experiment.id)
-            except Unreachable as error:  # the pulse tries again
-                console.debug(str(error))
-        for thread in [self._packer] + self._others:
-            thread.start()
-        if self._sender:
-            self._sender.start()
+        """Start the threads and mark the experiment as running (beat: wait for that). Raises WriteError and the like."""
         _recorders.append(self)
         install_exit_hooks()
+        if termination.ending:  # looked at after the line above, and set before the recorders are stopped
+            self._failed_start = WriteError("The process is ending: nothing is recorded any more.")
+            self._clock_ended.set()
+            self.worker.ended.set()
+        else:
+            for name, work, ended in (("clock", self._keep_time, self._clock_ended),
+                                      ("packer", self.worker.run, self.worker.ended)):
+                threading.Thread(target=self._run, args=(work, ended), name="replicate-" + name, daemon=True).start()
+            self._has_beaten.wait(REACH_SECONDS if beat else 0)
+        if self._failed_start is not None:
+            stop_all(TERMINATION_SECONDS, [self])
+            raise self._failed_start
+
+    def _run(self, work: Callable[[], None], ended: Any) -> None:
+        try:
+            work()
+        finally:
+            ended.set()
+            if ended is self.worker.ended:
+                self.worker.release()
 
     # -- called by the training script
 
-    def checkpoint(self, path: Any, step: Any, metrics: Any, primary_metric: Any, quiet: bool) -> Checkpoint:
-        """See Experiment.checkpoint; never raises."""
+    def checkpoint(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
+                   quiet: bool) -> Optional[Checkpoint]:
+        """See Experiment.checkpoint; never raises. None if another thread has just stopped this recorder.
+
+        experiment: the object that the caller has of it; the recorder may have been started with another.
+        """
         problems: List[str] = []
-        checkpoints = self.experiment.checkpoints
-        with termination:
-            sources: List[Source] = []
-            last = checkpoints[-1]._document if checkpoints else None
-            item = new_checkpoint(None, _valid_step(step, last, problems), _valid_metrics(metrics, problems),
-                                  _valid_primary(primary_metric, problems),
-                                  last["created"] if last else self.experiment._document["created"])
-            checkpoint = Checkpoint(item, self.experiment)
-            if os.getpid() != self.pid:
-                return checkpoint
-            if self.gone:
-                self._report_gone()
-                checkpoints.append(checkpoint)
-                return checkpoint
-            try:
-                if path is not None:
-                    item["path"] = relative_path(path, self.directory)
-                    sources = find_sources(self.directory, item["path"], [self.storage.root])
-                    if not sources:
-                        raise ValueError("path %r holds no file that may be saved" % (path,))
-                    self._save_files(item["id"], sources, quiet)
-            except Exception as error:  # recording must never break training
-                item["path"] = None
-                problems.append(_problem(error))
-            checkpoints.append(checkpoint)
-            if problems:
-                console.error("Checkpoint %s: %s. The rest of it was recorded." % (checkpoint.short_id(),
-                                                                                  "; ".join(problems)))
-            try:
-                self._append(encode_json({"checkpoint": item}, indent=None))
-            except Exception as error:
-                if "journal" not in self._reported:
-                    self._reported.add("journal")
-                    console.error("%s. Checkpoint %s and later ones are kept in memory, and writing them is tried again."
-                                  % (_problem(error), checkpoint.short_id()))
-                return checkpoint
-            if not (problems or quiet):
-                self._announce(checkpoint)
+        values, primary = _valid_metrics(metrics, problems), _valid_primary(primary_metric, problems)
+        saving = threading.Lock()
+        with termination, saving:
+            with self.changed:
+                if self.closed:
+                    return None
+                self._saving = [other for other in self._saving if other.locked()] + [saving]
+                checkpoint = self._next_checkpoint(experiment, step, values, primary, problems)
+                if path is None:  # written at once, so that the document has them in this order
+                    failure = self.document.append(checkpoint._document)
+            if path is not None:
+                try:
+                    self._save_files(checkpoint, path, quiet)
+                except Exception as error:  # recording must never break training
+                    problems.append(_problem(error))
+                failure = self.document.append(checkpoint._document)
+            self._tell(checkpoint, problems, failure, quiet)
         return checkpoint
 
-    def stop(self, timeout: Optional[float] = None) -> None:
-        """Finish what is pending (compression at most for `timeout` seconds) and mark the experiment as stopped."""
-        if os.getpid() != self.pid or self not in _recorders:
-            return
-        with termination:
-            deadline = time.monotonic() + timeout if timeout is not None else None
-            _recorders.remove(self)
-            with self._changed:
-                self._stopping = True
-                self._changed.notify_all()
-            steps = [lambda: self._wait_for_packer(deadline), self._fold]
-            if self._sender:
-                steps.append(lambda: self._sender.stop(deadline - time.monotonic() if deadline is not None else None))
-            if self.heartbeat:
-                steps.append(self._stop_heartbeat)
-            # last, since a slow disk may take longer than a scheduler waits before it kills
-            steps.append(lambda: self.storage.sync(self._keys + [document_key(self.experiment.id)]))
-            for step in steps:  # each of them, also if one before fails
-                try:
-                    step()
-                except ReplicateError as error:
-                    self._report(error)
+    def _next_checkpoint(self, experiment: Experiment, step: Any, metrics: Dict[str, Any],
+                         primary: Optional[Dict[str, str]], problems: List[str]) -> Checkpoint:
+        """A new checkpoint in its place in the order; called with the lock."""
+        known = self.experiment.checkpoints
+        last = known[-1]._document if known else None
+        item = new_checkpoint(None, _valid_step(step, last, problems), metrics, primary,
+                              last["created"] if last else self.experiment._document["created"])
+        checkpoint = Checkpoint(item, experiment)
+        known.append(checkpoint)
+        if experiment is not self.experiment:
+            experiment.checkpoints.append(checkpoint)
+        return checkpoint
 
-    def _stop_heartbeat(self) -> None:
-        if not (self.gone or (self._sender and self._sender.interrupted)):
-            self._others[1].join(JOIN_SECONDS)  # or its last heartbeat could come after this
-            try:
-                self.target.storage.delete([heartbeat_key(self.experiment.id)])
-            except Unreachable as error:
-                console.debug(str(error))  # it stops counting by itself
+    def _save_files(self, checkpoint: Checkpoint, path: Any, quiet: bool) -> None:
+        saved = relative_path(path, self.directory)
+        sources = find_sources(self.directory, saved, [self.storage.root])
+        if not sources:
+            raise ValueError("path %r holds no file that may be saved" % (path,))
+        warn_if_disk_is_low(self.storage.root, sum(source.size for source in sources), self._reported)
+        self.worker.wait_for_room(quiet)
+        large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
+        checkpoint._document["path"] = saved
+        with self.changed:
+            self._keys.append(archive_key("checkpoints", checkpoint.id))
+            if self.gone:  # while it was written
+                self.storage.delete(self._keys[-1:])
+        if large:
+            self.worker.pack_later("checkpoints", checkpoint.id)
+
+    def stop(self) -> None:
+        """Finish what is pending and mark the experiment as stopped."""
+        stop_all(None, [self])
+
+    def close(self, deadline: float) -> bool:
+        """Take no more checkpoints, write those that were made, and have the worker finish; False if that was done."""
+        if os.getpid() != self.pid:
+            return False
+        with self.changed:
+            if self.closed:
+                return False
+            self.closed = True
+            self.changed.notify_all()
+        if self in _recorders:
+            _recorders.remove(self)
+        for saving in self._saving:
+            saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+        self.fold()
+        if self.document.unwritten:
+            console.error("%s of experiment %s could not be written, and will be lost." % (
+                plural(len(self.document.unwritten), "checkpoint"), self.experiment.short_id()))
+        self.document.close(remove=self.gone)
+        if self.worker.offline:
+            deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)
+        self.worker.finish_by(deadline - JOIN_SECONDS)
+        return True
+
+    def finish(self) -> None:
+        """Wait for the worker, then for the clock, which removes the heartbeat, and for the disk itself."""
+        self.worker.wait()
+        with self.changed:
+            self.over = True
+            self.worker.finish_by(time.monotonic())
+        until = time.monotonic() + JOIN_SECONDS
+        for ended in (self._clock_ended, self.worker.ended):
+            ended.wait(max(0.0, until - time.monotonic()))
+        if self.worker.remote and not (self.gone or self.worker.is_done):
+            if self.worker.failure or self.worker.is_uploading:
+                console.warning("%s." % (_problem(self.worker.failure) if self.worker.failure else
+                                         "%s does not answer" % self.target.url))
+            console.warning("Not everything was uploaded to %s. The rest is safe in %s; the next run in this project or "
+                            "'%s push' uploads it." % (self.target.url, self.repository.url, program_name()))
+        # last, since a slow disk may take longer than a scheduler waits before it kills
+        self.storage.sync(self._keys + [document_key(self.experiment.id)])
 
     def abandon(self) -> None:
         """Stop recording because the experiment is removed, and remove what this run has written."""
-        with self._is_folding, self._changed:
+        with self.changed:
             self.gone = True
-            del self._packing[1:]  # the first may be in work: stop() waits until the packer has noticed
-            self._unwritten.clear()
-            self._changed.notify_all()
-            for journal in self._unfolded + ([self._journal] if self._journal else []):
-                journal.close(remove=True)
-            self._journal, self._unfolded = None, []
+            del self.worker.packing[1:]  # the first may be in work: stop() waits until the worker has noticed
+            self.document.unwritten.clear()
+            self.changed.notify_all()
+        self.document.close(remove=True)
         keys = self._keys + [heartbeat_key(self.experiment.id)]
         try:
             self.storage.delete(keys)
-            if self._sender:
-                self._sender.lock.release()
-                self._sender.notify()  # which ends it
+            if self.worker.remote:
+                self.worker.release()
                 self.repository.remove_experiment(self.experiment)
                 self.target.storage.delete(keys)
         except ReplicateError as error:
             console.debug(str(error))
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's journals, whose locks would outlive it here."""
-        for journal in self._unfolded + ([self._journal] if self._journal else []):
-            journal.close(remove=False)
-        if self._sender:
-            self._sender.lock.release(remove=False)
+        """In a forked child: let go of the parent's locks, which would outlive it here."""
+        self.document.forget()
+        if self.worker.lock:
+            self.worker.lock.release(remove=False)
 
-    # -- files
+    # -- the clock
 
-    def _save_files(self, checkpoint_id: str, sources: Sequence[Source], quiet: bool) -> None:
-        size = sum(source.size for source in sources)
-        warn_if_disk_is_low(self.storage.root, size, self._reported)
-        with self._changed:
-            if len(self._packing) >= MAX_PACKING:
-                if not quiet:
-                    console.info("Waiting until earlier checkpoints are compressed...")
-                while (len(self._packing) >= MAX_PACKING and not self.gone and self._packer.is_alive()
-                       and not termination.requested):
-                    self._changed.wait(1.0)
-        large = save_archive(self.storage, "checkpoints", checkpoint_id, sources)
-        with self._changed:
-            self._keys.append(archive_key("checkpoints", checkpoint_id))
-            if self.gone:  # while it was written
-                self.storage.delete(self._keys[-1:])
-        if large:
-            self.pack_later("checkpoints", checkpoint_id)
-
-    def pack_later(self, kind: str, item_id: str) -> None:
-        """Have an archive compressed in the background."""
-        with self._changed:
-            self._packing.append((kind, item_id))
-            self._changed.notify_all()
-
-    def packing(self) -> Set[str]:
-        """The IDs whose archives are being compressed or wait for it."""
-        with self._lock:
-            return {item_id for _, item_id in self._packing}
-
-    def _pack(self) -> None:
-        """The packer thread."""
-        while True:
-            with self._changed:
-                while not self._packing and not self._stopping and not self.gone:
-                    self._changed.wait()
-                if not self._packing:
-                    return
-                kind, item_id = self._packing[0]
+    def _keep_time(self) -> None:
+        """The clock thread: fold the journal when that is due, and mark the experiment as running."""
+        import copy
+        pulse = Repository(self.target.url, copy.copy(self.target.storage))  # with a deadline of its own
+        next_beat = time.monotonic()
+        while not (self.gone or self.over):
+            with self.changed:
+                pause = min(next_beat, self.document.fold_at) - time.monotonic()
+                if pause > 0:
+                    self.changed.wait(pause)
+                    continue
+            if time.monotonic() >= self.document.fold_at:
+                self.fold()
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + HEARTBEAT_INTERVAL
+                pulse.storage.deadline = next_beat
+                self._beat(pulse)
+        if self.heartbeat and not self.gone and active_recorder(self.key()) is None:
+            pulse.storage.deadline = time.monotonic() + JOIN_SECONDS
             try:
-                shrink_archive(self.storage, kind, item_id)
-            except DoesNotExist:
-                pass
-            except Exception as error:  # the stored archive stays: it is merely larger
-                self._report(error)
-            with self._changed:
-                if self._packing:
-                    self._packing.pop(0)
-                self._changed.notify_all()
-                if self.gone:  # and the archive, which was just replaced, should be
-                    self.storage.delete([archive_key(kind, item_id)])
-            if self._sender:
-                self._sender.notify()
-
-    def _wait_for_packer(self, deadline: Optional[float]) -> None:
-        total = len(self._packing)
-        with Progress("Compressing the last checkpoints", 0) as progress, self._changed:
-            while self._packing and self._packer.is_alive():
-                if termination.requested and deadline is None:
-                    deadline = time.monotonic() + TERMINATION_SECONDS
-                if deadline is not None and time.monotonic() >= deadline:
-                    return
-                self._changed.wait(0.2)
-                progress.show("Compressing the last checkpoints: %d of %d" % (total - len(self._packing), total))
-
-    # -- journal and document
-
-    def _append(self, line: bytes) -> None:
-        """Make a checkpoint survive the death of the process, and see that it comes into the document."""
-        with self._changed:
-            if self.gone:
-                return
-            self._unwritten.append(line)
-            if self._next_fold is None:
-                self._next_fold = max(time.monotonic(), self._last_fold + self._fold_pause)
-                self._changed.notify_all()
-            try:
-                if self._journal is None:
-                    self._journal = Journal(self.storage, self.experiment.id)
-                while self._unwritten:
-                    self._journal.append(self._unwritten[0])
-                    self._unwritten.pop(0)
-            except OSError as error:
-                del self._unwritten[:-100000]
-                raise self.storage.write_failure(JOURNALS + self.experiment.id, error) from error
-            self._reported.discard("journal")
-
-    def _clock(self) -> None:
-        """The clock thread folds the journal when that is due."""
-        while True:
-            with self._changed:
-                while not self._stopping and not self.gone:
-                    left = self._next_fold - time.monotonic() if self._next_fold is not None else None
-                    if left is not None and left <= 0:
-                        break
-                    self._changed.wait(left)
-                if self._stopping or self.gone:
-                    return
-            try:
-                self._fold()
-            except Exception as error:  # tried again at the next turn
-                self._report(error)
-
-    def _pulse(self) -> None:
-        """The pulse thread writes heartbeats, as long as the experiment is there."""
-        next_beat = time.monotonic() + HEARTBEAT_INTERVAL
-        while True:
-            with self._changed:
-                while not self._stopping and not self.gone and time.monotonic() < next_beat:
-                    self._changed.wait(next_beat - time.monotonic())
-                if self._stopping or self.gone:
-                    return
-            next_beat = time.monotonic() + HEARTBEAT_INTERVAL
-            try:
-                self.storage.stat(document_key(self.experiment.id))
-            except DoesNotExist:
-                self.lose()
-                return
+                pulse.storage.delete([heartbeat_key(self.experiment.id)])
             except ReplicateError as error:
-                self._report(error)
-            try:
-                if self.heartbeat:
-                    self.target.beat(self.experiment.id)
-                    if self.gone:  # while it was written
-                        self.target.storage.delete([heartbeat_key(self.experiment.id)])
-            except (Unreachable, NoBucket) as error:  # the sender says so
-                console.debug(str(error))
-            except Exception as error:  # tried again at the next turn
-                self._report(error)
+                self.report(error)
 
-    def _fold(self) -> None:
-        """Put what is in the journals, and what they could not take, into the document. Raises WriteError, ReadError."""
-        with self._is_folding:
-            with self._lock:
-                if self._journal is not None:
-                    self._unfolded.append(self._journal)
-                self._journal = None
-                journals, lines = list(self._unfolded), list(self._unwritten)
-                self._next_fold = None
-            if self.gone or not (journals or lines):
-                return
-            started = time.monotonic()
-            try:
-                self.repository.fold(self.experiment.id, [journal.key for journal in journals], self._text,
-                                     b"\n".join(lines))
-            except ExperimentGone:
+    def _beat(self, pulse: Repository) -> None:
+        """Write a heartbeat, if the experiment is still there."""
+        try:
+            self.storage.stat(document_key(self.experiment.id))
+            if self.heartbeat:
+                pulse.beat(self.experiment.id)
+                if self.gone:  # while it was written
+                    pulse.storage.delete([heartbeat_key(self.experiment.id)])
+        except DoesNotExist as error:
+            if isinstance(error, NoBucket):
+                self.report(error)
+            else:
                 self.lose()
-                return
-            except ReplicateError:
-                with self._lock:
-                    self._next_fold = time.monotonic() + MAX_FOLD_INTERVAL
-                raise
-            with self._lock:
-                for journal in journals:
-                    journal.close(remove=True)
-                self._unfolded = [journal for journal in self._unfolded if journal not in journals]
-                self._unwritten = [line for line in self._unwritten if line not in lines]
-                self._last_fold = time.monotonic()
-                self._fold_pause = min(MAX_FOLD_INTERVAL, max(FOLD_INTERVAL,
-                                                              FOLD_SHARE * (self._last_fold - started)))
-            if self._sender:
-                self._sender.notify()
+        except Exception as error:  # tried again at the next turn
+            if self._has_beaten.is_set() or isinstance(error, Unreachable):
+                self.report(error)
+            else:
+                self._failed_start = error
+        finally:
+            self._has_beaten.set()
+
+    def fold(self) -> None:
+        """Put the journal into the document; where that fails it is tried again later."""
+        try:
+            if not self.gone:
+                self.document.fold()
+                self.worker.upload_soon()
+        except ExperimentGone:
+            self.lose()
+        except Exception as error:
+            self.report(error)
 
     def lose(self) -> None:
         """The experiment was removed by somebody: say so once, and leave nothing behind."""
         if not self.gone:
             self.abandon()
-            self._report_gone()
-
-    def _report_gone(self) -> None:
-        if "gone" not in self._reported:
-            self._reported.add("gone")
-            console.error("Experiment %s was removed from %s: it is not recorded any more." %
-                          (self.experiment.short_id(), self.target.url))
+            self.report_gone()
 
     # -- messages
 
-    def _report(self, error: BaseException) -> None:
-        """Print an error of the background threads once."""
+    def key(self) -> Tuple[str, str]:
+        """What there is only one recorder of in a process."""
+        return self.target.url, self.experiment.id
+
+    def report_gone(self) -> None:
+        """Say that the experiment was removed."""
+        self.report(ReplicateError("Experiment %s was removed from %s: it is not recorded any more." %
+                                   (self.experiment.short_id(), self.target.url)))
+
+    def report(self, error: BaseException) -> None:
+        """Print an error of the background threads once; the worker says that the bucket is away."""
         text = str(error) if isinstance(error, ReplicateError) else "%s: %s" % (type(error).__name__, error)
-        if text not in self._reported:
+        if isinstance(error, (Unreachable, NoBucket)):
+            console.debug(text)
+        elif text not in self._reported:
             self._reported.add(text)
             console.error(text)
 
-    def _announce(self, checkpoint: Checkpoint) -> None:
-        """Say that a checkpoint was made; of quick ones without files, one a second."""
+    def _tell(self, checkpoint: Checkpoint, problems: List[str], failure: Optional[str], quiet: bool) -> None:
+        """Say what became of a checkpoint; of quick ones without files, one a second."""
+        if problems:
+            console.error("Checkpoint %s: %s. The rest of it %s." % (
+                checkpoint.short_id(), "; ".join(problems), "waits in memory" if failure else "was recorded"))
+        if failure and "journal" not in self._reported:
+            console.error("%s. Checkpoint %s and later ones wait in memory until they can be written." %
+                          (failure, checkpoint.short_id()))
+        (self._reported.add if failure else self._reported.discard)("journal")
         now = time.monotonic()
+        if problems or failure or quiet:
+            return
         if not checkpoint.path and now < self._next_message:
             self._skipped_messages += 1
             return
-        more = " (and %s before it)" % plural(self._skipped_messages, "other") if self._skipped_messages else ""
+        more = " and %s before it" % plural(self._skipped_messages, "other") if self._skipped_messages else ""
         self._next_message, self._skipped_messages = now + 1.0, 0
-        console.info("Checkpoint %s at step %d%s%s" % (
-            checkpoint.short_id(), checkpoint.step,
-            ": saved %s to %s" % (checkpoint.path, self.target.url) if checkpoint.path else "", more))
+        name = "%s (step %d)%s" % (checkpoint.short_id(), checkpoint.step, more)
+        console.info("Saved %s as checkpoint %s" % (checkpoint.path, name) if checkpoint.path else "Checkpoint " + name)
 
 
 def _problem(error: BaseException) -> str:
@@ -5515,8 +5614,8 @@ def prepare_in_time(repository: Repository) -> bool:
     thread.start()
     thread.join(REACH_SECONDS)
     if not outcome or isinstance(outcome[0], Unreachable):
-        console.warning("%s cannot be reached%s\nRecording goes on in %s, and sending is tried again." % (
-            repository.url, ": it does not answer." if not outcome else ", for now: %s" % _problem(outcome[0]), PENDING))
+        console.warning("%s.\nRecording continues; uploads will be retried." % (
+            _problem(outcome[0]) if outcome else "%s cannot be reached: it does not answer" % repository.url))
         return False
     if outcome[0] is not None:
         raise outcome[0]
@@ -5549,17 +5648,26 @@ def warn_if_code_is_large(sources: Sequence[Source]) -> None:
 
 # What happens when the process ends.
 
-_recorders: List[Recorder] = []
+_recorders: List[Recorder] = []  # those that take checkpoints
+_resuming = threading.RLock()    # held while one is made for an experiment that is there already
+
+
+def active_recorder(key: Tuple[str, str]) -> Optional[Recorder]:
+    """The recorder of this process for an experiment in a repository."""
+    return next((recorder for recorder in list(_recorders) if recorder.key() == key and not recorder.closed), None)
 
 
 class Termination:
     """Handles SIGTERM, as schedulers send it: stops every experiment, then does what would have happened anyway.
 
-    As a context it puts the signal off while the main thread is inside recording code, whose locks it would need.
+    As a context it puts the signal off while the main thread is inside recording code, whose locks it would need. What
+    says so is the frame of the function with the context, and whether that is still on the stack: where Ctrl-C falls
+    between entering and leaving, the next signal is handled all the same.
     """
 
     def __init__(self) -> None:
-        self._depth = 0
+        self.ending = False             # nothing new is recorded any more
+        self._frame: Any = None
         self._waiting: Optional[Tuple[int, Any]] = None
         self._previous: List[Any] = []  # the handlers that ours took the place of, the latest last
         self._active = 0                # how many of ours are running: a script's handler may call the one before it
@@ -5586,33 +5694,45 @@ class Termination:
     def _is_ours(self, handler: Any) -> bool:
         return getattr(handler, "__self__", None) is self
 
+    def _is_inside(self, frame: Any) -> bool:
+        """Whether a frame of the main thread is in the context, or called from it."""
+        while self._frame is not None and frame is not None:
+            if frame is self._frame:
+                return True
+            frame = frame.f_back
+        return False
+
     def _handle(self, number: int, frame: Any) -> None:
-        if self._depth:
+        if self._is_inside(frame):
             self._waiting = (number, frame)
         else:
             self._finish(number, frame)
 
     def _finish(self, number: int, frame: Any) -> None:
-        stop_all(TERMINATION_SECONDS)
         previous = self._previous[-1 - min(self._active, len(self._previous) - 1)]
         self._active += 1
+        was_ending, self.ending = self.ending, True
         try:
-            if callable(previous):
-                previous(number, frame)
-            else:
+            stop_all(TERMINATION_SECONDS)
+            if not callable(previous):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            self.ending = was_ending
+            if callable(previous):
+                previous(number, frame)
         finally:
+            self.ending = was_ending
             self._active -= 1
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._depth += 1
+        frame = sys._getframe(1)
+        if threading.current_thread() is threading.main_thread() and not self._is_inside(frame):
+            self._frame = frame
 
     def __exit__(self, *exc_info: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._depth -= 1
-            if not self._depth and self._waiting:
+        if self._frame is sys._getframe(1):
+            self._frame = None
+            if self._waiting:
                 waiting, self._waiting = self._waiting, None
                 self._finish(*waiting)
 
@@ -5626,7 +5746,9 @@ class Termination:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _in_child(self) -> None:
-        self._depth, self._waiting = 0, None
+        global _resuming
+        _resuming = threading.RLock()
+        self.ending, self._frame, self._waiting = False, None, None
         if self._is_ours(signal.getsignal(signal.SIGTERM)):
             signal.signal(signal.SIGTERM, self._previous[0])
         self._previous.clear()
@@ -5639,20 +5761,32 @@ class Termination:
 termination = Termination()
 
 
-def stop_all(timeout: Optional[float] = None) -> None:
-    """Stop every experiment that this process records."""
-    try:
-        for recorder in list(_recorders):
-            recorder.stop(timeout)
-    except KeyboardInterrupt:
-        console.warning("Interrupted: what was left to do is done by the next replicate command here.")
+def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recorder]] = None) -> None:
+    """Stop these experiments, or all that this process records; what takes longer than the timeout is left pending."""
+    deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+    with termination:
+        try:
+            closed = [recorder for recorder in list(_recorders if recorders is None else recorders)
+                      if recorder.close(deadline)]
+            for recorder in closed:
+                recorder.finish()
+        except KeyboardInterrupt:
+            if recorders is not None:
+                raise
+            console.warning("Interrupted: the next replicate command here does what was left to do.")
+
+
+def stop_at_exit() -> None:
+    """Stop every experiment for good: threads that run on start none again."""
+    termination.ending = True
+    stop_all()
 
 
 def install_exit_hooks() -> None:
     """Stop experiments at the end of the process."""
     import atexit
-    atexit.unregister(stop_all)
-    atexit.register(stop_all)
+    atexit.unregister(stop_at_exit)
+    atexit.register(stop_at_exit)
     termination.install()
 
 
@@ -5736,7 +5870,7 @@ class Project:
                 large = save_archive(recorder.storage, "experiments", experiment.id, sources)
             recorder.repository.create(experiment._document)
             if large:
-                recorder.pack_later("experiments", experiment.id)
+                recorder.worker.pack_later("experiments", experiment.id)
             recorder.start(beat=prepared)
         except BaseException:
             recorder.abandon()
@@ -5764,19 +5898,35 @@ class Project:
     def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
                quiet: bool) -> Checkpoint:
         """See Experiment.checkpoint."""
-        recorder = self._recorders.get(experiment.id)
-        if recorder is None or (recorder not in _recorders and recorder.pid == os.getpid() and not recorder.gone):
+        while not termination.ending:
             try:
-                recorder = self._resume(experiment, recorder.heartbeat if recorder else True)
+                recorder = self._resume(experiment)
             except Exception as error:  # recording must never break training
                 console.error("Nothing can be recorded for experiment %s: %s." % (experiment.short_id(),
                                                                                  _problem(error)))
-                return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
-        return recorder.checkpoint(path, step, metrics, primary_metric, quiet)
+                break
+            if recorder.gone:
+                recorder.report_gone()
+            if recorder.gone or recorder.pid != os.getpid():
+                break
+            checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
+            if checkpoint is not None:  # else another thread has just stopped the recorder
+                return checkpoint
+        return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
-    def _resume(self, experiment: Experiment, heartbeat: bool) -> Recorder:
-        """Record into an experiment that is in the repository already."""
-        repository = self.repository
+    def _resume(self, experiment: Experiment) -> Recorder:
+        """The recorder of an experiment, one in each process; it goes on with one that is in the repository already."""
+        known = self._recorders.get(experiment.id)
+        if known and (known.gone or known.pid != os.getpid() or not known.closed):
+            return known
+        with _resuming:
+            active = active_recorder((self.repository.url, experiment.id))
+            if active is None:
+                return self._resumed(self.repository, experiment, known.heartbeat if known else True)
+            self._recorders[experiment.id] = active
+            return active
+
+    def _resumed(self, repository: Repository, experiment: Experiment, heartbeat: bool) -> Recorder:
         sent = {}
         try:
             document = repository.load(experiment.id)
@@ -6517,7 +6667,8 @@ def push_command(args: argparse.Namespace) -> int:
             busy = send_abandoned(pending, remote, sent, progress.add)
     except ReplicateError as error:
         raise WriteError("%s\nUploaded so far: %s. Run the command again for the rest." % (error, sent)) from error
-    console.info("Uploaded %s to %s" % (sent, remote.url))
+    if sent.experiments:
+        console.info("Uploaded %s to %s" % (sent, remote.url))
     for experiment_id in busy:
         console.info("Another process is still recording experiment %s, and will upload it" % experiment_id[:SHORT_ID])
     return 0

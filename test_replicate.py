@@ -2654,7 +2654,7 @@ def test_deleting_while_recording_leaves_nothing(bucket, project):
     until(lambda: bucket.checkpoints())
     experiment.delete()
     assert bucket.keys() == ["repository.json"] and pending_leftovers(project) == []
-    until(lambda: "replicate-sender" not in [thread.name for thread in set(threading.enumerate()) - before])
+    until(lambda: "replicate-packer" not in [thread.name for thread in set(threading.enumerate()) - before])
 
 
 def test_the_peer_reads_what_we_write_to_a_bucket(new_place, project, tmp_path):
@@ -2711,7 +2711,7 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training):
     bucket.proxy.down()
     script.go()
     script.expect("offline")
-    until(lambda: "Recording goes on" in script.stderr)
+    until(lambda: "Recording continues" in script.stderr)
     (document,) = until(lambda: [item for item in pending_documents(project) if len(item["checkpoints"]) == 3])
     assert [item["step"] for item in document["checkpoints"]] == [1, 2, 3]
     listed = run("ls", "--json", "-R", "file://.replicate/pending/" + pending_root(project).name)
@@ -2726,7 +2726,7 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training):
     assert not [key for key in pending_leftovers(project) if "heartbeats" in key]
     script.go()
     errors = script.end()
-    assert errors.count("Recording goes on") == 1 and errors.count("can be reached again") == 1, errors
+    assert errors.count("Recording continues") == 1 and errors.count("can be reached again") == 1, errors
     assert sorted(bucket.checkpoints().values()) == [0, 1, 2, 3, 4]
     for item, step in bucket.checkpoints().items():
         assert step == 4 or bucket.files("checkpoints", item)["model.bin"].startswith(b"step %d" % step)
@@ -2889,7 +2889,7 @@ def test_ctrl_c_in_the_final_upload_leaves_the_rest_pending(bucket, project, tra
     time.sleep(0.5)  # until it waits for nothing but the upload
     script.process.send_signal(signal.SIGINT)
     errors = script.end(timeout=15)  # long before any of the timeouts of a stalled connection
-    assert "Not everything was sent" in errors and "push" in errors and "Traceback" not in errors, errors
+    assert "Not everything was uploaded" in errors and "push" in errors and "Traceback" not in errors, errors
     assert len(pending_documents(project)[0]["checkpoints"]) == 1 and not bucket.checkpoints()
     bucket.proxy.rule = lambda request: None
     assert run("push").returncode == 0
@@ -2930,7 +2930,7 @@ def test_an_unreachable_bucket_at_init_does_not_stop_training(bucket, project, t
     if how == "nothing listens":
         script.go()
         errors = script.end()
-        assert "Not everything was sent" in errors and errors.count("Recording goes on") == 1, errors
+        assert "Not everything was uploaded" in errors and errors.count("Recording continues") == 1, errors
         assert len(pending_documents(project)[0]["checkpoints"]) == 2
         bucket.proxy.up()
         assert run("push").returncode == 0
@@ -3036,13 +3036,75 @@ def test_what_is_not_sent_when_the_process_is_terminated_stays_pending(s3_bucket
     script.expect("saved")
     until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/") >= 4)
     script.process.terminate()
-    assert "Not everything was sent" in script.end(code=-signal.SIGTERM)
+    assert "Not everything was uploaded" in script.end(code=-signal.SIGTERM)
     assert len(pending_documents(project)[0]["checkpoints"]) == 1
     s3_bucket.proxy.rule = lambda request: None
     assert run("push").returncode == 0
     for item in s3_bucket.checkpoints():
         assert s3_bucket.files("checkpoints", item)
     assert len(s3_bucket.checkpoints()) == 1
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "Ctrl-C", "exit"])
+def test_a_bucket_that_never_answers_does_not_hold_up_the_end(bucket, project, training, end):
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        wait("init")
+        save(1)
+        wait("saved")
+        """)
+    script.expect("init")
+    until(lambda: bucket.documents())
+    bucket.proxy.rule = lambda request: "stall"
+    script.go()
+    script.expect("saved")
+    if end == "SIGTERM":
+        script.process.terminate()
+    else:
+        script.go()
+    if end == "Ctrl-C":
+        time.sleep(1)
+        script.process.send_signal(signal.SIGINT)
+    errors = script.end(timeout=20, code=-signal.SIGTERM if end == "SIGTERM" else 0)  # 70 seconds without a common deadline
+    assert "Not everything was uploaded" in errors and "Traceback" not in errors, errors
+    assert len(pending_documents(project)[0]["checkpoints"]) == 1
+    bucket.proxy.rule = lambda request: None
+    bucket.proxy.release()
+    assert run("push").returncode == 0
+    assert list(bucket.checkpoints().values()) == [1] and pending_leftovers(project) == []
+
+
+@pytest.mark.parametrize("removed", ["before", "meanwhile"])
+def test_push_drops_what_waits_of_a_removed_experiment_and_says_so(bucket, project, training, removed):
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        wait(experiment.id)
+        save(1)
+        save(2)
+        wait("saved")
+        """)
+    item = script.lines.get(timeout=60)
+    until(lambda: bucket.documents())
+    is_archive = lambda request: request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key
+    bucket.proxy.rule = lambda request: "reset" if is_archive(request) else None
+    script.go()
+    script.expect("saved")
+    until(lambda: [document for document in pending_documents(project) if document["checkpoints"]])
+    script.kill()
+    bucket.proxy.clear()
+
+    def remove(request):
+        if is_archive(request) and bucket.documents():
+            bucket.remove("metadata/experiments/%s.json" % item)
+
+    bucket.proxy.rule = remove
+    if removed == "before":
+        bucket.remove("metadata/experiments/%s.json" % item)
+    done = run("push")
+    assert done.returncode == 0 and "Experiment %s was removed from %s; its waiting checkpoints were dropped." % (
+        item[:7], bucket.url) in done.stderr and "Sent 0" not in done.stderr, done.stderr
+    assert not [key for key in bucket.keys() if "checkpoints/" in key] and pending_leftovers(project) == []
+    assert removed == "meanwhile" or not [request for request in bucket.proxy.requests if is_archive(request)]
 
 
 def test_resuming_an_experiment_keeps_what_is_still_pending_of_it(bucket, project, hasty, training):
@@ -3164,7 +3226,7 @@ def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket,
     s3_bucket.proxy.clear()
     script.go()
     script.expect("saved")
-    until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/"))
+    until(lambda: s3_bucket.proxy.count("GET", "metadata/experiments/"))
     until(lambda: s3_bucket.proxy.count("PUT", "metadata/heartbeats/") >= 3)
     script.go()
     errors = script.end()
@@ -4876,7 +4938,7 @@ def finish(process, timeout=90):
 def errors_in(text):
     """The messages on stderr that are neither announcements of experiments nor of checkpoints."""
     return [line for line in text.splitlines() if line.startswith("═══╡")
-            and not re.match(r"═══╡ (Experiment \w{7}: recording|Checkpoint \w{7} at step|Waiting until)", line)]
+            and not re.match(r"═══╡ (Experiment \w{7}: recording|Recording experiment|Saved |Checkpoint \w{7} \(step|Waiting for)", line)]
 
 
 @pytest.fixture
@@ -5356,6 +5418,30 @@ def test_rm_of_a_checkpoint_that_is_in_a_journal_only(repo):
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
 
 
+@pytest.mark.parametrize("by", ["a command", "a recording"])
+def test_what_a_killed_recorder_left_goes_at_once(project, repo, by):
+    (project / "model").write_bytes(b"0123456789abcdef" * (4 << 20))
+    done = run_script("""
+        import os, signal, time, replicate
+        experiment = replicate.init(quiet=True)
+        experiment.checkpoint(path="model", quiet=True)
+        while not [name for name in os.listdir("repo/tmp") if ".tar.gz." in name]:
+            time.sleep(0.001)
+        print(experiment.id, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """, check=False)
+    beat = repo / "metadata/heartbeats" / (done.stdout.strip() + ".json")
+    assert beat.exists() and names_in(repo / "tmp")
+    beat.write_text(json.dumps({"experiment_id": done.stdout.strip(), "last_heartbeat": "2020-01-01T00:00:00Z"}))
+    live = repo / "metadata/heartbeats" / (hex_id("1e") + ".json")
+    live.write_text(json.dumps({"experiment_id": hex_id("1e"), "last_heartbeat": replicate.timestamp()}))
+    if by == "a command":
+        assert run("ls").returncode == 0
+    else:
+        replicate.init(quiet=True).stop()
+    assert names_in(repo / "tmp") == [] and names_in(live.parent) == [live.name]
+
+
 def test_after_rm_nothing_of_a_killed_process_is_left(project, repo):
     (project / "model").write_bytes(b"0123456789abcdef" * (4 << 20))
     done = run_script("""
@@ -5697,7 +5783,7 @@ def test_init_again_stops_the_earlier_experiment_and_create_does_not(repo):
 def test_sigterm_flushes_marks_stopped_and_kills(project, repo, work):
     (project / "model").write_bytes(b"0123456789abcdef" * (2 << 20))
     process = start_script("""
-        import sys, time, replicate
+        import os, sys, time, replicate
         experiment = replicate.init(quiet=True)
         work = sys.argv[1]
         for number in range(3):
@@ -5705,7 +5791,7 @@ def test_sigterm_flushes_marks_stopped_and_kills(project, repo, work):
                                         quiet=True).id, flush=True)
         print("ready", flush=True)
         while work == "inside checkpoint":
-            print(experiment.checkpoint(metrics={"n": 5}, quiet=True).id, flush=True)
+            os.write(1, experiment.checkpoint(metrics={"n": 5}, quiet=True).id.encode() + b"\n")
         while work == "busy":
             pass
         time.sleep(60)
@@ -5728,7 +5814,7 @@ def test_sigterm_is_handed_to_the_handler_that_was_there(repo, handler, code):
     process = start_script("""
         import os, signal, sys, time, replicate
         def mine(number, frame):
-            print("mine", number, frame is not None, os.listdir("repo/metadata/heartbeats"), flush=True)
+            os.write(1, b"mine %d %r %r\n" % (number, frame is not None, os.listdir("repo/metadata/heartbeats")))
             exec(sys.argv[1])
             global waiting
             waiting = False
@@ -5753,11 +5839,11 @@ def test_sigterm_is_handed_to_the_handler_that_was_there(repo, handler, code):
 def test_sigterm_with_a_handler_of_the_script_around_ours(repo):
     """The script's own handler is set after the first init() and calls the one before; a second init() follows."""
     process = start_script("""
-        import signal, time, replicate
+        import os, signal, time, replicate
         replicate.init(quiet=True)
         before = signal.getsignal(signal.SIGTERM)
         def mine(number, frame):
-            print("mine", flush=True)
+            os.write(1, b"mine\n")
             before(number, frame)
         signal.signal(signal.SIGTERM, mine)
         experiment = replicate.init(quiet=True)
@@ -5770,6 +5856,29 @@ def test_sigterm_with_a_handler_of_the_script_around_ours(repo):
     out, err = finish(process)
     assert out == "mine\n" and process.returncode == -signal.SIGTERM, err
     assert names_in(repo / "metadata/heartbeats") == []
+
+
+def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
+    """It may fall between putting the signal off and the block that ends this."""
+    process = start_script("""
+        import time, replicate
+        experiment = replicate.init(quiet=True)
+        def interrupted():
+            replicate.termination.__enter__()
+            raise KeyboardInterrupt
+        for number in range(2):
+            try:
+                interrupted()
+            except KeyboardInterrupt:
+                experiment.checkpoint(metrics={"n": number}, quiet=True)
+        print("ready", flush=True)
+        time.sleep(60)
+        """)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    out, err = finish(process, timeout=20)
+    assert process.returncode == -signal.SIGTERM and err == ""
+    assert len(stored_documents(repo)[0]["checkpoints"]) == 2 and names_in(repo / "metadata/heartbeats") == []
 
 
 def test_a_program_that_ignores_sigterm_goes_on_doing_so(repo):
@@ -5820,6 +5929,75 @@ def test_many_threads_may_call_checkpoint(project, repo):
     stored = [(item["metrics"]["who"], item["metrics"]["n"]) for item in stored_documents(repo)[0]["checkpoints"]]
     assert sorted(stored) == [(who, number) for who in range(6) for number in range(50)]
     assert len(names_in(repo / "checkpoints")) == 30
+
+
+def in_sixteen_threads(work):
+    """Call work() in 16 threads at once."""
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_threads_get_steps_and_times_in_order(repo):
+    experiment = replicate.init(quiet=True)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        in_sixteen_threads(lambda: [experiment.checkpoint(metrics={"x": 1}, quiet=True) for _ in range(100)])
+    finally:
+        sys.setswitchinterval(switching)
+    experiment.stop()
+    assert [item.step for item in experiment.checkpoints] == list(range(1600))
+    stored = stored_documents(repo)[0]["checkpoints"]
+    assert [item["step"] for item in stored] == list(range(1600))
+    created = [item["created"] for item in stored]
+    assert created == sorted(created) and len(set(created)) == 1600
+
+
+def test_threads_share_one_recorder_of_an_experiment(repo, monkeypatch):
+    write_repository(repo, experiment_document(hex_id("1e")))
+    made, start = [], replicate.Recorder.start
+
+    def counted(self, *arguments, **more):
+        made.append(self)
+        return start(self, *arguments, **more)
+
+    def work():
+        for _ in range(20):
+            experiment = replicate.Project().experiments.get("1e")
+            assert experiment.checkpoint(metrics={"x": 1}, quiet=True) is experiment.checkpoints[-1]
+    monkeypatch.setattr(replicate.Recorder, "start", counted)
+    in_sixteen_threads(work)
+    assert len(made) == 1
+    replicate.stop_all()
+    assert [item["step"] for item in stored_documents(repo)[0]["checkpoints"]] == list(range(320))
+    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == []
+
+
+@pytest.mark.parametrize("daemon, end", [(False, "signal"), (True, "signal"), (True, "exit")])
+def test_nothing_is_resumed_when_the_process_ends(repo, daemon, end):
+    process = start_script("""
+        import sys, threading, time, replicate
+        experiment = replicate.init(quiet=True)
+        def work():
+            while True:
+                experiment.checkpoint(metrics={"x": 1}, quiet=True)
+                replicate.experiments.get(experiment.id).checkpoint(metrics={"x": 2}, quiet=True)
+        for _ in range(16):
+            threading.Thread(target=work, daemon=sys.argv[1] == "True").start()
+        time.sleep(0.3)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        """, daemon)
+    assert process.stdout.readline() == "ready\n"
+    if end == "signal":
+        process.terminate()
+    out, err = finish(process)
+    assert process.returncode == (-signal.SIGTERM if end == "signal" else 0) and err == ""
+    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == names_in(repo / "tmp") == []
+    assert stored_documents(repo)[0]["checkpoints"]
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)", "raise ValueError", "experiment.stop()",
@@ -6034,6 +6212,23 @@ def test_a_file_size_limit(project, repo):
     assert [item["path"] for item in document["checkpoints"][:2]] == [None, "small"]
     assert document["checkpoints"][1500]["path"] == "large" and len(names_in(repo / "checkpoints")) == 2
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+def test_nothing_is_claimed_that_is_not_written_and_what_is_lost_is_counted(project, repo):
+    done = run_script("""
+        import resource, signal, sys, replicate
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        experiment = replicate.init(quiet=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        for number in range(5):
+            experiment.checkpoint(path="missing", metrics={"n": number}, quiet=True)
+        print(experiment.short_id())
+        sys.exit(3)
+        """, check=False)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "was recorded" not in done.stderr and done.stderr.count("waits in memory") == 5
+    assert "5 checkpoints of experiment %s could not be written" % done.stdout.strip() in done.stderr
+    assert [item["checkpoints"] for item in stored_documents(repo)] == [[]]
 
 
 def test_stop_under_a_file_size_limit_raises_nothing(project, repo):
@@ -6528,8 +6723,8 @@ def test_a_run_from_beginning_to_end(project, repo, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "═══╡ Experiment %s: recording train.py to file://%s" % (experiment.short_id(), repo),
-        "═══╡ Checkpoint %s at step 3: saved model.pth to file://%s" % (first.short_id(), repo),
-        "═══╡ Checkpoint %s at step 4: saved model.pth to file://%s" % (second.short_id(), repo)]
+        "═══╡ Saved model.pth as checkpoint %s (step 3)" % first.short_id(),
+        "═══╡ Saved model.pth as checkpoint %s (step 4)" % second.short_id()]
     (project / "train.py").write_text("changed")
     found = replicate.experiments.get(experiment.id[:8])
     assert found.id == experiment.id and found.params == {"lr": 0.1, "layers": [1, 2], "none": None}
