@@ -317,9 +317,11 @@ def plain_value(value: Any, where: str = "value") -> Any:
         return float(plain) if type(plain) is type(value) else plain_value(plain, where)  # a numpy.longdouble stays one
     if hasattr(value, "numpy") and callable(value.numpy):            # tensorflow
         return plain_value(value.numpy(), where)
-    for kind in (bool, int, float, str):
+    for kind in (bool, int, float):
         if isinstance(value, kind):
-            return plain_value(kind(value), where) if kind is not str else str.__str__(value)
+            return plain_value(kind(value), where)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int, float, bool)):
@@ -329,8 +331,77 @@ def plain_value(value: Any, where: str = "value") -> Any:
         return [plain_value(item, where) for item in value]
     if isinstance(value, os.PathLike):
         return str(os.fspath(value))
+    if hasattr(value, "as_integer_ratio"):                           # Decimal, Fraction
+        return float(value)
     raise TypeError("%s is a %s, which cannot be stored (str, int, float, bool, None, lists and dicts can)" %
                     (where, type(value).__name__))
+
+
+def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
+    """value as a plain value, whatever it is: the fields of an object that is like a dict, a sorted set, the name of a
+    function. What has no such form becomes text, and its place is added to `unknown`.
+
+    Raises RecursionError for an object that holds itself.
+    """
+    from collections.abc import Sequence as AnySequence, Set as AnySet
+    try:
+        fields = fields_of(value)
+        if fields is not None:
+            return {key_text(key): plain_param(item, "%s.%s" % (where, key_text(key)), unknown)
+                    for key, item in fields.items()}
+        if isinstance(value, AnySet):
+            return sorted([plain_param(item, where, unknown) for item in value], key=sort_key)
+        if isinstance(value, AnySequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
+            return [plain_param(item, where, unknown) for item in value]
+        name = name_of(value)
+        return plain_value(value, where) if name is None else name
+    except RecursionError:
+        raise
+    except Exception:  # plain_value() does not know it, or it fails when somebody looks at it
+        unknown.append("%s (%s)" % (where, type(value).__name__))
+        return text_of(value)
+
+
+def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
+    """The items of a mapping, or the fields of a dataclass object or namespace (shallow); None for any other object."""
+    import types
+    from collections.abc import Mapping
+    kind = type(value)
+    if kind is dict:
+        return value
+    if isinstance(value, Mapping) or (hasattr(kind, "keys") and hasattr(kind, "__getitem__")):
+        return {key: value[key] for key in value.keys()}
+    if hasattr(kind, "__dataclass_fields__"):
+        from dataclasses import fields
+        return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+    return vars(value) if isinstance(value, (argparse.Namespace, types.SimpleNamespace)) else None
+
+
+def name_of(value: Any) -> Optional[str]:
+    """The name of an Enum member, function, class, module or dtype; None for any other object."""
+    import enum
+    import types
+    if isinstance(value, enum.Enum) and not isinstance(value, (int, float, str)):
+        return value.name
+    if isinstance(value, (type, types.ModuleType)) or (callable(value) and hasattr(value, "__name__")):
+        return str(value.__name__)
+    known = {kind.__name__.lower() for kind in type(value).__mro__}
+    return str(value) if known & {"dtype", "device", "date", "time", "timedelta"} else None
+
+
+def key_text(key: Any) -> str:
+    """The key of a mapping as the name of a param."""
+    return str.__str__(key) if isinstance(key, str) else name_of(key) or text_of(key)
+
+
+def text_of(value: Any) -> str:
+    """str(value) without memory addresses, at most 1,000 characters; for an object that fails at that, its type."""
+    try:
+        text = str(value)
+    except Exception:
+        text = object.__repr__(value)
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    return text if len(text) <= 1000 else text[:997] + "..."
 
 
 def pack_floats(value: Any) -> Any:
@@ -560,8 +631,8 @@ def sort_key(value: Any) -> Tuple[int, Any]:
 # ------------------------------------------------------------------------------------------------------------------
 
 def _stored(key: str, doc: str) -> property:
-    """A property that reads one key of the stored document."""
-    return property(lambda self: self._document.get(key), doc=doc)
+    """A property that reads one key of the stored document; the peer's "" is None."""
+    return property(lambda self: self._document.get(key) or None, doc=doc)
 
 
 class Checkpoint:
@@ -752,6 +823,12 @@ class Experiment:
         return parse_time(self._document["created"])
 
     @property
+    def full_command(self) -> Optional[str]:
+        """The command to run it again in the project directory: `python train.py`; the plain command if not known."""
+        command = self._document.get("full_command")
+        return command if command and isinstance(command, str) else self.command
+
+    @property
     def params(self) -> Dict[str, Any]:
         """Hyperparameters by name."""
         return unpack_floats(self._document.get("params") or {})
@@ -794,13 +871,18 @@ class Experiment:
 
     def checkpoint(self, path: Optional[str] = None, step: Optional[int] = None,
                    metrics: Optional[Dict[str, Any]] = None,
-                   primary_metric: Optional[Tuple[str, str]] = None, quiet: bool = False) -> Checkpoint:
+                   primary_metric: Optional[Tuple[str, str]] = None, quiet: bool = False,
+                   **unknown: Any) -> Checkpoint:
         """Record a checkpoint: a snapshot of the file or directory at path, and metrics.
 
         path is relative to the project directory; step counts on from the last one (first 0) if left out;
         primary_metric is (name, "maximize" or "minimize"). Never raises: what is wrong is printed, what is right is
         recorded. When it has returned, the checkpoint survives the death of the process.
         """
+        for name in unknown:
+            known = ("path", "step", "metrics", "primary_metric", "quiet")
+            console.error("checkpoint() has no argument %r.%s" % (
+                name, nearest(name, known) or " A metric goes into metrics={%r: ...}." % name))
         return self.project.record(self, path, step, metrics, primary_metric, quiet)
 
     def stop(self) -> None:
@@ -833,7 +915,7 @@ class Experiment:
 
     def _repr_html_(self) -> str:
         rows = [("ID", self.id), ("Created", full_time(self.created)), ("Host", self.host or ""),
-                ("User", self.user or ""), ("Command", self.command or "")]
+                ("User", self.user or ""), ("Command", self.full_command or "")]
         return (html_table(("Experiment", ""), rows) + html_table(("Param", "Value"), sorted(self.params.items())) +
                 self.checkpoints._repr_html_())
 
@@ -1697,129 +1779,6 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
             tasks.put(None)
         for answer in waiting:
             answer.get()
-
-
-class Workers:
-    """A few threads for work that releases the interpreter's lock. They are started before the interpreter ends, when
-    the pools of the standard library refuse work; where none can be started, the work is done in the calling thread."""
-
-    def __init__(self, count: int) -> None:
-        from queue import SimpleQueue
-        self._new_queue = SimpleQueue
-        self._tasks: Any = SimpleQueue()
-        self._count = 0
-        for _ in range(count):
-            try:
-                threading.Thread(target=self._run, name="replicate-worker", daemon=True).start()
-            except RuntimeError:  # the interpreter is shutting down, or no more threads may be started
-                break
-            self._count += 1
-
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """function of each item in order, a few of them ahead in parallel."""
-        if not self._count:
-            yield from map(function, items)
-            return
-        waiting: List[Any] = []
-        for item in items:
-            waiting.append(self._submit(function, item))
-            if len(waiting) > 2 * self._count:
-                yield self._result(waiting.pop(0).get())
-        while waiting:
-            yield self._result(waiting.pop(0).get())
-
-    def each(self, function: Callable[[Any], Any], items: Iterable[Any]) -> None:
-        """Call function with each item, in several threads at a time, of which the calling one is one: none of them has to
-        wait for another. In the end, also by an exception, none of them is at work any more."""
-        taking, left, end = threading.Lock(), iter(items), object()
-
-        def work(_: Any = None) -> None:
-            nonlocal left
-            try:
-                while True:
-                    with taking:
-                        item = next(left, end)
-                    if item is end:
-                        return
-                    function(item)
-            except BaseException:
-                with taking:
-                    left = iter(())
-                raise
-
-        answers = [self._submit(work, None) for _ in range(self._count - 1)]
-        try:
-            work()
-        finally:
-            outcomes = [answer.get() for answer in answers]
-        for outcome in outcomes:
-            self._result(outcome)
-
-    def ahead(self, items: Iterator[Any], most: int = 8) -> Iterator[Any]:
-        """The items, of which a thread makes a few while one is used."""
-        if not self._count:
-            yield from items
-            return
-        made, room = self._new_queue(), self._new_queue()
-        end = object()
-        wanted = True
-
-        def make() -> None:
-            try:
-                for item in items:
-                    made.put(item)
-                    room.get()
-                    if not wanted:
-                        return
-            finally:
-                made.put(end)
-
-        for _ in range(most - 1):
-            room.put(None)
-        answer = self._submit(lambda _: make(), None)
-        try:
-            for item in iter(made.get, end):
-                yield item
-                room.put(None)
-        finally:
-            wanted = False
-            room.put(None)
-            outcome = answer.get()
-        self._result(outcome)
-
-    def _submit(self, function: Callable[[Any], Any], item: Any) -> Any:
-        answer = self._new_queue()
-        self._tasks.put((function, item, answer))
-        return answer
-
-    @staticmethod
-    def _result(outcome: Tuple[bool, Any]) -> Any:
-        """What the function returned; raises what it raised."""
-        succeeded, value = outcome
-        if not succeeded:
-            raise value
-        return value
-
-    def _run(self) -> None:
-        while True:
-            function, item, answer = self._tasks.get()
-            try:
-                answer.put((True, function(item)))
-            except BaseException as error:  # handed to whoever waits for the result
-                answer.put((False, error))
-            del function, item, answer
-
-
-_workers: Dict[int, Workers] = {}  # by process, since threads do not survive a fork
-
-
-def workers() -> Workers:
-    """The worker threads of this process."""
-    process = os.getpid()
-    if process not in _workers:
-        _workers.clear()
-        _workers[process] = Workers(min(os.cpu_count() or 1, 8))
-    return _workers[process]
 
 
 class Entry:
@@ -4689,7 +4648,7 @@ SECRET_SHAPES = (r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|hf_[A-Za-z0-9]{16,}|gh[pousr]_
 
 
 def masked_command(arguments: Sequence[str]) -> str:
-    """Program arguments as one shell-quoted line, in which `***` stands for secrets."""
+    """Arguments as one shell-quoted line, with `***` in place of secrets."""
     masked, hide_next = [], False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
@@ -4699,21 +4658,89 @@ def masked_command(arguments: Sequence[str]) -> str:
         elif is_secret and equals:
             masked.append(shlex.quote(name + "=") + "***")
         else:
-            quoted = shlex.quote(argument)
             hidden = re.sub(SECRET_SHAPES, "***", re.sub(r"(://[^/\s:@]*:)[^@/\s]+@", r"\1***@", argument))
-            masked.append(quoted if hidden == argument else hidden if re.fullmatch(r"[\w@%+=:,./*-]+", hidden)
-                          else shlex.quote(hidden))
+            is_plain = hidden != argument and re.fullmatch(r"[\w@%+=:,./*-]+", hidden)
+            masked.append(hidden if is_plain else shlex.quote(hidden))
         hide_next = is_secret and not equals and argument.startswith("-")
     return " ".join(masked)
 
 
 def program_arguments(directory: str) -> List[str]:
-    """sys.argv, the program's path relative to the project directory if it lies in it."""
+    """sys.argv; the program's path is relative to the project directory if it lies in it."""
     arguments = list(getattr(sys, "argv", [])) or [""]
-    if os.path.isabs(arguments[0]):
-        relative = os.path.relpath(arguments[0], directory)
-        arguments[0] = arguments[0] if relative.startswith(os.pardir) else relative
-    return arguments
+    return [inner_path(arguments[0], directory)] + arguments[1:]
+
+
+def inner_path(path: str, directory: str) -> str:
+    """An absolute path inside the directory made relative to it; any other path as it is."""
+    relative = os.path.relpath(path, directory) if os.path.isabs(path) else os.pardir
+    return path if relative.split(os.sep)[0] == os.pardir else relative
+
+
+# How to run a program again: with the interpreter or launcher that ran it, as a line to paste in the project directory.
+
+try:
+    START_DIRECTORY = os.getcwd()  # a script may change it later, as Hydra does
+except OSError:  # it was removed
+    START_DIRECTORY = os.sep
+LAUNCHERS = r"python[\d.]*|uv|mpirun|mpiexec|orterun|prterun"  # torchrun, accelerate and the like are Python programs
+
+
+def rerun_command(directory: str) -> Optional[str]:
+    """The shell command that runs this program again from the project directory, with `***` in place of secrets.
+
+    None where there is no such command: in an interactive session, a notebook, or after `python -c`.
+    """
+    words = process_words("self") or [sys.executable] + list(getattr(sys, "argv", []))
+    start = program_index(words)
+    if start is None and os.path.isfile(sys.argv[0] if getattr(sys, "argv", None) else ""):  # multiprocessing: python -c
+        words = [words[0]] + sys.argv
+        start = 1
+    if start is None or "ipykernel" in sys.modules:
+        return None
+    parent, program = process_words(os.getppid()), words[start:]
+    if parent[-len(program):] == program and re.fullmatch(LAUNCHERS, os.path.basename(parent[0])):
+        words = parent
+    command = masked_command(typed_words(words))
+    place = inner_path(START_DIRECTORY, directory)
+    return command if place == os.curdir else "cd %s && %s" % (shlex.quote(place), command)
+
+
+def process_words(process: Union[int, str]) -> List[str]:
+    """The command line of a process, or of this one ("self"); empty where the system does not tell."""
+    words = getattr(sys, "orig_argv", None) if process == "self" else None
+    if words:
+        return list(words)
+    try:
+        with open("/proc/%s/cmdline" % process, "rb") as file:
+            return os.fsdecode(file.read()).split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def program_index(words: Sequence[str]) -> Optional[int]:
+    """The position of the script or `-m` on Python's command line; None for `-c`, standard input or no program."""
+    index = 1
+    while index < len(words) and re.match(r"-[^-cm]|--.", words[index]):
+        index += 2 if words[index] in ("-X", "-W", "--check-hash-based-pycs") else 1
+    return index if index < len(words) and not re.match(r"-(c|$)", words[index]) else None
+
+
+def typed_words(words: Sequence[str]) -> List[str]:
+    """A command line as somebody types it: `torchrun train.py` for `/usr/bin/python3 /usr/bin/torchrun train.py`."""
+    typed = [typed_path(words[0]), *words[1:]]
+    start = program_index(words) if re.match("python", os.path.basename(words[0])) else None
+    if start is not None:
+        typed[start] = typed_path(words[start])
+        if shutil.which(typed[start]) == words[start]:
+            return typed[start:]
+    return typed
+
+
+def typed_path(path: str) -> str:
+    """The name of a program on the search path; else its path, relative to the working directory if it lies in it."""
+    name = os.path.basename(path)
+    return name if os.path.isabs(path) and shutil.which(name) == path else inner_path(path, START_DIRECTORY)
 
 
 def installed_packages() -> Dict[str, str]:
@@ -4743,22 +4770,32 @@ def user_name() -> Optional[str]:
         return None
 
 
-def checked_values(values: Any, what: str) -> Dict[str, Any]:
-    """params or metrics as plain, packed values by name. Raises TypeError."""
-    if not isinstance(values, dict):
-        raise TypeError("%s must be a dict, not %s" % (what, type(values).__name__))
-    return {checked_name(name, what): checked_value(value, "%s[%r]" % (what, name)) for name, value in values.items()}
+def checked_params(params: Any, unknown: List[str]) -> Dict[str, Any]:
+    """params as they are stored; the names of those that have no plain form, but become text, are added to `unknown`.
+
+    Raises TypeError if they are no mapping.
+    """
+    try:
+        fields = {} if params is None else fields_of(params)
+    except Exception:  # whatever the object does when somebody looks at it
+        fields = None
+    if fields is None:
+        raise TypeError("params must be a dict, a namespace or a dataclass object, not %s" % type(params).__name__)
+    return {key_text(key): _checked_param(value, key_text(key), unknown) for key, value in fields.items()}
 
 
-def checked_name(name: Any, what: str) -> str:
-    """The name of a param or metric. Raises TypeError."""
-    if not isinstance(name, str):
-        raise TypeError("the names in %s must be strings, not %r" % (what, name))
-    return str(name)
+def _checked_param(value: Any, name: str, unknown: List[str]) -> Any:
+    try:
+        plain = pack_floats(plain_param(value, name, unknown))
+        _check_depth([plain])
+        return plain
+    except (RecursionError, ReadError):
+        unknown.append("%s (nested too deeply)" % name)
+        return text_of(value)
 
 
-def checked_value(value: Any, where: str) -> Any:
-    """A value as it is stored. Raises TypeError."""
+def checked_metric(value: Any, where: str) -> Any:
+    """The value of a metric as it is stored. Raises TypeError."""
     try:
         plain = pack_floats(plain_value(value, where))
         _check_depth([plain])
@@ -4766,7 +4803,7 @@ def checked_value(value: Any, where: str) -> Any:
         raise TypeError("%s is nested too deeply" % where) from error
     except TypeError:
         raise
-    except Exception as error:  # whatever the object does when it is looked at
+    except Exception as error:  # whatever the object does when somebody looks at it
         raise TypeError("%s is a %s, which cannot be read: %s" % (where, type(value).__name__,
                                                                   short_reason(error))) from error
     return plain
@@ -4776,14 +4813,15 @@ def new_document(location: Location, path: Optional[str], params: Dict[str, Any]
     """The document of an experiment that starts now."""
     return {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
             "config": {"repository": location.url, "storage": ""},
-            "command": masked_command(program_arguments(location.directory)), "path": path,
+            "command": masked_command(program_arguments(location.directory)),
+            "full_command": rerun_command(location.directory), "path": path,
             "python_version": platform.python_version(), "python_packages": installed_packages(),
             "replicate_version": __version__, "checkpoints": []}
 
 
 def new_checkpoint(path: Optional[str], step: int, metrics: Dict[str, Any],
                    primary_metric: Optional[Dict[str, str]], after: str) -> Dict[str, Any]:
-    """A checkpoint document made now, or just after the time `after` if the clock stands still or was set back."""
+    """The document of a checkpoint made now, or just after the time `after` if the clock stands still or goes back."""
     created = timestamp()
     if created <= after:
         created = timestamp(parse_time(after).timestamp() + 2e-6)
@@ -5550,25 +5588,30 @@ def _valid_step(step: Any, last: Optional[Dict[str, Any]], problems: List[str]) 
         return following
     try:
         value = plain_value(step, "step")
+        if type(value) is float and value.is_integer():
+            value = int(value)
         if type(value) is int and -MAX_STEP <= value <= MAX_STEP:
             return value
         shown = repr(step)[:50]
-    except Exception:  # whatever the object does when it is looked at
+    except Exception:  # whatever the object does when somebody looks at it
         shown = "a " + type(step).__name__
-    problems.append("step must be an integer, not %s, so that it counts as %d" % (shown, following))
+    problems.append("step must be an integer, not %s: recorded as step %d" % (shown, following))
     return following
 
 
 def _valid_metrics(metrics: Any, problems: List[str]) -> Dict[str, Any]:
-    if metrics is None:
-        return {}
-    if not issubclass(type(metrics), dict):
+    try:
+        fields = {} if metrics is None else fields_of(metrics)
+    except Exception:  # likewise
+        fields = None
+    if fields is None:
         problems.append("metrics must be a dict, not %s" % type(metrics).__name__)
-        return {}
     valid = {}
-    for name, value in metrics.items():
+    for name, value in (fields or {}).items():
         try:
-            valid[checked_name(name, "metrics")] = checked_value(value, "metrics[%r]" % (name,))
+            if not isinstance(name, str):
+                raise TypeError("the names in metrics must be strings, not %r" % (name,))
+            valid[str.__str__(name)] = checked_metric(value, "metrics[%r]" % name)
         except Exception as error:  # likewise
             problems.append(_problem(error))
     return valid
@@ -5579,9 +5622,8 @@ def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]
         return None
     try:
         name, goal = primary
-        if isinstance(primary, (tuple, list)) and isinstance(name, str) and name and goal in ("maximize",
-                                                                                               "minimize"):
-            return {"name": str(name), "goal": str(goal)}
+        if isinstance(primary, (tuple, list)) and isinstance(name, str) and name and goal in ("maximize", "minimize"):
+            return {"name": str.__str__(name), "goal": str.__str__(goal)}
         shown = repr(primary)[:80]
     except Exception:  # likewise
         shown = "a " + type(primary).__name__
@@ -5589,16 +5631,19 @@ def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]
     return None
 
 
-def warn_of_secrets(params: Dict[str, Any]) -> None:
-    """Warn of params that look like keys."""
+def warn_of_params(params: Dict[str, Any], unknown: Sequence[str]) -> None:
+    """Warn of params that look like keys, and once of those without a plain form."""
     for name, value in params.items():
-        if isinstance(value, str) and re.search(SECRET_SHAPES, value):
-            console.warning("The param %r looks like a secret, and everyone who reads the repository can see it." % name)
+        if re.search(SECRET_SHAPES, value if isinstance(value, str) else json.dumps(value)):
+            console.warning("Param %r looks like a secret: everyone who can read the repository sees it." % name)
+    if unknown:
+        more = " and %d more" % (len(unknown) - 10) if len(unknown) > 10 else ""
+        console.warning("Recording params that have no plain form as text: %s%s." % (", ".join(unknown[:10]), more))
 
 
 def prepare_in_time(repository: Repository) -> bool:
-    """Prepare a repository for recording; False if it could not be reached in time. Raises what makes it useless."""
-    outcome: List[Any] = []
+    """Prepare a repository for recording; False if it does not answer in time. Raises what makes it useless."""
+    outcome: List[Optional[BaseException]] = []
 
     def prepare() -> None:
         try:
@@ -5613,17 +5658,17 @@ def prepare_in_time(repository: Repository) -> bool:
     thread = threading.Thread(target=prepare, name="replicate-prepare", daemon=True)
     thread.start()
     thread.join(REACH_SECONDS)
-    if not outcome or isinstance(outcome[0], Unreachable):
-        console.warning("%s.\nRecording continues; uploads will be retried." % (
-            _problem(outcome[0]) if outcome else "%s cannot be reached: it does not answer" % repository.url))
+    problem = outcome[0] if outcome else Unreachable("%s cannot be reached: it does not answer." % repository.url)
+    if isinstance(problem, Unreachable):
+        console.warning("%s. Recording continues; uploads will be retried." % _problem(problem))
         return False
-    if outcome[0] is not None:
-        raise outcome[0]
+    if problem is not None:
+        raise problem
     return True
 
 
 def warn_if_disk_is_low(directory: str, size: int, reported: Set[str]) -> None:
-    """Warn once when what is to be written leaves little room."""
+    """Warn once when what is about to be written leaves little room."""
     while not os.path.isdir(directory):
         directory = os.path.dirname(directory)
     try:
@@ -5632,18 +5677,18 @@ def warn_if_disk_is_low(directory: str, size: int, reported: Set[str]) -> None:
         return
     if free < size + LOW_DISK_BYTES and "disk" not in reported:
         reported.add("disk")
-        console.warning("Only %s are free on the disk of %s, and %s are about to be saved there." %
-                        (format_size(free), directory, format_size(size)))
+        console.warning("The disk of %s is nearly full: saving %s, only %s are free." %
+                        (directory, format_size(size), format_size(free)))
 
 
 def warn_if_code_is_large(sources: Sequence[Source]) -> None:
-    """Warn when init() saves surprisingly much, and name what is largest."""
+    """Warn when init() saves surprisingly much, and name the largest files."""
     size = sum(source.size for source in sources)
     if size > LARGE_CODE_BYTES:
         largest = sorted(sources, key=lambda source: -source.size)[:3]
-        console.warning("init() saves %s in %s, the largest of which are %s. List what should stay out in "
-                        ".replicateignore." % (format_size(size), plural(len(sources), "file"), ", ".join(
-                            "%s (%s)" % (source.name, format_size(source.size)) for source in largest)))
+        console.warning("init() saves %s in %s. The largest are %s. List what you do not need in .replicateignore." % (
+            format_size(size), plural(len(sources), "file"),
+            ", ".join("%s (%s)" % (source.name, format_size(source.size)) for source in largest)))
 
 
 # What happens when the process ends.
@@ -5796,7 +5841,10 @@ def install_exit_hooks() -> None:
 
 HOW_TO_START = ("There is no replicate.yaml and no %s in %%s or above it. Record a first run with replicate.init() in "
                 "a script, see how it looks with 'replicate demo', or name a repository with -R." % DEFAULT_STORAGE)
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+RANK_SIZES = {"RANK": ("WORLD_SIZE",), "LOCAL_RANK": ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+              "SLURM_PROCID": ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
+              "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",)}  # where each launcher says how many processes there are
+RANK_VARIABLES = tuple(RANK_SIZES)
 
 
 class ArgumentError(ReplicateError, TypeError, ValueError):
@@ -5806,15 +5854,25 @@ class ArgumentError(ReplicateError, TypeError, ValueError):
 class Project:
     """A project directory and its repository.
 
-    repository is a URL, directory a path; either defaults to what the command line would use there.
-    Raises RepositoryConfigurationError, ConfigNotFound.
+    repository is a URL, directory a path; either defaults to what the command line would use, which the project looks
+    for when it is first used. Raises RepositoryConfigurationError, ConfigNotFound.
     """
 
     def __init__(self, repository: Optional[str] = None, directory: Optional[str] = None) -> None:
-        self._location = find_location(repository, directory)
+        if directory is not None and not os.path.isdir(directory):
+            raise ConfigNotFound("There is no directory %s." % directory)
+        self._arguments = (absolute_url(repository, os.getcwd()) if repository else None,
+                           None if directory is None else os.path.abspath(directory))
+        self._found: Optional[Location] = None
         self._repository: Optional[Repository] = None
         self._recorders: Dict[str, Recorder] = {}
         self.experiments = ExperimentCollection(lambda: self)
+
+    @property
+    def _location(self) -> Location:
+        if self._found is None or self._found.url is None:  # a configuration may come later
+            self._found = find_location(*self._arguments)
+        return self._found
 
     @property
     def directory(self) -> str:
@@ -5831,9 +5889,10 @@ class Project:
         return self._repository
 
     def _open(self) -> Repository:
-        if self._location.url is None:
-            raise ConfigNotFound(HOW_TO_START % self.directory)
-        repository = Repository(self._location.url)
+        location = self._location
+        if location.url is None:
+            raise ConfigNotFound(HOW_TO_START % location.directory)
+        repository = Repository(location.url)
         if not repository.storage.has_journals:
             pending = self.pending()
             repository.pending = pending if os.path.isdir(pending.storage.root) else None  # type: ignore[attr-defined]
@@ -5843,24 +5902,27 @@ class Project:
         """The pending area for this repository."""
         return pending_repository(self.directory, self._location.url or "")
 
-    def create(self, path: Optional[str], params: Optional[Dict[str, Any]], heartbeat: bool, quiet: bool) -> Experiment:
-        """Create and start an experiment. Raises ArgumentError and whatever a useless repository raises."""
+    def create(self, path: Optional[str], params: Any, heartbeat: bool, quiet: bool) -> Experiment:
+        """Create and start an experiment. Raises ArgumentError, and what makes a repository useless."""
+        location = self._location
+        unknown: List[str] = []
         try:
-            values = checked_values({} if params is None else params, "params")
-            saved = None if path is None else relative_path(path, self.directory)
-            sources = find_sources(self.directory, saved, self._excluded()) if saved else []
+            values = checked_params(params, unknown)
+            saved = None if path is None else relative_path(path, location.directory)
+            sources = find_sources(location.directory, saved, self._excluded()) if saved else []
         except (TypeError, ValueError) as error:
             raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
-        if self._location.url is None:
-            self._location.url = "file://" + os.path.join(self.directory, DEFAULT_STORAGE)
-            console.info("No replicate.yaml here: recording into %s" % self._location.url)
-        warn_of_secrets(values)
+        warn_of_params(values, unknown)
+        if saved and not sources:
+            console.warning("init() saves no files: path %r is empty, or everything in it is ignored." % saved)
+            saved = None
+        is_new = location.url is None
+        if is_new:
+            location.url = "file://" + os.path.join(location.directory, DEFAULT_STORAGE)
+            self._found = location
         repository = self._repository = self._open()
         prepared = prepare_in_time(repository)
-        experiment = Experiment(new_document(self._location, saved, values), self)
-        if not quiet:
-            console.info("Experiment %s: recording %sto %s" % (
-                experiment.short_id(), "%s " % saved if saved else "", repository.url))
+        experiment = Experiment(new_document(location, saved, values), self)
         recorder = self._recorder(repository, experiment, heartbeat, prepared)
         try:
             large = False
@@ -5876,6 +5938,8 @@ class Project:
             recorder.abandon()
             recorder.storage.remove(document_key(experiment.id))
             raise
+        if is_new or not quiet:
+            _announce_recording(experiment, repository.url, is_new, sources)
         return experiment
 
     def _recorder(self, repository: Repository, experiment: Experiment, heartbeat: bool, prepared: bool) -> Recorder:
@@ -5889,11 +5953,11 @@ class Project:
         return recorder
 
     def _excluded(self) -> List[str]:
-        """The directories that must not be packed: the repository itself, if it lies in the project."""
+        """The directory that must not be packed: the repository itself, which may lie in the project."""
         url = self._location.url or ""
         return [url[len("file://"):]] if url.startswith("file://") else []
 
-    # -- what Experiment and Checkpoint ask of their project
+    # -- what Experiment and Checkpoint ask of their project: see their methods of the same names
 
     def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
                quiet: bool) -> Checkpoint:
@@ -5945,7 +6009,7 @@ class Project:
         return recorder
 
     def stop(self, experiment: Experiment) -> None:
-        """See Experiment.stop; of an experiment that another process runs, it removes the heartbeat."""
+        """See Experiment.stop. If another process runs the experiment, only its heartbeat is removed."""
         recorder = self._recorders.get(experiment.id)
         if recorder is not None:
             recorder.stop()
@@ -5989,9 +6053,10 @@ class Project:
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False,
                  approve: Callable[[List[str]], None] = lambda names: None) -> List[str]:
-        """Copy files into a directory; approve gets the names that would be replaced, and raises to stop it.
+        """Copy files into a directory and return their names. approve() gets the names of files that would be replaced
+        by other content, and raises an exception to stop.
 
-        Returns the names of the files. Raises DoesNotExist, ReadError, WriteError.
+        Raises DoesNotExist, ReadError, WriteError.
         """
         layers = self.repository.layers(experiment, checkpoint)
         if not layers:
@@ -6006,13 +6071,22 @@ class Project:
             return sorted(checkout.files)
 
 
+def _announce_recording(experiment: Experiment, url: str, is_new: bool, sources: Sequence[Source]) -> None:
+    """Say once where the experiment is recorded."""
+    notes = ["a new repository: there is no replicate.yaml here"] if is_new else []
+    if sources:
+        notes.append("saved %s" % (sources[0].name if len(sources) == 1 else plural(len(sources), "file")))
+    console.info("Recording experiment %s in %s%s" % (experiment.short_id(), url,
+                                                      " (%s)" % "; ".join(notes) if notes else ""))
+
+
 def normal_path(path: str) -> str:
     """A path as typed, in the form that archives have: relative, with forward slashes, without './'."""
     return os.path.normpath(str(path)).replace(os.sep, "/")
 
 
 def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any) -> Checkpoint:
-    """A checkpoint in memory alone."""
+    """A checkpoint in memory only."""
     last = experiment.checkpoints[-1]._document if experiment.checkpoints else None
     item = new_checkpoint(str(path) if path else None, _valid_step(step, last, []), _valid_metrics(metrics, []),
                           _valid_primary(primary_metric, []), last["created"] if last else "")
@@ -6022,7 +6096,7 @@ def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics:
 
 
 class InertProject:
-    """The project of an experiment that records nothing: that of every process of a distributed job but the first."""
+    """The project of an experiment that records nothing, in every process of a distributed job but the first."""
 
     def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
                quiet: bool) -> Checkpoint:
@@ -6050,9 +6124,9 @@ class ExperimentCollection:
     def __init__(self, find_project: Callable[[], Project]) -> None:
         self._find_project = find_project
 
-    def create(self, path: Optional[str] = None, params: Optional[Dict[str, Any]] = None,
-               disable_heartbeat: bool = False, quiet: bool = False) -> Experiment:
-        """Create and start an experiment, as init() does. Other experiments of this process go on."""
+    def create(self, path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False,
+               quiet: bool = False) -> Experiment:
+        """Create and start an experiment, as init() does, and let other experiments of this process go on."""
         if is_secondary_process():
             return inert_experiment(path, params)
         return self._find_project().create(path, params, not disable_heartbeat, quiet)
@@ -6080,23 +6154,31 @@ class ExperimentCollection:
         if filter is not None and not callable(filter):
             raise ArgumentError("experiments.list(): filter must be a function of an experiment.")
         project = self._find_project()
-        found = ExperimentList()
+        found, failed = ExperimentList(), []
         for experiment in project.repository.experiments():
             experiment.project = project
-            if filter is None or filter(experiment):
-                found.append(experiment)
+            try:
+                if filter is None or filter(experiment):
+                    found.append(experiment)
+            except Exception as error:  # a param that only some have, for instance
+                failed.append("%s (%s: %s)" % (experiment.short_id(), type(error).__name__, short_reason(error)))
+        if failed:
+            more = " and %d more" % (len(failed) - 3) if len(failed) > 3 else ""
+            console.warning("experiments.list(): the filter failed for %s, left out: %s%s" % (
+                plural(len(failed), "experiment"), ", ".join(failed[:3]), more))
         return found
 
 
 experiments = ExperimentCollection(lambda: Project())
 
 
-def init(path: Optional[str] = None, params: Optional[Dict[str, Any]] = None, disable_heartbeat: bool = False,
-         debug: bool = False, *, quiet: bool = False) -> Experiment:
-    """Create and start an experiment; one that this process started before is stopped.
+def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False, debug: bool = False, *,
+         quiet: bool = False) -> Experiment:
+    """Create and start an experiment, and stop one that this process started before.
 
     path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
-    the hyperparameters. disable_heartbeat: do not mark it as running. debug: print more; quiet: print less.
+    the hyperparameters: a dict or other mapping, an argparse.Namespace or a dataclass object. disable_heartbeat: do not
+    mark it as running. debug: print more; quiet: print less.
     Raises ArgumentError for wrong arguments, RepositoryConfigurationError, WriteError and the like for a repository
     that can never work.
     """
@@ -6109,13 +6191,32 @@ def init(path: Optional[str] = None, params: Optional[Dict[str, Any]] = None, di
 
 
 def is_secondary_process() -> bool:
-    """Whether this is a process of a distributed job other than the first."""
-    return any(os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0 for name in RANK_VARIABLES)
+    """Whether this is a process of a distributed job other than the first, and is not to record; says so once."""
+    def number(variable: str) -> int:
+        text = os.environ.get(variable, "")
+        return int(text) if text.isdecimal() else 0
+
+    if os.environ.get("REPLICATE_ALL_RANKS", "0") not in ("", "0"):
+        return False
+    for rank, sizes in RANK_SIZES.items():
+        if number(rank) > 0 and any(number(size) > 1 for size in sizes):
+            if rank not in _announced:
+                _announced.add(rank)
+                console.warning("%s=%d: this process records nothing, process 0 of the job does. "
+                                "To record every process, set REPLICATE_ALL_RANKS=1." % (rank, number(rank)))
+            return True
+    return False
 
 
-def inert_experiment(path: Optional[str], params: Optional[Dict[str, Any]]) -> Experiment:
+_announced: Set[str] = set()  # the variables of which is_secondary_process() has spoken
+
+
+def inert_experiment(path: Optional[str], params: Any) -> Experiment:
     """An experiment that records nothing."""
-    values = _valid_metrics(params, [])
+    try:
+        values = checked_params(params, [])
+    except TypeError:  # process 0 says so
+        values = {}
     return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path}, InertProject())
 
 
@@ -6230,7 +6331,7 @@ def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
 def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, str]]:
     """Created to Command, as `show` prints them."""
     return _facts([("Created", full_time(experiment.created)), ("Status", "running" if running else "stopped"),
-                   ("Host", experiment.host), ("User", experiment.user), ("Command", experiment.command)])
+                   ("Host", experiment.host), ("User", experiment.user), ("Command", experiment.full_command)])
 
 
 def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str, str]]]]:
@@ -6590,8 +6691,8 @@ def checkout_command(args: argparse.Namespace) -> int:
     console.info("Checked out %s of %s%s into %s" % (
         plural(len(names), "file"), "checkpoint %s and " % checkpoint.short_id() if checkpoint else "",
         "experiment " + experiment.short_id(), directory))
-    if experiment.command:
-        console.info("The experiment ran with this command:\n  %s" % escape_control(experiment.command))
+    if experiment.full_command:
+        console.info("The experiment ran with this command:\n  %s" % escape_control(experiment.full_command))
     return 0
 
 

@@ -4,14 +4,19 @@ Run them as the README says; single ones with `pytest -k NAME`.
 """
 from __future__ import annotations
 
+import argparse
+import collections.abc
 import contextlib
+import dataclasses
 import datetime
 import email.utils
+import enum
 import errno
 import gzip
 import hashlib
 import http.client
 import http.server
+import inspect
 import io
 import ipaddress
 import json
@@ -21,6 +26,7 @@ import platform
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -33,10 +39,13 @@ import tarfile
 import textwrap
 import threading
 import time
+import types
 import urllib.parse
 import uuid
 import xml.sax.saxutils
 import zlib
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import hypothesis
@@ -466,18 +475,13 @@ def test_numpy_scalars_and_arrays_become_plain_values():
     numpy = pytest.importorskip("numpy")
     cases = [(numpy.float32(0.5), 0.5), (numpy.float64(0.1), 0.1), (numpy.int64(7), 7), (numpy.uint8(255), 255),
              (numpy.bool_(True), True), (numpy.str_("a"), "a"), (numpy.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
-             (numpy.array(3.5), 3.5), ({"a": (numpy.int32(1), [numpy.array([True])])}, {"a": [1, [[True]]]})]
+             (numpy.array(3.5), 3.5), ({"a": (numpy.int32(1), [numpy.array([True])])}, {"a": [1, [[True]]]}),
+             (numpy.longdouble(1.5), 1.5), ({"a": numpy.array([1.5, 2], dtype=numpy.longdouble)}, {"a": [1.5, 2.0]})]
     for value, wanted in cases:
         plain = replicate.plain_value(value)
         assert plain == wanted
         assert type(plain) is type(wanted)
         assert json.loads(replicate.encode_json(plain)) == wanted
-
-
-def test_numpy_long_doubles_become_floats():
-    numpy = pytest.importorskip("numpy")
-    assert replicate.plain_value(numpy.longdouble(1.5)) == 1.5
-    assert replicate.plain_value({"a": numpy.array([1.5, 2], dtype=numpy.longdouble)}) == {"a": [1.5, 2.0]}
 
 
 def test_tensors_are_known_by_their_methods():
@@ -488,8 +492,6 @@ def test_tensors_are_known_by_their_methods():
 
 
 def test_subclasses_and_paths_become_plain_values():
-    import enum
-
     class Level(enum.IntEnum):
         LOW = 3
 
@@ -499,6 +501,79 @@ def test_subclasses_and_paths_become_plain_values():
     plain = replicate.plain_value({1: Level.LOW, "color": Color.RED, False: Path("a/b"), "t": (1, None)})
     assert plain == {"1": 3, "color": "red", "False": "a/b", "t": [1, None]}
     assert type(plain["1"]) is int and type(plain["color"]) is str
+    for number in (Decimal("0.5"), Fraction(1, 2)):
+        assert replicate.plain_value([number]) == [0.5] and type(replicate.plain_value(number)) is float
+
+
+class Shade(enum.Enum):
+    DARK = 1
+
+
+class Rate(enum.IntEnum):
+    LOW = 3
+
+
+@dataclasses.dataclass
+class Layer:
+    size: int = 8
+    inner: object = None
+    unset: int = dataclasses.field(init=False)
+
+
+class Mapped(collections.abc.Mapping):
+    """A mapping that is no dict, as OmegaConf has it; what is missing fails when somebody looks at it."""
+
+    def __init__(self, **items):
+        self.items_ = items
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+class Duck:
+    """What many libraries call a dict: keys() and [], and no base class."""
+
+    def keys(self):
+        return ["a"]
+
+    def __getitem__(self, key):
+        return {key}
+
+
+class Torch:
+    """Has a dtype as torch has it."""
+
+    class dtype:
+        def __str__(self):
+            return "torch.float32"
+
+
+@pytest.mark.parametrize("value, plain", [
+    (Shade.DARK, "DARK"), (Rate.LOW, 3), ({2, "a", 1.5, "A"}, [1.5, 2, "A", "a"]), (frozenset(), []), ({"b": 1}.keys(), ["b"]),
+    (len, "len"), (utc, "utc"), (Layer, "Layer"), (json, "json"), (Torch.dtype(), "torch.float32"),
+    (datetime.date(2020, 1, 2), "2020-01-02"), (range(3), [0, 1, 2]), (Decimal("0.5"), 0.5), (Path("a/b"), "a/b"),
+    (argparse.Namespace(lr=1, opt=Shade.DARK), {"lr": 1, "opt": "DARK"}), (types.SimpleNamespace(a=[{1}]), {"a": [[1]]}),
+    (Layer(2, Layer()), {"size": 2, "inner": {"size": 8, "inner": None}}), (types.MappingProxyType({"a": 1}), {"a": 1}),
+    (Mapped(a=Mapped(b=(Duck(),))), {"a": {"b": [{"a": ["a"]}]}}),
+    (dict([(1, 1), (None, 2), ((1, 2), 3), (Shade.DARK, 4), (True, 5)]), {"1": 5, "None": 2, "(1, 2)": 3, "DARK": 4})],
+    ids=lambda value: type(value).__name__)
+def test_params_of_any_kind_have_a_plain_form(value, plain):
+    unknown = []
+    assert replicate.plain_param(value, "p", unknown) == plain and unknown == []
+    assert replicate.plain_param({"deep": [value]}, "p", unknown) == {"deep": [plain]} and unknown == []
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_numpy_dtypes_become_their_names():
+    numpy = pytest.importorskip("numpy")
+    assert replicate.plain_param([numpy.dtype("float32"), numpy.float32, numpy.add, numpy.arange(2)], "p", []) == [
+        "float32", "float32", "add", [0, 1]]
 
 
 @pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, 1j, {("a", "b"): 1}, [datetime.datetime(2020, 1, 1)]])
@@ -6078,32 +6153,40 @@ def test_a_child_that_is_terminated_at_once_dies(repo):
     assert [item["checkpoints"] for item in stored_documents(repo)] == [[]]
 
 
-@pytest.mark.parametrize("variables, records", [
-    ({}, True), ({"RANK": "0"}, True), ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, True),
-    ({"RANK": "1"}, False), ({"LOCAL_RANK": "3"}, False), ({"SLURM_PROCID": "12"}, False),
-    ({"OMPI_COMM_WORLD_RANK": "1"}, False), ({"RANK": "8", "LOCAL_RANK": "0"}, False), ({"RANK": ""}, True),
-    ({"RANK": "x"}, True)])
-def test_only_rank_0_records(project, repo, monkeypatch, capsys, variables, records):
+@pytest.mark.parametrize("variables, reason", [
+    ("", ""), ("RANK=0 WORLD_SIZE=8", ""), ("RANK=0 LOCAL_RANK=0 SLURM_PROCID=0 WORLD_SIZE=2 SLURM_NTASKS=2", ""),
+    ("RANK= WORLD_SIZE=8", ""), ("RANK=x WORLD_SIZE=8", ""), ("RANK=² WORLD_SIZE=²", ""),
+    ("RANK=1", ""), ("SLURM_PROCID=5", ""), ("RANK=3 WORLD_SIZE=1", ""), ("LOCAL_RANK=2 WORLD_SIZE=x", ""),
+    ("SLURM_PROCID=1 WORLD_SIZE=4", ""), ("RANK=1 WORLD_SIZE=2 REPLICATE_ALL_RANKS=1", ""),
+    ("RANK=1 WORLD_SIZE=2 REPLICATE_ALL_RANKS=0", "RANK=1"), ("RANK=1 WORLD_SIZE=2", "RANK=1"),
+    ("LOCAL_RANK=3 LOCAL_WORLD_SIZE=4", "LOCAL_RANK=3"), ("LOCAL_RANK=3 WORLD_SIZE=4", "LOCAL_RANK=3"),
+    ("SLURM_PROCID=12 SLURM_NTASKS=16", "SLURM_PROCID=12"), ("SLURM_PROCID=12 SLURM_STEP_NUM_TASKS=16", "SLURM_PROCID=12"),
+    ("OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2", "OMPI_COMM_WORLD_RANK=1"),
+    ("RANK=8 LOCAL_RANK=0 WORLD_SIZE=16 LOCAL_WORLD_SIZE=8", "RANK=8")])
+def test_only_rank_0_of_a_job_records_and_the_others_say_so_once(project, repo, monkeypatch, capsys, variables, reason):
     (project / "model").write_text("weights")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with replicate.init(path=".", params={"x": 1}) as experiment:
-        first = experiment.checkpoint(path="model", metrics={"loss": 2.0}, primary_metric=("loss", "minimize"))
-        second = experiment.checkpoint(metrics={"loss": 1.0})
+    monkeypatch.setattr(replicate, "_announced", set())
+    for setting in variables.split():
+        monkeypatch.setenv(*setting.split("="))
+    with replicate.init(path=".", params=argparse.Namespace(x=1), quiet=True) as experiment:
+        first = experiment.checkpoint(path="model", metrics={"loss": 2.0}, primary_metric=("loss", "minimize"), quiet=True)
+        second = experiment.checkpoint(metrics={"loss": 1.0}, quiet=True)
         assert (first.step, second.step, second.metrics) == (0, 1, {"loss": 1.0})
         assert experiment.best() is second and experiment.latest() is second
         assert experiment.checkpoints.metrics["loss"] == [2.0, 1.0] and experiment.params == {"x": 1}
-        assert experiment.is_running() is records
+        assert experiment.is_running() is not bool(reason)
         experiment._repr_html_()
         experiment.refresh()
-    assert (repo / "repository.json").exists() is records
-    if not records:
-        assert not repo.exists() and capsys.readouterr().err == ""
+    assert (repo / "repository.json").exists() is not bool(reason)
+    if reason:
         with pytest.raises(replicate.DoesNotExist):
             first.open("model")
         experiment.delete()
         assert replicate.Project().experiments.create(params={"y": 1}).checkpoint(step=4).step == 4
-        assert not repo.exists()
+        assert replicate.init(params=5).params == {} and not repo.exists()
+    err = capsys.readouterr().err
+    assert err.startswith("═══╡ %s: " % reason) and "REPLICATE_ALL_RANKS=1" in err if reason else err == ""
+    assert len(err.splitlines()) == bool(reason)
 
 
 FILLS_THE_DISK = """
@@ -6421,7 +6504,6 @@ def test_the_values_of_secret_options_are_masked(name):
                                        ["--token-count=5"], ["--secretary", "bob"], ["--max-tokens", "100"],
                                        ["a b", "it's", "", "$HOME", "--x=a;b", "é"], ["--no-password-check", "y"]])
 def test_other_arguments_are_quoted_as_a_shell_reads_them(arguments):
-    import shlex
     command = replicate.masked_command(["train.py"] + arguments)
     assert shlex.split(command) == ["train.py"] + arguments and "***" not in command
 
@@ -6433,9 +6515,9 @@ def test_words_of_the_shape_of_keys_are_masked_and_such_params_draw_a_warning(pr
     for argument in (secret, "--config=" + secret, "key=%s,b=1" % secret, "a b " + secret):
         command = replicate.masked_command(["train.py", argument, "--lr", "0.1"])
         assert secret not in command and secret[-8:] not in command and "***" in command and command.endswith("--lr 0.1")
-    replicate.init(params={"fine": "skate-board", "mine": secret}, quiet=True)
+    replicate.init(params={"fine": "skate-board", "mine": secret, "deep": [{"er": secret}]}, quiet=True)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "'mine'" in err and "secret" in err and secret not in err
+    assert err.count("\n") == 2 and "'mine'" in err and "'deep'" in err and "secret" in err and secret not in err
     assert stored_documents(repo)[0]["params"]["mine"] == secret
 
 
@@ -6448,7 +6530,83 @@ def test_the_command_of_a_real_run(project, repo):
     commands = [item.command for item in replicate.experiments.list()]
     assert commands == ["train.py --lr 0.1 --api-key *** 'two words' --pad-token=1",
                         "sub/train.py --lr 0.1 --api-key *** 'two words' --pad-token=1"]
+    assert [item.full_command.partition("train.py")[2] for item in replicate.experiments.list()] == [
+        " --lr 0.1 --api-key *** 'two words' --pad-token=1"] * 2
     assert b"hunter2" not in b"".join(tree(repo).values())
+
+
+RECORDS_ITS_ARGUMENTS = """#!/usr/bin/env python3
+import os, sys, replicate
+arguments = sys.argv[1:]
+del sys.argv[2:]
+if __name__ == "__main__":
+    replicate.init(params={"arguments": arguments, "cwd": os.getcwd()}, quiet=True)
+"""
+LAUNCHER = """#!%s
+import os, subprocess, sys
+number = next(number for number, word in enumerate(sys.argv) if number and (word == "-m" or not word.startswith("-")))
+sys.exit(subprocess.call([sys.executable, "-u"] + sys.argv[number:]))
+"""
+
+
+@pytest.mark.parametrize("words, cwd, shown", [
+    (["python", "train.py"], "", "python train.py"), (["python", "-u", "-X", "dev", "./train.py"], "", "python -u -X dev ./train.py"),
+    (["bin/python", "train.py"], "", "bin/python train.py"), (["{bin}/python", "{project}/train.py"], "", "python train.py"),
+    (["python", "train.py"], "pkg/sub", "cd pkg/sub && python train.py"),
+    (["python", "{project}/train.py"], "pkg", "cd pkg && python {project}/train.py"),
+    (["python", "-m", "pkg.mod"], "", "python -m pkg.mod"), (["python", "-m", "pkg"], "", "python -m pkg"),
+    (["python", "bin/torchrun", "--nproc=2", "train.py"], "", "python bin/torchrun --nproc=2 train.py"),
+    (["torchrun", "--nproc=2", "train.py"], "", "torchrun --nproc=2 train.py"),
+    (["torchrun", "--token=hunter2", "-m", "pkg.mod"], "", "torchrun --token=*** -m pkg.mod"),
+    (["train"], "", "train"), (["nice", "python", "train.py"], "", "python train.py"),
+    (["sh", "-c", 'true; python train.py "$@"', "sh"], "", "python train.py")],
+    ids=lambda value: re.sub(r"\W+", "-", " ".join(value) if isinstance(value, list) else ""))
+def test_the_printed_command_can_be_pasted(project, repo, monkeypatch, call, words, cwd, shown):
+    if sys.platform != "linux" and "torchrun" in words[0]:
+        pytest.skip("only Linux tells the command line of the parent process")
+    for name in ("train.py", "pkg/mod.py", "pkg/__main__.py", "pkg/sub/train.py", "bin/train"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(RECORDS_ITS_ARGUMENTS)
+    (project / "bin/torchrun").write_text(LAUNCHER % (project / "bin/python"))
+    for name in ("train", "torchrun"):
+        (project / "bin" / name).chmod(0o755)
+    for name in ("python", "python3"):
+        (project / "bin" / name).write_text('#!/bin/sh\nexec %s "$@"\n' % shlex.quote(sys.executable))
+        (project / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:%s" % (project / "bin", os.environ["PATH"]))
+    places = {"bin": str(project / "bin"), "project": str(project)}
+    arguments = ["3", "two words", "it's", "$HOME", ""]
+    subprocess.run([word.format(**places) for word in words] + arguments, cwd=str(project / cwd), check=True, timeout=60)
+    experiment, = replicate.experiments.list()
+    assert experiment.params == {"arguments": arguments, "cwd": str(project / cwd)}
+    tail = " 3 'two words' 'it'\"'\"'s' '$HOME' ''"
+    assert experiment.full_command == shown.format(**places) + tail
+    assert ("Command:         %s\n" % experiment.full_command) in call("show", experiment.id)[1]
+    subprocess.run(experiment.full_command, shell=True, cwd=str(project), check=True, timeout=60)
+    assert [item.params for item in replicate.experiments.list()] == [experiment.params] * 2
+
+
+def test_a_program_without_a_command_line_has_no_command_to_paste(project, repo, call):
+    run_script("import replicate; replicate.init(quiet=True)")
+    subprocess.run([sys.executable, "-"], input=b"import replicate; replicate.init(quiet=True)", check=True, timeout=60)
+    first, second = replicate.experiments.list()
+    assert (first.full_command, second.full_command) == (first.command, second.command) == ("-c", "-")
+    document = experiment_document(hex_id("1e"), full_command={"not": "text"})
+    assert replicate.Experiment(document).full_command == "train.py"
+
+
+def test_the_command_of_a_process_that_multiprocessing_started(project, repo):
+    (project / "train.py").write_text(textwrap.dedent("""
+        import multiprocessing, replicate
+        def work():
+            replicate.init(quiet=True)
+        if __name__ == "__main__":
+            process = multiprocessing.get_context("spawn").Process(target=work)
+            process.start()
+            process.join()
+        """))
+    subprocess.run([sys.executable, "train.py", "--lr", "1"], check=True, timeout=60)
+    assert replicate.experiments.list()[0].full_command.endswith("python train.py --lr 1".split(" ", 1)[1])
 
 
 class Hostile:
@@ -6484,6 +6642,7 @@ class BadArray:
     ({"metrics": {"good": 1, "bad": object()}}, "bad"), ({"metrics": {"good": 1, 5: 1}}, "5"),
     ({"metrics": {"good": 1, ("a", "b"): 1}}, "a"), ({"metrics": {"good": 1, "bad": BadArray()}}, ""),
     ({"metrics": {"good": 1, "bad": Hostile()}}, ""), ({"metrics": {"good": 1, "bad": {1, 2}}}, "bad"),
+    ({"step": 4.5}, "step"), ({"step": float("inf")}, "step"), ({"metrics": {"good": 1, "bad": Decimal("sNaN")}}, "bad"),
     ({"metrics": {"good": 1, "bad": 10 ** 5000}}, "bad"), ({"metrics": {"good": 1, "bad": b"x"}}, "bad"),
     ({"metrics": [1]}, "metrics"), ({"metrics": 5}, "metrics"), ({"metrics": "loss"}, "metrics"),
     ({"metrics": Hostile()}, "metrics")])
@@ -6520,11 +6679,32 @@ def test_wrong_arguments_never_raise_and_the_rest_is_recorded(project, repo, cap
     assert experiment.checkpoint(metrics={"next": 1}, quiet=True).step == stored["step"] + 1
 
 
+def test_an_unknown_keyword_of_checkpoint_is_an_error_message_and_the_rest_is_recorded(project, repo, capsys):
+    (project / "model").write_text("weights")
+    with replicate.init(quiet=True) as experiment:
+        experiment.checkpoint(path="model", metrics={"a": 1}, step=3, lose=0.1, metric={"b": 2}, quiet=True)
+    first, second = messages_of(capsys.readouterr().err)
+    assert "'lose'" in first and "metrics={'lose': ...}" in first and "'metric'." in second and "Did you mean 'metrics'?" in second
+    stored, = stored_documents(repo)[0]["checkpoints"]
+    assert (stored["path"], stored["metrics"], stored["step"]) == ("model", {"a": 1}, 3)
+    assert "step: 'Optional[int]' = None" in str(inspect.signature(experiment.checkpoint))
+
+
+@pytest.mark.parametrize("step", [4, 4.0, Decimal(4), Fraction(4), "numpy.float32", "numpy.array", "numpy.int8"])
+def test_a_step_may_be_a_whole_number_of_any_kind(repo, capsys, step):
+    if isinstance(step, str):
+        step = getattr(pytest.importorskip("numpy"), step.partition(".")[2])(4.0)
+    with replicate.init(quiet=True) as experiment:
+        experiment.checkpoint(step=step, metrics=Mapped(a=Decimal("0.1"), b=Fraction(3, 2), c=Decimal("NaN")), quiet=True)
+    assert capsys.readouterr().err == ""
+    stored, = stored_documents(repo)[0]["checkpoints"]
+    assert type(stored["step"]) is int and (stored["step"], stored["metrics"]) == (4, {"a": 0.1, "b": 1.5, "c": "[NaN]"})
+
+
 @pytest.mark.parametrize("arguments", [
-    {"params": [1]}, {"params": "x"}, {"params": {"a": object()}}, {"params": {1: 2}}, {"params": {"a": {1, 2}}},
-    {"params": {"a": BadArray()}}, {"params": {"a": 10 ** 5000}}, {"path": ""}, {"path": 5}, {"path": "missing"},
-    {"path": ".."}, {"path": "/"}, {"path": "../other"}, {"path": b"x"}, {"path": "a\0b"}, {"path": ".git"},
-    {"path": True}])
+    {"params": [1]}, {"params": "x"}, {"params": 5}, {"params": object()}, {"params": Layer}, {"params": Hostile()},
+    {"path": ""}, {"path": 5}, {"path": "missing"}, {"path": ".."}, {"path": "/"}, {"path": "../other"}, {"path": b"x"},
+    {"path": "a\0b"}, {"path": ".git"}, {"path": True}])
 def test_wrong_arguments_to_init_raise_and_leave_nothing(project, repo, arguments):
     (project / ".git").mkdir()
     (project.parent / "other").mkdir()
@@ -6533,6 +6713,45 @@ def test_wrong_arguments_to_init_raise_and_leave_nothing(project, repo, argument
     assert isinstance(caught.value, (TypeError, ValueError))
     assert not repo.exists() or set(tree(repo)) <= {"repository.json"}
     assert replicate._recorders == []
+
+
+@pytest.mark.parametrize("params", [
+    argparse.Namespace(a=1, b={Shade.DARK, Shade.DARK}), Layer(1, Shade.DARK), types.MappingProxyType({"a": Mapped(b=utc)}),
+    Mapped(a=1, b=Layer(2)), types.SimpleNamespace(a=(1, 2)), Duck()], ids=lambda params: type(params).__name__)
+def test_params_may_be_anything_that_is_like_a_dict(repo, capsys, params):
+    replicate.init(params=params, quiet=True).stop()
+    assert capsys.readouterr().err == ""
+    assert replicate.experiments.list()[0].params == {
+        "Namespace": {"a": 1, "b": ["DARK"]}, "Layer": {"size": 1, "inner": "DARK"}, "mappingproxy": {"a": {"b": "utc"}},
+        "Mapped": {"a": 1, "b": {"size": 2, "inner": None}}, "SimpleNamespace": {"a": [1, 2]}, "Duck": {"a": ["a"]},
+    }[type(params).__name__]
+
+
+def test_params_without_a_plain_form_are_recorded_as_text_with_one_warning(repo, capsys):
+    class Missing(Mapped):
+        def __getitem__(self, key):
+            raise KeyError("Missing mandatory value")
+
+    class Long:
+        def __str__(self):
+            return "x" * 5000
+
+    loop = []
+    loop.append(loop)
+    params = {"fine": 1, "object": object(), "list": [b"x", 1j], "map": {"er": Hostile()}, 5: BadArray(), "big": 10 ** 5000,
+              "missing": Missing(a=1), "long": Long(), "deep": deep_list(60), "deeper": deep_list(100000), "loop": loop,
+              "lambda": [len, lambda: 0]}
+    replicate.init(params=params, quiet=True).stop()
+    message, = messages_of(capsys.readouterr().err)
+    for name in ("object (object)", "list (bytes)", "list (complex)", "map.er (Hostile)", "5 (BadArray)", "and 3 more"):
+        assert name in message
+    assert "fine" not in message and "lambda" not in message
+    found = replicate.experiments.list()[0].params
+    assert set(found) == {str(name) for name in params}
+    assert (found["fine"], found["object"], found["list"]) == (1, "<object object>", ["b'x'", "1j"])
+    assert "Hostile object" in found["map"]["er"] and "0x" not in found["map"]["er"] and len(found["long"]) == 1000
+    assert found["loop"] == "[[...]]" and isinstance(found["deeper"], str) and found["lambda"] == ["len", "<lambda>"]
+    assert run("ls", "--all").returncode == 0
 
 
 def deep_list(depth):
@@ -6546,15 +6765,12 @@ def deep_list(depth):
 def test_values_that_nest_too_deeply_or_hold_themselves(repo, capsys):
     loop = []
     loop.append(loop)
-    for value in (deep_list(60), deep_list(100000), loop, {"a": loop}):
-        with pytest.raises(replicate.ReplicateError, match="deep"):
-            replicate.init(params={"x": value})
     experiment = replicate.init(quiet=True)
-    for value in (deep_list(60), deep_list(100000), loop):
+    for value in (deep_list(60), deep_list(100000), loop, {"a": loop}):
         experiment.checkpoint(metrics={"x": value, "y": 1}, quiet=True)
-    assert capsys.readouterr().err.count("deep") == 3
+    assert capsys.readouterr().err.count("deep") == 4
     experiment.stop()
-    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"y": 1}] * 3
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"y": 1}] * 4
 
 
 def test_steps_count_on(repo):
@@ -6620,7 +6836,7 @@ def test_a_disk_that_is_nearly_full_draws_one_warning(small_disk):
         for number in range(5):
             experiment.checkpoint(path="model", quiet=True)
         """, cwd=str(disk))
-    assert done.stderr.count("are free on the disk") == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.count("is nearly full") == 1 and len(done.stderr.splitlines()) == 1
 
 
 def spoil_before_reading(monkeypatch, spoil):
@@ -6760,8 +6976,31 @@ def test_list_is_in_order_of_time_and_takes_a_filter(repo):
         hex_id("1e"), hex_id("2e")]
     with pytest.raises(replicate.ReplicateError):
         replicate.experiments.list("x > 1")
-    with pytest.raises(ZeroDivisionError):
-        replicate.experiments.list(lambda item: 1 / 0)
+
+
+@pytest.mark.parametrize("failing", [1, 3, 5])
+def test_an_experiment_for_which_the_filter_fails_is_left_out_with_one_warning(repo, capsys, failing):
+    write_repository(repo, *[experiment_document(hex_id("%de" % number), created="2006-01-02T00:00:0%dZ" % number,
+                                                 params={} if number < failing else {"lr": number}) for number in range(7)])
+    found = replicate.experiments.list(filter=lambda item: item.params["lr"] > 5)
+    assert [item.short_id() for item in found] == ["6eeeeee"]
+    message, = messages_of(capsys.readouterr().err)
+    for number in range(7):
+        assert ("%deeeeee (KeyError: 'lr')" % number in message) is (number < min(failing, 3))
+    assert ("and 2 more" in message) is (failing == 5) and plural_of(failing) in message
+
+
+def plural_of(count):
+    return "1 experiment," if count == 1 else "%d experiments," % count
+
+
+def test_empty_texts_of_the_peer_are_none(repo):
+    write_repository(repo, experiment_document(hex_id("1e"), path="", host="", user="", command="", python_version="",
+                                               checkpoints=[checkpoint_document(hex_id("1c"), path="")]))
+    experiment, = replicate.experiments.list()
+    assert (experiment.path, experiment.host, experiment.user, experiment.command, experiment.full_command,
+            experiment.python_version, experiment.checkpoints[0].path) == (None,) * 7
+    assert experiment.to_json()["host"] == ""
 
 
 def test_get(repo):
@@ -6877,6 +7116,22 @@ def test_project_with_a_repository_and_a_directory(tmp_path, repo):
             replicate.Project(repository=url)
 
 
+def test_a_project_reads_its_configuration_when_it_is_first_used(tmp_path, repo, monkeypatch):
+    config = tmp_path / "project/replicate.yaml"
+    config.write_text("nonsense: 1\n")
+    project, given = replicate.Project(), replicate.Project("file://given", ".")
+    config.write_text("repository: file://far\n")
+    assert project.repository.url == "file://%s/project/far" % tmp_path
+    monkeypatch.chdir(tmp_path)
+    config.unlink()
+    assert (given.repository.url, given.directory) == ("file://%s/project/given" % tmp_path, str(tmp_path / "project"))
+    late = replicate.Project(directory="project")
+    with pytest.raises(replicate.ConfigNotFound):
+        late.experiments.list()
+    config.write_text("repository: file://near\n")
+    assert late.repository.url == "file://%s/project/near" % tmp_path and late.experiments.list() == []
+
+
 def test_which_repository_is_used(project, repo, tmp_path, monkeypatch):
     (project / "deep/er").mkdir(parents=True)
     monkeypatch.chdir(project / "deep/er")
@@ -6896,24 +7151,36 @@ def test_the_embedded_default_repository_is_announced_in_one_line(tmp_path, caps
     assert list(directory.iterdir()) == []
     (directory / "train.py").write_text("pass")
     replicate.init(path=".").stop()
-    lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if "No replicate.yaml" in line]) == 1
-    assert str(directory / ".replicate/storage") in lines[0] and len(lines) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "file://%s/.replicate/storage" % directory in line and "no replicate.yaml" in line and "train.py" in line
     assert len(stored_documents(directory / ".replicate/storage")) == 1
     (directory / "sub").mkdir()
     monkeypatch.chdir(directory / "sub")
     replicate.init(path="train.py").stop()  # found from below, and no longer announced
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert re.fullmatch(r"═══╡ Recording experiment \w{7} in file://\S+/storage \(saved train.py\)\n", capsys.readouterr().err)
     assert len(replicate.experiments.list()) == 2
     with tarfile.open(str(next((directory / ".replicate/storage/experiments").iterdir()))) as tar:
         assert [name[65:] for name in tar.getnames()] == ["train.py"]
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_init_that_finds_no_file_to_save_says_so(project, repo, capsys, ignored):
+    (project / "src").mkdir()
+    if ignored:
+        (project / ".replicateignore").write_text("*\n")
+        (project / "src/train.py").write_text("pass")
+    with replicate.init(path="src") as experiment:
+        assert experiment.path is None
+    warning, line = messages_of(capsys.readouterr().err)
+    assert "'src'" in warning and "no file" in warning and "saved" not in line
+    assert names_in(repo / "experiments") == [] and stored_documents(repo)[0]["path"] is None
 
 
 def test_wrong_arguments_make_no_default_repository(tmp_path, capsys):
     for arguments in ({"path": "missing"}, {"params": 5}):
         with pytest.raises(replicate.ReplicateError):
             replicate.init(**arguments)
-    assert list((tmp_path / "project").iterdir()) == [] and "recording into" not in capsys.readouterr().err
+    assert list((tmp_path / "project").iterdir()) == [] and capsys.readouterr().err == ""
 
 
 def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken(project, repo, monkeypatch, tmp_path):
@@ -7199,16 +7466,13 @@ def test_torch_values_and_weights(project, repo):
 
 
 def test_every_kind_of_plain_value(repo):
-    import enum
-    import pathlib
-
     class Kind(enum.IntEnum):
         ONE = 1
 
     class Text(str):
         def __str__(self):
             return "other"
-    params = {"t": (1, (2,)), "p": pathlib.PurePosixPath("a/b"), "e": Kind.ONE, "s": Text("mine"), "u": "ü\u2028\ud800",
+    params = {"t": (1, (2,)), "p": Path("a/b"), "e": Kind.ONE, "s": Text("mine"), "u": "ü\u2028\ud800",
               "None": "None", "k": {1: 2, 1.5: None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0,
               "[NaN]": "x"}
     replicate.init(params=params, quiet=True).stop()
