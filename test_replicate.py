@@ -4644,7 +4644,7 @@ def raw_header(**fields):
     """A header block with these bytes at their places and a right checksum."""
     block = bytearray(tar_block(PACKED_ID + "/a")[:512])
     for place, value in fields.items():
-        start = {"name": 0, "mode": 100, "size": 124, "type": 156, "prefix": 345}[place]
+        start = {"name": 0, "mode": 100, "size": 124, "type": 156, "link": 157, "prefix": 345}[place]
         block[start:start + len(value)] = value
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
@@ -4671,26 +4671,30 @@ HOSTILE_NAMES = [
     "{id}/.replicate", "{id}/" + "x" * 300, "", "/", "{id}/..", "{id}/a/.."]
 
 
+def refused(tmp_path, tar):
+    """Assert that this tar is refused and writes nothing outside of its target; returns what it left there."""
+    repository = store_bytes(tmp_path, gzip.compress(tar))
+    target = tmp_path / "store/a/target"
+    target.mkdir(parents=True)
+    before = snapshot(tmp_path)
+    with pytest.raises(replicate.ReadError):
+        unpack_all(repository, target)
+    left = snapshot(target)
+    assert snapshot(tmp_path) == {**before, **{"store/a/target/" + name: content for name, content in left.items()}}
+    assert not [content for content in left.values() if isinstance(content, tuple)]  # links
+    return left
+
+
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 @pytest.mark.parametrize("how", ["plain", "directory", "gnu long name", "pax path"])
 def test_dangerous_names_are_read_errors(tmp_path, name, how):
     name = name.replace("{id}", PACKED_ID)
-    good = tar_block(PACKED_ID + "/good", b"good")
-    if how == "plain":
-        block = tar_block(name, b"evil")
-    elif how == "directory":
-        block = tar_block(name, b"", tarfile.DIRTYPE)
-    elif how == "gnu long name":
-        block = tar_block("././@LongLink", name.encode() + b"\0", tarfile.GNUTYPE_LONGNAME) + tar_block(PACKED_ID + "/x", b"evil")
-    else:
-        block = pax_block(pax_record(b"path", name.encode())) + tar_block(PACKED_ID + "/x", b"evil")
-    repository = store_bytes(tmp_path, gzip.compress(good + block + bytes(1024)))
-    target = tmp_path / "target"
-    target.mkdir()
-    before = set(tree(tmp_path))
-    with pytest.raises(replicate.ReadError):
-        unpack_all(repository, target)
-    assert set(tree(tmp_path)) - before <= {"target/good"}
+    block = {
+        "plain": lambda: tar_block(name, b"evil"),
+        "directory": lambda: tar_block(name, b"", tarfile.DIRTYPE),
+        "gnu long name": lambda: tar_block("L", name.encode() + b"\0", tarfile.GNUTYPE_LONGNAME) + tar_block(PACKED_ID + "/x", b"evil"),
+        "pax path": lambda: pax_block(pax_record(b"path", name.encode())) + tar_block(PACKED_ID + "/x", b"evil")}[how]()
+    assert set(refused(tmp_path, tar_block(PACKED_ID + "/good", b"good") + block + bytes(1024))) <= {"good"}
 
 
 def unpack_all(repository, target):
@@ -4702,16 +4706,7 @@ def unpack_all(repository, target):
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
                                   tarfile.GNUTYPE_SPARSE, b"D", b"M", b"V", b"Z", b"\xff", tarfile.CONTTYPE])
 def test_members_that_are_no_plain_files_are_read_errors(tmp_path, kind):
-    header = bytearray(tar_block(PACKED_ID + "/x", b"", tarfile.SYMTYPE, link="/etc/passwd"))
-    header[156:157] = kind
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    repository = store_bytes(tmp_path, gzip.compress(bytes(header) + bytes(1024)))
-    target = tmp_path / "target"
-    target.mkdir()
-    with pytest.raises(replicate.ReadError):
-        unpack_all(repository, target)
-    assert os.listdir(str(target)) == []
+    assert refused(tmp_path, raw_header(type=kind, link=b"/etc/passwd") + bytes(1024)) == {}
 
 
 HOSTILE_TARS = {
@@ -4745,15 +4740,7 @@ HOSTILE_TARS = {
 
 @pytest.mark.parametrize("name", sorted(HOSTILE_TARS))
 def test_hostile_tars_are_read_errors(tmp_path, name):
-    end = b"" if name.startswith("the end") else bytes(1024)
-    repository = store_bytes(tmp_path, gzip.compress(HOSTILE_TARS[name] + end))
-    target = tmp_path / "store" / "a" / "target"
-    target.mkdir(parents=True)
-    before = set(tree(tmp_path))
-    with pytest.raises(replicate.ReadError):
-        unpack_all(repository, target)
-    assert not [path for path in set(tree(tmp_path)) - before if not path.startswith("store/a/target/")]
-    assert not [path for path in target.rglob("*") if path.is_symlink()]
+    refused(tmp_path, HOSTILE_TARS[name] + (b"" if name.startswith("the end") else bytes(1024)))
 
 
 FLOODS = {
@@ -4941,16 +4928,6 @@ def test_whatever_is_saved_can_be_checked_out(project, tmp_path, name):
     assert read_archive(repository)["weights"] == b"w"
 
 
-def test_the_checkout_command_refuses_a_hostile_archive(project, tmp_path, call):
-    checkpoint = checkpoint_document(PACKED_ID, path="data")
-    write_repository(project / "repo", experiment_document(hex_id("1e"), checkpoints=[checkpoint]))
-    write_archive(project / "repo" / "checkpoints" / (PACKED_ID + ".tar.gz"), PACKED_ID, {"../../evil": b"evil", "data": b"x"})
-    before = tree(tmp_path)
-    code, out, err = call("checkout", "-f", "-o", tmp_path / "out", "abab")
-    assert code == 1 and "ababab" in err and "Traceback" not in err
-    assert tree(tmp_path) == before
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # 7  Repository
 # ------------------------------------------------------------------------------------------------------------------
@@ -4988,6 +4965,22 @@ def start_script(source, *arguments, env=None, cwd=None):
                             stderr=subprocess.PIPE, universal_newlines=True)
 
 
+TRAINING = """
+import json, os, resource, signal, sys, threading, time, replicate
+experiment = replicate.init(quiet=True)
+"""
+
+
+def train(body, *arguments, **options):
+    """Run a script that records; `body` finds its modules imported and `experiment` begun."""
+    return run_script(TRAINING + textwrap.dedent(body), *arguments, **options)
+
+
+def start_training(body, *arguments):
+    """The same as a process beside the test."""
+    return start_script(TRAINING + textwrap.dedent(body), *arguments)
+
+
 def finish(process, timeout=90):
     """(rest of stdout, stderr) of a script once it has ended; it is killed if that takes too long."""
     killer = threading.Timer(timeout, process.kill)
@@ -5008,6 +5001,19 @@ def finish(process, timeout=90):
         killer.cancel()
         process.stdout.close()
         process.stderr.close()
+
+
+def terminated(process):
+    """(exit code, rest of stdout, stderr) of a script that gets SIGTERM once it has printed "ready"."""
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    out, err = finish(process)
+    return process.returncode, out, err
+
+
+def leftovers(repo):
+    """What a recorder leaves only while it works or when it was killed."""
+    return names_in(repo / "journals") + names_in(repo / "tmp") + names_in(repo / "metadata/heartbeats")
 
 
 def errors_in(text):
@@ -5113,20 +5119,15 @@ def test_unreadable_documents_are_named_once_and_the_rest_is_listed(repo):
     assert run("show", "2e").returncode == 0
 
 
-@pytest.mark.parametrize("kind", ["fifo", "directory", "dangling link"])
-def test_what_is_no_file_among_the_documents_neither_hangs_nor_hides_the_rest(repo, kind):
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["fifo", "directory", "dangling link"])
+def test_what_is_no_file_among_the_documents_neither_hangs_nor_hides_the_rest(repo, make):
     write_repository(repo, experiment_document(hex_id("1e")))
-    odd = repo / "metadata/experiments" / (hex_id("a1") + ".json")
-    if kind == "fifo":
-        os.mkfifo(str(odd))
-    elif kind == "directory":
-        odd.mkdir()
-    else:
-        odd.symlink_to("nowhere")
+    name = hex_id("a1") + ".json"
+    make(str(repo / "metadata/experiments" / name))
     done = run("ls", "-q", timeout=20)
     assert done.returncode == 0 and done.stdout.split() == [hex_id("1e")]
-    if kind == "fifo":  # a directory is no document, and a dangling link is like one that was removed since
-        assert [odd.name in line for line in done.stderr.splitlines()] == [True]
+    if make is os.mkfifo:  # a directory is no document, and a dangling link is like one that was removed since
+        assert [name in line for line in done.stderr.splitlines()] == [True]
 
 
 @pytest.mark.parametrize("beat", [b"", b"[]", b"{}", b"null", b"\xff", b'{"last_heartbeat": 5}',
@@ -5249,28 +5250,34 @@ def test_the_document_has_the_keys_and_the_look_of_the_format(repo):
     assert json.loads((repo / "repository.json").read_text()) == {"version": 1}
 
 
-def test_prefixes(repo):
-    first = experiment_document("ab1" + "0" * 61, checkpoints=[checkpoint_document("ab2" + "0" * 61),
-                                                               checkpoint_document("cd1" + "0" * 61)])
-    second = experiment_document("ef1" + "0" * 61, checkpoints=[checkpoint_document("cd12" + "0" * 60)])
-    short = experiment_document("ab")
-    write_repository(repo, first, second)
-    found = opened(repo).find
-    assert found("ab1")[0].id == first["id"] and found("ab1")[1] is None
-    assert found("ab2")[0].id == first["id"] and found("ab2")[1].id == "ab2" + "0" * 61
-    assert found("cd12")[0].id == second["id"]
-    for prefix, words in (("zz", "not found: zz"), ("", "empty"), ("ab", "ambiguous"), ("cd1", "ambiguous"),
-                          ("AB1", "not found"), (first["id"] + "0", "not found"), ("*", "not found"),
-                          ("../", "not found")):
-        with pytest.raises(replicate.DoesNotExist, match=words):
-            found(prefix)
-    with pytest.raises(replicate.DoesNotExist) as caught:
-        found("ab")
-    assert "ab10000" in str(caught.value) and "ab20000" in str(caught.value)
-    write_repository(repo, short)
+@pytest.fixture
+def prefixes(repo):
+    """A repository whose experiments and checkpoints have similar IDs."""
+    write_repository(repo, experiment_document("ab1" + "0" * 61, checkpoints=[
+        checkpoint_document("ab2" + "0" * 61), checkpoint_document("cd1" + "0" * 61)]),
+        experiment_document("ef1" + "0" * 61, checkpoints=[checkpoint_document("cd12" + "0" * 60)]))
+    return opened(repo)
+
+
+@pytest.mark.parametrize("prefix, words", [
+    ("zz", "not found: zz"), ("", "empty"), ("ab", "ambiguous.*(?s:.*)ab10000(?s:.*)ab20000"), ("cd1", "ambiguous"), ("AB1", "not found"),
+    ("ab1" + "0" * 62, "not found"), ("*", "not found"), ("ab1*", "not found"), ("../", "not found"), ("../ab", "not found")])
+def test_prefixes_that_name_nothing_or_too_much(prefixes, prefix, words):
+    with pytest.raises(replicate.DoesNotExist, match=words):
+        prefixes.find(prefix)
+    with pytest.raises(replicate.DoesNotExist, match="ambiguous|not found|empty"):
+        replicate.experiments.get(prefix)
+
+
+def test_prefixes(repo, prefixes):
+    found = prefixes.find
+    assert found("ab1")[0].short_id() == "ab10000" and found("ab1")[1] is None
+    assert found("ab2")[0].short_id() == "ab10000" and found("ab2")[1].id == "ab2" + "0" * 61
+    assert found("cd12")[0].short_id() == "ef10000"
+    write_repository(repo, experiment_document("ab"))
     assert found("ab")[0].id == "ab"  # exact
     with pytest.raises(replicate.DoesNotExist, match="zz"):
-        opened(repo).find_all(["ab1", "zz"])
+        prefixes.find_all(["ab1", "zz"])
 
 
 def recorded_pair(project):
@@ -5291,20 +5298,20 @@ def test_rm_of_an_experiment_leaves_nothing_of_it_and_all_of_the_other(project, 
     others = {name: data for name, data in tree(repo).items()
               if first.id not in name and first.checkpoints[0].id not in name}
     assert len(others) == len(tree(repo)) - 3
-    assert run("rm", "-f", first.id[:10]).returncode == 0
+    done = run("rm", "-f", first.id[:10])
+    assert (done.returncode, done.stdout) == (0, "") and first.short_id() in done.stderr
     assert tree(repo) == others
     assert run("checkout", "-f", second.checkpoints[0].id).returncode == 0
 
 
 def test_rm_of_a_checkpoint_removes_its_file_and_its_entry(project, repo):
     first, second = recorded_pair(project)
-    before = {item["id"]: item for item in stored_documents(repo)}
+    expected = {item["id"]: item for item in stored_documents(repo)}
+    expected[first.id]["checkpoints"].pop(0)
     files = tree(repo)
-    assert run("rm", "-f", first.checkpoints[0].id[:10]).returncode == 0
-    after = {item["id"]: item for item in stored_documents(repo)}
-    assert after[second.id] == before[second.id]
-    before[first.id]["checkpoints"].pop(0)
-    assert after[first.id] == before[first.id]
+    done = run("rm", "-f", first.checkpoints[0].id[:10])
+    assert (done.returncode, done.stdout) == (0, "") and first.checkpoints[0].short_id() in done.stderr
+    assert {item["id"]: item for item in stored_documents(repo)} == expected
     assert set(files) - set(tree(repo)) == {"checkpoints/%s.tar.gz" % first.checkpoints[0].id}
     assert not set(tree(repo)) - set(files)
 
@@ -5338,7 +5345,8 @@ def test_rm_killed_anywhere_can_be_run_again(project, repo):
         """
     experiment = recorded_pair(project)[0]
     ids = [experiment.id] + [checkpoint.id for checkpoint in experiment.checkpoints]
-    (repo / "tmp" / (ids[1] + ".tar.gz.0123")).write_bytes(b"left by a killed process")
+    for name in (ids[1] + ".tar.gz.0123", ids[0] + ".json.lock"):
+        (repo / "tmp" / name).write_bytes(b"left by a killed process")
     backup = project / "backup"
     shutil.copytree(str(repo), str(backup))
     for count in range(30):
@@ -5356,14 +5364,6 @@ def test_rm_killed_anywhere_can_be_run_again(project, repo):
             assert again.returncode == 0, again.stderr
             assert not [name for name in tree(repo) if any(item in name for item in ids)]
     assert count >= 4 and left == []
-
-
-def test_rm_takes_the_lock_file_that_a_killed_process_left(repo):
-    write_repository(repo, experiment_document(hex_id("1e")))
-    (repo / "tmp").mkdir()
-    (repo / "tmp" / (hex_id("1e") + ".json.lock")).write_bytes(b"")
-    assert run("rm", "-f", "1e").returncode == 0
-    assert list(tree(repo)) == ["repository.json"]
 
 
 def test_a_document_that_is_being_updated_is_not_put_back_after_its_removal(repo):
@@ -5400,8 +5400,6 @@ def test_deleting_right_after_a_checkpoint_leaves_nothing(project, repo):
 
 
 LEAVES_A_JOURNAL = """
-    import json, os, signal, sys, time, replicate
-    experiment = replicate.init(quiet=True)
     experiment.checkpoint(metrics={"n": 0}, quiet=True)
     document = "repo/metadata/experiments/%s.json" % experiment.id
     while len(json.load(open(document))["checkpoints"]) < 1 or os.listdir("repo/journals"):
@@ -5415,7 +5413,7 @@ LEAVES_A_JOURNAL = """
 
 
 def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_command(repo):
-    done = run_script(LEAVES_A_JOURNAL, "SIGKILL", check=False)
+    done = train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(stored_documents(repo)[0]["checkpoints"]) == 1 and len(names_in(repo / "journals")) == 1
     assert [len(ids) for ids in listed(repo).values()] == [3]
@@ -5428,7 +5426,7 @@ def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_comm
 
 
 def test_a_live_process_s_journal_is_shown_but_left_to_it(repo):
-    process = start_script(LEAVES_A_JOURNAL, "SIGSTOP")
+    process = start_training(LEAVES_A_JOURNAL, "SIGSTOP")
     try:
         process.stdout.readline()
         wait_until(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
@@ -5482,7 +5480,7 @@ def test_several_journals_are_merged_in_order_of_time(repo):
 
 
 def test_rm_of_a_checkpoint_that_is_in_a_journal_only(repo):
-    done = run_script(LEAVES_A_JOURNAL, "SIGKILL", check=False)
+    done = train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
     experiment = opened(repo).experiments()[0]
     victim = experiment.checkpoints[1]
     opened(repo).remove_checkpoint(experiment, victim)
@@ -5493,35 +5491,10 @@ def test_rm_of_a_checkpoint_that_is_in_a_journal_only(repo):
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
 
 
-@pytest.mark.parametrize("by", ["a command", "a recording"])
+@pytest.mark.parametrize("by", ["a command", "a recording", "rm"])
 def test_what_a_killed_recorder_left_goes_at_once(project, repo, by):
     (project / "model").write_bytes(b"0123456789abcdef" * (4 << 20))
-    done = run_script("""
-        import os, signal, time, replicate
-        experiment = replicate.init(quiet=True)
-        experiment.checkpoint(path="model", quiet=True)
-        while not [name for name in os.listdir("repo/tmp") if ".tar.gz." in name]:
-            time.sleep(0.001)
-        print(experiment.id, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-        """, check=False)
-    beat = repo / "metadata/heartbeats" / (done.stdout.strip() + ".json")
-    assert beat.exists() and names_in(repo / "tmp")
-    beat.write_text(json.dumps({"experiment_id": done.stdout.strip(), "last_heartbeat": "2020-01-01T00:00:00Z"}))
-    live = repo / "metadata/heartbeats" / (hex_id("1e") + ".json")
-    live.write_text(json.dumps({"experiment_id": hex_id("1e"), "last_heartbeat": replicate.timestamp()}))
-    if by == "a command":
-        assert run("ls").returncode == 0
-    else:
-        replicate.init(quiet=True).stop()
-    assert names_in(repo / "tmp") == [] and names_in(live.parent) == [live.name]
-
-
-def test_after_rm_nothing_of_a_killed_process_is_left(project, repo):
-    (project / "model").write_bytes(b"0123456789abcdef" * (4 << 20))
-    done = run_script("""
-        import os, signal, time, replicate
-        experiment = replicate.init(quiet=True)
+    done = train("""
         experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True)
         while not [name for name in os.listdir("repo/tmp") if ".tar.gz." in name]:
             time.sleep(0.001)
@@ -5530,9 +5503,20 @@ def test_after_rm_nothing_of_a_killed_process_is_left(project, repo):
         os.kill(os.getpid(), signal.SIGKILL)
         """, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert [name for name in names_in(repo / "tmp") if ".tar.gz." in name]
-    assert run("rm", "-f", done.stdout.strip()).returncode == 0
-    assert list(tree(repo)) == ["repository.json"]
+    beat = repo / "metadata/heartbeats" / (done.stdout.strip() + ".json")
+    assert beat.exists() and [name for name in names_in(repo / "tmp") if ".tar.gz." in name]
+    if by == "rm":
+        assert run("rm", "-f", done.stdout.strip()).returncode == 0
+        assert list(tree(repo)) == ["repository.json"]
+        return
+    beat.write_text(json.dumps({"experiment_id": done.stdout.strip(), "last_heartbeat": "2020-01-01T00:00:00Z"}))
+    live = repo / "metadata/heartbeats" / (hex_id("1e") + ".json")
+    live.write_text(json.dumps({"experiment_id": hex_id("1e"), "last_heartbeat": replicate.timestamp()}))
+    if by == "a command":
+        assert run("ls").returncode == 0
+    else:
+        replicate.init(quiet=True).stop()
+    assert names_in(repo / "tmp") == [] and names_in(live.parent) == [live.name]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -5606,9 +5590,7 @@ def test_a_checkpoint_that_was_returned_survives_kill_9(project, repo, kind, cou
 
 def test_kill_9_at_any_moment_loses_nothing_that_was_returned(repo):
     for number in range(6):
-        process = start_script("""
-            import replicate
-            experiment = replicate.init(quiet=True)
+        process = start_training("""
             open("model", "wb").write(b"abcdefgh" * 50000)
             while True:
                 print(experiment.checkpoint(metrics={"x": 1}, quiet=True).id, flush=True)
@@ -5647,14 +5629,12 @@ def test_processes_that_record_into_one_experiment_lose_nothing(repo, processes)
         assert process.returncode == 0 and err == "", err
     stored = [(item["metrics"]["who"], item["metrics"]["n"]) for item in stored_documents(repo)[0]["checkpoints"]]
     assert sorted(stored) == [(who, number) for who in range(processes) for number in range(300)]
-    assert names_in(repo / "journals") == names_in(repo / "tmp") == names_in(repo / "metadata/heartbeats") == []
+    assert leftovers(repo) == []
 
 
 def test_recording_while_others_list_and_remove(repo):
     """A checkpoint that is removed while its experiment is recorded is not put back, and no other is lost."""
-    process = start_script("""
-        import sys, replicate
-        experiment = replicate.init(quiet=True)
+    process = start_training("""
         open("model", "wb").write(b"text " * 200000)
         for line in sys.stdin:
             print(experiment.checkpoint(path="model", metrics={"n": int(line)}, quiet=True).id, flush=True)
@@ -5807,9 +5787,7 @@ def test_disable_heartbeat(repo, monkeypatch):
                                        ("experiment.stop()", 0), ("del experiment", 0)])
 def test_every_end_of_the_process_stops_the_experiment(project, repo, end, code):
     (project / "model").write_bytes(b"0123456789abcdef" * (1 << 20))
-    done = run_script("""
-        import sys, replicate
-        experiment = replicate.init(quiet=True)
+    done = train("""
         for number in range(5):
             experiment.checkpoint(path="model" if number > 2 else None, metrics={"n": number}, quiet=True)
         exec(sys.argv[1])
@@ -5818,7 +5796,7 @@ def test_every_end_of_the_process_stops_the_experiment(project, repo, end, code)
     assert errors_in(done.stderr) == []
     document, = stored_documents(repo)
     assert [item["metrics"]["n"] for item in document["checkpoints"]] == [0, 1, 2, 3, 4]
-    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == names_in(repo / "tmp") == []
+    assert leftovers(repo) == []
     for item in document["checkpoints"][3:]:
         archive = repo / "checkpoints" / (item["id"] + ".tar.gz")
         assert archive.stat().st_size < 2 << 20  # compressed before the end
@@ -5857,9 +5835,7 @@ def test_init_again_stops_the_earlier_experiment_and_create_does_not(repo):
 @pytest.mark.parametrize("work", ["sleep", "busy", "compressing", "inside checkpoint"])
 def test_sigterm_flushes_marks_stopped_and_kills(project, repo, work):
     (project / "model").write_bytes(b"0123456789abcdef" * (2 << 20))
-    process = start_script("""
-        import os, sys, time, replicate
-        experiment = replicate.init(quiet=True)
+    process = start_training("""
         work = sys.argv[1]
         for number in range(3):
             print(experiment.checkpoint(path="model" if work == "compressing" else None, metrics={"n": number},
@@ -5884,13 +5860,17 @@ def test_sigterm_flushes_marks_stopped_and_kills(project, repo, work):
     assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == []
 
 
-@pytest.mark.parametrize("handler, code", [("sys.exit(3)", 3), ("raise KeyError(number)", 1), ("None", 0)])
-def test_sigterm_is_handed_to_the_handler_that_was_there(repo, handler, code):
-    process = start_script("""
+@pytest.mark.parametrize("first, handler, code", [
+    ("", "sys.exit(3)", 3), ("", "raise KeyError(number)", 1), ("", "", 0),
+    ("replicate.init(quiet=True)", "before(number, frame)", -signal.SIGTERM)])  # around the one of the first init()
+def test_sigterm_is_handed_to_the_handler_that_was_there(repo, first, handler, code):
+    ended, out, err = terminated(start_script(r"""
         import os, signal, sys, time, replicate
+        exec(sys.argv[1])
+        before = signal.getsignal(signal.SIGTERM)
         def mine(number, frame):
             os.write(1, b"mine %d %r %r\n" % (number, frame is not None, os.listdir("repo/metadata/heartbeats")))
-            exec(sys.argv[1])
+            exec(sys.argv[2])
             global waiting
             waiting = False
         waiting = True
@@ -5902,42 +5882,15 @@ def test_sigterm_is_handed_to_the_handler_that_was_there(repo, handler, code):
         while waiting:
             time.sleep(0.01)
         experiment.checkpoint(metrics={"n": 3}, quiet=True)
-        """, handler)
-    assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    out, err = finish(process)
-    assert out == "mine 15 True []\n" and process.returncode == code, err
-    assert len(stored_documents(repo)[0]["checkpoints"]) == (3 if code == 0 else 2)
-    assert names_in(repo / "metadata/heartbeats") == []
-
-
-def test_sigterm_with_a_handler_of_the_script_around_ours(repo):
-    """The script's own handler is set after the first init() and calls the one before; a second init() follows."""
-    process = start_script("""
-        import os, signal, time, replicate
-        replicate.init(quiet=True)
-        before = signal.getsignal(signal.SIGTERM)
-        def mine(number, frame):
-            os.write(1, b"mine\n")
-            before(number, frame)
-        signal.signal(signal.SIGTERM, mine)
-        experiment = replicate.init(quiet=True)
-        experiment.checkpoint(metrics={"n": 1}, quiet=True)
-        print("ready", flush=True)
-        time.sleep(60)
-        """)
-    assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    out, err = finish(process)
-    assert out == "mine\n" and process.returncode == -signal.SIGTERM, err
+        """, first, handler))
+    assert out == "mine 15 True []\n" and ended == code, err
+    assert sum(len(item["checkpoints"]) for item in stored_documents(repo)) == (3 if code == 0 else 2)
     assert names_in(repo / "metadata/heartbeats") == []
 
 
 def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
     """It may fall between putting the signal off and the block that ends this."""
-    process = start_script("""
-        import time, replicate
-        experiment = replicate.init(quiet=True)
+    ended = terminated(start_training("""
         def interrupted():
             replicate.termination.__enter__()
             raise KeyboardInterrupt
@@ -5948,11 +5901,8 @@ def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
                 experiment.checkpoint(metrics={"n": number}, quiet=True)
         print("ready", flush=True)
         time.sleep(60)
-        """)
-    assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    out, err = finish(process, timeout=20)
-    assert process.returncode == -signal.SIGTERM and err == ""
+        """))
+    assert ended == (-signal.SIGTERM, "", "")
     assert len(stored_documents(repo)[0]["checkpoints"]) == 2 and names_in(repo / "metadata/heartbeats") == []
 
 
@@ -6053,34 +6003,30 @@ def test_threads_share_one_recorder_of_an_experiment(repo, monkeypatch):
 
 @pytest.mark.parametrize("daemon, end", [(False, "signal"), (True, "signal"), (True, "exit")])
 def test_nothing_is_resumed_when_the_process_ends(repo, daemon, end):
-    process = start_script("""
-        import sys, threading, time, replicate
-        experiment = replicate.init(quiet=True)
+    process = start_training("""
         def work():
             while True:
                 experiment.checkpoint(metrics={"x": 1}, quiet=True)
                 replicate.experiments.get(experiment.id).checkpoint(metrics={"x": 2}, quiet=True)
         for _ in range(16):
             threading.Thread(target=work, daemon=sys.argv[1] == "True").start()
-        time.sleep(0.3)
+        while len(experiment.checkpoints) < 64:
+            time.sleep(0.01)
         print("ready", flush=True)
         sys.stdin.readline()
         """, daemon)
-    assert process.stdout.readline() == "ready\n"
     if end == "signal":
-        process.terminate()
-    out, err = finish(process)
-    assert process.returncode == (-signal.SIGTERM if end == "signal" else 0) and err == ""
-    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == names_in(repo / "tmp") == []
-    assert stored_documents(repo)[0]["checkpoints"]
+        assert terminated(process) == (-signal.SIGTERM, "", "")
+    else:
+        assert process.stdout.readline() == "ready\n"
+        assert finish(process) == ("", "") and process.returncode == 0
+    assert leftovers(repo) == [] and stored_documents(repo)[0]["checkpoints"]
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)", "raise ValueError", "experiment.stop()",
                                  "replicate.stop_all()", "os.kill(os.getpid(), 15)"])
 def test_a_forked_child_neither_records_nor_stops(repo, end):
-    done = run_script("""
-        import os, sys, time, replicate
-        experiment = replicate.init(quiet=True)
+    done = train("""
         experiment.checkpoint(metrics={"n": 1}, quiet=True)
         child = os.fork()
         if not child:
@@ -6100,7 +6046,7 @@ def test_a_forked_child_neither_records_nor_stops(repo, end):
     assert lines[0] == "True True", done.stderr
     assert int(lines[1]) == {"raise ValueError": 256, "os.kill(os.getpid(), 15)": 15}.get(end, 0)
     assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 1}, {"n": 2}]
-    assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == names_in(repo / "tmp") == []
+    assert leftovers(repo) == []
 
 
 def test_multiprocessing_children_neither_record_nor_stop(project, repo):
@@ -6907,9 +6853,7 @@ def test_nothing_on_stderr_can_break_training(repo):
 def test_a_ctrl_c_at_exit_leaves_the_rest_to_the_next_command(project, repo):
     """Compression of the last file is cut short; the file is whole and readable."""
     (project / "model").write_bytes(os.urandom(1 << 16) * 40 + b"0123456789abcdef" * (16 << 20))
-    process = start_script("""
-        import sys, replicate
-        experiment = replicate.init(quiet=True)
+    process = start_training("""
         print(experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True).id, flush=True)
         print(experiment.checkpoint(metrics={"n": 2}, quiet=True).id, flush=True)
         print("ready", flush=True)
@@ -7003,18 +6947,14 @@ def test_empty_texts_of_the_peer_are_none(repo):
     assert experiment.to_json()["host"] == ""
 
 
-def test_get(repo):
-    write_repository(repo, experiment_document("ab1" + "0" * 61, checkpoints=[checkpoint_document("cd" + "0" * 62)]),
-                     experiment_document("ab2" + "0" * 61))
-    (repo / "metadata/experiments" / (hex_id("ef") + ".json")).write_text("{")
+def test_get(repo, prefixes):
+    (repo / "metadata/experiments" / (hex_id("f0") + ".json")).write_text("{")
     get = replicate.experiments.get
-    assert get("ab1").id == "ab1" + "0" * 61 and get("ab2" + "0" * 61).id == "ab2" + "0" * 61
-    for prefix, words in (("ab", "ambiguous"), ("", "empty"), ("cd", "not found"), ("zz", "not found"),
-                          ("../ab", "not found"), ("ab1*", "not found")):
-        with pytest.raises(replicate.DoesNotExist, match=words):
-            get(prefix)
-    with pytest.raises(replicate.ReadError, match="efffff"):
-        get("ef")
+    assert get("ab1").id == get("ab1" + "0" * 61).id == "ab1" + "0" * 61
+    with pytest.raises(replicate.DoesNotExist, match="not found"):
+        get("cd12")  # a checkpoint
+    with pytest.raises(replicate.ReadError, match="f00000"):
+        get("f0")
     for wrong in (5, None, b"ab1", ["ab1"]):
         with pytest.raises((TypeError, replicate.ReplicateError)):
             get(wrong)
@@ -8026,18 +7966,6 @@ def test_options_between_arguments(project, call):
         assert stored_documents(project / "repo") == []
     two_experiments(project)
     assert call("diff", A, "--no-color", B)[0] == 0
-
-
-def test_rm_removes_what_it_names(project, call):
-    two_experiments(project, path="train.py", checkpoints=[checkpoint_document(C, path="m"), checkpoint_document(D, path="m")])
-    for kind, item in (("experiments", A), ("checkpoints", C), ("checkpoints", D)):
-        write_archive(project / "repo" / kind / (item + ".tar.gz"), item, {"f": b"1"})
-    code, out, err = call("rm", "-f", C)
-    assert (code, out) == (0, "") and "1cccccc" in err
-    assert [item["id"] for item in stored_documents(project / "repo")[0]["checkpoints"]] == [D]
-    assert not (project / "repo/checkpoints" / (C + ".tar.gz")).exists()
-    assert call("rm", "-f", "1e")[0] == 0
-    assert sorted(name for name in tree(project / "repo")) == ["metadata/experiments/%s.json" % B, "repository.json"]
 
 
 @pytest.mark.parametrize("wrong", ["", "ffff", "f"], ids=["empty", "unknown", "ambiguous"])
