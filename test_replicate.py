@@ -4820,13 +4820,20 @@ def test_set_user_id_bits_are_dropped(tmp_path):
     assert [os.stat(str(tmp_path / "target" / name)).st_mode & 0o7777 for name in "xy"] == [0o755, 0o600]
 
 
-def test_unpacking_is_never_through_a_link_in_the_archive_or_out_of_it(tmp_path):
-    """A name that our reader takes for harmless is taken so by the file system too."""
-    names = ["a", "b/c", "..a", "a..", "...", "~", "$HOME", "%2e%2e", "\u2025", "\uff0e\uff0e", " ", "ab:c", ".gitignore", ".github/x"]
-    repository = store_bytes(tmp_path, gzip.compress(b"".join(tar_block("%s/%s" % (PACKED_ID, name), b"x") for name in names) +
-                                                     bytes(1024)))
-    unpack_all(repository, tmp_path / "target")
-    assert sorted(tree(tmp_path / "target")) == sorted(names)
+HARMLESS_NAMES = ["a", "b/c", "..a", "a..", "...", "~", "$HOME", "%2e%2e", "\u2025", "\uff0e\uff0e", " ", "ab:c", ".gitignore", ".github/x"]
+
+
+@pytest.mark.parametrize("tar, files", [
+    (b"".join(tar_block("%s/%s" % (PACKED_ID, name), b"x") for name in HARMLESS_NAMES), {name: b"x" for name in HARMLESS_NAMES}),
+    (tar_block(PACKED_ID + "/x", b"old") + tar_block(PACKED_ID + "/x", b"new"), {"x": b"new"}),
+    (pax_block(pax_record(b"path", (PACKED_ID + "/renamed").encode()), pax_record(b"size", b"3"), pax_record(b"comment", b"a=b\nc")) +
+     tar_block(PACKED_ID + "/x", b"one", size=0) + tar_block(PACKED_ID + "/y", b"two"), {"renamed": b"one", "y": b"two"})],
+    ids=["names that look dangerous", "two members of one name", "a pax path for one member"])
+def test_odd_tars_are_read(tmp_path, tar, files):
+    repository = store_bytes(tmp_path, gzip.compress(tar + bytes(1024)))
+    assert read_archive(repository) == files and {name: read_one(repository, name) for name in files} == files
+    assert unpack_all(repository, tmp_path / "target") == set(files)
+    assert tree(tmp_path / "target") == files
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -4859,20 +4866,6 @@ def test_archives_of_gnu_tar_in_several_gzip_members_are_read(tmp_path):
             packed = b"".join(gzip.compress(piece) for piece in pieces)
             assert read_archive(store_bytes(tmp_path, packed)) == files
             assert read_archive(store_bytes(tmp_path, packed + bytes(512))) == files
-
-
-def test_of_two_members_of_one_name_the_last_counts(tmp_path):
-    data = gzip.compress(tar_block(PACKED_ID + "/x", b"old") + tar_block(PACKED_ID + "/x", b"new") + bytes(1024))
-    repository = store_bytes(tmp_path, data)
-    written = unpack_all(repository, tmp_path / "target")
-    assert written == {"x"} and (tmp_path / "target/x").read_bytes() == b"new"
-    assert read_one(repository, "x") == b"new"
-
-
-def test_a_pax_path_holds_for_its_own_member_only(tmp_path):
-    tar = (pax_block(pax_record(b"path", (PACKED_ID + "/renamed").encode()), pax_record(b"size", b"3"), pax_record(b"comment", b"a=b\nc")) +
-           tar_block(PACKED_ID + "/x", b"one", size=0)[:512] + b"one" + bytes(509) + tar_block(PACKED_ID + "/y", b"two") + bytes(1024))
-    assert read_archive(store_bytes(tmp_path, gzip.compress(tar))) == {"renamed": b"one", "y": b"two"}
 
 
 @hypothesis.given(st.data())
@@ -5139,13 +5132,13 @@ def test_an_unreadable_heartbeat_means_stopped(repo, beat):
     assert not opened(repo).is_running(hex_id("1e"))
 
 
-def test_running_means_a_heartbeat_of_the_last_thirty_seconds(repo):
+def test_running_means_a_heartbeat_of_the_last_thirty_seconds(repo, call):
     write_repository(repo, *[experiment_document(hex_id(letter)) for letter in ("1e", "2e", "3e")])
     for letter, age in (("1e", 20), ("2e", 40)):
         beat = datetime.datetime.fromtimestamp(time.time() - age, datetime.timezone(datetime.timedelta(hours=5)))
         (repo / "metadata/heartbeats" / (hex_id(letter) + ".json")).write_text(
             json.dumps({"experiment_id": hex_id(letter), "last_heartbeat": beat.isoformat("T", "microseconds")}))
-    assert run("ps", "-q").stdout.split() == [hex_id("1e")]
+    assert call("ps", "-q")[1].split() == [hex_id("1e")]
 
 
 class VanishingStorage(replicate.DiskStorage):
@@ -5400,6 +5393,7 @@ def test_deleting_right_after_a_checkpoint_leaves_nothing(project, repo):
 
 
 LEAVES_A_JOURNAL = """
+    replicate.FOLD_INTERVAL = 4  # time enough to get from the first checkpoint to the signal
     experiment.checkpoint(metrics={"n": 0}, quiet=True)
     document = "repo/metadata/experiments/%s.json" % experiment.id
     while len(json.load(open(document))["checkpoints"]) < 1 or os.listdir("repo/journals"):
@@ -5706,13 +5700,17 @@ def test_a_removed_experiment_is_noticed_by_the_next_heartbeat(project, repo, mo
 def test_a_checkpoint_that_is_compressed_when_its_experiment_is_found_removed_leaves_nothing(
         project, repo, monkeypatch, capsys):
     """The packer stops at once, and stop() waits for that."""
-    fold, compressed = replicate.Repository.fold, []
+    fold, compressed, noticed = replicate.Repository.fold, [], threading.Event()
 
     def fold_later(self, *args):
         wait_until(lambda: names_in(repo / "tmp"))
-        fold(self, *args)
+        try:
+            fold(self, *args)
+        finally:
+            noticed.set()
 
     def slowly(data):
+        noticed.wait(30)
         time.sleep(0.1)
         compressed.append(len(data))
         return zlib.compress(data)[2:-4]
@@ -7450,8 +7448,7 @@ def test_params_differ_among_the_listed_experiments_only(project, call):
 def test_objects_and_lists_are_in_the_full_list_and_cut_like_strings(project, call):
     matrix = [[0.25] * 40] * 3
     write_repository(project / "repo", experiment_document(
-        A, params={"l": [1, 2.5, None], "o": {"a": True}, "matrix": matrix, "table": {"rows": matrix}},
-        checkpoints=[checkpoint_document(C, metrics={"confusion": matrix})]))
+        A, params={"l": [1, 2.5, None], "o": {"a": True}, "matrix": matrix, "table": {"rows": matrix}}, **measured({"confusion": matrix})))
     out = call("ls", "--all")[1]
     assert "l=[1,2.5,null]" in out and 'o={"a":true}' in out
     assert "matrix=[[0.25,0.25,0.25,..." in out and "confusion=[[0.25,0.25,0.25,..." in out
@@ -8210,26 +8207,19 @@ def settings(tmp_path):
     return tmp_path / "home/.config/replicate"
 
 
-def test_without_a_url_nothing_of_analytics_exists(project, call, settings, a_and_b):
-    for _ in range(17):
-        assert call("ls", "-q")[2] == ""
-    assert not settings.exists()
+def test_without_a_url_nothing_of_analytics_exists(call, settings, a_and_b):
+    assert [call("ls", "-q")[2] for _ in range(17)] == [""] * 17 and not settings.exists()
 
 
-def test_the_first_run_only_explains(project, call, settings, collector, a_and_b):
-    code, out, err = call("ls", "-q")
+def test_the_first_run_only_explains_and_events_are_sent_after_fifteen(call, settings, collector, a_and_b):
+    code, out, err = call("list", "-q")
     assert (code, out) == (0, A + "\n" + B + "\n") and collector.url in err and "replicate analytics off" in err
-    assert os.stat(settings / "settings.json").st_mode & 0o777 == 0o600
     assert not (settings / "events.json").exists()
-    assert call("ls", "-q")[2] == ""
-    assert len(json.loads((settings / "events.json").read_text())) == 1
-    assert os.stat(settings / "events.json").st_mode & 0o777 == 0o600
-
-
-def test_events_are_sent_after_fifteen(project, call, settings, collector, a_and_b):
-    call("ls")
     for number in range(15):
         assert call(*(["list", "-q"] if number % 2 else ["show", A]))[0] == 0
+        if number == 1:
+            assert len(json.loads((settings / "events.json").read_text())) == 2
+            assert [path.stat().st_mode & 0o777 for path in settings.glob("*.json")] == [0o600] * 2
     path, headers, events = collector.posts.get(timeout=60)
     assert path == "/collect" and headers["Content-Type"] == "application/json" and len(events) == 15
     token = json.loads((settings / "settings.json").read_text())["anonymous_id"]
@@ -8334,14 +8324,14 @@ def test_feedback_is_posted(project, collector, monkeypatch):
 def test_feedback_without_a_url_is_printed_ready_to_paste(project):
     done = run("feedback", input="it is\ngood")
     assert done.returncode == 0 and "it is\ngood" in json.loads(done.stdout).values() and "REPLICATE_FEEDBACK_URL" in done.stderr
-    for arguments, text in ((["feedback"], " \n"), (["feedback", ""], "")):
-        done = run(*arguments, input=text)
-        assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_feedback_that_cannot_be_sent_is_an_error(project):
-    done = run("feedback", "hello", env={"REPLICATE_FEEDBACK_URL": "http://127.0.0.1:1/", "no_proxy": "127.0.0.1"})
-    assert done.returncode == 1 and "127.0.0.1:1" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("arguments, text, env, error", [
+    (["feedback"], " \n", {}, ""), (["feedback", ""], "", {}, ""),
+    (["feedback", "hello"], "", {"REPLICATE_FEEDBACK_URL": "http://127.0.0.1:1/", "no_proxy": "127.0.0.1"}, "127.0.0.1:1")])
+def test_empty_feedback_or_a_url_that_cannot_be_reached_is_an_error(project, arguments, text, env, error):
+    done = run(*arguments, input=text, env=env)
+    assert (done.returncode, done.stdout) == (1, "") and error in done.stderr and "Traceback" not in done.stderr
 
 
 # -- demo
@@ -8691,21 +8681,20 @@ def test_what_is_imported(project, arguments):
         assert "replicate" in modules
 
 
-def test_yaml_is_imported_only_for_rich_configurations(project):
+@pytest.mark.parametrize("text, needed", [
+    (None, False), ("# comment\nrepository: 'file://repo'  # comment\n", False), ("repository: >-\n  file://repo\n", True)])
+def test_yaml_is_imported_only_for_rich_configurations(project, text, needed):
     (project / "replicate.yaml").unlink()
     (project / ".replicate/storage").mkdir(parents=True)
-    assert "yaml" not in imported("ls")
-    (project / "replicate.yaml").write_text("# comment\nrepository: 'file://repo'  # comment\n")
-    assert "yaml" not in imported("ls")
-    (project / "replicate.yaml").write_text("repository: >-\n  file://repo\n")
-    assert "yaml" in imported("ls")
+    if text:
+        (project / "replicate.yaml").write_text(text)
+    assert ("yaml" in imported("ls")) is needed
 
 
-def test_run_as_a_module(project):
-    done = subprocess.run([sys.executable, "-m", "replicate", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "replicate %s\n" % replicate.__version__)
-    two_experiments(project)
-    assert subprocess.run([sys.executable, "-m", "replicate", "ls", "-q"], capture_output=True, text=True).stdout == A + "\n" + B + "\n"
+def test_run_as_a_module(a_and_b):
+    for arguments, wanted in (["--version"], "replicate %s\n" % replicate.__version__), (["ls", "-q"], A + "\n" + B + "\n"):
+        done = subprocess.run([sys.executable, "-m", "replicate", *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, wanted)
 
 
 def test_a_copy_of_the_file_is_all_that_is_needed(bare_python, tmp_path):
