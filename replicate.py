@@ -6851,9 +6851,7 @@ def demo_command(args: argparse.Namespace) -> int:
         if run.returncode:
             raise ReplicateError("The demo's training script failed: its output is above.")
     say("\n")
-    repository = Project(None, directory).repository if not _search_upward(os.path.abspath(directory), CONFIG_NAMES, 1) \
-        else Project("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).repository
-    rows = repository.rows()
+    rows = Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).rows()
     say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc)))
     best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))

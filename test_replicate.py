@@ -5866,13 +5866,14 @@ def test_sigterm_flushes_marks_stopped_and_kills(project, repo, work):
                                         quiet=True).id, flush=True)
         print("ready", flush=True)
         while work == "inside checkpoint":
-            os.write(1, experiment.checkpoint(metrics={"n": 5}, quiet=True).id.encode() + b"\n")
+            os.write(1, experiment.checkpoint(metrics={"n": 5}, quiet=True).id.encode() + b"\\n")
         while work == "busy":
             pass
         time.sleep(60)
         """, work)
     ids = []
     for line in iter(process.stdout.readline, "ready\n"):
+        assert line, process.stderr.read()
         ids.append(line.strip())
     for _ in range(300 if work == "inside checkpoint" else 0):
         ids.append(process.stdout.readline().strip())
