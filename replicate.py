@@ -2471,6 +2471,12 @@ class S3Storage(CloudStorage):
             raise RepositoryConfigurationError("%s cannot be used: %s." % (
                 self.url, short_reason(error).rstrip("."))) from error
 
+    def __copy__(self) -> S3Storage:
+        """The same bucket with a deadline of its own, and so with clients of its own, which ask for it."""
+        twin: S3Storage = object.__new__(S3Storage)
+        twin.__dict__.update(self.__dict__, _clients={})
+        return twin
+
     @property
     def _client(self) -> Any:
         """A client of the SDK; an impatient one once there is a deadline, since its timeouts cannot be changed."""
@@ -4001,7 +4007,7 @@ class Repository:
             if entry.name.endswith(".json") and is_id(entry.name[:-5]):
                 entries.append(entry)
             else:
-                console.warning("Skipped %s: its name is not that of an experiment." % entry.key)
+                console.warning("Skipped %s: its name is not that of an experiment." % escape_control(entry.key))
         return entries
 
     def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Iterator[Dict[str, Any]]:
@@ -4732,7 +4738,7 @@ def typed_words(words: Sequence[str]) -> List[str]:
     start = program_index(words) if re.match("python", os.path.basename(words[0])) else None
     if start is not None:
         typed[start] = typed_path(words[start])
-        if shutil.which(typed[start]) == words[start]:
+        if os.path.isabs(words[start]) and shutil.which(typed[start]) == words[start]:
             return typed[start:]
     return typed
 
@@ -5947,8 +5953,10 @@ class Project:
         if repository.storage.has_journals:
             recorder = Recorder(repository, experiment, self.directory, heartbeat)
         else:
+            import copy
             repository.pending, lock = own_pending_area(self.pending(), experiment.id)
-            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, repository, prepared, lock)
+            remote = Repository(repository.url, copy.copy(repository.storage))  # stopping sets its deadline
+            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock)
         self._recorders[experiment.id] = recorder
         return recorder
 
