@@ -5492,7 +5492,7 @@ class Recorder:
                 self.fold()
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_INTERVAL
-                pulse.storage.deadline = next_beat
+                pulse.storage.deadline = time.monotonic() + max(HEARTBEAT_INTERVAL, JOIN_SECONDS)
                 self._beat(pulse)
         if self.heartbeat and not self.gone and active_recorder(self.key()) is None:
             pulse.storage.deadline = time.monotonic() + JOIN_SECONDS
