@@ -13,22 +13,23 @@ In a training script::
 
 On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``checkout``, ``rm``, ``help``).
 
-Each section depends only on those above it:
+Sections, each of which depends only on those above it:
 
      0  imports and constants             6  archives: ignore rules, pack, unpack
-     1  errors and the console            7  repository: layout, documents, journals, find, remove
-     2  values: JSON, times, short forms  8  recorder: snapshots, journal, uploads, signals
+     1  errors and the console            7  repository: documents, journals, rows, checkout
+     2  values: JSON, times, short forms  8  recorder: journal, uploads, signals
      3  model: Experiment, lists, plots   9  library: Project, init, experiments
      4  filters and sorting              10  rendering: tables, show, diff (data in, text out)
      5  configuration, threads, storage  11  commands, parser, main
 
-Five journeys, and the rooms that each passes through:
+Five journeys lead through them:
 
-    record    init, checkpoint (9) -> Recorder: journal (8) -> pack (6) -> DiskStorage (5)
-    list      ls (11) -> Repository.summaries, with its cache (7) -> filter, sort (4) -> table (10)
-    compare   show, diff (11) -> Repository.find (7) -> documents (3) -> text (10)
-    restore   checkout (11) -> Repository.find (7) -> Archive (6) -> Checkout (7) -> files
-    upload    Recorder, push (8, 11) -> pending area (8) -> S3Storage, GCSStorage (5)
+    record      init() and Project.create() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
+                thread folds that into the document, another compresses, and uploads to a bucket [8]
+    list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
+    show, diff  the commands [11], Repository.find() [7], Experiment [3], render_experiment(), render_diff() [10]
+    check out   checkout_command() [11], Project.checkout() [9], Checkout [7], Archive and TarReader [6]
+    push        push_command() [11], send_abandoned() and send_experiment() [8], Storage [5]
 """
 from __future__ import annotations
 
