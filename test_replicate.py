@@ -5713,10 +5713,10 @@ def test_a_checkpoint_that_is_compressed_when_its_experiment_is_found_removed_le
         noticed.wait(30)
         time.sleep(0.1)
         compressed.append(len(data))
-        return zlib.compress(data)[2:-4]
+        return gzip.compress(data)
 
     monkeypatch.setattr(replicate.Repository, "fold", fold_later)
-    monkeypatch.setattr(replicate, "chosen_method", lambda sample: slowly)
+    monkeypatch.setattr(replicate, "gzip_member", slowly)
     (project / "model").write_bytes(b"text " * (10 << 20))
     experiment = replicate.init(quiet=True)
     assert run("rm", "-f", experiment.id).returncode == 0
@@ -6455,8 +6455,7 @@ def test_the_printed_command_can_be_pasted(project, repo, monkeypatch, call, wor
     for name in ("train", "torchrun"):
         (project / "bin" / name).chmod(0o755)
     for name in ("python", "python3"):
-        (project / "bin" / name).write_text('#!/bin/sh\nexec %s "$@"\n' % shlex.quote(sys.executable))
-        (project / "bin" / name).chmod(0o755)
+        (project / "bin" / name).symlink_to(os.path.realpath(sys.executable))
     monkeypatch.setenv("PATH", "%s:%s" % (project / "bin", os.environ["PATH"]))
     places = {"bin": str(project / "bin"), "project": str(project)}
     arguments = ["3", "two words", "it's", "$HOME", ""]
@@ -6627,7 +6626,7 @@ def test_params_without_a_plain_form_are_recorded_as_text_with_one_warning(repo,
               "lambda": [len, lambda: 0]}
     replicate.init(params=params, quiet=True).stop()
     message, = messages_of(capsys.readouterr().err)
-    for name in ("object (object)", "list (bytes)", "list (complex)", "map.er (Hostile)", "5 (BadArray)", "and 3 more"):
+    for name in ("object (object)", "list (bytes)", "list (complex)", "map.er (Hostile)", "5 (BadArray)", "and 1 more"):
         assert name in message
     assert "fine" not in message and "lambda" not in message
     found = replicate.experiments.list()[0].params
@@ -6792,7 +6791,7 @@ def test_a_run_from_beginning_to_end(project, repo, capsys):
         second = experiment.checkpoint(path="model.pth", metrics={"loss": 0.7}, primary_metric=("loss", "minimize"))
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "═══╡ Experiment %s: recording train.py to file://%s" % (experiment.short_id(), repo),
+        "═══╡ Recording experiment %s in file://%s (saved train.py)" % (experiment.short_id(), repo),
         "═══╡ Saved model.pth as checkpoint %s (step 3)" % first.short_id(),
         "═══╡ Saved model.pth as checkpoint %s (step 4)" % second.short_id()]
     (project / "train.py").write_text("changed")
@@ -7977,7 +7976,7 @@ def test_checkout_asks_before_it_replaces_what_is_no_file(project, call, what):
     (project / "out").mkdir()
     os.mkfifo("out/replicate.yaml")
     code, _, err = call("checkout", first, "-R", "file://repo")
-    assert code == 1 and "train.py" in err and "overwrite" in err
+    assert code == 1 and "train.py" in err and "would overwrite" in err
     assert call("checkout", first, "-f", "-R", "file://repo")[0] == 0 and (project / "train.py").read_text() == "code\n"
     code, _, err = call("checkout", first, "-f", "-o", "out", "-R", "file://repo")
     assert code == 0 and "replicate.yaml is left as it is" in err and (project / "out/train.py").read_text() == "code\n"
