@@ -4957,6 +4957,19 @@ def start_script(source, *arguments, env=None, cwd=None):
                             stderr=subprocess.PIPE, universal_newlines=True)
 
 
+def tell(process, line):
+    """Write a line to a script, and return the one that it answers."""
+    process.stdin.write("%s\n" % line)
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def saved_files(repo, item_id, kind="checkpoints"):
+    """{name: content} of an archive, read by tarfile."""
+    with tarfile.open(str(repo / kind / (item_id + ".tar.gz"))) as tar:
+        return {member.name[65:]: tar.extractfile(member).read() for member in tar}
+
+
 TRAINING = """
 import json, os, resource, signal, sys, threading, time, replicate
 experiment = replicate.init(quiet=True)
@@ -5542,10 +5555,8 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_a_checkpoint_that_was_returned_survives_kill_9(project, repo, kind, count):
     """The last file is still being compressed when the process dies."""
-    done = run_script("""
-        import os, signal, sys, replicate
+    done = train("""
         kind, count = sys.argv[1], int(sys.argv[2])
-        experiment = replicate.init(quiet=True)
         for number in range(count):
             path = None
             if kind == "directory":
@@ -5636,9 +5647,7 @@ def test_recording_while_others_list_and_remove(repo):
         """)
     ids, removed = [], set()
     for number in range(12):
-        process.stdin.write("%d\n" % number)
-        process.stdin.flush()
-        ids.append(process.stdout.readline().strip())
+        ids.append(tell(process, number))
         if number % 3 == 1:
             victim = ids[-1] if number % 2 else ids[0]
             if victim not in removed:
@@ -5669,17 +5678,13 @@ def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(projec
         """)
     experiment_id = process.stdout.readline().strip()
     if moment == "journal open":
-        process.stdin.write("3\n")
-        process.stdin.flush()
-        process.stdout.readline()
+        assert tell(process, 3) == "done"
     elif moment == "at rest":
         wait_until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and not names_in(repo / "tmp"))
     assert run("rm", "-f", experiment_id).returncode == 0
     if moment != "before stop":
         for _ in range(2):
-            process.stdin.write("20\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
+            assert tell(process, 20) == "done"
     out, err = finish(process)
     assert process.returncode == 0
     assert len(err.splitlines()) == 1 and "was removed" in err and experiment_id[:7] in err
@@ -5797,10 +5802,8 @@ def test_every_end_of_the_process_stops_the_experiment(project, repo, end, code)
     assert [item["metrics"]["n"] for item in document["checkpoints"]] == [0, 1, 2, 3, 4]
     assert leftovers(repo) == []
     for item in document["checkpoints"][3:]:
-        archive = repo / "checkpoints" / (item["id"] + ".tar.gz")
-        assert archive.stat().st_size < 2 << 20  # compressed before the end
-        with tarfile.open(str(archive)) as tar:
-            assert tar.extractfile(item["id"] + "/model").read() == (project / "model").read_bytes()
+        assert (repo / "checkpoints" / (item["id"] + ".tar.gz")).stat().st_size < 2 << 20  # compressed before the end
+        assert saved_files(repo, item["id"]) == {"model": (project / "model").read_bytes()}
 
 
 def test_the_end_of_with_stops_and_an_exception_passes_through(repo):
@@ -6161,11 +6164,10 @@ def test_a_full_disk(small_disk, then):
         assert errors_in(stopping) == []
         assert names_in(disk / "repo/journals") == []
     assert names_in(disk / "repo/tmp") == names_in(disk / "repo/metadata/heartbeats") == []
-    archives = {item["id"] + ".tar.gz" for item in document["checkpoints"] if item["path"]}
-    assert set(names_in(disk / "repo/checkpoints")) == archives
-    for name in archives:
-        with tarfile.open(str(disk / "repo/checkpoints" / name)) as tar:
-            assert tar.extractfile(name[:64] + "/weights").read() == (disk / "weights").read_bytes()
+    saved = [item["id"] for item in document["checkpoints"] if item["path"]]
+    assert names_in(disk / "repo/checkpoints") == sorted(item + ".tar.gz" for item in saved)
+    for item in saved:
+        assert saved_files(disk / "repo", item) == {"weights": (disk / "weights").read_bytes()}
 
 
 def test_a_full_disk_before_any_journal_is_open(small_disk):
@@ -6511,54 +6513,37 @@ class BadArray:
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"step": "three"}, "step"), ({"step": 1.5}, "step"), ({"step": True}, "step"), ({"step": 1 << 70}, "step"),
-    ({"step": []}, "step"), ({"step": BadArray()}, "step"), ({"step": Hostile()}, "step"),
-    ({"primary_metric": "loss"}, "primary_metric"), ({"primary_metric": ("loss", "up")}, "primary_metric"),
-    ({"primary_metric": ("loss",)}, "primary_metric"), ({"primary_metric": (1, "minimize")}, "primary_metric"),
-    ({"primary_metric": ("loss", Hostile())}, "primary_metric"), ({"primary_metric": Hostile()}, "primary_metric"),
-    ({"primary_metric": ("", "minimize")}, "primary_metric"), ({"primary_metric": ("loss", [])}, "primary_metric"),
-    ({"path": "missing.pth"}, "missing.pth"), ({"path": ""}, "path is empty"), ({"path": 5}, "path"),
-    ({"path": "../outside"}, "outside"), ({"path": "/etc/passwd"}, "outside"), ({"path": b"model"}, "path"),
-    ({"path": "a\0b"}, "path"), ({"path": ".git"}, "never saved"), ({"path": "empty"}, "empty"),
-    ({"path": Hostile()}, ""), ({"path": "fifo"}, "fifo"),
-    ({"metrics": {"good": 1, "bad": object()}}, "bad"), ({"metrics": {"good": 1, 5: 1}}, "5"),
-    ({"metrics": {"good": 1, ("a", "b"): 1}}, "a"), ({"metrics": {"good": 1, "bad": BadArray()}}, ""),
-    ({"metrics": {"good": 1, "bad": Hostile()}}, ""), ({"metrics": {"good": 1, "bad": {1, 2}}}, "bad"),
-    ({"step": 4.5}, "step"), ({"step": float("inf")}, "step"), ({"metrics": {"good": 1, "bad": Decimal("sNaN")}}, "bad"),
-    ({"metrics": {"good": 1, "bad": 10 ** 5000}}, "bad"), ({"metrics": {"good": 1, "bad": b"x"}}, "bad"),
-    ({"metrics": [1]}, "metrics"), ({"metrics": 5}, "metrics"), ({"metrics": "loss"}, "metrics"),
-    ({"metrics": Hostile()}, "metrics")])
-def test_wrong_arguments_never_raise_and_the_rest_is_recorded(project, repo, capsys, arguments, words):
-    (project / ".git").mkdir()
-    (project / ".git" / "config").write_text("x")
+WRONG_ARGUMENTS = [("step", value, "step") for value in (
+    "three", 1.5, 4.5, float("inf"), True, 1 << 70, [], BadArray(), Hostile())]
+WRONG_ARGUMENTS += [("primary_metric", value, "primary_metric") for value in (
+    "loss", ("loss", "up"), ("loss",), (1, "minimize"), ("loss", Hostile()), Hostile(), ("", "minimize"), ("loss", []))]
+WRONG_ARGUMENTS += [("path", value, words) for value, words in [
+    ("missing.pth", "missing.pth"), ("", "path is empty"), (5, "path"), ("../outside", "outside"), ("/etc/passwd", "outside"),
+    (b"model", "path"), ("a\0b", "path"), (".git", "never saved"), ("empty", "empty"), (Hostile(), ""), ("fifo", "fifo")]]
+WRONG_ARGUMENTS += [("metrics", {"good": 1, name: value}, words) for name, value, words in [
+    ("bad", object(), "bad"), (5, 1, "5"), (("a", "b"), 1, "a"), ("bad", BadArray(), ""), ("bad", Hostile(), ""),
+    ("bad", {1, 2}, "bad"), ("bad", Decimal("sNaN"), "bad"), ("bad", 10 ** 5000, "bad"), ("bad", b"x", "bad")]]
+WRONG_ARGUMENTS += [("metrics", value, "metrics") for value in ([1], 5, "loss", Hostile())]
+
+
+@pytest.mark.parametrize("name, value, words", WRONG_ARGUMENTS, ids=["%s-%d" % (case[0], n) for n, case in enumerate(WRONG_ARGUMENTS)])
+def test_wrong_arguments_never_raise_and_the_rest_is_recorded(project, repo, capsys, name, value, words):
+    fill(project, {".git/config": b"x", "model": b"weights", "../outside": b"x"})
     (project / "empty").mkdir()
-    (project / "model").write_text("weights")
     os.mkfifo(str(project / "fifo"))
-    (project.parent / "outside").write_text("x")
     experiment = replicate.init(quiet=True)
     capsys.readouterr()
-    good = {"path": "model", "step": 7, "metrics": {"good": 1}, "primary_metric": ("good", "minimize")}
-    checkpoint = experiment.checkpoint(quiet=True, **dict(good, **arguments))
+    arguments = {"path": "model", "step": 7, "metrics": {"good": 1}, "primary_metric": ("good", "minimize"), name: value}
+    checkpoint = experiment.checkpoint(quiet=True, **arguments)
     message = capsys.readouterr().err
     assert message.startswith("═══╡ Checkpoint %s: " % checkpoint.short_id()) and words in message
     assert "formatting" not in message and "The rest of it was recorded" in message
     experiment.stop()
     stored, = stored_documents(repo)[0]["checkpoints"]
-    assert stored["id"] == checkpoint.id
-    for name, value in good.items():
-        if name == "primary_metric":
-            value = {"name": "good", "goal": "minimize"}
-        if name not in arguments:
-            assert stored[name] == value
-    if type(arguments.get("metrics")) is dict:
-        assert stored["metrics"] == {"good": 1}
-    if "path" in arguments:
-        assert stored["path"] is None and names_in(repo / "checkpoints") == []
-    if "step" in arguments:
-        assert stored["step"] == 0
-    if "primary_metric" in arguments:
-        assert stored["primary_metric"] is None
+    expected = dict(arguments, id=checkpoint.id, primary_metric={"name": "good", "goal": "minimize"})
+    expected[name] = {"path": None, "step": 0, "primary_metric": None, "metrics": {"good": 1} if type(value) is dict else {}}[name]
+    assert {key: stored[key] for key in expected} == expected
+    assert len(names_in(repo / "checkpoints")) == (name != "path")
     assert experiment.checkpoint(metrics={"next": 1}, quiet=True).step == stored["step"] + 1
 
 
@@ -6598,16 +6583,14 @@ def test_wrong_arguments_to_init_raise_and_leave_nothing(project, repo, argument
     assert replicate._recorders == []
 
 
-@pytest.mark.parametrize("params", [
-    argparse.Namespace(a=1, b={Shade.DARK, Shade.DARK}), Layer(1, Shade.DARK), types.MappingProxyType({"a": Mapped(b=utc)}),
-    Mapped(a=1, b=Layer(2)), types.SimpleNamespace(a=(1, 2)), Duck()], ids=lambda params: type(params).__name__)
-def test_params_may_be_anything_that_is_like_a_dict(repo, capsys, params):
+@pytest.mark.parametrize("params, plain", [
+    (argparse.Namespace(a=1, b={Shade.DARK, Shade.DARK}), {"a": 1, "b": ["DARK"]}),
+    (Layer(1, Shade.DARK), {"size": 1, "inner": "DARK"}), (types.SimpleNamespace(a=(1, 2)), {"a": [1, 2]}), (Duck(), {"a": ["a"]}),
+    (types.MappingProxyType({"a": Mapped(b=utc)}), {"a": {"b": "utc"}}),
+    (Mapped(a=1, b=Layer(2)), {"a": 1, "b": {"size": 2, "inner": None}})], ids=lambda params: type(params).__name__)
+def test_params_may_be_anything_that_is_like_a_dict(repo, capsys, params, plain):
     replicate.init(params=params, quiet=True).stop()
-    assert capsys.readouterr().err == ""
-    assert replicate.experiments.list()[0].params == {
-        "Namespace": {"a": 1, "b": ["DARK"]}, "Layer": {"size": 1, "inner": "DARK"}, "mappingproxy": {"a": {"b": "utc"}},
-        "Mapped": {"a": 1, "b": {"size": 2, "inner": None}}, "SimpleNamespace": {"a": [1, 2]}, "Duck": {"a": ["a"]},
-    }[type(params).__name__]
+    assert capsys.readouterr().err == "" and replicate.experiments.list()[0].params == plain
 
 
 def test_params_without_a_plain_form_are_recorded_as_text_with_one_warning(repo, capsys):
@@ -6683,33 +6666,24 @@ def test_a_clock_that_is_set_back_does_not_reorder_checkpoints(repo, monkeypatch
 
 
 def test_much_code_draws_one_warning_that_names_the_largest(project, repo, monkeypatch, capsys):
-    with open(str(project / "data.bin"), "wb") as file:
-        file.truncate(3 << 20)
-    (project / "sub").mkdir()
-    with open(str(project / "sub/weights.bin"), "wb") as file:
-        file.truncate(5 << 20)
-    (project / "train.py").write_text("pass")
+    fill(project, {"data.bin": bytes(3 << 20), "sub/weights.bin": bytes(5 << 20), "train.py": b"pass"})
     replicate.init(path=".", quiet=True)
     assert "saves" not in capsys.readouterr().err
     monkeypatch.setattr(replicate, "LARGE_CODE_BYTES", 4 << 20)
     replicate.init(path=".", quiet=True)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "saves" in line]
-    assert len(lines) == 1 and ".replicateignore" in lines[0]
-    assert lines[0].index("sub/weights.bin") < lines[0].index("data.bin")
+    line, = [line for line in capsys.readouterr().err.splitlines() if "saves" in line]
+    assert ".replicateignore" in line and line.index("sub/weights.bin") < line.index("data.bin")
     (project / ".replicateignore").write_text("*.bin\n")
     replicate.init(path=".", quiet=True)
     assert "saves" not in capsys.readouterr().err
 
 
 def test_a_disk_that_is_nearly_full_draws_one_warning(small_disk):
-    disk = small_disk(4096)
-    done = run_script("""
-        import replicate
+    done = train("""
         open("model", "wb").write(b"x" * 1000)
-        experiment = replicate.init(quiet=True)
         for number in range(5):
             experiment.checkpoint(path="model", quiet=True)
-        """, cwd=str(disk))
+        """, cwd=str(small_disk(4096)))
     assert done.stderr.count("is nearly full") == 1 and len(done.stderr.splitlines()) == 1
 
 
@@ -6733,9 +6707,8 @@ def test_files_that_shrink_grow_or_vanish_while_they_are_saved(project, repo, mo
         assert "files/d is not saved" in message
         with pytest.raises(replicate.DoesNotExist):
             checkpoint.open("files/d")
-    with tarfile.open(str(repo / "checkpoints" / (checkpoint.id + ".tar.gz"))) as tar:
-        contents = {member.name[65:]: tar.extractfile(member).read() for member in tar}
-    assert contents == {"files/a": b"a" * (size // 3), "files/b": b"b" * size, "files/c": b"c" * size + b"more"}
+    assert saved_files(repo, checkpoint.id) == {
+        "files/a": b"a" * (size // 3), "files/b": b"b" * size, "files/c": b"c" * size + b"more"}
     assert stored_documents(repo)[0]["checkpoints"][0]["metrics"] == {"x": 1}
 
 
@@ -6974,15 +6947,16 @@ def test_a_project_reads_its_configuration_when_it_is_first_used(tmp_path, repo,
 
 
 def test_which_repository_is_used(project, repo, tmp_path, monkeypatch):
+    places = [repo, tmp_path / "env", tmp_path / "given"]
     (project / "deep/er").mkdir(parents=True)
     monkeypatch.chdir(project / "deep/er")
     replicate.init(quiet=True).stop()
-    assert len(stored_documents(repo)) == 1
-    monkeypatch.setenv("REPLICATE_REPOSITORY", "file://%s/env" % tmp_path)
+    assert [place.exists() for place in places] == [True, False, False]
+    monkeypatch.setenv("REPLICATE_REPOSITORY", "file://%s" % places[1])
     replicate.init(quiet=True).stop()
-    assert len(stored_documents(tmp_path / "env")) == 1 and len(stored_documents(repo)) == 1
-    replicate.Project(repository="file://%s/given" % tmp_path).experiments.create(quiet=True).stop()
-    assert len(stored_documents(tmp_path / "given")) == 1 and len(stored_documents(tmp_path / "env")) == 1
+    assert [place.exists() for place in places] == [True, True, False]
+    replicate.Project(repository="file://%s" % places[2]).experiments.create(quiet=True).stop()
+    assert [len(stored_documents(place)) for place in places] == [1, 1, 1]
 
 
 def test_the_embedded_default_repository_is_announced_in_one_line(tmp_path, capsys, monkeypatch):
@@ -7000,8 +6974,8 @@ def test_the_embedded_default_repository_is_announced_in_one_line(tmp_path, caps
     replicate.init(path="train.py").stop()  # found from below, and no longer announced
     assert re.fullmatch(r"═══╡ Recording experiment \w{7} in file://\S+/storage \(saved train.py\)\n", capsys.readouterr().err)
     assert len(replicate.experiments.list()) == 2
-    with tarfile.open(str(next((directory / ".replicate/storage/experiments").iterdir()))) as tar:
-        assert [name[65:] for name in tar.getnames()] == ["train.py"]
+    for item in replicate.experiments.list():
+        assert list(saved_files(directory / ".replicate/storage", item.id, "experiments")) == ["train.py"]
 
 
 @pytest.mark.parametrize("ignored", [True, False])
@@ -7216,10 +7190,8 @@ def test_scatter_over_a_param_that_is_sometimes_a_number_and_sometimes_text(repo
 
 
 def test_plots_without_matplotlib_say_what_to_install(repo):
-    done = run_script("""
-        import sys, replicate
+    done = train("""
         sys.modules["matplotlib"] = None
-        experiment = replicate.init(quiet=True)
         experiment.checkpoint(metrics={"loss": 1}, primary_metric=("loss", "minimize"), quiet=True)
         try:
             experiment.plot()
@@ -7830,22 +7802,14 @@ def test_rm_asks_on_a_terminal(project):
         assert tree(project) == before
     assert "1eeeeee" in terminal.output and "2eeeeee" in terminal.output and "1 checkpoint" in terminal.output
     assert re.search("2eeeeee.*running", terminal.output) and not re.search("1eeeeee.*running", terminal.output)
+    terminal = Terminal("rm", A).expect("(y/N)").interrupt()
+    assert terminal.wait() == 130 and "Traceback" not in terminal.output and tree(project) == before
+    done = run("rm", A, input="y\n")  # without a terminal
+    assert (done.returncode, done.stdout) == (1, "") and "-f" in done.stderr and tree(project) == before
     assert Terminal("rm", A).expect("(y/N)").send("y\n").wait() == 0
     assert [document["id"] for document in stored_documents(project / "repo")] == [B]
     assert Terminal("rm", B, "-f").wait() == 0
     assert stored_documents(project / "repo") == []
-
-
-def test_rm_without_a_terminal_refuses(project, a_and_b):
-    before = tree(project)
-    done = run("rm", A, input="y\n")
-    assert (done.returncode, done.stdout) == (1, "") and "-f" in done.stderr and tree(project) == before
-
-
-def test_ctrl_c_at_a_prompt_exits_with_130(project, a_and_b):
-    before = tree(project)
-    terminal = Terminal("rm", A).expect("(y/N)").interrupt()
-    assert terminal.wait() == 130 and "Traceback" not in terminal.output and tree(project) == before
 
 
 def test_push_from_a_relative_path_means_the_working_directory(project, call, monkeypatch, a_and_b):
@@ -7857,20 +7821,16 @@ def test_push_from_a_relative_path_means_the_working_directory(project, call, mo
     assert [document["id"] for document in stored_documents(project / "repo")] == [B]
 
 
-def recorded(project, name="train.py"):
+def recorded(project):
     """An experiment with code and two checkpoints, by the real recorder; returns (experiment, first, second checkpoint) IDs."""
-    (project / "train.py").write_text("code\n")
-    (project / "data").mkdir(exist_ok=True)
-    (project / "data/in.txt").write_text("data of the experiment\n")
-    (project / "model").mkdir(exist_ok=True)
+    fill(project, {"train.py": b"code\n", "data/in.txt": b"data of the experiment\n", "model/weights": b""})
     run_script("""
         import replicate
-        experiment = replicate.init(path=".", params={"lr": 1}, quiet=True)
-        for step in range(2):
-            open("model/weights", "w").write("weights %d" % step)
-            open("data/in.txt", "w").write("data of checkpoint %d" % step)
-            experiment.checkpoint(path=".", step=step, metrics={"loss": step}, primary_metric=("loss", "minimize"), quiet=True)
-        experiment.stop()
+        with replicate.init(path=".", params={"lr": 1}, quiet=True) as experiment:
+            for step in range(2):
+                open("model/weights", "w").write("weights %d" % step)
+                open("data/in.txt", "w").write("data of checkpoint %d" % step)
+                experiment.checkpoint(path=".", step=step, metrics={"loss": step}, primary_metric=("loss", "minimize"), quiet=True)
         """)
     (document,) = stored_documents(project / "repo")
     return (document["id"], *(item["id"] for item in document["checkpoints"]))
@@ -8087,11 +8047,11 @@ def test_nothing_is_written_for_a_hostile_or_missing_archive(project, call, tmp_
     else:
         path.unlink()
     (project / "good").write_text("mine")
-    before = snapshot(tmp_path)
+    before = snapshot(project), os.listdir(str(tmp_path))
     for arguments in (["checkout", A, "-f"], ["checkout", A, "-f", "-o", "a/b/fresh"]):
         code, out, err = call(*arguments)
         assert (code, out) == (1, "") and A[:7] in err and "Traceback" not in err and "unexpected" not in err
-    assert snapshot(tmp_path) == before
+        assert (snapshot(project), os.listdir(str(tmp_path))) == before
 
 
 def test_an_archive_cut_between_two_gzip_members_is_damaged(project, call):
@@ -8427,17 +8387,17 @@ def peer(project, monkeypatch):
 PEER = os.environ.get("REPLICATE_PEER")  # before the fixture `sealed` hides it
 
 RECORDING = """
-    import os, replicate
-    experiment = replicate.init(path="code", params={
-        "int": 1, "float": 0.25, "text": "héllo", "none": None, "true": True, "nested": {"a": [1, {"b": None}]}, "nan": float("nan"),
-        "inf": float("inf"), "huge": 2**53 + 1, "empty": "", "None": "None", "list": [1.5, "x"]}, quiet=True)
+    import os, {0} as library
+    from math import inf, nan
+    experiment = library.init(path="code", params=dict(
+        {{"int": 1, "float": 0.25, "text": "héllo", "none": None, "true": True, "nested": {{"a": [1, {{"b": None}}]}},
+          "big": 2**53 + 1, "list": [1.5, "x"]}}, **{1}))
     for step in range(3):
         open("out/weights.bin", "wb").write(os.urandom(1500000) + bytes(200000))
         open("out/log.txt", "w").write("step %d" % step)
-        experiment.checkpoint(path="out", step=step, metrics={"loss": 1 / (step + 2), "nan": float("nan"), "text": "x"},
-                              primary_metric=("loss", "minimize"), quiet=True)
-    experiment.checkpoint(step=9, metrics={"loss": float("-inf"), "nan": 2, "text": "yy"}, primary_metric=("loss", "minimize"),
-                          quiet=True)
+        experiment.checkpoint(path="out", step=step, metrics=dict({{"loss": 1 / (step + 2), "nan": nan}}, **{2}),
+                              primary_metric=("loss", "minimize"))
+    experiment.checkpoint(step=9, metrics={3}, primary_metric=("loss", "minimize"))
     experiment.stop()
     """
 
@@ -8445,10 +8405,9 @@ RECORDING = """
 def files_of_every_kind(project):
     """Code with many files and directories, empty ones, long and unicode names."""
     (project / "out").mkdir()
-    for name in ["code/train.py", "code/empty", "code/deep/er/and/er/module.py", "code/ünï/日本.txt", "code/" + "n" * 150 + ".txt",
-                 "code/" + "/".join("d" * 60 for _ in range(4)) + "/f"] + ["code/many/%04d.txt" % i for i in range(300)]:
-        (project / name).parent.mkdir(parents=True, exist_ok=True)
-        (project / name).write_text("" if name.endswith("empty") else "content of " + name)
+    names = ["train.py", "deep/er/and/er/module.py", "ünï/日本.txt", "n" * 150 + ".txt", "/".join("d" * 60 for _ in range(4)) + "/f"]
+    names += ["many/%04d.txt" % number for number in range(300)]
+    fill(project / "code", {"empty": b"", **{name: ("content of code/" + name).encode() for name in names}})
 
 
 def stripped(text):
@@ -8479,7 +8438,8 @@ def checked_out_by_both(project, peer, item, number):
 
 def test_the_peer_reads_and_removes_what_we_record(project, peer):
     files_of_every_kind(project)
-    run_script(RECORDING)
+    run_script(RECORDING.format("replicate", {"empty": "", "None": "None", "nan": math.nan, "inf": math.inf}, {"text": "x"},
+                                {"loss": -math.inf, "nan": 2, "text": "yy"}))
     (document,) = stored_documents(project / "repo")
     experiment, checkpoints = document["id"], [item["id"] for item in document["checkpoints"]]
     assert peer("ls", "-q").stdout == experiment + "\n"
@@ -8523,24 +8483,9 @@ def test_big_ints_do_not_stop_the_peer(project, peer):
     assert "9223372036854775807" in peer("show", item).stdout and "9223372036854775808" in run("show", item).stdout
 
 
-PEER_RECORDING = """
-    import keepsake, os
-    experiment = keepsake.init(path="code", params={
-        "int": 1, "float": 0.25, "text": "héllo", "none": None, "true": True, "nested": {"a": [1, {"b": None}]}, "big": 2**53 + 1,
-        "list": [1.5, "x"]})
-    for step in range(3):
-        open("out/weights.bin", "wb").write(os.urandom(300000) + bytes(200000))
-        open("out/log.txt", "w").write("step %d" % step)
-        experiment.checkpoint(path="out", step=step, metrics={"loss": 1 / (step + 1), "nan": float("nan"), "inf": float("inf")},
-                              primary_metric=("loss", "minimize"))
-    experiment.checkpoint(step=9, metrics={"loss": 7.0, "nan": 2}, primary_metric=("loss", "minimize"))
-    experiment.stop()
-    """
-
-
 def test_we_read_what_the_peer_records(project, peer, call):
     files_of_every_kind(project)
-    peer.record(PEER_RECORDING)
+    peer.record(RECORDING.format("keepsake", {}, {"inf": math.inf}, {"loss": 7.0, "nan": 2}))
     (document,) = stored_documents(project / "repo")
     experiment, checkpoints = document["id"], [item["id"] for item in document["checkpoints"]]
     (theirs,), (ours,) = json.loads(peer("ls", "--json").stdout), json.loads(call("ls", "--json")[1])
@@ -8599,8 +8544,7 @@ def test_the_peer_lists_while_we_record(project, peer):
                 sys.stdin.readline()
         """)
     assert process.stdout.readline() == "half\n"
-    process.stdin.write("\n")
-    process.stdin.flush()
+    process.stdin.close()
     seen = 0
     while not seen or process.poll() is None:
         done = peer("ls", "--json")
@@ -8826,6 +8770,13 @@ def age(root):
         os.utime(str(path), (then, then))
 
 
+def edit(root, item, old, new):
+    """Change the text of a document, which looks old nevertheless."""
+    path = Path(root) / "metadata/experiments" / (item + ".json")
+    path.write_text(path.read_text().replace(old, new))
+    os.utime(str(path), (1e9, 1e9))
+
+
 @pytest.fixture
 def opened_documents(monkeypatch):
     """The documents that are opened, by their IDs, in a list."""
@@ -8850,10 +8801,7 @@ def test_a_second_listing_opens_no_document_and_prints_the_same(project, call, o
     opened_documents.clear()
     assert call("ls", *arguments) == call("ls", *arguments) == first
     assert opened_documents == []
-    with open(str(project / "repo/metadata/experiments" / (ids[7] + ".json")), "r+") as file:
-        document = json.loads(file.read().replace('"andreas"', '"someone"'))
-        file.seek(0)
-        file.write(json.dumps(document))
+    edit(project / "repo", ids[7], '"andreas"', '"someone"')
     age(project / "repo")
     changed = call("ls", *arguments)
     assert opened_documents.count(ids[7]) == 1 and len(opened_documents) == len(ids)  # all look older now
@@ -8865,9 +8813,7 @@ def test_only_changed_documents_are_read_again_and_written_to_the_cache(project,
     ids = many_documents(30)
     call("ls")
     for item in ids[3:6]:
-        path = project / "repo/metadata/experiments" / (item + ".json")
-        path.write_text(path.read_text().replace('"same": 1', '"same": 2'))
-        os.utime(str(path), (1e9, 1e9))
+        edit(project / "repo", item, '"same": 1', '"same": 2')
     (project / "repo/metadata/experiments" / (ids[0] + ".json")).unlink()
     path, = Path("~/.cache/replicate").expanduser().iterdir()
     with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as database:
@@ -8902,20 +8848,15 @@ def test_a_cache_that_cannot_be_used_is_no_cache(project, call, trouble, opened_
     opened_documents.clear()
     source = "import sys, replicate; sys.exit(replicate.main(['ls']))"
     if trouble == "locked":
-        database = sqlite3.connect(str(path), isolation_level=None)
-        database.execute("BEGIN EXCLUSIVE")
-        assert call("ls") == first and sorted(opened_documents) == sorted(ids)
-        database.execute("ROLLBACK")
-        database.close()
+        with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as database:
+            database.execute("BEGIN EXCLUSIVE")
+            assert call("ls") == first and sorted(opened_documents) == sorted(ids)
     elif trouble == "no sqlite3":
         done = run_script("import sys; sys.modules['sqlite3'] = sys.modules['_sqlite3'] = None\n" + source)
         assert (done.stdout, done.stderr) == first[1:]
     elif trouble == "other table":
-        database = sqlite3.connect(str(path))
-        database.execute("DROP TABLE rows")
-        database.execute("CREATE TABLE rows (id INTEGER)")
-        database.commit()
-        database.close()
+        with contextlib.closing(sqlite3.connect(str(path))) as database:
+            database.executescript("DROP TABLE rows; CREATE TABLE rows (id INTEGER)")
         assert call("ls") == call("ls") == first
     else:
         path.unlink()
@@ -8935,9 +8876,7 @@ def test_a_cache_of_another_user_is_read_and_not_written(shared_project, monkeyp
     path.chmod(0o444)
     path.parent.chmod(0o555)
     cache.chmod(0o555)
-    changed = repo / "metadata/experiments" / (ids[3] + ".json")
-    changed.write_text(changed.read_text().replace('"same": 1', '"same": 2'))
-    os.utime(str(changed), (1e9, 1e9))
+    edit(repo, ids[3], '"same": 1', '"same": 2')
     before = path.read_bytes()
     done = run_script("        import sqlite3" + BECOMES_NOBODY + """
         opened, real = [], os.open
