@@ -6413,8 +6413,7 @@ def test_words_of_the_shape_of_keys_are_masked_and_such_params_draw_a_warning(pr
 
 
 def test_the_command_of_a_real_run(project, repo):
-    (project / "sub").mkdir()
-    (project / "sub" / "train.py").write_text("import replicate\nreplicate.init(quiet=True)\n")
+    fill(project, {"sub/train.py": b"import replicate\nreplicate.init(quiet=True)\n"})
     for program, cwd in (("train.py", "sub"), (str(project / "sub" / "train.py"), ".")):
         subprocess.run([sys.executable, program, "--lr", "0.1", "--api-key", "hunter2", "two words", "--pad-token=1"],
                        cwd=str(project / cwd), check=True, timeout=60)
@@ -6456,8 +6455,7 @@ def test_the_printed_command_can_be_pasted(project, repo, monkeypatch, call, wor
     if sys.platform != "linux" and "torchrun" in words[0]:
         pytest.skip("only Linux tells the command line of the parent process")
     for name in ("train.py", "pkg/mod.py", "pkg/__main__.py", "pkg/sub/train.py", "bin/train"):
-        (project / name).parent.mkdir(parents=True, exist_ok=True)
-        (project / name).write_text(RECORDS_ITS_ARGUMENTS)
+        fill(project, {name: RECORDS_ITS_ARGUMENTS.encode()})
     (project / "bin/torchrun").write_text(LAUNCHER % (project / "bin/python"))
     for name in ("train", "torchrun"):
         (project / "bin" / name).chmod(0o755)
@@ -6886,8 +6884,9 @@ def test_refresh_and_delete(project, repo):
     other.refresh()
     assert not other.is_running()
     replicate.init(quiet=True).stop()
-    replicate.experiments.list()[1:].delete()
-    assert list(tree(repo)) == ["metadata/experiments/%s.json" % kept.id, "repository.json"]
+    also = replicate.Project().experiments.create(quiet=True)
+    replicate.experiments.list()[1:3].delete()
+    assert {item["id"] for item in stored_documents(repo)} == {kept.id, also.id} and names_in(repo / "checkpoints") == []
     for use in (experiment.refresh, lambda: replicate.experiments.get(experiment.id)):
         with pytest.raises(replicate.DoesNotExist):
             use()
@@ -6921,8 +6920,7 @@ def test_slices_of_checkpoints_and_their_columns(repo):
 
 
 def test_project_with_a_repository_and_a_directory(tmp_path, repo):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "code.py").write_text("pass")
+    fill(tmp_path, {"elsewhere/code.py": b"pass"})
     project = replicate.Project(repository="file://%s/far" % tmp_path, directory=str(tmp_path / "elsewhere"))
     experiment = project.experiments.create(path="code.py", params={"x": 1}, quiet=True)
     experiment.checkpoint(path="code.py", metrics={"y": 2}, quiet=True)
@@ -7008,8 +7006,7 @@ def test_wrong_arguments_make_no_default_repository(tmp_path, capsys):
 
 
 def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken(project, repo, monkeypatch, tmp_path):
-    (project / "sub").mkdir()
-    (project / "sub/model").write_text("weights")
+    fill(project, {"sub/model": b"weights"})
     (tmp_path / "link").symlink_to(project)
     monkeypatch.chdir(project / "sub")
     experiment = replicate.init(path=str(project / "sub"), quiet=True)
@@ -7987,8 +7984,7 @@ def test_checkout_keeps_other_files_and_the_executable_bit(project, call):
     (project / "run.sh").write_text("#!/bin/sh\n")
     (project / "run.sh").chmod(0o755)
     experiment, _, _ = recorded(project)
-    (project / "out").mkdir()
-    (project / "out/mine").write_text("mine")
+    fill(project, {"out/mine": b"mine"})
     assert call("checkout", experiment, "-o", "out")[0] == 0
     assert (project / "out/mine").read_text() == "mine"
     assert os.access(project / "out/run.sh", os.X_OK) and not os.access(project / "out/train.py", os.X_OK)
@@ -8021,8 +8017,7 @@ def test_a_saved_configuration_of_another_name_does_not_take_over(project, call)
 def test_checkout_never_writes_through_a_link(project, call, tmp_path):
     archived(project, {"dir/file": b"new", "plain": b"new"})
     outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "file").write_text("precious")
+    fill(outside, {"file": b"precious"})
     (project / "out").mkdir()
     (project / "out/dir").symlink_to(outside)
     before = snapshot(project / "out")
@@ -8038,8 +8033,7 @@ def test_checkout_never_writes_through_a_link(project, call, tmp_path):
 def test_a_file_and_a_directory_in_each_others_way(project, call):
     archived(project, {"a": b"new", "x/y": b"new"})
     (project / "one/a").mkdir(parents=True)
-    (project / "two").mkdir()
-    (project / "two/x").write_text("file")
+    fill(project, {"two/x": b"file"})
     for target in ("one", "two", "replicate.yaml"):
         before = snapshot(project)
         assert call("checkout", A, "-f", "-o", target)[0] == 1 and snapshot(project) == before
@@ -8079,9 +8073,7 @@ def test_an_archive_cut_between_two_gzip_members_is_damaged(project, call):
 
 
 def test_our_own_archive_cut_anywhere_is_damaged(project, call):
-    (project / "data").mkdir()
-    for name in "abc":
-        (project / "data" / name).write_bytes(os.urandom(1500))
+    fill(project, {"data/" + name: os.urandom(1500) for name in "abc"})
     run_script("import replicate\nwith replicate.init(path='data', quiet=True): pass")
     (path,) = (project / "repo/experiments").iterdir()
     data, item = path.read_bytes(), path.name.split(".")[0]
@@ -8132,8 +8124,7 @@ KILLED_CHECKOUT = """
 @pytest.mark.parametrize("function, count", [("chmod", 0), ("chmod", 2), ("replace", 0), ("replace", 1), ("replace", 2)])
 def test_a_killed_checkout_can_be_run_again_and_leaves_nothing_behind(project, function, count):
     experiment, first, _ = recorded(project)
-    (project / "out/data").mkdir(parents=True)
-    (project / "out/data/in.txt").write_text("mine")
+    fill(project, {"out/data/in.txt": b"mine"})
     killed = run_script(KILLED_CHECKOUT, function, count, "checkout", first, "-f", "-o", "out", check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     whole = {"train.py": b"code\n", "data/in.txt": b"data of checkpoint 0", "model/weights": b"weights 0",
@@ -8557,11 +8548,11 @@ def test_the_peer_lists_while_we_record(project, peer):
         experiment = replicate.init(path="model", quiet=True)
         for step in range(200):
             experiment.checkpoint(path="model", step=step, metrics={"x": step}, quiet=True)
-            if step == 100:
-                print("half", flush=True)
+            if step == 1:
+                print("begun", flush=True)
                 sys.stdin.readline()
         """)
-    assert process.stdout.readline() == "half\n"
+    assert process.stdout.readline() == "begun\n"
     process.stdin.close()
     seen = 0
     while not seen or process.poll() is None:
