@@ -4767,13 +4767,10 @@ def installed_packages() -> Dict[str, str]:
 
 def user_name() -> Optional[str]:
     """The login name, from the environment or the password database."""
-    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        if os.environ.get(variable):
-            return os.environ[variable]
+    import getpass
     try:
-        import pwd
-        return pwd.getpwuid(os.getuid()).pw_name
-    except (ImportError, KeyError):
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
         return None
 
 
