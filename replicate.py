@@ -13,22 +13,23 @@ In a training script::
 
 On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``checkout``, ``rm``, ``help``).
 
-Each section depends only on those above it:
+Sections, each of which depends only on those above it:
 
      0  imports and constants             6  archives: ignore rules, pack, unpack
-     1  errors and the console            7  repository: layout, documents, journals, find, remove
-     2  values: JSON, times, short forms  8  recorder: snapshots, journal, uploads, signals
+     1  errors and the console            7  repository: documents, journals, rows, checkout
+     2  values: JSON, times, short forms  8  recorder: journal, uploads, signals
      3  model: Experiment, lists, plots   9  library: Project, init, experiments
      4  filters and sorting              10  rendering: tables, show, diff (data in, text out)
      5  configuration, threads, storage  11  commands, parser, main
 
-Five journeys, and the rooms that each passes through:
+Five journeys lead through them:
 
-    record    init, checkpoint (9) -> Recorder: journal (8) -> pack (6) -> DiskStorage (5)
-    list      ls (11) -> Repository.summaries, with its cache (7) -> filter, sort (4) -> table (10)
-    compare   show, diff (11) -> Repository.find (7) -> documents (3) -> text (10)
-    restore   checkout (11) -> Repository.find (7) -> Archive (6) -> Checkout (7) -> files
-    upload    Recorder, push (8, 11) -> pending area (8) -> S3Storage, GCSStorage (5)
+    record      init() and Project.create() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
+                thread folds that into the document, another compresses, and uploads to a bucket [8]
+    list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
+    show, diff  the commands [11], Repository.find() [7], Experiment [3], render_experiment(), render_diff() [10]
+    check out   checkout_command() [11], Project.checkout() [9], Checkout [7], Archive and TarReader [6]
+    push        push_command() [11], send_abandoned() and send_experiment() [8], Storage [5]
 """
 from __future__ import annotations
 
@@ -2471,6 +2472,12 @@ class S3Storage(CloudStorage):
             raise RepositoryConfigurationError("%s cannot be used: %s." % (
                 self.url, short_reason(error).rstrip("."))) from error
 
+    def __copy__(self) -> S3Storage:
+        """The same bucket with a deadline of its own, and so with clients of its own, which ask for it."""
+        twin: S3Storage = object.__new__(S3Storage)
+        twin.__dict__.update(self.__dict__, _clients={})
+        return twin
+
     @property
     def _client(self) -> Any:
         """A client of the SDK; an impatient one once there is a deadline, since its timeouts cannot be changed."""
@@ -4001,7 +4008,7 @@ class Repository:
             if entry.name.endswith(".json") and is_id(entry.name[:-5]):
                 entries.append(entry)
             else:
-                console.warning("Skipped %s: its name is not that of an experiment." % entry.key)
+                console.warning("Skipped %s: its name is not that of an experiment." % escape_control(entry.key))
         return entries
 
     def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Iterator[Dict[str, Any]]:
@@ -4732,7 +4739,7 @@ def typed_words(words: Sequence[str]) -> List[str]:
     start = program_index(words) if re.match("python", os.path.basename(words[0])) else None
     if start is not None:
         typed[start] = typed_path(words[start])
-        if shutil.which(typed[start]) == words[start]:
+        if os.path.isabs(words[start]) and shutil.which(typed[start]) == words[start]:
             return typed[start:]
     return typed
 
@@ -5486,7 +5493,7 @@ class Recorder:
                 self.fold()
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_INTERVAL
-                pulse.storage.deadline = next_beat
+                pulse.storage.deadline = time.monotonic() + max(HEARTBEAT_INTERVAL, JOIN_SECONDS)
                 self._beat(pulse)
         if self.heartbeat and not self.gone and active_recorder(self.key()) is None:
             pulse.storage.deadline = time.monotonic() + JOIN_SECONDS
@@ -5947,8 +5954,10 @@ class Project:
         if repository.storage.has_journals:
             recorder = Recorder(repository, experiment, self.directory, heartbeat)
         else:
+            import copy
             repository.pending, lock = own_pending_area(self.pending(), experiment.id)
-            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, repository, prepared, lock)
+            remote = Repository(repository.url, copy.copy(repository.storage))  # stopping sets its deadline
+            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock)
         self._recorders[experiment.id] = recorder
         return recorder
 
@@ -6851,9 +6860,7 @@ def demo_command(args: argparse.Namespace) -> int:
         if run.returncode:
             raise ReplicateError("The demo's training script failed: its output is above.")
     say("\n")
-    repository = Project(None, directory).repository if not _search_upward(os.path.abspath(directory), CONFIG_NAMES, 1) \
-        else Project("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).repository
-    rows = repository.rows()
+    rows = Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).rows()
     say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc)))
     best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
