@@ -5,7 +5,9 @@ Run them as the README says; single ones with `pytest -k NAME`.
 from __future__ import annotations
 
 import argparse
+import collections
 import collections.abc
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -123,6 +125,12 @@ def call(capsys):
     return invoke
 
 
+def set_zone(monkeypatch, zone):
+    """Be in another time zone for the rest of the test."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+
+
 def hex_id(letter):
     """A 64-digit ID whose first digits say which it is: hex_id("1e") is 1eeeee..."""
     return (letter + letter[-1] * 64)[:64]
@@ -162,14 +170,20 @@ def stored_documents(root):
     return [json.loads(path.read_text()) for path in sorted((Path(root) / "metadata/experiments").glob("*.json"))]
 
 
-def write_archive(path, item_id, files, mode="w:gz"):
+def archive_bytes(item_id, files):
     """A plain .tar.gz of {name: content} below the folder item_id, as any tar would make it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
         for name, content in files.items():
             member = tarfile.TarInfo("%s/%s" % (item_id, name))
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write_archive(path, item_id, files):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(archive_bytes(item_id, files))
 
 
 def tree(directory):
@@ -249,18 +263,15 @@ def snapshot(directory):
             else path.read_bytes() if path.is_file() else "directory" for path in sorted(Path(directory).rglob("*"))}
 
 
-def test_messages_go_to_stderr_with_the_prefix(project):
+def test_messages_go_to_stderr_with_a_prefix_and_continuation_lines_with_their_own(project):
     done = run("show", "abc")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("═══╡ ") and done.stderr.count("\n") == 1 and "abc" in done.stderr
-
-
-def test_continuation_lines_have_their_own_prefix(project):
     write_repository(project / "repo", experiment_document(A))
     terminal = Terminal("rm", A, env={"NO_COLOR": "1"}).expect("(y/N)").send("n\n")
     assert terminal.wait() == 1 and "═══╡ You are about" in terminal.output and "\r\n   │ * Experiment" in terminal.output
-    assert run("rm", A).stderr.startswith("═══╡ You are about to delete the following:\n   │ * Experiment 1eeeeee (0 checkpoints)\n"
-                                          "   │ Nothing was changed. Pass -f")
+    assert run("rm", A).stderr.startswith("═══╡ You are about to delete the following:\n"
+                                          "   │ * Experiment 1eeeeee (0 checkpoints)\n   │ Nothing was changed. Pass -f")
 
 
 def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project):
@@ -326,21 +337,16 @@ def test_a_pipe_that_nobody_reads_is_no_error(project, arguments, a_and_b):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_closed_stdout_or_stderr_is_no_error(project):
+@pytest.mark.parametrize("command, code, problem", [
+    ("ls >&-", 0, ""), ("ls 2>&-", 0, ""), ("ls >&- 2>&-", 0, ""), ("ls <&-", 0, ""),
+    ("ls > /dev/full", 1, "No space left"), ("show zz 2> /dev/full", 1, "")])
+def test_output_that_cannot_be_written_is_never_a_traceback(project, command, code, problem):
+    if "/dev/full" in command and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
     write_repository(project / "repo", experiment_document(A))
-    for redirection in (">&-", "2>&-", ">&- 2>&-", "<&-"):
-        done = subprocess.run("%s %s ls %s" % (sys.executable, PROGRAM, redirection), shell=True, capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b""), redirection
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_under_the_output_is_an_error_without_a_traceback(project):
-    write_repository(project / "repo", experiment_document(A))
-    done = subprocess.run("%s %s ls > /dev/full" % (sys.executable, PROGRAM), shell=True, capture_output=True, text=True)
-    assert done.returncode == 1 and "No space left" in done.stderr
-    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    done = subprocess.run("%s %s show zz 2> /dev/full" % (sys.executable, PROGRAM), shell=True, capture_output=True, text=True)
-    assert done.returncode == 1
+    done = subprocess.run("%s %s %s" % (sys.executable, PROGRAM, command), shell=True, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(problem)), done.stderr
+    assert problem in done.stderr
 
 
 def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(project):
@@ -405,11 +411,11 @@ def test_a_newline_from_a_repository_starts_no_line_of_a_message(project):
         assert not re.search(r"(?m)^(   │ )?\s*curl", done.stderr), done.stderr
 
 
-ASCII = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
-         {"PYTHONIOENCODING": "latin-1"}]
+ASCII = pytest.mark.parametrize("env", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+                                        {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}], ids=["C", "ascii", "latin-1"])
 
 
-@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
+@ASCII
 @pytest.mark.parametrize("arguments", HOSTILE_COMMANDS[:15], ids=lambda arguments: repr(arguments)[:40])
 def test_an_ascii_locale_is_no_error(project, env, arguments):
     hostile_repository(project / "repo")
@@ -423,18 +429,12 @@ def test_an_ascii_locale_is_no_error(project, env, arguments):
     assert not plain or done.stderr.count("\n") == plain.stderr.count("\n")
 
 
-@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
-def test_the_prefix_of_messages_has_an_ascii_form(project, env):
-    write_repository(project / "repo", experiment_document(A))
-    assert run("show", "zz", env=env).stderr.startswith("===| ")
-    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
-    assert "\n   | " in run("show", A, env=env).stderr
-
-
-@pytest.mark.parametrize("env", ASCII, ids=["C", "ascii", "latin-1"])
-def test_json_stays_json_in_every_locale(project, env):
+@ASCII
+def test_messages_have_an_ascii_form_and_json_stays_json(project, env):
     params = {"näme": "日本 \U0001f600 é \u20ac"}
-    write_repository(project / "repo", experiment_document(A, params=params))
+    write_repository(project / "repo", experiment_document(A, params=params, checkpoints=[checkpoint_document(C)]))
+    assert run("show", "zz", env=env).stderr.startswith("===| ")
+    assert "\n   | " in run("show", A, env=env).stderr
     for arguments in (["ls", "--json"], ["show", A, "--json"]):
         done = subprocess.run([sys.executable, str(PROGRAM), *arguments], env=dict(os.environ, **env), stdout=subprocess.PIPE)
         document = json.loads(done.stdout.decode("latin-1" if "latin-1" in env.values() else "ascii"))
@@ -449,67 +449,50 @@ class TorchLike:
     """A tensor as torch has it: tolist() and item(), no numpy dtype."""
 
     def __init__(self, value):
-        self.value = value
-
-    def tolist(self):
-        return self.value
+        self.tolist = lambda: value
 
 
 class TensorflowLike:
     """A tensor as tensorflow has it: numpy() and no tolist()."""
 
     def __init__(self, value):
-        self.value = value
-
-    def numpy(self):
         import numpy
-        return numpy.asarray(self.value)
-
-
-def utc(*parts):
-    return datetime.datetime(*parts, tzinfo=datetime.timezone.utc)
-
-
-def test_numpy_scalars_and_arrays_become_plain_values():
-    numpy = pytest.importorskip("numpy")
-    cases = [(numpy.float32(0.5), 0.5), (numpy.float64(0.1), 0.1), (numpy.int64(7), 7), (numpy.uint8(255), 255),
-             (numpy.bool_(True), True), (numpy.str_("a"), "a"), (numpy.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
-             (numpy.array(3.5), 3.5), ({"a": (numpy.int32(1), [numpy.array([True])])}, {"a": [1, [[True]]]}),
-             (numpy.longdouble(1.5), 1.5), ({"a": numpy.array([1.5, 2], dtype=numpy.longdouble)}, {"a": [1.5, 2.0]})]
-    for value, wanted in cases:
-        plain = replicate.plain_value(value)
-        assert plain == wanted
-        assert type(plain) is type(wanted)
-        assert json.loads(replicate.encode_json(plain)) == wanted
-
-
-def test_tensors_are_known_by_their_methods():
-    assert replicate.plain_value({"loss": TorchLike(0.25)}) == {"loss": 0.25}
-    assert replicate.plain_value(TorchLike([1, [2.5]])) == [1, [2.5]]
-    pytest.importorskip("numpy")
-    assert replicate.plain_value([TensorflowLike(0.25), TensorflowLike([1, 2])]) == [0.25, [1, 2]]
-
-
-def test_subclasses_and_paths_become_plain_values():
-    class Level(enum.IntEnum):
-        LOW = 3
-
-    class Color(str, enum.Enum):
-        RED = "red"
-
-    plain = replicate.plain_value({1: Level.LOW, "color": Color.RED, False: Path("a/b"), "t": (1, None)})
-    assert plain == {"1": 3, "color": "red", "False": "a/b", "t": [1, None]}
-    assert type(plain["1"]) is int and type(plain["color"]) is str
-    for number in (Decimal("0.5"), Fraction(1, 2)):
-        assert replicate.plain_value([number]) == [0.5] and type(replicate.plain_value(number)) is float
+        self.numpy = lambda: numpy.asarray(value)
 
 
 class Shade(enum.Enum):
     DARK = 1
 
 
+class Tint(str, enum.Enum):
+    RED = "red"
+
+
 class Rate(enum.IntEnum):
     LOW = 3
+
+
+def utc(*parts):
+    return datetime.datetime(*parts, tzinfo=datetime.timezone.utc)
+
+
+def test_scalars_arrays_tensors_and_subclasses_become_plain_values():
+    numpy = pytest.importorskip("numpy")
+    cases = [(numpy.float32(0.5), 0.5), (numpy.float64(0.1), 0.1), (numpy.int64(7), 7), (numpy.uint8(255), 255),
+             (numpy.bool_(True), True), (numpy.str_("a"), "a"), (numpy.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+             (numpy.array(3.5), 3.5), ({"a": (numpy.int32(1), [numpy.array([True])])}, {"a": [1, [[True]]]}),
+             (numpy.longdouble(1.5), 1.5), ({"a": numpy.array([1.5, 2], dtype=numpy.longdouble)}, {"a": [1.5, 2.0]}),
+             ({"loss": TorchLike(0.25)}, {"loss": 0.25}), (TorchLike([1, [2.5]]), [1, [2.5]]),
+             ([TensorflowLike(0.25), TensorflowLike([1, 2])], [0.25, [1, 2]]), (Rate.LOW, 3), (Tint.RED, "red"),
+             ({1: Rate.LOW, False: Path("a/b"), "t": (1, None)}, {"1": 3, "False": "a/b", "t": [1, None]}),
+             ([Decimal("0.5")], [0.5]), (Decimal("0.5"), 0.5), ([Fraction(1, 2)], [0.5]), (Fraction(1, 2), 0.5)]
+    for value, wanted in cases:
+        plain = replicate.plain_value(value)
+        assert plain == wanted
+        assert type(plain) is type(wanted)
+        assert json.loads(replicate.encode_json(plain)) == wanted
+    assert replicate.plain_param([numpy.dtype("float32"), numpy.float32, numpy.add, numpy.arange(2)], "p", []) == [
+        "float32", "float32", "add", [0, 1]]
 
 
 @dataclasses.dataclass
@@ -569,12 +552,6 @@ def test_params_of_any_kind_have_a_plain_form(value, plain):
     assert json.loads(json.dumps(plain)) == plain
 
 
-def test_numpy_dtypes_become_their_names():
-    numpy = pytest.importorskip("numpy")
-    assert replicate.plain_param([numpy.dtype("float32"), numpy.float32, numpy.add, numpy.arange(2)], "p", []) == [
-        "float32", "float32", "add", [0, 1]]
-
-
 @pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, 1j, {("a", "b"): 1}, [datetime.datetime(2020, 1, 1)]])
 def test_what_cannot_be_stored_is_a_type_error_that_names_it(value):
     with pytest.raises(TypeError, match="params"):
@@ -603,14 +580,11 @@ def test_json_keeps_every_plain_value(value):
         json.loads(data.decode("utf-8"), parse_constant=lambda name: pytest.fail(name))
 
 
-def test_json_keeps_lone_surrogates():
+def test_json_keeps_lone_surrogates_and_overflowing_numbers():
     value = {"a\udc80": "\ud83d", "fine": "\U0001f600 \u4e2d"}
     data = replicate.encode_json(value)
     assert b'"\\ud83d"' in data and "\u4e2d".encode() in data
     assert replicate.decode_json(data, "it") == json.loads(data) == value
-
-
-def test_json_of_an_overflowing_number_can_be_written_again():
     value = replicate.decode_json(b'{"a": 1e999}', "it")
     assert json.loads(replicate.encode_json(value)) == {"a": "[+Infinity]"}
 
@@ -648,14 +622,9 @@ def test_times_are_read(text, wanted):
 @pytest.mark.parametrize("text", [
     "", "2006-01-02", "2006-01-02T15:04:05", "2006-01-02 15:04:05Z", "2006-13-02T15:04:05Z", "2006-01-02T25:04:05Z",
     "0000-01-01T00:00:00Z", "0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01", "2006-01-02T15:04:05.Z",
-    "2006-01-02T15:04:05.1234567890Z", "2006-01-02T15:04:05Z\n", " 2006-01-02T15:04:05Z", "2006-02-30T00:00:00.000000Z"])
+    "2006-01-02T15:04:05.1234567890Z", "2006-01-02T15:04:05Z\n", " 2006-01-02T15:04:05Z", "2006-02-30T00:00:00.000000Z",
+    "\u0662\u0660\u0660\u0666-01-02T15:04:05Z", "2006-01-02T15:04:05.\u0661Z"])
 def test_what_is_no_time_is_a_value_error(text):
-    with pytest.raises(ValueError):
-        replicate.parse_time(text)
-
-
-@pytest.mark.parametrize("text", ["\u0662\u0660\u0660\u0666-01-02T15:04:05Z", "2006-01-02T15:04:05.\u0661Z"])
-def test_only_ascii_digits_make_a_time(text):
     with pytest.raises(ValueError):
         replicate.parse_time(text)
 
@@ -687,8 +656,8 @@ def test_timestamps_of_now_and_then_are_utc():
 
 
 @pytest.mark.parametrize("seconds, wanted", [
-    (0, "about a second ago"), (1, "about a second ago"), (1.4, "about a second ago"), (2, "2 seconds ago"),
-    (12, "12 seconds ago"), (59, "59 seconds ago"), (59.7, "about a minute ago"), (60, "about a minute ago"),
+    (-30, "in 30 seconds"), (0, "about a second ago"), (1, "about a second ago"), (1.4, "about a second ago"),
+    (2, "2 seconds ago"), (12, "12 seconds ago"), (59, "59 seconds ago"), (59.7, "about a minute ago"), (60, "about a minute ago"),
     (89, "about a minute ago"), (7 * 60, "7 minutes ago"), (59 * 60, "59 minutes ago"), (3599, "about an hour ago"),
     (3600, "about an hour ago"), (3 * 3600, "3 hours ago"), (23 * 3600, "23 hours ago"), (23.9 * 3600, "one day ago"),
     (24 * 3600, "one day ago"), (48 * 3600, "2 days ago"), (72.9 * 3600, "3 days ago"), (73 * 3600, "2006-01-07"),
@@ -698,21 +667,11 @@ def test_relative_times(seconds, wanted):
     assert replicate.relative_time(now - datetime.timedelta(seconds=seconds), now) == wanted
 
 
-def test_relative_times_of_a_clock_that_is_ahead():
-    now = utc(2006, 1, 10, 12)
-    assert replicate.relative_time(now + datetime.timedelta(seconds=30), now) == "in 30 seconds"
-
-
 def test_full_times_are_local_and_english(monkeypatch):
-    monkeypatch.setenv("TZ", "<+08>-8")
-    time.tzset()
-    try:
-        assert replicate.full_time(utc(2006, 1, 2, 14, 54, 5)) == "Mon, 02 Jan 2006 22:54:05 +08"
-        assert "9999" in replicate.full_time(utc(9999, 12, 31, 23, 59, 59))
-        assert replicate.relative_time(utc(2006, 1, 2, 20), utc(2006, 2, 2)) == "2006-01-03"
-    finally:
-        monkeypatch.undo()
-        time.tzset()
+    set_zone(monkeypatch, "<+08>-8")
+    assert replicate.full_time(utc(2006, 1, 2, 14, 54, 5)) == "Mon, 02 Jan 2006 22:54:05 +08"
+    assert "9999" in replicate.full_time(utc(9999, 12, 31, 23, 59, 59))
+    assert replicate.relative_time(utc(2006, 1, 2, 20), utc(2006, 2, 2)) == "2006-01-03"
 
 
 @pytest.mark.parametrize("value, wanted", [
@@ -733,17 +692,12 @@ def test_values_in_full(value, wanted):
     assert replicate.format_value(value) == wanted
 
 
-def test_values_are_the_same_by_kind():
-    same = replicate.same_value
-    assert same(1, 1.0) and same(math.nan, math.nan) and same("a", "a") and same([1, "x"], [1.0, "x"])
-    assert same(True, True) and same({"a": 1}, {"a": 1})
-    assert not same(1, True) and not same(0, False) and not same("1", 1) and not same(None, 0)
-    assert not same([], {}) and not same(1, 2) and not same(False, None) and not same("null", None)
-
-
-def test_values_inside_lists_are_the_same_by_kind_too():
-    assert not replicate.same_value([True], [1])
-    assert not replicate.same_value({"a": 0}, {"a": False})
+@pytest.mark.parametrize("wanted, pairs", [
+    (True, [(1, 1.0), (math.nan, math.nan), ("a", "a"), ([1, "x"], [1.0, "x"]), (True, True), ({"a": 1}, {"a": 1})]),
+    (False, [(1, True), (0, False), ("1", 1), (None, 0), ([], {}), (1, 2), (False, None), ("null", None), ([True], [1]),
+             ({"a": 0}, {"a": False})])], ids=["same", "different"])
+def test_values_are_the_same_by_kind(wanted, pairs):
+    assert [pair for pair in pairs if replicate.same_value(*pair) != wanted] == []
 
 
 @hypothesis.given(st.lists(PLAIN | st.floats(), max_size=6))
@@ -842,13 +796,10 @@ def test_best_is_by_usable_values_of_the_primary_metric(goal, values, wanted):
     assert (best and best.id) == (None if wanted is None else "a%d" % wanted)
 
 
-def test_best_is_of_equals_the_latest_by_time_not_by_place():
+def test_best_is_of_equals_the_latest_by_time_and_the_first_primary_metric_decides():
     experiment = make_experiment(checkpoint_document("a1", "2006-01-02T15:00:30Z", metrics={"l": 1}, primary=("l", "minimize")),
                                  checkpoint_document("a2", "2006-01-02T15:00:10Z", metrics={"l": 1}))
     assert experiment.best().id == "a1"
-
-
-def test_the_first_checkpoint_with_a_primary_metric_decides():
     experiment = make_experiment(
         checkpoint_document("a1", "2006-01-02T15:00:01Z", metrics={"loss": 0.1, "acc": 0.1}),
         checkpoint_document("a2", "2006-01-02T15:00:02Z", metrics={"loss": 0.2, "acc": 0.9}, primary=("acc", "maximize")),
@@ -914,27 +865,25 @@ def nested(depth, kind=list):
     {"path": 1}, {"python_version": 3.11}, {"python_packages": ["a"]}, {"python_packages": {"a": None}},
     {"python_packages": {"a": {}}}, {"replicate_version": 1}, {"keepsake_version": []}, {"checkpoints": {}},
     {"checkpoints": [None]}, {"checkpoints": ["x"]}, {"checkpoints": [[]]}, {"params": nested(60)},
-    {"params": {"a": nested(60)}}, {"params": {"a": nested(60, dict)}}, {"unknown": nested(100)}])
+    {"params": {"a": nested(60)}}, {"params": {"a": nested(60, dict)}}, {"unknown": nested(100)},
+    *[{"checkpoints": [dict(GOOD_DOCUMENT["checkpoints"][0], **change), GOOD_DOCUMENT["checkpoints"][1]]} for change in [
+        {"id": "x"}, {"id": "3c" * 32}, {"created": "2006"}, {"created": {}}, {"step": 1.5}, {"step": "1"}, {"step": True},
+        {"metrics": []}, {"metrics": "x"}, {"path": 3}, {"primary_metric": []}, {"primary_metric": {"name": "a"}},
+        {"primary_metric": {"name": 3, "goal": "minimize"}}, {"primary_metric": {"name": "a", "goal": "best"}},
+        {"primary_metric": {"name": "a", "goal": ["minimize"]}}, {"metrics": {"a": nested(60)}}, {"unknown": nested(100)},
+        {"checkpoints": nested(200)}]]])
 def test_documents_of_wrong_types_are_read_errors(change):
     replicate.checked_experiment(GOOD_DOCUMENT, GOOD_DOCUMENT["id"])
     with pytest.raises(replicate.ReadError):
         replicate.checked_experiment(dict(GOOD_DOCUMENT, **change), GOOD_DOCUMENT["id"])
 
 
-@pytest.mark.parametrize("change", [
-    {"id": "x"}, {"id": "3c" * 32}, {"created": "2006"}, {"created": {}}, {"step": 1.5}, {"step": "1"}, {"step": True},
-    {"metrics": []}, {"metrics": "x"}, {"path": 3}, {"primary_metric": []}, {"primary_metric": {"name": "a"}},
-    {"primary_metric": {"name": 3, "goal": "minimize"}}, {"primary_metric": {"name": "a", "goal": "best"}},
-    {"primary_metric": {"name": "a", "goal": ["minimize"]}}, {"metrics": {"a": nested(60)}}, {"unknown": nested(100)},
-    {"checkpoints": nested(200)}])
-def test_checkpoints_of_wrong_types_are_read_errors(change):
-    broken = dict(GOOD_DOCUMENT, checkpoints=[dict(GOOD_DOCUMENT["checkpoints"][0], **change), GOOD_DOCUMENT["checkpoints"][1]])
-    with pytest.raises(replicate.ReadError):
-        replicate.checked_experiment(broken, broken["id"])
-
-
-def use_everything(document):
-    """What the listings and the library ask of a document that was accepted."""
+def use_or_refuse(data):
+    """What the listings and the library ask of a document, if it is accepted."""
+    try:
+        document = replicate.checked_experiment(replicate.decode_json(data, "it"), "1e" * 32)
+    except replicate.ReadError:
+        return
     experiment = replicate.Experiment(document)
     row = replicate.Row.of(document)
     replicate.encode_json(experiment.to_json())
@@ -973,20 +922,12 @@ def test_the_document_reader_raises_only_read_errors(data):
             target.pop(key, None)
         else:
             target[key] = data.draw(JSON_VALUES)
-    text = json.dumps(document).encode()
-    try:
-        checked = replicate.checked_experiment(replicate.decode_json(text, "it"), "1e" * 32)
-    except replicate.ReadError:
-        return
-    use_everything(checked)
+    use_or_refuse(json.dumps(document).encode())
 
 
 @hypothesis.given(JSON_VALUES)
 def test_the_document_reader_refuses_other_documents(value):
-    try:
-        use_everything(replicate.checked_experiment(replicate.decode_json(json.dumps(value).encode(), "it"), "1e" * 32))
-    except replicate.ReadError:
-        pass
+    use_or_refuse(json.dumps(value).encode())
 
 
 @hypothesis.given(st.data())
@@ -996,10 +937,7 @@ def test_damaged_document_bytes_raise_only_read_errors(data):
     for _ in range(data.draw(st.integers(1, 4))):
         position = data.draw(st.integers(0, len(text) - 1))
         text[position:position + data.draw(st.integers(0, 30))] = data.draw(st.binary(max_size=3))
-    try:
-        use_everything(replicate.checked_experiment(replicate.decode_json(bytes(text), "it"), "1e" * 32))
-    except replicate.ReadError:
-        pass
+    use_or_refuse(bytes(text))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1016,7 +954,7 @@ FILTERED = dict(params={"lr": 0.1, "n": 3, "name": "adam", "on": True, "nothing"
                 metrics={"loss": 0.25, "acc": 1, "both": 2.5})
 
 
-@pytest.mark.parametrize("text", [
+FILTERS_THAT_HOLD = [
     "lr = 0.1", "lr == 0.1", "lr=0.1", "lr != 0.2", "lr < 0.2", "lr<=0.1", "lr > 0", "lr >= .1", "n = 3.0", "n = 3e0",
     "n != 4", "n > -1", "acc = 1.0", "loss < 1", "name = adam", "name > aaron", "name < b", "name ~ ^a.*m$", "name ~ da",
     "on = true", "on = True", "on != false", "nothing = null", "nothing = None", "absent = null", "absent == None",
@@ -1030,21 +968,21 @@ FILTERED = dict(params={"lr": 0.1, "n": 3, "name": "adam", "on": True, "nothing"
     "lr = 1 and n = 4 or name = adam", "name = adam or lr = 1 and n = 4", "not not n = 3", "not lr = 1 and n = 3",
     "note = salt and pepper and n = 3", "note = salt and pepper or lr = 9", "  n   =   3  ", "( n = 3 )", "((n = 3))",
     "note = salt and pepper and not n = 4", "note = salt and pepper and (n = 3)", "notes = 1", "input = 5", "order = 2",
-    "android = x", "n in [1, 3] and lr = 0.1", "not n in [1, 2]", "n = 3 and notes = 1 and order = 2"])
-def test_filters_that_hold(text):
-    assert matches(text, make_row(primary=("loss", "minimize"), **FILTERED))
-
-
-@pytest.mark.parametrize("text", [
+    "android = x", "n in [1, 3] and lr = 0.1", "not n in [1, 2]", "n = 3 and notes = 1 and order = 2"]
+FILTERS_THAT_DO_NOT_HOLD = [
     "lr = 0.2", "lr != 0.1", "lr < 0.1", "lr <= 0.09", "lr > 0.1", "lr >= 1", "name = sgd", "name ~ ^d", "n ~ 3",
     "on = false", "on = 1", "on = 'true'", "n = '3'", "n > '1'", "name > 1", "text3 = 3", "text3 > 1", "nothing != null",
     "nothing != 3", "absent != 3", "absent = 0", "absent < 1", "absent ~ .", "absent in [1]", "nothing in [1]",
     "name = null", "layers = [1]", "layers > [0]", "both = param", "n in [1, 2]", "n in ['3']", "n in []", "on in [1]",
     "status = running", "lr = 0.1 and n = 4", "lr = 1 or n = 4", "not lr = 0.1", "(lr = 1 or n = 3) and name = sgd",
     "params.loss = 0.25", "metrics.lr = 0.1", "note = salt", "nan > 0", "nan = 0", "o > 1", "user = ben", "step = 0",
-    "not (n = 3 or lr = 9)", "on > false and n = 4", "foo = bar bar"])
-def test_filters_that_do_not_hold(text):
-    assert not matches(text, make_row(primary=("loss", "minimize"), **FILTERED))
+    "not (n = 3 or lr = 9)", "on > false and n = 4", "foo = bar bar"]
+
+
+@pytest.mark.parametrize("text, wanted", [(text, True) for text in FILTERS_THAT_HOLD] +
+                         [(text, False) for text in FILTERS_THAT_DO_NOT_HOLD])
+def test_filters(text, wanted):
+    assert matches(text, make_row(primary=("loss", "minimize"), **FILTERED)) is wanted
 
 
 def test_filters_on_a_metric_use_the_best_checkpoint_or_the_latest():
@@ -1082,40 +1020,39 @@ def test_dates_as_people_write_them(text, start, seconds):
 @pytest.mark.parametrize("created", ["2020-10-07T12:34:56Z", "2020-10-25T00:30:00Z", "2020-10-25T01:30:00Z", "2020-11-01T06:30:00Z"])
 def test_filters_read_the_times_that_show_prints(monkeypatch, zone, created):
     """Also in the hour that a clock passes twice."""
-    monkeypatch.setenv("TZ", zone)
-    time.tzset()
-    try:
-        shown = replicate.full_time(replicate.parse_time(created))
-        assert matches("started = " + shown, make_row(created=created)), shown
-    finally:
-        monkeypatch.undo()
-        time.tzset()
+    set_zone(monkeypatch, zone)
+    shown = replicate.full_time(replicate.parse_time(created))
+    assert matches("started = " + shown, make_row(created=created)), shown
 
 
-def test_text_fields_compare_as_text():
-    row = make_row(user="123", host="null", command="true")
-    assert matches("user = 123", row) and matches("command = true", row) and matches("host = 'null'", row)
-    assert matches("user in [123, 4]", row) and not matches("host = null", row) and matches("host = null", make_row(host=None))
+@pytest.mark.parametrize("fields, holding, failing", [
+    (dict(user="123", host="null", command="true"), ["user = 123", "command = true", "host = 'null'", "user in [123, 4]"],
+     ["host = null"]),
+    (dict(host=None), ["host = null"], []),
+    (dict(params={"not-frozen": 3, "and.x": 4, "or/y": 5, "not.z": 6, "note": "salt"}),
+     ["not-frozen = 3", "and.x = 4", "or/y = 5", "not.z = 6", "note = salt and not-frozen = 3", "not not-frozen = 4"], []),
+    (dict(params={"note": "a and b or (c) d", "paren": "f(x)", "tail": "x and", "q": "it's"}),
+     ["note = a and b or (c) d", "paren = f(x)", "(paren = f(x))", "tail = x and", "q = it's", "paren = f(x) and tail = x and"],
+     []),
+    (dict(created="2006-01-02T14:54:05.5Z"),
+     ["started = 2006-01-02", "started = '2006-01-02'", "started = 2006-01-02 14:54", "created >= 2006-01-02",
+      "started <= 2006-01-02", "started > 2006-01-01", "started < 2006-01-03", "started = 2006-01-02T14:54:05Z",
+      "started = 2006-01-02 16:54:05+02:00", "started != 2006-01-03", "started < 2 hours ago", "started < an hour ago",
+      "started != null", "not started = null", "started >= 2006-01-02 14:54:05.5",
+      "started < 3 weeks ago and created < 1 second ago"],
+     ["started = 2006-01-03", "started < 2006-01-02", "started > 2006-01-02", "started = 2006-01-02 14:53",
+      "started > 2 hours ago", "started = null", "started != 2006-01-02"])],
+    ids=["texts compare as text", "no host", "names start with a joining word", "joins inside a value", "times"])
+def test_filters_of_texts_names_and_times(fields, holding, failing):
+    row = make_row(**fields)
+    assert [text for text in holding if not matches(text, row)] == []
+    assert [text for text in failing if matches(text, row)] == []
 
 
-def test_started_takes_dates_and_times(monkeypatch):
+def test_started_is_local_and_relative_to_now(monkeypatch):
+    set_zone(monkeypatch, "<+08>-8")
     row = make_row(created="2006-01-02T14:54:05.5Z")
-    for text in ("started = 2006-01-02", "started = '2006-01-02'", "started = 2006-01-02 14:54", "created >= 2006-01-02",
-                 "started <= 2006-01-02", "started > 2006-01-01", "started < 2006-01-03", "started = 2006-01-02T14:54:05Z",
-                 "started = 2006-01-02 16:54:05+02:00", "started != 2006-01-03", "started < 2 hours ago",
-                 "started < an hour ago", "started != null", "not started = null", "started >= 2006-01-02 14:54:05.5",
-                 "started < 3 weeks ago and created < 1 second ago"):
-        assert matches(text, row), text
-    for text in ("started = 2006-01-03", "started < 2006-01-02", "started > 2006-01-02", "started = 2006-01-02 14:53",
-                 "started > 2 hours ago", "started = null", "started != 2006-01-02"):
-        assert not matches(text, row), text
-    monkeypatch.setenv("TZ", "<+08>-8")
-    time.tzset()
-    try:
-        assert matches("started = 2006-01-02 22:54", row) and not matches("started = 2006-01-02 14:54", row)
-    finally:
-        monkeypatch.undo()
-        time.tzset()
+    assert matches("started = 2006-01-02 22:54", row) and not matches("started = 2006-01-02 14:54", row)
     recent = make_row(created=replicate.timestamp(time.time() - 3000))
     assert matches("started > 1 hour ago", recent) and not matches("started > 49 minutes ago", recent)
 
@@ -1131,26 +1068,6 @@ def test_malformed_filters_show_the_format(text):
         replicate.parse_filter(text)
     assert '"<name> <operator> <value>"' in str(caught.value) and "character" in str(caught.value)
     assert json.dumps(text) in str(caught.value)
-
-
-def test_a_regular_expression_on_a_time_is_refused_or_answered():
-    try:
-        matches("started ~ 2006", make_row())
-    except replicate.ReplicateError:
-        pass
-
-
-def test_names_may_start_with_a_joining_word():
-    row = make_row(params={"not-frozen": 3, "and.x": 4, "or/y": 5, "not.z": 6, "note": "salt"})
-    for text in ("not-frozen = 3", "and.x = 4", "or/y = 5", "not.z = 6", "note = salt and not-frozen = 3", "not not-frozen = 4"):
-        assert matches(text, row), text
-
-
-def test_what_looks_like_a_join_inside_a_value_stays_text():
-    row = make_row(params={"note": "a and b or (c) d", "paren": "f(x)", "tail": "x and", "q": "it's"})
-    for text in ("note = a and b or (c) d", "paren = f(x)", "(paren = f(x))", "tail = x and", "q = it's",
-                 "paren = f(x) and tail = x and"):
-        assert matches(text, row), text
 
 
 @hypothesis.given(st.lists(st.sampled_from(["foo", "lr", "started", "user", "and", "or", "not", "in", "(", ")", "[", "]", "=",
@@ -1174,12 +1091,10 @@ def test_parsing_any_filter_raises_only_our_error(text):
     "a = " + "x and b = " * 3000 + "1", "a = " + "(" * 20000, "a = 1 and " * 3000 + "b = 2", "a in [" + "1," * 20000 + "1]",
     "a in [" + "[" * 20000 + "]", "a = " + "9" * 20000, "a = " + "[" * 100000, "a ~ " + "(" * 5000 + ")" * 5000,
     "not" * 10000, "- " * 10000 + "=", "a = 'x' " + "or " * 10000, "a = " + "and or not ( " * 1000,
-    "a = " + "x  " * 3000])
-def test_long_filters_are_answered(text):
-    try:
-        replicate.parse_filter(text)
-    except replicate.ReplicateError:
-        pass
+    "a = " + "x  " * 3000, "started ~ 2006"])
+def test_long_and_odd_filters_are_answered_or_refused(text):
+    with contextlib.suppress(replicate.ReplicateError):
+        matches(text, make_row())
 
 
 def test_rows_sort_by_kind_with_missing_values_last():
@@ -1202,16 +1117,12 @@ def test_rows_of_equal_values_sort_by_start_time_either_way():
         assert [row.value("user") for row in replicate.sort_rows(rows, "v", descending)] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("key, wanted", [("loss", ("loss", False)), ("loss-desc", ("loss", True)), ("loss-asc", ("loss", False)),
-                                         ("a-desc-asc", ("a-desc", False)), (" x ", ("x", False))])
+@pytest.mark.parametrize("key, wanted", [
+    ("loss", ("loss", False)), ("loss-desc", ("loss", True)), ("loss-asc", ("loss", False)), ("a-desc-asc", ("a-desc", False)),
+    (" x ", ("x", False)), ("", None), ("-desc", None), ("  ", None), ("-asc", None)])
 def test_sort_keys(key, wanted):
-    assert replicate.parse_sort(key) == wanted
-
-
-@pytest.mark.parametrize("key", ["", "-desc", "  ", "-asc"])
-def test_empty_sort_keys_are_errors(key):
-    with pytest.raises(replicate.ReplicateError, match="empty"):
-        replicate.parse_sort(key)
+    with contextlib.nullcontext() if wanted else pytest.raises(replicate.ReplicateError, match="empty"):
+        assert replicate.parse_sort(key) == wanted
 
 
 def test_sort_and_filter_on_the_command_line(project, call):
@@ -1263,28 +1174,15 @@ def test_configurations_that_are_read(project, text, url):
     ("repository: file://x\nextra: 'y'\n", ["'extra'", "'repository'"]), ("repository: 'x\n", ["YAML"]),
     ("a: b: c\n", ["YAML"]), (b"repository: \xff\n", ["cannot be read"]), ("\trepository: x\n", ["YAML"]),
     ("repository: my-bucket\n", ["file://"]), ("repository: http://x\n", ["http://x", "file://"]),
-    ("repository: 'file://'\n", ["directory"]), ("[" * 20000, ["YAML"])])
+    ("repository: 'file://'\n", ["directory"]), ("[" * 20000, ["YAML"]), ("repository: !!bool x\n", []),
+    ("repository: !!timestamp x\n", []), ("repository: !!int ''\n", []), ("repository: !!python/object:os.system x\n", []),
+    ("repository: \x07\n", []), ("? [a, b]\n: c\n", []), ("repository: ftp://x\n", ["file://", "s3://", "gs://"])])
 def test_configurations_that_are_refused(project, text, words):
     write_config(project, text)
     with pytest.raises(replicate.RepositoryConfigurationError) as caught:
         replicate.find_location()
     for word in words:
         assert word in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["repository: !!bool x\n", "repository: !!timestamp x\n", "repository: !!int ''\n",
-                                  "repository: !!python/object:os.system x\n", "repository: \x07\n", "? [a, b]\n: c\n"])
-def test_yaml_that_breaks_pyyaml_is_one_error(project, text):
-    write_config(project, text)
-    with pytest.raises(replicate.RepositoryConfigurationError):
-        replicate.find_location()
-
-
-def test_an_unknown_scheme_lists_the_three(project):
-    write_config(project, "repository: ftp://x\n")
-    with pytest.raises(replicate.RepositoryConfigurationError) as caught:
-        replicate.find_location()
-    assert all(scheme in str(caught.value) for scheme in ("file://", "s3://", "gs://"))
 
 
 def test_the_old_name_storage_warns(project, capsys):
@@ -1310,17 +1208,21 @@ def test_the_configuration_is_searched_upward(project, monkeypatch, name):
 
 
 @pytest.mark.parametrize("config, storage, wanted", [
-    ("", "", "config"), ("", "a", "storage"), ("a", "", "config"), ("a", "a", "config"), ("a", "a/b", "storage"), ("a/b", "a", "config")])
+    ("", "", "config"), ("", "a", "storage"), ("a", "", "config"), ("a", "a", "config"), ("a", "a/b", "storage"), ("a/b", "a", "config"),
+    (None, "", "storage"), (None, None, "default")])
 def test_the_nearest_of_a_configuration_and_an_embedded_repository_is_used(tmp_path, monkeypatch, config, storage, wanted):
-    below, root = tmp_path / "project/a/b/c", str(tmp_path / "project")
-    below.mkdir(parents=True)
-    write_config(tmp_path / "project" / config, "repository: file://mine\n", "keepsake.yml")
-    (tmp_path / "project" / storage / ".replicate/storage").mkdir(parents=True)
-    monkeypatch.chdir(below)
+    root = tmp_path / "project"
+    (root / "a/b/c").mkdir(parents=True)
+    if config is not None:
+        write_config(root / config, "repository: file://mine\n", "keepsake.yml")
+    if storage is not None:
+        (root / storage / ".replicate/storage").mkdir(parents=True)
+    monkeypatch.chdir(root / "a/b/c")
     location = replicate.find_location()
-    directory = os.path.normpath(os.path.join(root, config if wanted == "config" else storage))
-    assert (location.directory, location.is_default) == (directory, wanted == "storage")
-    assert location.url == "file://%s/%s" % (directory, "mine" if wanted == "config" else ".replicate/storage")
+    directory = str(root / {"config": config, "storage": storage, "default": "a/b/c"}[wanted])
+    assert (location.directory, location.is_default) == (directory, wanted != "config")
+    assert location.url == {"config": "file://%s/mine" % directory, "storage": "file://%s/.replicate/storage" % directory,
+                            "default": None}[wanted]
 
 
 def test_the_search_ends_after_a_hundred_levels(tmp_path, monkeypatch):
@@ -1332,7 +1234,7 @@ def test_the_search_ends_after_a_hundred_levels(tmp_path, monkeypatch):
     assert replicate._search_upward(str(deep / "d"), replicate.CONFIG_NAMES, replicate.CONFIG_SEARCH_DEPTH) is None
 
 
-def test_argument_then_environment_then_configuration(project, monkeypatch):
+def test_argument_then_environment_then_configuration(project, tmp_path, monkeypatch):
     assert replicate.find_location().url == "file://%s/repo" % project
     monkeypatch.setenv("REPLICATE_REPOSITORY", "file://env")
     assert replicate.find_location().url == "file://%s/env" % project
@@ -1342,41 +1244,26 @@ def test_argument_then_environment_then_configuration(project, monkeypatch):
     monkeypatch.setenv("REPLICATE_REPOSITORY", "nonsense")
     with pytest.raises(replicate.RepositoryConfigurationError, match="nonsense"):
         replicate.find_location()
-
-
-def test_the_project_directory_argument(project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    location = replicate.find_location(directory="project")
-    assert (location.directory, location.url) == (str(project), "file://%s/repo" % project)
     with pytest.raises(replicate.ConfigNotFound, match="nowhere"):
         replicate.find_location(directory="nowhere")
 
 
 @pytest.mark.parametrize("directory", [None, "project/sub"])
-@pytest.mark.parametrize("how", ["argument", "environment", "library"])
+@pytest.mark.parametrize("how", ["argument", "environment", "configuration", "library"])
 def test_a_typed_relative_url_is_relative_to_the_working_directory(project, tmp_path, monkeypatch, how, directory):
+    """But that of a configuration to the project's."""
     (project / "sub").mkdir()
     monkeypatch.chdir(tmp_path if directory else project / "sub")
-    wanted = "file://%s/r" % os.getcwd()
+    wanted = "file://%s/repo" % project if how == "configuration" else "file://%s/r" % os.getcwd()
     if how == "environment":
         monkeypatch.setenv("REPLICATE_REPOSITORY", "file://r")
-    location = replicate.find_location("file://r" if how == "argument" else None, directory)
     if how == "library":
         assert replicate.Project(repository="file://r", directory=directory).repository.url == wanted
     else:
-        assert (location.directory, location.url) == (str(project / "sub" if directory else project), wanted)
-
-
-def test_without_configuration_the_embedded_default_is_used(tmp_path, monkeypatch):
-    location = replicate.find_location()
-    assert (location.directory, location.url, location.is_default) == (str(tmp_path / "project"), None, True)
-    (tmp_path / "project/.replicate/storage").mkdir(parents=True)
-    below = tmp_path / "project/a/b"
-    below.mkdir(parents=True)
-    monkeypatch.chdir(below)
-    location = replicate.find_location()
-    assert (location.directory, location.is_default) == (str(tmp_path / "project"), True)
-    assert location.url == "file://%s/project/.replicate/storage" % tmp_path
+        location = replicate.find_location("file://r" if how == "argument" else None, directory)
+        assert location.url == wanted
+        assert location.directory == str(project / "sub" if directory and how != "configuration" else project)
 
 
 def test_file_urls_are_made_absolute(project, monkeypatch):
@@ -1428,64 +1315,30 @@ def test_the_flat_reader_leaves_control_characters_to_yaml(mark):
         assert replicate.read_flat_yaml(text) is None
 
 
-def make_storage(tmp_path):
+@pytest.fixture
+def storage(tmp_path):
     return replicate.DiskStorage(str(tmp_path / "store"))
 
 
-def test_disk_storage_writes_lists_reads_and_deletes(tmp_path):
-    storage = make_storage(tmp_path)
-    storage.prepare()
-    assert list(storage.list("metadata/experiments/")) == []
-    storage.write("a/b/one", b"0123456789")
-    storage.write("a/b/two", b"")
-    storage.write("a/three", b"x")
-    assert {entry.key: entry.size for entry in storage.list("a/b/")} == {"a/b/one": 10, "a/b/two": 0}
-    assert [entry.name for entry in storage.list("a/")] == ["three"]
-    assert storage.read("a/b/one") == b"0123456789"
-    for start, end, wanted in [(0, None, b"0123456789"), (3, None, b"3456789"), (3, 5, b"34"), (0, 0, b""), (8, 99, b"89"),
-                               (20, 30, b"")]:
-        with storage.open("a/b/one", start, end) as stream:
-            assert stream.read() == wanted
-        with storage.open("a/b/one", start, end) as stream:
-            assert b"".join(iter(lambda: stream.read(1), b"")) == wanted
-    entry = storage.stat("a/b/one")
-    storage.write("a/b/one", b"abcdefghij")
-    assert storage.stat("a/b/one").version != entry.version and storage.stat("a/b/one").size == 10
-    storage.delete(["a/b/one", "a/b/missing", "a/three/nonsense", "a/three"])
-    assert tree(tmp_path / "store") == {"a/b/two": b""}
-    for use in (storage.read, storage.stat, storage.open):
-        with pytest.raises(replicate.DoesNotExist, match="a/b/one"):
-            use("a/b/one")
-
-
-def test_disk_storage_never_shows_half_a_write(tmp_path):
+def test_disk_storage_never_shows_half_a_write(storage, training):
     """A reader in another process sees the old content or the new one, whole."""
-    storage = make_storage(tmp_path)
     storage.write("x", b"a" * 300000)
-    reader = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
-        import sys, replicate
-        storage = replicate.DiskStorage(sys.argv[1])
-        seen = set()
+    reader = training("""
+        storage = replicate.DiskStorage(os.environ["ROOT"])
         print("ready", flush=True)
-        while True:
+        data = b""
+        while data[:1] != b"z":
             data = storage.read("x")
             assert len(data) == 300000 and len(set(data)) == 1, len(data)
-            seen.add(data[:1])
-            if data[:1] == b"z":
-                print(len(seen))
-                break
-    """), storage.root], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert reader.stdout.readline() == b"ready\n"
+        """, env={"ROOT": storage.root})
+    reader.expect("ready")
     for letter in (b"bcdefghijklmnopqrstuvwxy" * 4) + b"z":
         storage.write("x", bytes([letter]) * 300000)
-    out, err = reader.communicate(timeout=60)
-    assert reader.returncode == 0, err
-    assert int(out) >= 1
+    reader.end()
     assert sorted(tree(storage.root)) == ["x"]
 
 
-def test_disk_storage_leaves_nothing_behind_where_a_write_fails(tmp_path):
-    storage = make_storage(tmp_path)
+def test_disk_storage_leaves_nothing_behind_where_a_write_fails(storage, tmp_path):
     storage.write("a/doc", b"old")
     (tmp_path / "store/a/dir/inner").mkdir(parents=True)
     with pytest.raises(replicate.WriteError, match="a/dir"):
@@ -1497,8 +1350,7 @@ def test_disk_storage_leaves_nothing_behind_where_a_write_fails(tmp_path):
         storage.delete(["a/dir"])
 
 
-def test_a_full_disk_leaves_the_old_content(tmp_path):
-    storage = make_storage(tmp_path)
+def test_a_full_disk_leaves_the_old_content(storage):
     storage.write("doc.json", b"old")
     done = run_script("""
         import resource, signal, sys, replicate
@@ -1526,44 +1378,24 @@ def test_a_repository_that_cannot_be_made_is_a_write_error(tmp_path):
             replicate.DiskStorage(str(root)).update("x", lambda old: b"new")
 
 
-def test_disk_storage_does_not_hang_on_a_fifo_or_fall_over_a_directory(tmp_path):
-    storage = make_storage(tmp_path)
+def test_disk_storage_refuses_to_read_a_fifo_or_a_directory_and_leaves_no_file_open(storage):
     storage.write("metadata/experiments/good.json", b"{}")
-    os.mkfifo(str(tmp_path / "store/metadata/experiments/fifo.json"))
-    (tmp_path / "store/metadata/experiments/directory.json").mkdir()
-    os.symlink("nowhere", str(tmp_path / "store/metadata/experiments/dangling.json"))
+    folder = Path(storage.path("metadata/experiments"))
+    os.mkfifo(str(folder / "fifo.json"))
+    (folder / "directory.json").mkdir()
+    os.symlink("nowhere", str(folder / "dangling.json"))
     assert sorted(entry.name for entry in storage.list("metadata/experiments/")) == ["fifo.json", "good.json"]
-    for name in ("fifo.json", "directory.json"):
+    descriptors = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    before = len(os.listdir(descriptors))
+    for name in ("fifo.json", "directory.json") * 5:
         with pytest.raises(replicate.ReadError, match=name):
             storage.read("metadata/experiments/" + name)
+    assert len(os.listdir(descriptors)) == before
     with pytest.raises(replicate.DoesNotExist):
         storage.read("metadata/experiments/dangling.json")
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-def test_a_refused_read_leaves_no_file_open(tmp_path):
-    storage = make_storage(tmp_path)
-    (tmp_path / "store/directory").mkdir(parents=True)
-    os.mkfifo(str(tmp_path / "store/fifo"))
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
-        for name in ("directory", "fifo"):
-            with pytest.raises(replicate.ReadError):
-                storage.read(name)
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_updates_change_add_and_leave(tmp_path):
-    storage = make_storage(tmp_path)
-    storage.update("d/x", lambda old: b"first" if old is None else pytest.fail("there is none"))
-    storage.update("d/x", lambda old: old + b" second")
-    assert storage.read("d/x") == b"first second"
-    storage.update("d/x", lambda old: None)
-    assert tree(storage.root) == {"d/x": b"first second"}
-
-
-def test_updates_of_two_processes_lose_nothing(tmp_path):
-    storage = make_storage(tmp_path)
+def test_updates_of_two_processes_lose_nothing(storage):
     source = """
         import sys, replicate
         storage = replicate.DiskStorage(sys.argv[1])
@@ -1577,71 +1409,47 @@ def test_updates_of_two_processes_lose_nothing(tmp_path):
     assert sorted(tree(storage.root)) == ["count"]
 
 
-def test_a_file_lock_holds_between_processes_and_dies_with_its_holder(tmp_path):
+def test_a_file_lock_holds_between_processes_and_dies_with_its_holder(tmp_path, training):
     path = str(tmp_path / "x.lock")
-    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
-        import sys, time, replicate
-        lock = replicate.FileLock(sys.argv[1])
+    holder = training("""
+        lock = replicate.FileLock(os.environ["LOCK"])
         assert lock.acquire()
-        print("held", flush=True)
-        time.sleep(100)
-    """), path], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout.readline() == b"held\n"
-        lock = replicate.FileLock(path)
-        assert lock.acquire(wait=False) is False
-        holder.kill()
-        holder.wait()
-        assert lock.acquire(wait=True) is True
-        assert replicate.FileLock(path).acquire(wait=False) is False
-        lock.release()
-        assert not os.path.exists(path)
-        with replicate.FileLock(path):
-            assert os.path.exists(path)
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-
-
-HOLDING = """
-    import os, signal, sys, replicate
-    storage = replicate.DiskStorage(sys.argv[1])
-    def stop(*ignored):
-        print("here", flush=True)
-        sys.stdin.readline()
-    def write(file):
-        file.write(b"x" * 1000)
-        stop()
-    if sys.argv[2] == "written":
-        storage.create("checkpoints/x", write)
-    else:
-        storage.update("metadata/experiments/x", stop)
-"""
+        wait("held")
+        """, env={"LOCK": path})
+    holder.expect("held")
+    lock = replicate.FileLock(path)
+    assert lock.acquire(wait=False) is False
+    holder.kill()
+    assert lock.acquire(wait=True) is True
+    assert replicate.FileLock(path).acquire(wait=False) is False
+    lock.release()
+    assert not os.path.exists(path)
+    with replicate.FileLock(path):
+        assert os.path.exists(path)
 
 
 @pytest.mark.parametrize("what", ["written", "updated"])
-def test_what_a_killed_process_left_goes_at_once_and_what_a_live_one_uses_stays(tmp_path, what):
-    storage = make_storage(tmp_path)
-    script = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HOLDING), storage.root, what], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
-    try:
-        assert script.stdout.readline() == b"here\n"
-        left = list(tree(storage.root))
-        assert len(left) == 1 and left[0].startswith("tmp/x.")
-        os.utime(storage.path(left[0]), (time.time() - 2 * 86400,) * 2)  # however long it takes
-        storage.prepare()
-        assert list(tree(storage.root)) == left
-    finally:
-        script.kill()
-        script.communicate()
+def test_what_a_killed_process_left_goes_at_once_and_what_a_live_one_uses_stays(storage, training, what):
+    script = training("""
+        storage = replicate.DiskStorage(os.environ["ROOT"])
+        if os.environ["WHAT"] == "written":
+            storage.create("checkpoints/x", lambda file: (file.write(b"x" * 1000), wait("here")))
+        else:
+            storage.update("metadata/experiments/x", lambda old: wait("here"))
+        """, env={"ROOT": storage.root, "WHAT": what})
+    script.expect("here")
+    left = list(tree(storage.root))
+    assert len(left) == 1 and left[0].startswith("tmp/x.")
+    os.utime(storage.path(left[0]), (time.time() - 2 * 86400,) * 2)  # however long it takes
+    storage.prepare()
+    assert list(tree(storage.root)) == left
+    script.kill()
     storage.prepare()
     assert tree(storage.root) == {}
 
 
-def test_only_what_nobody_holds_is_removed_from_tmp(tmp_path, monkeypatch):
+def test_only_what_nobody_holds_is_removed_from_tmp(storage, tmp_path, monkeypatch):
     """Older versions did not lock what they were writing, and some file systems have no locks: there, a day decides."""
-    storage = make_storage(tmp_path)
     names = ["tmp/a", "tmp/b", "tmp/a.part", "tmp/b.part", "tmp/a.lock", "tmp/b.lock"]
 
     def left():
@@ -1659,10 +1467,9 @@ def test_only_what_nobody_holds_is_removed_from_tmp(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["created", "locked", "written", "renamed"])
-def test_removing_leftovers_never_takes_a_file_in_use(tmp_path, monkeypatch, moment):
+def test_removing_leftovers_never_takes_a_file_in_use(storage, monkeypatch, moment):
     """Another process removes leftovers just then, or has opened the file before it is renamed, and locks it after that."""
-    storage, other = make_storage(tmp_path), make_storage(tmp_path)
-    real, seen = replicate.lock_descriptor, []
+    other, real, seen = replicate.DiskStorage(storage.root), replicate.lock_descriptor, []
 
     def lock(descriptor, wait):
         seen.append(descriptor)
@@ -1779,7 +1586,6 @@ def test_what_waits_to_be_uploaded_is_private(s3_bucket, project, umask):
 
 CLOUD_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
               "AWS_EC2_METADATA_DISABLED": "true", "GOOGLE_CLOUD_PROJECT": "test"}
-PEER_DIRECTORY = os.environ.get("REPLICATE_PEER")  # before the fixture `sealed` hides it
 
 
 class WireRequest:
@@ -1936,15 +1742,7 @@ class WireProxy:
 
     def handle(self, handler):
         length = int(handler.headers.get("Content-Length") or 0)
-        if handler.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            body = b""
-            while True:
-                size = int(handler.rfile.readline().split(b";")[0], 16)
-                body += handler.rfile.read(size)
-                handler.rfile.readline()
-                if not size:
-                    break
-        elif self.sink and length > 1 << 20:
+        if self.sink and length > 1 << 20:
             body, left = b"", length
             while left:
                 left -= len(handler.rfile.read(min(left, 1 << 18)))
@@ -2005,10 +1803,18 @@ class WireProxy:
                 handler.wfile.write(body[:cut])
                 request.served = cut
                 handler.wfile.flush()
-                time.sleep(0.05)  # a reset throws away what the other side has not read yet
+                self._await_delivery(handler.connection)
                 raise WireCut
             handler.wfile.write(body)
             request.served = len(body)
+
+    @staticmethod
+    def _await_delivery(connection):
+        """Wait until all that was sent has arrived: a reset throws the rest away."""
+        import fcntl
+        import termios
+        with contextlib.suppress(OSError):
+            until(lambda: not any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))), 10)
 
     def _serve(self, handler, request):
         """The local file of `source`, or a range of it, without holding it."""
@@ -2140,7 +1946,7 @@ class Shelf(WireProxy):
         self.objects = {}
         super().__init__(None)
 
-    def store(self, key, data, age=60.0):
+    def put(self, key, data, age=60.0):
         self.objects[key] = (data, hashlib.md5(data).hexdigest(), time.time() - age)
 
     def forward(self, request, target=None):
@@ -2148,13 +1954,12 @@ class Shelf(WireProxy):
             if request.kind == "LIST":
                 return 200, {"Content-Type": "application/xml"}, self._list(request.query)
             if request.kind == "DELETE":
-                keys = re.findall(r"<Key>([^<]*)</Key>", request.body.decode()) or [request.key]
-                request.deleted = keys
-                for key in keys:
+                request.deleted = re.findall(r"<Key>([^<]*)</Key>", request.body.decode()) or [request.key]
+                for key in request.deleted:
                     self.objects.pop(key, None)
                 return 200, {}, b"<DeleteResult></DeleteResult>"
             if request.kind == "PUT":
-                self.store(request.key, request.body, 0)
+                self.put(request.key, request.body, 0)
                 return 200, {"ETag": '"%s"' % self.objects[request.key][1]}, b""
             if request.kind not in ("GET", "HEAD"):
                 return 200, {}, b""
@@ -2176,14 +1981,16 @@ class Shelf(WireProxy):
         after = max(query.get("start-after", ""), query.get("continuation-token", ""))
         names = sorted(name for name in self.objects if name.startswith(query.get("prefix", "")) and name > after)
         limit = int(query.get("max-keys") or 1000)
-        stamp = lambda moment: datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")  # noqa: E731
-        rows = "".join("<Contents><Key>%s</Key><LastModified>%s</LastModified><ETag>&quot;%s&quot;</ETag><Size>%d</Size></Contents>" % (
-            xml.sax.saxutils.escape(name), stamp(self.objects[name][2]), self.objects[name][1], len(self.objects[name][0]))
-            for name in names[:limit])
-        more = "<IsTruncated>%s</IsTruncated>" % ("true" if len(names) > limit else "false")
+        rows = []
+        for name in names[:limit]:
+            data, tag, modified = self.objects[name]
+            moment = datetime.datetime.fromtimestamp(modified, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+            rows.append("<Contents><Key>%s</Key><LastModified>%s</LastModified><ETag>&quot;%s&quot;</ETag><Size>%d</Size></Contents>" % (
+                xml.sax.saxutils.escape(name), moment, tag, len(data)))
         if len(names) > limit:
-            more += "<NextContinuationToken>%s</NextContinuationToken>" % xml.sax.saxutils.escape(names[limit - 1])
-        return ("<ListBucketResult><Name>b</Name>%s%s</ListBucketResult>" % (more, rows)).encode()
+            rows.append("<IsTruncated>true</IsTruncated><NextContinuationToken>%s</NextContinuationToken>" % (
+                xml.sax.saxutils.escape(names[limit - 1])))
+        return ("<ListBucketResult><Name>b</Name>%s</ListBucketResult>" % "".join(rows)).encode()
 
 
 def free_port():
@@ -2208,24 +2015,26 @@ def start_server(*arguments):
     pytest.fail("The server %s does not start" % arguments[0])
 
 
+def served(*arguments):
+    """The port of a server for as long as the session lasts."""
+    process, port = start_server(*arguments)
+    yield port
+    process.kill()
+    process.wait()
+
+
 @pytest.fixture(scope="session")
 def s3_server():
     pytest.importorskip("boto3")
     pytest.importorskip("moto")
-    process, port = start_server("moto.server", "-H", "127.0.0.1", "-p", "PORT")
-    yield port
-    process.kill()
-    process.wait()
+    yield from served("moto.server", "-H", "127.0.0.1", "-p", "PORT")
 
 
 @pytest.fixture(scope="session")
 def gs_server():
     pytest.importorskip("google.cloud.storage")
     pytest.importorskip("gcp_storage_emulator")
-    process, port = start_server("gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory")
-    yield port
-    process.kill()
-    process.wait()
+    yield from served("gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory")
 
 
 @pytest.fixture(scope="session")
@@ -2234,6 +2043,22 @@ def s3_client(s3_server):
     import boto3
     return boto3.session.Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1").client(
         "s3", endpoint_url="http://127.0.0.1:%d" % s3_server)
+
+
+@pytest.fixture(scope="session")
+def gs_client(gs_server):
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud.storage import Client
+    return Client("test", AnonymousCredentials(), client_options={"api_endpoint": "http://127.0.0.1:%d" % gs_server})
+
+
+def document_key(item_id):
+    return "metadata/experiments/%s.json" % item_id
+
+
+def put_documents(place, *documents):
+    for document in documents:
+        place.put(document_key(document["id"]), json.dumps(document).encode())
 
 
 class Place:
@@ -2245,7 +2070,7 @@ class Place:
         self.url, self.root = url, root
 
     def document(self, item_id):
-        return json.loads(self.get("metadata/experiments/%s.json" % item_id).decode())
+        return json.loads(self.get(document_key(item_id)).decode())
 
     def documents(self):
         return [json.loads(self.get(key).decode()) for key in self.keys() if key.startswith("metadata/experiments/")]
@@ -2255,6 +2080,14 @@ class Place:
         found = [(item["id"], item["step"]) for document in self.documents() for item in document["checkpoints"] or ()]
         assert len(dict(found)) == len(found), "a checkpoint is there twice"
         return dict(found)
+
+    def steps(self):
+        """The steps of all checkpoints; each that save() has made has its own file."""
+        for document in self.documents():
+            for item in document["checkpoints"]:
+                if item["path"] == "model.bin":
+                    assert self.files("checkpoints", item["id"])["model.bin"].startswith(b"step %d" % item["step"])
+        return sorted(self.checkpoints().values())
 
     def files(self, kind, item_id):
         """{name: content} of an archive."""
@@ -2306,50 +2139,28 @@ class S3Place(Place):
         self.client.delete_object(Bucket=self.bucket, Key=self.root + key)
 
 
-class GSPlace(Place):
-    def __init__(self, url, bucket, root, port, proxy):
-        super().__init__(url, root)
-        self.bucket, self.port, self.proxy = bucket, port, proxy
-
-    def _request(self, method, target, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, target, body, {"Content-Type": "application/json" if target == "/storage/v1/b" else
-                                                  "application/octet-stream", "Connection": "close"})
-        answer = connection.getresponse()
-        data = answer.read()
-        connection.close()
-        if answer.status == 404:
-            raise KeyError(target)
-        assert answer.status < 300, (target, data)
-        return data
-
-    def _object(self, key):
-        return "/storage/v1/b/%s/o/%s" % (self.bucket, urllib.parse.quote(self.root + key, ""))
+class GSPlace(S3Place):
+    def _blob(self, key):
+        return self.client.bucket(self.bucket).blob(self.root + key)
 
     def create(self):
-        self._request("POST", "/storage/v1/b", json.dumps({"name": self.bucket}))
+        self.client.create_bucket(self.bucket)
 
     def exists(self):
-        try:
-            return bool(self._request("GET", "/storage/v1/b/" + self.bucket))
-        except KeyError:
-            return False
+        return self.client.bucket(self.bucket).exists()
 
     def keys(self):
-        if not self.exists():
-            return []
-        found = json.loads(self._request("GET", "/storage/v1/b/%s/o" % self.bucket)).get("items") or []
-        return sorted(item["name"][len(self.root):] for item in found if item["name"].startswith(self.root))
+        return sorted(blob.name[len(self.root):] for blob in self.client.list_blobs(self.bucket, prefix=self.root)
+                      ) if self.exists() else []
 
     def get(self, key):
-        return self._request("GET", self._object(key) + "?alt=media")
+        return self._blob(key).download_as_bytes()
 
     def put(self, key, data):
-        self._request("POST", "/upload/storage/v1/b/%s/o?uploadType=media&name=%s" % (
-            self.bucket, urllib.parse.quote(self.root + key, "")), data)
+        self._blob(key).upload_from_string(data, "application/octet-stream")
 
     def remove(self, key):
-        self._request("DELETE", self._object(key))
+        self._blob(key).delete()
 
 
 @pytest.fixture
@@ -2357,55 +2168,45 @@ def new_place(request, tmp_path, monkeypatch):
     """new_place("s3") makes a place with a bucket of its own (not created yet) behind a proxy of its own."""
     places = []
 
-    def make(kind, proxy=None):
+    def make(kind):
         name = "t" + uuid.uuid4().hex[:20]
         if kind == "file":
-            places.append(DiskPlace("file://%s" % (tmp_path / name), str(tmp_path / name)))
-            return places[-1]
+            return DiskPlace("file://%s" % (tmp_path / name), str(tmp_path / name))
         for variable, value in CLOUD_KEYS.items():
             monkeypatch.setenv(variable, value)
-        scheme, _, root = kind.partition("/")
-        url = "%s://%s%s" % (scheme, name, "/" + root if root else "")
-        root = root + "/" if root else ""
-        if scheme == "s3":
-            client = request.getfixturevalue("s3_client")
-            proxy = proxy or WireProxy(request.getfixturevalue("s3_server"))
-            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-            places.append(S3Place(url, name, root, client, proxy))
-        else:
-            port = request.getfixturevalue("gs_server")
-            proxy = proxy or WireProxy(port)
-            monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.address)
-            places.append(GSPlace(url, name, root, port, proxy))
+        scheme, slash, root = kind.partition("/")
+        client = request.getfixturevalue(scheme + "_client")
+        proxy = WireProxy(request.getfixturevalue(scheme + "_server"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST", proxy.address)
+        places.append((S3Place if scheme == "s3" else GSPlace)(
+            "%s://%s%s%s" % (scheme, name, slash, root), name, root and root + "/", client, proxy))
         return places[-1]
 
     yield make
     replicate.stop_all()
     for place in places:
-        if place.proxy:
-            place.proxy.close()
+        place.proxy.close()
+
+
+def used_by(project, place):
+    (project / "replicate.yaml").write_text("repository: %s\n" % place.url)
+    return place
 
 
 @pytest.fixture(params=["file", "s3", "s3/deep/root", "gs"])
 def place(request, new_place, project):
     """A repository on disk and on each kind of bucket; the project uses it."""
-    made = new_place(request.param)
-    (project / "replicate.yaml").write_text("repository: %s\n" % made.url)
-    return made
+    return used_by(project, new_place(request.param))
 
 
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request, new_place, project):
-    made = new_place(request.param)
-    (project / "replicate.yaml").write_text("repository: %s\n" % made.url)
-    return made
+    return used_by(project, new_place(request.param))
 
 
 @pytest.fixture
 def s3_bucket(new_place, project):
-    made = new_place("s3")
-    (project / "replicate.yaml").write_text("repository: %s\n" % made.url)
-    return made
+    return used_by(project, new_place("s3"))
 
 
 @pytest.fixture
@@ -2543,22 +2344,11 @@ def one_message(text):
     return lines[0][len("═══╡ "):]
 
 
-def archive_bytes(item_id, files):
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo("%s/%s" % (item_id, name))
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return stream.getvalue()
-
-
 def furnish(place, *documents, archives=()):
     """Put documents and archives into a place, without the program under test; archives: (kind, ID, {name: content})."""
     place.create()
     place.put("repository.json", b'{"version":1}')
-    for document in documents:
-        place.put("metadata/experiments/%s.json" % document["id"], json.dumps(document).encode())
+    put_documents(place, *documents)
     for kind, item_id, files in archives:
         place.put("%s/%s.tar.gz" % (kind, item_id), archive_bytes(item_id, files))
 
@@ -2582,13 +2372,10 @@ def sample(place):
 def test_storage_primitives(place, tmp_path):
     storage = replicate.open_storage(place.url)
     storage.prepare()
-    assert [key for key in place.keys()] == []  # the probe is gone
-    with pytest.raises(replicate.DoesNotExist):
-        storage.read("a/missing")
-    with pytest.raises(replicate.DoesNotExist):
-        storage.stat("a/missing")
-    with pytest.raises(replicate.DoesNotExist):
-        storage.open("a/missing").read(1)
+    assert place.keys() == []  # the probe is gone
+    for use in (storage.read, storage.stat, lambda key: storage.open(key).read(1)):
+        with pytest.raises(replicate.DoesNotExist, match="a/missing"):
+            use("a/missing")
     assert list(storage.list("a/")) == []
     data = bytes(range(256)) * 40
     storage.write("a/ünï \"x\"+y.json", data)
@@ -2606,6 +2393,10 @@ def test_storage_primitives(place, tmp_path):
     for start, end in [(0, 10), (5, 5), (100, 10240), (10239, 10240), (7, None), (0, None), (10000, 99999)]:
         with storage.open(entry.key, start, end, entry) as stream:
             assert stream.read() == data[start:end]
+    with storage.open(entry.key, 10200, 99999) as stream:
+        assert b"".join(iter(lambda: stream.read(1), b"")) == data[10200:]
+    if place.proxy is None:
+        assert storage.open(entry.key, 20000, 30000).read() == b""
     with storage.open(entry.key, 3, 1000) as stream:
         assert replicate.read_fully(stream, 500) + replicate.read_fully(stream, 497) == data[3:1000] and stream.read(10) == b""
     storage.write(entry.key, b"other")
@@ -2620,38 +2411,24 @@ def test_storage_primitives(place, tmp_path):
         counts = []
         storage.upload("checkpoints/big", str(tmp_path / "big"), counts.append)
         assert sum(counts) == size and place.get("checkpoints/big") == (tmp_path / "big").read_bytes()
-    storage.delete(["a/empty", "missing", "a/missing too", entry.key])
+    if place.proxy:
+        parts = [int(request.headers["Content-Length"]) for request in place.proxy.seen("PART")]
+        assert len(parts) == 2 + 3 and max(parts) == 8 << 20
+    storage.delete(["a/empty", "missing", "a/missing too", "ab/nonsense", entry.key])
     storage.delete([])
     assert place.keys() == ["a/deeper/not listed", "ab", "checkpoints/big", "n"]
-
-
-def test_large_files_go_in_parts(bucket, tmp_path):
-    storage = replicate.open_storage(bucket.url)
-    storage.prepare()
-    (tmp_path / "big").write_bytes(bytes(20 << 20))
-    storage.upload("big", str(tmp_path / "big"))
-    parts = bucket.proxy.seen("PART")
-    assert len(parts) == 3 and max(int(part.headers["Content-Length"]) for part in parts) == 8 << 20
 
 
 def test_concurrent_updates_lose_nothing(place, hasty):
     storages = [replicate.open_storage(place.url) for _ in range(4)]
     storages[0].prepare()
-    failures = []
 
     def work(number):
-        try:
-            for step in range(6):
-                storages[number].update("list", lambda old: (old or b"") + b"%d.%d " % (number, step))  # noqa: B023
-        except Exception as error:
-            failures.append(error)
+        for step in range(6):
+            storages[number].update("list", lambda old: (old or b"") + b"%d.%d " % (number, step))  # noqa: B023
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
     assert sorted(place.get("list").split()) == sorted(b"%d.%d" % (number, step) for number in range(4) for step in range(6))
 
 
@@ -2731,32 +2508,20 @@ def test_deleting_while_recording_leaves_nothing(bucket, project):
     until(lambda: "replicate-packer" not in [thread.name for thread in set(threading.enumerate()) - before])
 
 
-def test_the_peer_reads_what_we_write_to_a_bucket(new_place, project, tmp_path):
-    if not PEER_DIRECTORY or not os.path.exists(os.path.join(PEER_DIRECTORY, "bin/keepsake")):
-        pytest.skip("REPLICATE_PEER names no virtual environment with keepsake 0.4.2")
-    place = new_place("gs")
+def test_the_peer_reads_what_we_write_to_a_bucket(peer, new_place, project, tmp_path):
+    place = used_by(project, new_place("gs"))
     (project / "keepsake.yaml").write_text("repository: %s\n" % place.url)
-    (project / "replicate.yaml").write_text("repository: %s\n" % place.url)
     (project / "train.py").write_text("print(1)")
+    (project / "weights").write_bytes(os.urandom(300000))
     with replicate.init(path="train.py", params={"lr": 0.5}, quiet=True) as experiment:
-        (project / "weights").write_bytes(os.urandom(300000))
         checkpoint = experiment.checkpoint(path="weights", step=7, metrics={"loss": 0.25}, primary_metric=("loss", "minimize"), quiet=True)
-    for number in range(110):  # enough for an index object
-        document = experiment_document("%064x" % number)
-        place.put("metadata/experiments/%s.json" % document["id"], json.dumps(document).encode())
+    put_documents(place, *[experiment_document("%064x" % number) for number in range(110)])  # enough for an index object
     assert run("ls", "-q").returncode == 0
     assert [key for key in place.keys() if key.startswith("index/")]
-
-    def peer(*arguments):
-        done = subprocess.run([os.path.join(PEER_DIRECTORY, "bin/keepsake"), *arguments], capture_output=True, text=True, timeout=120,
-                              stdin=subprocess.DEVNULL, env=dict(os.environ, NO_COLOR="1"))
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    peer("analytics", "off")
-    assert len(peer("ls", "-q").split()) == 111 and experiment.id in peer("ls", "-q")
-    assert "loss:" in peer("show", checkpoint.id) and "lr:" in peer("show", experiment.id)
-    peer("checkout", "-f", checkpoint.id, "-o", str(tmp_path / "theirs"))
+    listed = peer("ls", "-q").stdout.split()
+    assert len(listed) == 111 and experiment.id in listed
+    assert "loss:" in peer("show", checkpoint.id).stdout and "lr:" in peer("show", experiment.id).stdout
+    peer("checkout", "-f", checkpoint.id, "-o", tmp_path / "theirs")
     assert tree(tmp_path / "theirs") == {"train.py": b"print(1)", "weights": (project / "weights").read_bytes()}
 
 
@@ -2801,27 +2566,60 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training):
     script.go()
     errors = script.end()
     assert errors.count("Recording continues") == 1 and errors.count("can be reached again") == 1, errors
-    assert sorted(bucket.checkpoints().values()) == [0, 1, 2, 3, 4]
-    for item, step in bucket.checkpoints().items():
-        assert step == 4 or bucket.files("checkpoints", item)["model.bin"].startswith(b"step %d" % step)
-    assert pending_leftovers(project) == []
+    assert bucket.steps() == [0, 1, 2, 3, 4] and pending_leftovers(project) == []
     assert not [key for key in bucket.keys() if key.startswith("metadata/heartbeats")]
+
+
+def is_upload(request):
+    """Whether a request uploads a checkpoint's files, or a part of them."""
+    return request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key
 
 
 def stalled_archives(proxy, count):
     """Let `count` uploads of checkpoint archives through, then let the next ones hang; the list grows as they do."""
-    held, seen = [], []
+    held, seen = [], set()
 
     def rule(request):
-        if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key:
-            seen.append(request.key)
-            if len(set(seen)) > count:
+        if is_upload(request):
+            seen.add(request.key)
+            if len(seen) > count:
                 held.append(request.key)
                 return "stall"
         return None
 
     proxy.rule = rule
     return held
+
+
+def once(proxy, when, action):
+    """The first request for which when(request) holds gets this action, and goes into the list."""
+    hit = []
+
+    def rule(request):
+        if hit or not when(request):
+            return None
+        hit.append(request)
+        return action
+
+    proxy.rule = rule
+    return hit
+
+
+def mend(proxy):
+    """Let the store work again."""
+    proxy.rule = lambda request: None
+    proxy.release()
+    if not proxy.server:
+        proxy.up()
+
+
+def push_the_rest(place, project, steps):
+    """With a working store all is pushed that was left: these steps are there, and nothing waits any more."""
+    mend(place.proxy)
+    done = run("push")
+    assert done.returncode == 0, done.stderr
+    assert place.steps() == steps and pending_leftovers(project) == []
+    return done.stderr
 
 
 KILLED = """
@@ -2831,6 +2629,24 @@ KILLED = """
     wait("saved")
     """
 
+SAVES_ONCE = """
+    experiment = replicate.init(quiet=True)
+    wait(experiment.id)
+    save(1)
+    wait("saved")
+    """
+
+
+def record_offline(script, place, project, rule):
+    """Let a script that is like SAVES_ONCE come to its "saved" while the place obeys the rule; returns the experiment's ID."""
+    item = script.lines.get(timeout=60)
+    until(place.documents)
+    place.proxy.rule = rule
+    script.go()
+    script.expect("saved")
+    until(lambda: [document for document in pending_documents(project) if document["checkpoints"]])
+    return item
+
 
 @pytest.mark.parametrize("by", ["push", "the next run"])
 def test_what_a_killed_process_left_is_sent(bucket, project, training, by):
@@ -2839,29 +2655,27 @@ def test_what_a_killed_process_left_is_sent(bucket, project, training, by):
     script.expect("saved")
     until(lambda: held)
     script.kill()
-    bucket.proxy.release()
-    bucket.proxy.rule = lambda request: None
-    before = pending_documents(project)
-    assert len(before) == 1
-    if by == "push":
-        done = run("push")
-        assert done.returncode == 0 and "Uploaded 1 experiment" in done.stderr, done.stderr
-    else:
+    (before,) = pending_documents(project)
+    mend(bucket.proxy)
+    if by == "the next run":
         run_script(HASTY + "replicate.init(quiet=True).stop()")
-    (document,) = [item for item in bucket.documents() if item["id"] == before[0]["id"]]
-    assert sorted(item["step"] for item in document["checkpoints"]) == list(range(6)) == sorted(bucket.checkpoints().values())
-    for item in document["checkpoints"]:
-        assert bucket.files("checkpoints", item["id"])["model.bin"].startswith(b"step %d" % item["step"])
+    said = push_the_rest(bucket, project, list(range(6)))
+    assert ("Uploaded 1 experiment" if by == "push" else "Nothing is waiting") in said
+    document = bucket.document(before["id"])
+    assert sorted(item["step"] for item in document["checkpoints"]) == list(range(6))
     assert "replicate.yaml" in bucket.files("experiments", document["id"]) and "replicate_sent" not in document
-    assert pending_leftovers(project) == []
     assert "Nothing is waiting" in run("push").stderr
 
 
-def test_a_push_that_is_interrupted_can_be_run_again(bucket, project, training):
-    bucket.proxy.rule = lambda request: "reset" if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key else None
+def test_a_push_that_is_refused_or_interrupted_can_be_run_again(bucket, project, training):
+    bucket.proxy.rule = lambda request: "reset" if is_upload(request) else None
     script = training(KILLED)
     script.expect("saved")
     script.kill()
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request) if is_upload(request) else None
+    done = run("push")
+    assert done.returncode == 1 and "You may not do that" in done.stderr and "Traceback" not in done.stderr
+    assert len(pending_documents(project)[0]["checkpoints"]) == 6
     held = stalled_archives(bucket.proxy, 2)
     push = subprocess.Popen([sys.executable, str(PROGRAM), "push"], stderr=subprocess.PIPE, universal_newlines=True)
     until(lambda: held)
@@ -2869,26 +2683,9 @@ def test_a_push_that_is_interrupted_can_be_run_again(bucket, project, training):
     _, errors = push.communicate(timeout=30)
     assert push.returncode == 130 and "Traceback" not in errors, errors
     assert not [item for item in bucket.documents() if item["checkpoints"]]  # a document names only what is there
-    bucket.proxy.release()
-    bucket.proxy.rule = lambda request: None
     bucket.proxy.clear()
-    done = run("push")
-    assert done.returncode == 0 and "Uploaded 1 experiment and 6 checkpoints" in done.stderr, done.stderr
-    assert sorted(bucket.checkpoints().values()) == list(range(6)) and pending_leftovers(project) == []
+    assert "Uploaded 1 experiment and 6 checkpoints" in push_the_rest(bucket, project, list(range(6)))
     assert len({request.key for request in bucket.proxy.seen("PUT", "checkpoints/")}) <= 5  # what was there is not sent again
-    for item in bucket.checkpoints():
-        bucket.files("checkpoints", item)
-
-
-def test_push_says_how_far_it_came(s3_bucket, project, training):
-    s3_bucket.proxy.rule = lambda request: "reset" if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key else None
-    script = training(KILLED)
-    script.expect("saved")
-    script.kill()
-    s3_bucket.proxy.rule = lambda request: s3_bucket.proxy.refusal(request) if "checkpoints/" in request.key and request.kind == "PUT" else None
-    done = run("push")
-    assert done.returncode == 1 and "You may not do that" in done.stderr and "Traceback" not in done.stderr
-    assert len(pending_documents(project)[0]["checkpoints"]) == 6
 
 
 @pytest.mark.parametrize("source, target", [("file", "s3"), ("s3/deep", "file"), ("s3", "gs/root")])
@@ -2897,8 +2694,7 @@ def test_push_from_copies_between_repositories(new_place, project, source, targe
     sample(here)
     assert run("push", "--from", here.url, "2e", "-R", there.url).returncode == 0
     assert [item["id"] for item in there.documents()] == [hex_id("2e")]
-    there.put("metadata/experiments/%s.json" % hex_id("2e"), json.dumps(experiment_document(hex_id("2e"), checkpoints=[
-        checkpoint_document(hex_id("9c"), step=99)])).encode())
+    put_documents(there, experiment_document(hex_id("2e"), checkpoints=[checkpoint_document(hex_id("9c"), step=99)]))
     code, _, errors = call("push", "--from", here.url, "-R", there.url)
     assert code == 0 and "Copied 2 experiments and 3 checkpoints" in errors, errors
     assert there.document(hex_id("1e")) == here.document(hex_id("1e"))
@@ -2936,14 +2732,15 @@ def test_push_leaves_what_a_live_process_records(s3_bucket, project, training, s
     assert s3_bucket.checkpoints() == {}  # nor does another run send it
     script.kill()
     away.close()
-    done = run("push")
-    assert done.returncode == 0 and "Uploaded 1 experiment and 1 checkpoint" in done.stderr, done.stderr
-    assert list(s3_bucket.checkpoints().values()) == [1]
+    assert "Uploaded 1 experiment and 1 checkpoint" in push_the_rest(s3_bucket, project, [1])
+
+
+SHOWN = "replicate.Progress.show = lambda self, text: print(text, file=sys.stderr, flush=True)\n"
 
 
 @pytest.mark.parametrize("what", ["the archive", "everything"])
 def test_ctrl_c_in_the_final_upload_leaves_the_rest_pending(bucket, project, training, what):
-    script = training("""
+    script = training(SHOWN + textwrap.dedent("""
         experiment = replicate.init(quiet=True)
         wait("init")
         save(1)
@@ -2951,23 +2748,20 @@ def test_ctrl_c_in_the_final_upload_leaves_the_rest_pending(bucket, project, tra
             experiment.stop()
         except KeyboardInterrupt:
             print("raised", flush=True)
-        """)
+        """))
     script.expect("init")
-    until(lambda: bucket.documents())
+    until(bucket.documents)
     held = stalled_archives(bucket.proxy, 0)
     if what == "everything":
         inner = bucket.proxy.rule
         bucket.proxy.rule = lambda request: inner(request) or ("stall" if held else None)
     script.go()
-    until(lambda: held)
-    time.sleep(0.5)  # until it waits for nothing but the upload
+    until(lambda: held and "Uploading the last checkpoints" in script.stderr)
     script.process.send_signal(signal.SIGINT)
-    errors = script.end(timeout=15)  # long before any of the timeouts of a stalled connection
+    errors = script.end()
     assert "Not everything was uploaded" in errors and "push" in errors and "Traceback" not in errors, errors
     assert len(pending_documents(project)[0]["checkpoints"]) == 1 and not bucket.checkpoints()
-    bucket.proxy.rule = lambda request: None
-    assert run("push").returncode == 0
-    assert list(bucket.checkpoints().values()) == [1] and pending_leftovers(project) == []
+    push_the_rest(bucket, project, [1])
 
 
 @pytest.mark.parametrize("what", ["everything", "writing"])
@@ -3006,15 +2800,13 @@ def test_an_unreachable_bucket_at_init_does_not_stop_training(bucket, project, t
         errors = script.end()
         assert "Not everything was uploaded" in errors and errors.count("Recording continues") == 1, errors
         assert len(pending_documents(project)[0]["checkpoints"]) == 2
-        bucket.proxy.up()
-        assert run("push").returncode == 0
+        push_the_rest(bucket, project, [0, 1])
     else:
-        bucket.proxy.rule = lambda request: None
-        bucket.proxy.release()
+        mend(bucket.proxy)
         until(lambda: bucket.exists() and bucket.checkpoints())
         script.go()
         assert "can be reached again" in script.end()
-    assert sorted(bucket.checkpoints().values()) == [0, 1] and pending_leftovers(project) == []
+    assert bucket.steps() == [0, 1] and pending_leftovers(project) == []
 
 
 def test_an_outage_right_after_the_bucket_was_checked_does_not_stop_training(bucket, project, hasty):
@@ -3091,153 +2883,93 @@ def test_a_server_that_never_answers_is_given_up_by_the_deadline(scheme, silent_
             before = len(connections)
             with pytest.raises(replicate.Unreachable, match="%s://silent cannot be reached" % scheme):
                 use(storage)
+            until(lambda: len(connections) - before >= requests)  # noqa: B023
             assert len(connections) - before == requests, name
 
 
-def test_what_is_not_sent_when_the_process_is_terminated_stays_pending(s3_bucket, project, training):
-    script = training("""
-        replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.3, 0.3
-        experiment = replicate.init(quiet=True)
-        wait("init")
-        save(1)
-        wait("saved")
-        """)
-    script.expect("init")
-    until(lambda: s3_bucket.documents())
-    s3_bucket.proxy.rule = lambda request: "reset" if request.kind == "PUT" and "checkpoints/" in request.key else None
-    s3_bucket.proxy.clear()
-    script.go()
-    script.expect("saved")
-    until(lambda: s3_bucket.proxy.count("PUT", "checkpoints/") >= 4)
-    script.process.terminate()
-    assert "Not everything was uploaded" in script.end(code=-signal.SIGTERM)
-    assert len(pending_documents(project)[0]["checkpoints"]) == 1
-    s3_bucket.proxy.rule = lambda request: None
-    assert run("push").returncode == 0
-    for item in s3_bucket.checkpoints():
-        assert s3_bucket.files("checkpoints", item)
-    assert len(s3_bucket.checkpoints()) == 1
-
-
-@pytest.mark.parametrize("end", ["SIGTERM", "Ctrl-C", "exit"])
+@pytest.mark.parametrize("end", ["SIGTERM", "Ctrl-C", "exit", "SIGTERM in pauses"])
 def test_a_bucket_that_never_answers_does_not_hold_up_the_end(bucket, project, training, end):
-    script = training("""
-        experiment = replicate.init(quiet=True)
-        wait("init")
-        save(1)
-        wait("saved")
-        """)
-    script.expect("init")
-    until(lambda: bucket.documents())
-    bucket.proxy.rule = lambda request: "stall"
-    script.go()
-    script.expect("saved")
-    if end == "SIGTERM":
+    pauses = "replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.3, 0.3\n" * ("pauses" in end)
+    script = training(SHOWN + pauses + textwrap.dedent(SAVES_ONCE))
+    bucket.proxy.clear()
+    record_offline(script, bucket, project, (lambda request: "reset" if is_upload(request) else None) if pauses else
+                   lambda request: "stall")
+    if pauses:
+        until(lambda: len([request for request in list(bucket.proxy.requests) if is_upload(request)]) >= 4)
+    if "SIGTERM" in end:
         script.process.terminate()
     else:
         script.go()
     if end == "Ctrl-C":
-        time.sleep(1)
+        until(lambda: "Uploading the last checkpoints" in script.stderr)
         script.process.send_signal(signal.SIGINT)
-    errors = script.end(timeout=20, code=-signal.SIGTERM if end == "SIGTERM" else 0)  # 70 seconds without a common deadline
+    errors = script.end(timeout=45, code=-signal.SIGTERM if "SIGTERM" in end else 0)  # 70 seconds without a common deadline
     assert "Not everything was uploaded" in errors and "Traceback" not in errors, errors
     assert len(pending_documents(project)[0]["checkpoints"]) == 1
-    bucket.proxy.rule = lambda request: None
-    bucket.proxy.release()
-    assert run("push").returncode == 0
-    assert list(bucket.checkpoints().values()) == [1] and pending_leftovers(project) == []
+    push_the_rest(bucket, project, [1])
 
 
 @pytest.mark.parametrize("removed", ["before", "meanwhile"])
 def test_push_drops_what_waits_of_a_removed_experiment_and_says_so(bucket, project, training, removed):
-    script = training("""
-        experiment = replicate.init(quiet=True)
-        wait(experiment.id)
-        save(1)
-        save(2)
-        wait("saved")
-        """)
-    item = script.lines.get(timeout=60)
-    until(lambda: bucket.documents())
-    is_archive = lambda request: request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key
-    bucket.proxy.rule = lambda request: "reset" if is_archive(request) else None
-    script.go()
-    script.expect("saved")
-    until(lambda: [document for document in pending_documents(project) if document["checkpoints"]])
+    script = training(SAVES_ONCE.replace("save(1)", "[save(1), save(2)]"))
+    item = record_offline(script, bucket, project, lambda request: "reset" if is_upload(request) else None)
     script.kill()
     bucket.proxy.clear()
 
     def remove(request):
-        if is_archive(request) and bucket.documents():
-            bucket.remove("metadata/experiments/%s.json" % item)
+        if is_upload(request) and bucket.documents():
+            bucket.remove(document_key(item))
 
     bucket.proxy.rule = remove
     if removed == "before":
-        bucket.remove("metadata/experiments/%s.json" % item)
+        bucket.remove(document_key(item))
     done = run("push")
     assert done.returncode == 0 and "Experiment %s was removed from %s; its waiting checkpoints were dropped." % (
-        item[:7], bucket.url) in done.stderr and "Sent 0" not in done.stderr, done.stderr
+        item[:7], bucket.url) in done.stderr and "Uploaded 0" not in done.stderr, done.stderr
     assert not [key for key in bucket.keys() if "checkpoints/" in key] and pending_leftovers(project) == []
-    assert removed == "meanwhile" or not [request for request in bucket.proxy.requests if is_archive(request)]
+    assert removed == "meanwhile" or not [request for request in bucket.proxy.requests if is_upload(request)]
 
 
 def test_resuming_an_experiment_keeps_what_is_still_pending_of_it(bucket, project, hasty, training):
-    script = training("""
-        experiment = replicate.init(quiet=True)
-        wait(experiment.id)
-        save(1)
-        wait("saved")
-        """)
-    item = until(lambda: script.lines.get(timeout=60))
-    until(lambda: bucket.documents())
-    bucket.proxy.rule = lambda request: "reset" if request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key else None
-    script.go()
-    script.expect("saved")
-    until(lambda: [document for document in pending_documents(project) if document["checkpoints"]])
+    script = training(SAVES_ONCE)
+    item = record_offline(script, bucket, project, lambda request: "reset" if is_upload(request) else None)
     until(lambda: not [key for key in pending_leftovers(project) if key.endswith(".jsonl")])
     script.kill()
-    bucket.proxy.rule = lambda request: None
+    mend(bucket.proxy)
     experiment = replicate.experiments.get(item)
     experiment.checkpoint(step=2, quiet=True)
     experiment.stop()
-    run("push")
-    assert sorted(bucket.checkpoints().values()) == [1, 2]
+    push_the_rest(bucket, project, [1, 2])
 
 
 def test_a_checkpoint_after_stop_while_the_bucket_is_away(s3_bucket, project, hasty):
     experiment = replicate.init(quiet=True)
     experiment.checkpoint(step=0, quiet=True)
-    until(lambda: s3_bucket.checkpoints())
+    until(s3_bucket.checkpoints)
     s3_bucket.proxy.down()
     experiment.checkpoint(step=1, quiet=True)
     experiment.stop()
     assert [item["step"] for item in pending_documents(project)[0]["checkpoints"]] == [1]
     experiment.checkpoint(step=2, quiet=True)
     experiment.stop()
-    s3_bucket.proxy.up()
-    run("push")
-    assert sorted(s3_bucket.checkpoints().values()) == [0, 1, 2]
+    push_the_rest(s3_bucket, project, [0, 1, 2])
 
 
 def test_two_processes_of_one_project_record_into_one_experiment(s3_bucket, project, training):
-    first = training("""
-        experiment = replicate.init(quiet=True)
+    source = """
+        experiment = replicate.experiments.get(os.environ["ITEM"]) if "ITEM" in os.environ else replicate.init(quiet=True)
         wait(experiment.id)
-        experiment.checkpoint(step=1, quiet=True)
+        experiment.checkpoint(step=int(os.environ.get("STEP", 1)), quiet=True)
         experiment.stop()
-        """)
+        """
+    first = training(source)
     item = first.lines.get(timeout=60)
-    until(lambda: s3_bucket.documents())
-    second = training("""
-        experiment = replicate.experiments.get(sys.argv[1] if len(sys.argv) > 1 else os.environ["ITEM"])
-        experiment.checkpoint(step=2, quiet=True)
-        experiment.stop()
-        """, env={"ITEM": item})
-    second.end(timeout=20)
-    first.go()
-    first.end()
-    run("push")
-    assert sorted(s3_bucket.checkpoints().values()) == [1, 2]
+    until(s3_bucket.documents)
+    second = training(source, env={"ITEM": item, "STEP": "2"})
+    for script in (second, first):
+        script.go()
+        script.end()
+    push_the_rest(s3_bucket, project, [1, 2])
 
 
 def self_signed_certificate(directory):
@@ -3272,11 +3004,9 @@ def test_a_ca_bundle_and_a_profile_are_honoured(s3_bucket, project, tmp_path):
     config = tmp_path / "config"
     config.write_text("[profile mine]\nregion = us-east-1\nendpoint_url = https://127.0.0.1:%d\n"
                       "aws_access_key_id = test\naws_secret_access_key = test\n" % s3_bucket.proxy.port)
-    env = {"AWS_CONFIG_FILE": str(config), "AWS_PROFILE": "mine", "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "",
-           "AWS_ENDPOINT_URL": ""}
-    for name in env:
-        os.environ.pop(name, None)
-    env = {name: value for name, value in env.items() if value}
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        os.environ.pop(name)
+    env = {"AWS_CONFIG_FILE": str(config), "AWS_PROFILE": "mine"}
     refused = run("ls", "-q", env=env)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and "SSL" in refused.stderr
     listed = run("ls", "-q", env=dict(env, AWS_CA_BUNDLE=str(pem)))
@@ -3306,87 +3036,62 @@ def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket,
     errors = script.end()
     assert "no bucket" in errors, errors
     assert [item["step"] for item in pending_documents(project)[0]["checkpoints"]] == [1], errors
-    s3_bucket.proxy.rule = lambda request: None
-    assert run("push").returncode == 0
-    assert sorted(s3_bucket.checkpoints().values()) == [0, 1]
+    push_the_rest(s3_bucket, project, [0, 1])
+
+
+def record_file(project, size):
+    """A checkpoint with `size` random bytes in the file "model"; the experiment has stopped."""
+    (project / "model").write_bytes(os.urandom(size))
+    with replicate.init(quiet=True) as experiment:
+        return experiment.checkpoint(path="model", quiet=True)
 
 
 def test_an_upload_that_the_store_forgot_is_no_missing_file(s3_bucket, project, hasty):
     """NoSuchUpload is a 404 too, and must not be taken for 'there are no files to send'."""
-    failed = []
-
-    def rule(request):
-        if request.kind == "PART" and not failed:
-            failed.append(request)
-            return s3_bucket.proxy.s3_error(404, "NoSuchUpload", "The specified upload does not exist")
-        return None
-
-    s3_bucket.proxy.rule = rule
-    (project / "model.bin").write_bytes(os.urandom(9 << 20))
-    experiment = replicate.init(quiet=True)
-    checkpoint = experiment.checkpoint(path="model.bin", quiet=True)
-    experiment.stop()
+    failed = once(s3_bucket.proxy, lambda request: request.kind == "PART",
+                  s3_bucket.proxy.s3_error(404, "NoSuchUpload", "The specified upload does not exist"))
+    checkpoint = record_file(project, 9 << 20)
     run("push")
     assert failed and s3_bucket.checkpoints()
-    assert s3_bucket.files("checkpoints", checkpoint.id) == {"model.bin": (project / "model.bin").read_bytes()}
+    assert s3_bucket.files("checkpoints", checkpoint.id) == {"model": (project / "model").read_bytes()}
 
 
-def test_an_experiment_removed_from_the_bucket_is_not_put_back(bucket, project, training):
+@pytest.mark.parametrize("removed", ["experiment", "checkpoint"])
+def test_what_is_removed_from_the_bucket_is_not_put_back(bucket, project, training, removed):
     script = training("""
         experiment = replicate.init(quiet=True)
-        save(0)
-        wait("saved")
+        ids = {"checkpoint": save(0).id, "experiment": experiment.id}
         save(1)
-        experiment.stop()
-        save(2)
-        """)
-    script.expect("saved")
-    until(lambda: bucket.checkpoints())
-    assert run("rm", "-f", bucket.documents()[0]["id"]).returncode == 0
-    script.go()
-    assert "was removed" in script.end()
-    assert bucket.keys() == ["repository.json"] and pending_leftovers(project) == []
-
-
-def test_checkpoints_removed_from_the_bucket_are_not_put_back(bucket, project, training):
-    script = training("""
-        experiment = replicate.init(quiet=True)
-        gone = save(0).id
-        save(1)
-        wait(gone)
+        wait(ids[os.environ["REMOVED"]])
         save(2)
         experiment.stop()
-        """)
+        save(3)
+        experiment.stop()
+        """, env={"REMOVED": removed})
     gone = script.lines.get(timeout=60)
     until(lambda: len(bucket.checkpoints()) == 2)
     assert run("rm", "-f", gone).returncode == 0
     script.go()
-    script.end()
-    assert sorted(bucket.checkpoints().values()) == [1, 2] and "checkpoints/%s.tar.gz" % gone not in bucket.keys()
+    errors = script.end()
+    if removed == "experiment":
+        assert "was removed" in errors and bucket.keys() == ["repository.json"]
+    else:
+        assert bucket.steps() == [1, 2, 3] and "checkpoints/%s.tar.gz" % gone not in bucket.keys()
+    assert pending_leftovers(project) == []
 
 
-def test_a_misspelt_bucket_is_created_and_said_loudly(bucket, capsys):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_misspelt_bucket_is_created_and_said_loudly(bucket, hasty, capsys, at_once):
+    """At once: the answer to the creation is lost, and the second try meets the bucket that the first has made."""
+    taken = bucket.proxy.refusal(types.SimpleNamespace(is_gcs=bucket.url.startswith("gs")), 409, "BucketAlreadyOwnedByYou",
+                                 "You already own this bucket.")
+    answers = ["lost", taken] if at_once else [None]
+    bucket.proxy.rule = lambda request: answers.pop(0) if request.kind == "CREATE" and answers else None
     assert not bucket.exists()
-    replicate.init(quiet=True).stop()
-    assert bucket.exists() and "%s did not exist: it was created" % bucket.bucket in capsys.readouterr().err
-
-
-def test_two_machines_that_create_the_bucket_at_once(bucket, hasty):
-    """The answer to the creation is lost, and the second try meets the bucket that the first has made."""
-    lost = []
-
-    def rule(request):
-        if request.kind == "CREATE" and not lost:
-            lost.append(request)
-            return "lost"
-        if request.kind == "CREATE":
-            return bucket.proxy.refusal(request, 409, "BucketAlreadyOwnedByYou", "You already own this bucket.")
-        return None
-
-    bucket.proxy.rule = rule
     experiment = replicate.init(quiet=True)
     experiment.stop()
-    assert lost and [item["id"] for item in bucket.documents()] == [experiment.id]
+    assert bucket.exists() and answers == [] and [item["id"] for item in bucket.documents()] == [experiment.id]
+    assert at_once or "%s did not exist: it was created" % bucket.bucket in capsys.readouterr().err
 
 
 # Faults on the wire.
@@ -3415,35 +3120,29 @@ def test_nothing_is_lost_or_doubled_where_a_third_of_the_requests_fail(bucket, p
     bucket.create()
     unreliable(bucket.proxy, 0.3)
     contents = {}
+
+    def failures():
+        return len([request for request in list(bucket.proxy.requests) if (request.status or 500) >= 500])
+
     with replicate.init(path="replicate.yaml", quiet=True) as experiment:
-        for step in range(8):
-            contents[step] = os.urandom(200000 if step else 9 << 20)
-            (project / "model").write_bytes(contents[step])
-            experiment.checkpoint(path="model", step=step, quiet=True)
-            time.sleep(0.1)
+        while len(contents) < 8 or failures() <= 20:
+            contents[len(contents)] = os.urandom(200000 if contents else 9 << 20)
+            (project / "model").write_bytes(contents[len(contents) - 1])
+            item = experiment.checkpoint(path="model", step=len(contents) - 1, quiet=True).id
+            until(lambda: bucket.proxy.seen(prefix="checkpoints/" + item))  # noqa: B023
     while pending_documents(project):
         assert replicate.main(["push"]) == 0
     (document,) = bucket.documents()
-    assert [item["step"] for item in document["checkpoints"]] == list(range(8)) == list(bucket.checkpoints().values())
+    assert [item["step"] for item in document["checkpoints"]] == list(contents) == list(bucket.checkpoints().values())
     for item in document["checkpoints"]:
         assert replicate.main(["checkout", item["id"], "-o", str(tmp_path / item["id"])]) == 0
         assert tree(tmp_path / item["id"]) == {"model": contents[item["step"]], "replicate.yaml": (project / "replicate.yaml").read_bytes()}
-    assert len([request for request in bucket.proxy.requests if (request.status or 500) >= 500]) > 20
     assert pending_leftovers(project) == []
 
 
-def cut_once(proxy, key, after_bytes, when=lambda request: True):
-    """Reset the first answer to a GET of key after so many bytes."""
-    cuts = []
-
-    def rule(request):
-        if request.kind == "GET" and request.key.endswith(key) and not cuts and when(request):
-            cuts.append(request)
-            return after_bytes
-        return None
-
-    proxy.rule = rule
-    return cuts
+def first_get(key):
+    """Whether a request reads a key from its beginning."""
+    return lambda request: request.kind == "GET" and request.key.endswith(key) and "=0-" in (request.range or "=0-")
 
 
 def test_a_download_that_is_cut_off_goes_on_where_it_was(bucket, hasty):
@@ -3451,43 +3150,37 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(bucket, hasty):
     data = os.urandom(20 << 20)
     bucket.put("big", data)
     storage = replicate.open_storage(bucket.url)
-    second_part = (lambda request: True) if bucket.url.startswith("s3") else (lambda request: not request.range.startswith("bytes=0-"))
-    cuts = cut_once(bucket.proxy, "big", 5 << 20, second_part)
+    is_s3 = bucket.url.startswith("s3")
+    cuts = once(bucket.proxy, lambda request: request.kind == "GET" and request.key == "big" and first_get("big")(request) is is_s3,
+                5 << 20)
     entry, open_range = storage.pin("big")
     with open_range(0, len(data)) as stream:
         assert stream.read() == data
-    ranges = [request.range for request in bucket.proxy.seen("GET", "big")]
-    starts = [int(re.match(r"bytes=(\d+)-\d+$", item).group(1)) for item in ranges]
-    assert len(cuts) == 1 and starts.count(0) == 1 and len(starts) >= 2, ranges
-    assert sum(request.served for request in bucket.proxy.seen("GET", "big")) <= len(data) + (8 << 20)
-    for request in bucket.proxy.seen("GET", "big"):
+    requests = bucket.proxy.seen("GET", "big")
+    starts = [int(re.match(r"bytes=(\d+)-\d+$", request.range).group(1)) for request in requests]
+    assert len(cuts) == 1 and starts.count(0) == 1 and len(starts) >= 2, requests
+    assert sum(request.served for request in requests) <= len(data) + (8 << 20)
+    for request in requests:
         version = request.headers.get("If-Match", "").strip('"') or request.query.get("ifGenerationMatch")
         assert version == entry.version
-    if bucket.url.startswith("s3"):
+    if is_s3:
         assert 0 < starts[1] <= 5 << 20 and len(starts) == 2
 
 
 def test_a_checkout_that_is_cut_off_arrives_whole(bucket, project, hasty, tmp_path, call):
-    (project / "model").write_bytes(os.urandom(6 << 20))
-    experiment = replicate.init(quiet=True)
-    checkpoint = experiment.checkpoint(path="model", quiet=True)
-    experiment.stop()
-    bucket.proxy.clear()
-    cuts = cut_once(bucket.proxy, ".tar.gz", 3 << 20, lambda request: request.kind == "GET" and (request.range or "bytes=0-").startswith("bytes=0-"))
+    checkpoint = record_file(project, 6 << 20)
+    cuts = once(bucket.proxy, first_get(".tar.gz"), 3 << 20)
     code, _, errors = call("checkout", checkpoint.id, "-o", str(tmp_path / "out"))
     assert code == 0, errors
     assert cuts and (tmp_path / "out/model").read_bytes() == (project / "model").read_bytes()
 
 
 def test_an_object_that_is_replaced_during_its_download_is_an_error(bucket, project, hasty, tmp_path, call):
-    (project / "model").write_bytes(os.urandom(9 << 20))
-    experiment = replicate.init(quiet=True)
-    checkpoint = experiment.checkpoint(path="model", quiet=True)
-    experiment.stop()
+    checkpoint = record_file(project, 9 << 20)
     key = "checkpoints/%s.tar.gz" % checkpoint.id
-    cuts = cut_once(bucket.proxy, key, 3 << 20, lambda request: request.kind == "GET" and (request.range or "bytes=0-").startswith("bytes=0-"))
+    cuts = once(bucket.proxy, first_get(key), 3 << 20)
     other = archive_bytes(checkpoint.id, {"model": os.urandom(9 << 20)})
-    bucket.proxy.after = lambda request, status, headers, body: bucket.put(key, other) if len(cuts) == 1 and request is cuts[0] else None
+    bucket.proxy.after = lambda request, status, headers, body: bucket.put(key, other) if request in cuts else None
     code, _, errors = call("checkout", checkpoint.id, "-o", str(tmp_path / "out"))
     assert cuts and code == 1 and "changed" in one_message(errors.replace("\n   │", "")), errors
     assert not (tmp_path / "out").exists()
@@ -3496,38 +3189,30 @@ def test_an_object_that_is_replaced_during_its_download_is_an_error(bucket, proj
 
 
 def test_a_document_that_is_replaced_while_it_is_read_is_read_again(bucket, hasty, call):
-    furnish(bucket, experiment_document(hex_id("1e"), user="before" * 3000))
-    new = json.dumps(experiment_document(hex_id("1e"), user="after" * 4000)).encode()
-    key = "metadata/experiments/%s.json" % hex_id("1e")
-    cuts = cut_once(bucket.proxy, key, 9000)
-    bucket.proxy.after = lambda request, status, headers, body: bucket.put(key, new) if cuts and request is cuts[0] else None
+    furnish(bucket, experiment_document(A, user="before" * 3000))
+    cuts = once(bucket.proxy, first_get(document_key(A)), 9000)
+    bucket.proxy.after = lambda request, status, headers, body: put_documents(
+        bucket, experiment_document(A, user="after" * 4000)) if request in cuts else None
     code, out, errors = call("show", "--json", "1e")
-    assert code == 0 and errors == "" and json.loads(out)["user"] in ("after" * 4000,)
+    assert code == 0 and errors == "" and json.loads(out)["user"] == "after" * 4000
 
 
 def test_a_stalled_connection_is_given_up(bucket, monkeypatch, hasty, call):
     monkeypatch.setattr(replicate.CloudStorage, "TIMEOUT", 0.5)
     sample(bucket)
-    stalls = []
-
-    def rule(request):
-        if request.kind == "LIST" and not stalls:
-            stalls.append(request)
-            return "stall"
-        return None
-
-    bucket.proxy.rule = rule
+    stalls = once(bucket.proxy, lambda request: request.kind == "LIST", "stall")
     code, out, _ = call("ls", "-q")
     assert code == 0 and len(out.split()) == 2 and stalls
 
 
-@pytest.mark.parametrize("command", [["ls"], ["show", "1e"], ["checkout", "1e"], ["rm", "-f", "1e"]])
-def test_a_refusal_is_one_sentence_and_not_tried_again(bucket, call, command):
+@pytest.mark.parametrize("command, status", [(["ls"], 403), (["show", "1e"], 403), (["checkout", "1e"], 403), (["rm", "-f", "1e"], 403),
+                                             (["ls"], 503)])
+def test_a_refusal_is_one_sentence_and_tried_again_only_where_the_service_is_down(bucket, hasty, call, command, status):
     sample(bucket)
-    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request, message="Ben may not do that")
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request, status, message="Ben may not do that")
     code, out, errors = call(*command)
     assert code == 1 and out == "" and "Ben may not do that" in one_message(errors) and bucket.url in errors
-    assert bucket.proxy.count() == 1
+    assert bucket.proxy.count() == (1 if status == 403 else replicate.CloudStorage.ATTEMPTS)
 
 
 @pytest.mark.parametrize("command", [["ls"], ["ps"], ["show", "1e"], ["diff", "1e", "2e"], ["checkout", "1e"], ["rm", "-f", "1e"],
@@ -3554,21 +3239,11 @@ def test_a_missing_object_is_not_taken_for_a_missing_bucket(new_place):
         assert "no bucket" not in str(raised.value) and "some/key" in str(raised.value)
 
 
-def test_the_service_being_down_is_one_sentence(bucket, hasty, call):
-    sample(bucket)
-    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request, 503, "ServiceUnavailable", "Come back later")
-    code, out, errors = call("ls")
-    assert code == 1 and "Come back later" in one_message(errors) and bucket.proxy.count() == replicate.CloudStorage.ATTEMPTS
-
-
 # Counted requests.
 
 def kinds(proxy):
     """{kind: how many} of the requests."""
-    found = {}
-    for request in proxy.requests:
-        found[request.kind] = found.get(request.kind, 0) + 1
-    return found
+    return dict(collections.Counter(request.kind for request in proxy.requests))
 
 
 @pytest.fixture
@@ -3579,13 +3254,12 @@ def shelf(new_place, project, monkeypatch):
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", made.address)
     (project / "replicate.yaml").write_text("repository: s3://shelf\n")
-    made.store("repository.json", b'{"version":1}')
+    made.put("repository.json", b'{"version":1}')
     dice = random.Random(5)
 
     def fill(count):
         ids = ["%064x" % dice.getrandbits(256) for _ in range(count)]
-        for number, item in enumerate(ids):
-            made.store("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": number})).encode())
+        put_documents(made, *[experiment_document(item, params={"n": number}) for number, item in enumerate(ids)])
         return ids
 
     made.fill = fill
@@ -3593,10 +3267,13 @@ def shelf(new_place, project, monkeypatch):
     made.close()
 
 
+@pytest.fixture
 def fresh_machine(monkeypatch, tmp_path):
-    """Be a machine that has never listed anything."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / uuid.uuid4().hex))
-    return Path(os.environ["XDG_CACHE_HOME"])
+    """fresh_machine() makes this a machine that has never listed anything; returns its folder for caches."""
+    def fresh():
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / uuid.uuid4().hex))
+        return Path(os.environ["XDG_CACHE_HOME"])
+    return fresh
 
 
 def listed_params(call):
@@ -3607,31 +3284,20 @@ def listed_params(call):
 
 @pytest.mark.parametrize("skew", [0, 3600, -3600])
 def test_a_warm_listing_reads_only_what_changed(bucket, call, skew):
-    """However the clocks differ: the store says of each document which version it is."""
+    """However the clocks differ, and however new the documents are: the store says which version of each it has."""
     ids = ["%064x" % number for number in range(20)]
     furnish(bucket, *[experiment_document(item, params={"n": 0}) for item in ids])
     bucket.proxy.shift = skew
     assert len(listed_params(call)) == 20
     assert kinds(bucket.proxy) == {"LIST": 2, "GET": 21}  # experiments and heartbeats; repository.json and the documents
-    time.sleep(2.2 if not skew else 0)
-    listed_params(call)
     bucket.proxy.clear()
     listed_params(call)
     assert kinds(bucket.proxy) == {"LIST": 2, "GET": 1} and bucket.proxy.seen("GET")[0].key == "repository.json"
-    for item in ids[3:5]:
-        bucket.put("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": 1})).encode())
-    bucket.remove("metadata/experiments/%s.json" % ids[7])
+    put_documents(bucket, *[experiment_document(item, params={"n": 1}) for item in ids[3:5]])
+    bucket.remove(document_key(ids[7]))
     bucket.proxy.clear()
     assert listed_params(call) == {item: int(item in ids[3:5]) for item in ids if item != ids[7]}
     assert kinds(bucket.proxy) == {"LIST": 2, "GET": 3}
-
-
-def test_documents_that_have_just_changed_are_not_read_twice(bucket, call):
-    furnish(bucket, *[experiment_document("%064x" % number) for number in range(5)])
-    listed_params(call)
-    bucket.proxy.clear()
-    listed_params(call)
-    assert kinds(bucket.proxy) == {"LIST": 2, "GET": 1}
 
 
 @pytest.mark.parametrize("skew", [0, 7200, -7200])
@@ -3648,125 +3314,112 @@ def test_running_is_told_from_the_listing_and_the_clock_of_the_store(bucket, cal
 
 def test_an_old_heartbeat_is_a_stopped_experiment(shelf, call):
     ids = shelf.fill(2)
-    shelf.store("metadata/heartbeats/%s.json" % ids[0], b"{}", age=10)
-    shelf.store("metadata/heartbeats/%s.json" % ids[1], b"{}", age=40)
+    shelf.put("metadata/heartbeats/%s.json" % ids[0], b"{}", age=10)
+    shelf.put("metadata/heartbeats/%s.json" % ids[1], b"{}", age=40)
     assert call("ps", "-q")[1].split() == [ids[0]]
     shelf.shift = -5000
     assert call("ps", "-q")[1].split() == [ids[0]]
 
 
-def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, monkeypatch, tmp_path):
+def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_machine):
     """With 3,000 instead of 10,000, which need no more requests: the listing is split by the 16 hex digits, and none
     of them has more than the 1,000 of one page either way."""
     ids = shelf.fill(3000)
     first = listed_params(call)
     assert len(first) == 3000 and shelf.count("PUT") == 1 and shelf.seen("PUT")[0].key == "index/rows-1.gz"
-    fresh_machine(monkeypatch, tmp_path)
+    fresh_machine()
     shelf.clear()
     assert listed_params(call) == first
     assert shelf.count() <= 30 and kinds(shelf)["GET"] <= 2 and kinds(shelf)["LIST"] <= 2 + 16 and not shelf.count("PUT"), kinds(shelf)
     shelf.clear()
     assert listed_params(call) == first
     assert kinds(shelf)["GET"] == 1 and shelf.count() <= 20
-    for item in ids[::100]:
-        shelf.store("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": -1})).encode())
-    fresh_machine(monkeypatch, tmp_path)
+    put_documents(shelf, *[experiment_document(item, params={"n": -1}) for item in ids[::100]])
+    fresh_machine()
     shelf.clear()
     found = listed_params(call)
     assert [item for item in ids if found[item] == -1] == ids[::100]
     assert kinds(shelf)["GET"] == 2 + 30 and not shelf.count("PUT")
 
 
-def test_experiments_that_came_a_few_at_a_time_are_in_the_index_too(shelf, call, monkeypatch, tmp_path):
+def test_experiments_that_came_a_few_at_a_time_are_in_the_index_too(shelf, call, fresh_machine):
     for _ in range(5):
         shelf.fill(50)
         assert call("ls", "-q")[0] == 0
-    fresh_machine(monkeypatch, tmp_path)
+    fresh_machine()
     shelf.clear()
     assert len(listed_params(call)) == 250
     assert shelf.count() <= 30 + 100, kinds(shelf)  # less than a hundred may be out of date
 
 
 def index_lines(shelf):
-    return gzip.decompress(shelf.objects["index/rows-1.gz"][0]).split(b"\n")
+    """(ID, version, summary) of each line of the index."""
+    lines = [line.split(b" ", 2) for line in gzip.decompress(shelf.objects["index/rows-1.gz"][0]).split(b"\n")]
+    return [(item, version, json.loads(text)) for item, version, text in lines]
 
 
-def spoiled_index(lines, how):
-    """Another content for the index object."""
-    if how == "empty":
-        return b""
-    if how == "not gzip":
-        return b"hello" * 1000
-    if how == "truncated":
-        return gzip.compress(b"\n".join(lines))[:-500]
-    if how == "trailing rubbish":
-        return gzip.compress(b"\n".join(lines)) + b"rubbish"
-    changed = []
-    for line in lines:
-        item, version, text = line.split(b" ", 2)
-        summary = json.loads(text)
-        if how == "fields missing":
-            summary = {"id": summary["id"]} if len(changed) % 2 else {name: summary[name] for name in list(summary)[:-2]}
-        elif how == "other versions":
-            version, summary["params"] = b"0" * 32, {"n": -7}
-        elif how == "other IDs":
-            summary["params"] = {"n": -7}
-            item = item[::-1]
-        elif how == "wrong types":
-            text = random.Random(len(changed)).choice([b"[]", b"7", b"null", b"{", b"{}", b'"x"', b'{"id":5}', b"[" * 5000, b"\xff\xfe", b"NaN"])
-            changed.append(item + b" " + version + b" " + text)
-            continue
-        elif how == "no spaces":
-            changed.append(item + version)
-            continue
-        elif how == "wrong fields":
-            for name in list(summary):
-                if name != "id":
-                    summary[name] = random.Random(len(changed) + len(name)).choice([5, [], {"a": {}}, "x", True, [[]], -1, "\x1b]0;x\x07"])
-        elif how == "the ID of another":
-            summary["id"], summary["params"] = "f" * 64, {"n": -7}
-        changed.append(b" ".join([item, version, json.dumps(summary).encode()]))
-    return gzip.compress(b"\n".join(changed))
+def index_of(lines):
+    return b"\n".join(line if isinstance(line, bytes) else b" ".join([line[0], line[1], json.dumps(line[2]).encode()])
+                      for line in lines)
 
 
-@pytest.mark.parametrize("how", ["empty", "not gzip", "truncated", "trailing rubbish", "other versions", "other IDs", "wrong types",
-                                 "no spaces", "the ID of another", "fields missing"])
-def test_a_bad_index_never_shows_wrong_data(shelf, call, monkeypatch, tmp_path, how):
+OTHER = {"params": {"n": -7}}
+NO_SUMMARIES = [b"[]", b"7", b"null", b"{", b"{}", b'"x"', b'{"id":5}', b"[" * 5000, b"\xff\xfe", b"NaN"]
+SPOILED = {  # other contents for the index object
+    "empty": lambda lines: b"",
+    "not gzip": lambda lines: b"hello" * 1000,
+    "truncated": lambda lines: gzip.compress(index_of(lines))[:-500],
+    "trailing rubbish": lambda lines: gzip.compress(index_of(lines)) + b"rubbish",
+    "other versions": lambda lines: [(item, b"0" * 32, dict(row, **OTHER)) for item, _, row in lines],
+    "other IDs": lambda lines: [(item[::-1], version, dict(row, **OTHER)) for item, version, row in lines],
+    "the ID of another": lambda lines: [(item, version, dict(row, id="f" * 64, **OTHER)) for item, version, row in lines],
+    "wrong types": lambda lines: [b" ".join([item, version, NO_SUMMARIES[number % 10]])
+                                  for number, (item, version, _) in enumerate(lines)],
+    "no spaces": lambda lines: [item + version for item, version, _ in lines],
+    "only the ID": lambda lines: [(item, version, {"id": row["id"]}) for item, version, row in lines],
+    "fields missing": lambda lines: [(item, version, dict(list(row.items())[:-2])) for item, version, row in lines]}
+
+
+def spoil_index(shelf, spoiled):
+    shelf.put("index/rows-1.gz", spoiled if isinstance(spoiled, bytes) else gzip.compress(index_of(spoiled)))
+
+
+@pytest.mark.parametrize("how", list(SPOILED))
+def test_a_bad_index_never_shows_wrong_data(shelf, call, fresh_machine, how):
     shelf.fill(120)
     first = listed_params(call)
     lines = index_lines(shelf)
-    assert len(lines) == 120 and json.loads(lines[0].split(b" ", 2)[2])["id"] == lines[0][:64].decode()
-    shelf.store("index/rows-1.gz", spoiled_index(lines, how))
-    fresh_machine(monkeypatch, tmp_path)
-    assert listed_params(call) == first
-    fresh_machine(monkeypatch, tmp_path)
-    assert listed_params(call) == first  # now that it has been mended
+    assert len(lines) == 120 and lines[0][2]["id"] == lines[0][0].decode()
+    spoil_index(shelf, SPOILED[how](lines))
+    for _ in ("spoiled", "mended"):
+        fresh_machine()
+        assert listed_params(call) == first
 
 
-def test_hostile_fields_in_the_index_break_nothing(shelf, call, monkeypatch, tmp_path):
+def test_hostile_fields_in_the_index_break_nothing(shelf, call, fresh_machine):
     """Whoever can write the index can write documents too; but nothing in it may break a listing or reach the terminal raw."""
     ids = shelf.fill(120)
     listed_params(call)
     lines = index_lines(shelf)
-    shelf.store("index/rows-1.gz", spoiled_index(lines, "wrong fields"))
+    wrong = [5, [], {"a": {}}, "x", True, [[]], -1, "\x1b]0;x\x07"]
+    spoil_index(shelf, [(item, version, dict({name: wrong[(number + at) % 8] for at, name in enumerate(row)}, id=row["id"]))
+                        for number, (item, version, row) in enumerate(lines)])
     for arguments in (["ls"], ["ls", "--all"], ["ls", "--json"], ["ls", "-f", "n > 3", "--sort", "host"], ["show", ids[0]]):
-        fresh_machine(monkeypatch, tmp_path)
+        fresh_machine()
         code, out, errors = call(*arguments)
         assert code == 0 and "\x1b" not in out and "\x1b" not in errors and "unexpected" not in errors, (arguments, errors)
-    shelf.store("index/rows-1.gz", gzip.compress(b"\n".join(
-        line.replace(b"andreas", b"\\u001b]0;evil\\u0007") for line in lines)))
-    fresh_machine(monkeypatch, tmp_path)
+    spoil_index(shelf, [(item, version, dict(row, user="\x1b]0;evil\x07")) for item, version, row in lines])
+    fresh_machine()
     code, out, errors = call("ls", "--all")
     assert code == 0 and "\x1b" not in out and "\x07" not in out
 
 
-def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, monkeypatch, tmp_path):
+def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, fresh_machine):
     ids = shelf.fill(1100)
 
     def change(count):
-        for item in ids[:count]:
-            shelf.store("metadata/experiments/%s.json" % item, json.dumps(experiment_document(item, params={"n": time.time()})).encode())
-        fresh_machine(monkeypatch, tmp_path)
+        put_documents(shelf, *[experiment_document(item, params={"n": time.time()}) for item in ids[:count]])
+        fresh_machine()
         shelf.clear()
         listed_params(call)
         return shelf.count("PUT"), kinds(shelf)["GET"] - 2
@@ -3776,22 +3429,22 @@ def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, mo
     assert change(112) == (1, 112)
     assert change(0) == (0, 0)
     shelf.objects.clear()
-    shelf.store("repository.json", b'{"version":1}')
+    shelf.put("repository.json", b'{"version":1}')
     ids[:] = shelf.fill(90)
     assert change(0)[0] == 0  # less than a hundred
 
 
-def test_a_reader_without_permission_to_write(shelf, call, monkeypatch, tmp_path):
+def test_a_reader_without_permission_to_write(shelf, call, fresh_machine):
     shelf.fill(150)
     shelf.rule = lambda request: shelf.refusal(request) if request.method in ("PUT", "POST", "DELETE") else None
     assert len(listed_params(call)) == 150  # which asserts that there is no message
     assert shelf.count("PUT") == 1 and "index/rows-1.gz" not in shelf.objects
-    fresh_machine(monkeypatch, tmp_path)
+    fresh_machine()
     assert len(listed_params(call)) == 150
 
 
-def test_the_local_cache_is_private_and_may_go_at_any_time(shelf, call, monkeypatch, tmp_path):
-    cache = fresh_machine(monkeypatch, tmp_path)
+def test_the_local_cache_is_private_and_may_go_at_any_time(shelf, call, fresh_machine):
+    cache = fresh_machine()
     shelf.fill(50)
     first = listed_params(call)
     assert (cache / "replicate").stat().st_mode & 0o777 == 0o700
@@ -3818,8 +3471,8 @@ def test_the_local_cache_is_private_and_may_go_at_any_time(shelf, call, monkeypa
     assert len(list((cache / "replicate").iterdir())) <= 64
 
 
-def test_processes_that_list_at_once_share_the_cache(shelf, call, monkeypatch, tmp_path):
-    cache = fresh_machine(monkeypatch, tmp_path)
+def test_processes_that_list_at_once_share_the_cache(shelf, call, fresh_machine):
+    cache = fresh_machine()
     ids = shelf.fill(200)
     started = [subprocess.Popen([sys.executable, str(PROGRAM), "ls", "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     for process in started:
@@ -3838,18 +3491,16 @@ def test_documents_that_vanish_or_change_between_listing_and_reading(bucket, cal
     def meddle(request, status, headers, body):
         if request.kind == "LIST" and "experiments" in request.query.get("prefix", "") and not done:
             done.append(request)
-            bucket.remove("metadata/experiments/%s.json" % ids[0])
-            bucket.put("metadata/experiments/%s.json" % ids[1], json.dumps(experiment_document(ids[1], user="after")).encode())
+            bucket.remove(document_key(ids[0]))
+            put_documents(bucket, experiment_document(ids[1], user="after"))
 
     bucket.proxy.after = meddle
-    code, out, errors = call("ls", "--json")
-    assert code == 0 and errors == "" and done
-    assert {row["id"]: row["user"] for row in json.loads(out)} == {ids[1]: "after", ids[2]: "before", ids[3]: "before"}
-    assert {row["id"]: row["user"] for row in json.loads(call("ls", "--json")[1])} == {
-        ids[1]: "after", ids[2]: "before", ids[3]: "before"}
+    for _ in range(2):
+        code, out, errors = call("ls", "--json")
+        assert code == 0 and errors == "" and done
+        assert {row["id"]: row["user"] for row in json.loads(out)} == {ids[1]: "after", ids[2]: "before", ids[3]: "before"}
     del done[:]
-    furnish_one = json.dumps(experiment_document(ids[0])).encode()
-    bucket.put("metadata/experiments/%s.json" % ids[0], furnish_one)
+    put_documents(bucket, experiment_document(ids[0]))
     assert len(replicate.experiments.list()) == 3 and done
 
 
@@ -3871,21 +3522,22 @@ def test_two_machines_that_record_into_one_experiment_lose_nothing(bucket, proje
             """, cwd=machine, env={"ITEM": experiment.id, "BASE": str(100 * number)}))
     for script in scripts:
         script.end()
-    assert sorted(bucket.checkpoints().values()) == list(range(12)) + list(range(100, 112))
-    for item, step in bucket.checkpoints().items():
-        assert bucket.files("checkpoints", item)["model.bin"].startswith(b"step %d" % step)
+    assert bucket.steps() == list(range(12)) + list(range(100, 112))
 
 
 # Much data.
 
-MEASURE = """
-import resource, sys, replicate
-{}
-try:  # ru_maxrss would count what the parent had before the exec
-    print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
-except OSError:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
+def run_in_little_memory(code, *arguments):
+    """Run a line of a script, which may take up 150 MB."""
+    done = run_script("""
+        import resource, sys, replicate
+        %s
+        try:  # ru_maxrss would count what the parent had before the exec
+            print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+        except OSError:
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        """ % code, *arguments)
+    assert int(done.stdout) < 150 << 10, done.stdout
 
 
 def test_memory_stays_small_while_gigabytes_are_uploaded(bucket, tmp_path):
@@ -3894,9 +3546,8 @@ def test_memory_stays_small_while_gigabytes_are_uploaded(bucket, tmp_path):
     size = (2 if bucket.url.startswith("s3") else 1) << 30
     with open(tmp_path / "big", "wb") as file:
         file.truncate(size)
-    done = run_script(MEASURE.format("replicate.open_storage(sys.argv[1]).upload('big', sys.argv[2])"), bucket.url, tmp_path / "big")
+    run_in_little_memory("replicate.open_storage(sys.argv[1]).upload('big', sys.argv[2])", bucket.url, tmp_path / "big")
     assert bucket.proxy.count("PART") == size >> 23
-    assert int(done.stdout) < 150 << 10, done.stdout
 
 
 def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(s3_bucket, project, tmp_path):
@@ -3911,10 +3562,8 @@ def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(s3_bucket, proj
             file.write(bytes(1 << 20))
         file.write(bytes(1024))
     s3_bucket.proxy.source = ("checkpoints/%s.tar.gz" % hex_id("1c"), str(tmp_path / "archive"))
-    done = run_script(MEASURE.format("assert replicate.main(['checkout', sys.argv[1], '-o', sys.argv[2]]) == 0"),
-                      hex_id("1c"), tmp_path / "out")
+    run_in_little_memory("assert replicate.main(['checkout', sys.argv[1], '-o', sys.argv[2]]) == 0", hex_id("1c"), tmp_path / "out")
     assert (tmp_path / "out/big").stat().st_size == size
-    assert int(done.stdout) < 150 << 10, done.stdout
     served = sum(request.served for request in s3_bucket.proxy.seen("GET", "checkpoints/"))
     assert served <= (tmp_path / "archive").stat().st_size + (1 << 20)
     shutil.rmtree(tmp_path / "out")
@@ -3932,27 +3581,25 @@ def test_memory_stays_small_while_many_checkpoints_are_pushed(bucket, project):
         with open(root / "checkpoints" / (item["id"] + ".tar.gz"), "wb") as file:
             file.truncate((8 << 20) - 1000)
     bucket.proxy.sink = True
-    done = run_script(MEASURE.format("assert replicate.main(['push']) == 0"))
+    run_in_little_memory("assert replicate.main(['push']) == 0")
     assert len(bucket.checkpoints()) == 24 and len([
         request for request in bucket.proxy.requests if int(request.headers.get("Content-Length") or 0) > 1 << 20]) == 24
-    assert int(done.stdout) < 150 << 10, done.stdout
 
 
 def test_rm_deletes_in_batches_and_by_exact_key(shelf, call):
     ids = ["%064x" % (number * 7919) for number in range(1, 1501)]
-    for document in (experiment_document(hex_id("1e"), path=".", checkpoints=[
-            checkpoint_document(item, step=number, path="m") for number, item in enumerate(ids)]), experiment_document(hex_id("2e"))):
-        shelf.store("metadata/experiments/%s.json" % document["id"], json.dumps(document).encode())
+    put_documents(shelf, experiment_document(hex_id("1e"), path=".", checkpoints=[
+        checkpoint_document(item, step=number, path="m") for number, item in enumerate(ids)]), experiment_document(hex_id("2e")))
     kept = ["checkpoints/%s.tar.gz.bak" % ids[0], "checkpoints/%s.tar.gz" % ("%064x" % 1), "experiments/%s.tar.gz2" % hex_id("1e")]
     for key in ["checkpoints/%s.tar.gz" % item for item in ids] + kept + [
             "experiments/%s.tar.gz" % hex_id("1e"), "metadata/heartbeats/%s.json" % hex_id("1e")]:
-        shelf.store(key, b"x")
+        shelf.put(key, b"x")
     code, _, errors = call("rm", "-f", "1e")
     assert code == 0, errors
-    assert sorted(shelf.objects) == sorted(kept + ["repository.json", "metadata/experiments/%s.json" % hex_id("2e")])
+    assert sorted(shelf.objects) == sorted(kept + ["repository.json", document_key(hex_id("2e"))])
     batches = [request.deleted for request in shelf.seen("DELETE")]
     assert [len(batch) for batch in batches] == [1000, 502, 1]
-    assert batches[-1] == ["metadata/experiments/%s.json" % hex_id("1e")]  # the document goes last
+    assert batches[-1] == [document_key(hex_id("1e"))]  # the document goes last
 
 
 # What is missing or wrong on the machine.
@@ -4128,6 +3775,11 @@ def git_keeps(directory):
 @hypothesis.example(["/a", "b/", "!b/a"], ["a", "1/a", "b/a", "1/b"], "\n")
 @hypothesis.example(["a/*", "!a/b"], ["a/b", "a/1", "1/a/b"], "\n")
 @hypothesis.example(["[!]a-b]", "\\!a", "\\#a"], ["a", "]", "!a", "#a", "1"], "\n")
+@hypothesis.example(["*.log", "!keep.log", "build/", "/top", "docs/**/*.txt", "# comment", "\\#hash", "[Tt]emp?", "trailing ", "space\\ ",
+                     "**/deep/x", "data/*", "!data/k/"],
+                    ["a.log", "keep.log", "sub/keep.log", "build/a", "sub/build/b", "buildx", "top", "sub/top", "docs/a.txt",
+                     "docs/b/c/d.txt", "docs/e.md", "#hash", "Temp1", "temp", "tempX/y", "trailing", "trailing ", "space", "space ",
+                     "deep/x", "p/q/deep/x", "data/a", "data/k/b", "sub/data/a", "# comment"], "\n")
 def test_ignoring_is_what_git_does(git_repository, patterns, names, end):
     for entry in os.listdir(str(git_repository)):
         if entry != ".git":
@@ -4138,21 +3790,6 @@ def test_ignoring_is_what_git_does(git_repository, patterns, names, end):
             fill(git_repository, {name: b""})
     (git_repository / ".replicateignore").write_bytes(end.join(patterns).encode())
     assert source_names(git_repository) == git_keeps(git_repository)
-
-
-def test_ignoring_agrees_with_git_check_ignore(git_repository):
-    rules = b"*.log\n!keep.log\nbuild/\n/top\ndocs/**/*.txt\n# comment\n\\#hash\n[Tt]emp?\ntrailing \nspace\\ \n**/deep/x\ndata/*\n!data/k/\n"
-    names = ["a.log", "keep.log", "sub/keep.log", "build/a", "sub/build/b", "buildx", "top", "sub/top", "docs/a.txt",
-             "docs/b/c/d.txt", "docs/e.md", "#hash", "Temp1", "temp", "tempX/y", "trailing", "trailing ", "space", "space ",
-             "deep/x", "p/q/deep/x", "data/a", "data/k/b", "sub/data/a", "# comment"]
-    fill(git_repository, {name: b"" for name in names})
-    for ignore in (".gitignore", ".replicateignore"):
-        (git_repository / ignore).write_bytes(rules)
-    done = subprocess.run(["git", "check-ignore", "-z", "--stdin"], cwd=str(git_repository), capture_output=True,
-                          input="\0".join(names).encode())
-    ignored = {os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
-    assert {"a.log", "build/a", "space ", "data/a", "p/q/deep/x"} <= ignored
-    assert set(source_names(git_repository)) & set(names) == set(names) - ignored
 
 
 def test_ignore_files_of_either_name_in_the_project_and_the_saved_directory(project):
@@ -4178,7 +3815,6 @@ def test_what_is_never_saved(project):
 
 
 def test_links_fifos_and_sockets(project, tmp_path):
-    import socket
     fill(tmp_path, {"outside/file": b"outside", "outside/dir/x": b""})
     fill(project, {"real": b"content", "dir/x": b"x"})
     os.symlink("real", str(project / "link"))
@@ -4235,8 +3871,15 @@ def sample_tree(project):
 @pytest.mark.parametrize("compress", [True, False])
 def test_archives_read_back_by_everyone(project, tmp_path, compress):
     files = sample_tree(project)
-    repository = pack_tree(tmp_path, project, compress=compress)
+    repository = pack_tree(tmp_path, project, compress=False)
     path = archive_path(repository)
+    plain_size = os.stat(path).st_size
+    assert plain_size > 35 << 20
+    if compress:
+        recompress(repository.archive("checkpoints", PACKED_ID), path)
+        assert os.stat(path).st_size < min(32 << 20, plain_size - (18 << 20))
+        again = pack_tree(tmp_path, project, compress=True, name="again")
+        assert Path(archive_path(again)).read_bytes() == Path(path).read_bytes()
     table = repository.archive("checkpoints", PACKED_ID).table
     assert len(table.members) > 8 and sorted(name for name, _, _ in table.files) == sorted(files)
     assert read_archive(repository) == files
@@ -4253,7 +3896,6 @@ def test_archives_read_back_by_everyone(project, tmp_path, compress):
     subprocess.run(["tar", "xzf", path, "-C", str(target)], check=True)
     assert tree(target / PACKED_ID) == files
     assert os.stat(str(target / PACKED_ID / "small.py")).st_mode & 0o777 == 0o755
-    assert os.stat(path).st_size < 32 << 20 if compress else os.stat(path).st_size > 35 << 20
 
 
 @hypothesis.given(data=st.binary(min_size=1, max_size=70000) | st.builds(
@@ -4327,20 +3969,6 @@ def test_the_background_reads_what_shrinks_once(project, tmp_path, counted_reads
     replicate.shrink_archive(storage, "checkpoints", PACKED_ID)
     assert size < sum(counted_reads) < size * 1.02
     assert os.path.getsize(storage.path("checkpoints/%s.tar.gz" % PACKED_ID)) < 0.7 * size
-
-
-def test_recompressing_keeps_the_content_and_shrinks_what_shrinks(project, tmp_path):
-    files = sample_tree(project)
-    repository = pack_tree(tmp_path, project, compress=False)
-    path = archive_path(repository)
-    before = os.stat(path).st_size
-    recompress(repository.archive("checkpoints", PACKED_ID), path)
-    assert os.stat(path).st_size < before - (18 << 20)
-    assert read_archive(repository) == files
-    assert all(read_one(repository, name) == content for name, content in files.items())
-    subprocess.run(["gzip", "-t", path], check=True)
-    again = pack_tree(tmp_path, project, compress=True, name="again")
-    assert Path(archive_path(again)).read_bytes() == Path(path).read_bytes()
 
 
 def test_a_table_that_spans_several_fields(project, tmp_path):
@@ -4461,14 +4089,8 @@ def test_a_name_that_has_become_something_else_is_not_saved(project, tmp_path, w
     fill(project, {"a": b"a" * size, "b": b"b" * size, "secret": b"s"})
     sources = replicate.find_sources(str(project), ".")
     (project / "a").unlink()
-    if what == "fifo":
-        os.mkfifo("a")
-    elif what == "link":
-        os.symlink("secret", "a")
-    elif what == "directory":
-        os.mkdir("a")
-    elif what == "socket":
-        socket.socket(socket.AF_UNIX).bind("a")
+    {"fifo": os.mkfifo, "link": lambda name: os.symlink("secret", name), "directory": os.mkdir,
+     "socket": socket.socket(socket.AF_UNIX).bind, "nothing": lambda name: None}[what]("a")
     files, warnings = packed_and_read(tmp_path, sources)
     assert sorted(files) == ["b", "replicate.yaml", "secret"]
     assert len(warnings) == 1 and warnings[0].startswith("a is not saved: ")
@@ -4516,30 +4138,28 @@ def answers(repository, files):
             assert read_one(repository, name) == content
 
 
-def test_every_truncation_is_a_read_error_or_harmless(project, tmp_path):
-    repository, files, data = small_archive(project, tmp_path)
-    for length in range(len(data)):
-        Path(archive_path(repository)).write_bytes(data[:length])
-        try:
-            assert read_archive(repository) == files, length
-        except replicate.ReadError:
-            pass
-
-
-def test_every_flipped_bit_is_a_read_error_or_harmless(project, tmp_path):
+@pytest.mark.parametrize("damage", [
+    lambda data, at: data[:at], lambda data, at: data[:at] + bytes([data[at] ^ 1 << (at % 8)]) + data[at + 1:]],
+    ids=["truncated", "one bit flipped"])
+def test_every_damage_is_a_read_error_or_harmless(project, tmp_path, damage):
     repository, files, data = small_archive(project, tmp_path)
     for position in range(len(data)):
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << (position % 8)
-        Path(archive_path(repository)).write_bytes(damaged)
+        Path(archive_path(repository)).write_bytes(damage(data, position))
         answers(repository, files)
 
 
-def with_table(data, members, files):
-    """The archive with another table of contents."""
-    start = int.from_bytes(data[-len(replicate.GZIP_EMPTY_BODY) - 16:-len(replicate.GZIP_EMPTY_BODY) - 8], "little")
-    table = replicate.Table(members, files).encode()
-    return data[:start] + table
+def table_start(data):
+    """Where the table of contents of an archive begins."""
+    end = len(data) - len(replicate.GZIP_EMPTY_BODY)
+    return int.from_bytes(data[end - 16:end - 8], "little")
+
+
+def write_table(repository, data, *fields):
+    """Give the archive a table of contents of these fields, with a right footer."""
+    start = table_start(data)
+    chain = b"".join(map(replicate._extra_member, fields))
+    footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
+    Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
 
 
 def test_a_lying_table_never_shows_wrong_content(project, tmp_path):
@@ -4561,7 +4181,7 @@ def test_a_lying_table_never_shows_wrong_content(project, tmp_path):
             ([(table.members[0][0] + 1, table.members[0][1]), (table.members[1][0] - 1, table.members[1][1])] + table.members[2:],
              table.files)]
     for members, entries in lies:
-        Path(archive_path(repository)).write_bytes(with_table(data, members, entries))
+        Path(archive_path(repository)).write_bytes(data[:table_start(data)] + replicate.Table(members, entries).encode())
         assert read_archive(repository) == files
         for name, content in files.items():
             with contextlib.suppress(replicate.ReadError):
@@ -4576,11 +4196,10 @@ def test_a_lying_table_never_shows_wrong_content(project, tmp_path):
     b'{"members": [], "files": [["a", 0, ' + b"9" * 6000 + b"]]}"])
 def test_a_table_of_nonsense_is_not_believed(project, tmp_path, content):
     repository, files, data = small_archive(project, tmp_path)
-    start = sum(compressed for compressed, _ in repository.archive("checkpoints", PACKED_ID).table.members)
+    start = table_start(data)
+    assert start == sum(compressed for compressed, _ in repository.archive("checkpoints", PACKED_ID).table.members)
     for packed in (zlib.compress(content), content, zlib.compress(content)[:-3]):
-        chain = replicate._extra_member(packed)
-        footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
-        Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
+        write_table(repository, data, packed)
         answers(repository, files)
     for footer in (bytes(16), b"\xff" * 16, start.to_bytes(8, "little") + bytes(8), (start + 1).to_bytes(8, "little") * 2):
         Path(archive_path(repository)).write_bytes(data[:start] + replicate._extra_member(footer))
@@ -4589,10 +4208,7 @@ def test_a_table_of_nonsense_is_not_believed(project, tmp_path, content):
 
 def test_a_table_of_very_many_empty_fields_is_passed_over(project, tmp_path):
     repository, files, data = small_archive(project, tmp_path)
-    start = sum(compressed for compressed, _ in repository.archive("checkpoints", PACKED_ID).table.members)
-    chain = replicate._extra_member(b"") * 800000
-    footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
-    Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
+    write_table(repository, data, *[b""] * 800000)
     assert repository.archive("checkpoints", PACKED_ID).table is None
 
 
@@ -4601,9 +4217,7 @@ def test_a_table_of_very_many_empty_fields_is_passed_over(project, tmp_path):
 def test_mutated_archives_give_the_right_content_or_a_read_error(tmp_path_factory, data):
     tmp_path = tmp_path_factory.getbasetemp() / "mutated"
     project = tmp_path / "project"
-    if not project.exists():
-        project.mkdir(parents=True)
-    shutil.rmtree(str(project))
+    shutil.rmtree(str(project), ignore_errors=True)
     fill(project, {"replicate.yaml": b""})
     repository, files, packed = small_archive(project, tmp_path)
     damaged = bytearray(packed)
