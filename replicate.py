@@ -3886,21 +3886,24 @@ def read_journal(data: bytes) -> Tuple[List[Dict[str, Any]], Set[str]]:
     return added, removed
 
 
-def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> bool:
-    """Apply journals to a document in place; whether that changed it."""
+def new_checkpoints(known: Set[str], journals: Iterable[bytes]) -> List[Dict[str, Any]]:
+    """The checkpoints of journals that were not removed and whose IDs are not known, oldest first."""
     added: Dict[str, Dict[str, Any]] = {}
     removed: Set[str] = set()
     for data in journals:
         some, gone = read_journal(data)
         added.update((item["id"], item) for item in some)
         removed |= gone
+    return sorted((item for item in added.values() if item["id"] not in known and item["id"] not in removed),
+                  key=lambda item: canonical_time(item["created"]))
+
+
+def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> None:
+    """Add the checkpoints of journals to a document."""
     present = document.get("checkpoints") or []
-    known = {item["id"] for item in present}
-    new = sorted((item for item in added.values() if item["id"] not in known and item["id"] not in removed),
-                 key=lambda item: canonical_time(item["created"]))
+    new = new_checkpoints({item["id"] for item in present}, journals)
     if new:
         document["checkpoints"] = present + new
-    return bool(new)
 
 
 class Repository:
@@ -3945,11 +3948,9 @@ class Repository:
 
     # -- documents
 
-    def create(self, document: Dict[str, Any]) -> DocumentText:
+    def create(self, document: Dict[str, Any]) -> None:
         """Store the document of a new experiment."""
-        text = DocumentText(document)
-        self.storage.write(document_key(document["id"]), text.text)
-        return text
+        self.storage.write(document_key(document["id"]), DocumentText(document).data())
 
     def load(self, experiment_id: str) -> Dict[str, Any]:
         """The document of an experiment, with what is in its journals. Raises DoesNotExist, ReadError."""
@@ -4085,27 +4086,24 @@ class Repository:
                 continue
         return contents
 
-    def fold(self, experiment_id: str, keys: Sequence[str], last: Optional[DocumentText] = None,
-             more: bytes = b"") -> None:
-        """Put the checkpoints in these journals, and in `more` lines of one, into the experiment's document.
+    def fold(self, experiment_id: str, keys: Sequence[str], text: Optional[DocumentText] = None,
+             more: bytes = b"", final: Optional[Dict[str, Any]] = None) -> Optional[DocumentText]:
+        """Put the checkpoints in these journals and in `more` lines of one, and final keys, into a document.
 
-        last: what the same caller wrote before, so that a document that nobody else changed need not be read again.
+        text: what the last fold() returned, so that a document that nobody else changed need not be parsed again.
         Raises ExperimentGone if there is no document any more, WriteError, ReadError.
         """
         def change(old: Optional[bytes]) -> Optional[bytes]:
+            nonlocal text
             if old is None:
                 raise ExperimentGone("Experiment %s was removed from %s." % (experiment_id[:SHORT_ID], self.url))
-            contents = self._contents(keys) + [more]
-            if last is not None and last.text == old:
-                return last.extended(contents)
-            document = self._decode(old, experiment_id)
-            changed = merge_checkpoints(document, contents)
-            text = DocumentText(document)
-            if last is not None:
-                last.take_over(text)
-            return text.text if changed else None
+            if text is None or text.data() != old:
+                text = DocumentText(self._decode(old, experiment_id))
+            is_changed = text.merge(self._contents(keys) + [more], final or {})
+            return text.data() if is_changed else None
 
         self.storage.update(document_key(experiment_id), change)
+        return text
 
     def _remove_leftovers(self) -> None:
         """Remove the temporary files and heartbeats of killed processes from a disk, where it may be written."""
@@ -4424,33 +4422,33 @@ def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
 
 
 class DocumentText:
-    """An experiment document as written, to which checkpoints can be added without encoding the others again."""
-
-    TAIL = b"\n ]\n}"
+    """An experiment document as it is stored, to which checkpoints are added without encoding the others again."""
 
     def __init__(self, document: Dict[str, Any]) -> None:
-        ordered = {key: value for key, value in document.items() if key != "checkpoints"}
-        ordered["checkpoints"] = document.get("checkpoints")
-        self.ids = {item["id"] for item in document.get("checkpoints") or ()}
-        self.text = encode_json(ordered)
+        checkpoints = document.get("checkpoints")
+        self._ids = {item["id"] for item in checkpoints or ()}
+        self._header = {key: value for key, value in document.items() if key != "checkpoints"}
+        self._start = self._encoded_header()
+        self._checkpoints = encode_json(checkpoints).replace(b"\n", b"\n ")  # no text in it has such a byte
 
-    def extended(self, journals: Iterable[bytes]) -> Optional[bytes]:
-        """The text with the checkpoints of these journals added; None if there is nothing to add."""
-        document: Dict[str, Any] = {"checkpoints": [{"id": item_id} for item_id in self.ids]}
-        if not merge_checkpoints(document, journals):
-            return None
-        new = document["checkpoints"][len(self.ids):]
-        lines = encode_json(new)[1:-2].replace(b"\n", b"\n ")  # no text in it has such a byte
-        if self.ids:
-            self.text = self.text[:-len(self.TAIL)] + b"," + lines + self.TAIL
-        else:
-            self.text = self.text[:self.text.rindex(b": ")] + b": [" + lines + self.TAIL
-        self.ids.update(item["id"] for item in new)
-        return self.text
+    def _encoded_header(self) -> bytes:
+        return encode_json(dict(self._header, checkpoints=0))[:-len(b"0\n}")]
 
-    def take_over(self, other: DocumentText) -> None:
-        """Become the same as other."""
-        self.text, self.ids = other.text, other.ids
+    def data(self) -> bytes:
+        """All of it."""
+        return b"%s%s\n}" % (self._start, self._checkpoints)
+
+    def merge(self, journals: Iterable[bytes], final: Dict[str, Any]) -> bool:
+        """Add the checkpoints of journals and final keys; whether that changed it."""
+        is_changed = merge_final_keys(self._header, final)
+        if is_changed:
+            self._start = self._encoded_header()
+        new = new_checkpoints(self._ids, journals)
+        if new:
+            lines = encode_json(new).replace(b"\n", b"\n ")
+            self._checkpoints = self._checkpoints[:-len(b"\n ]")] + b"," + lines[1:] if self._ids else lines
+            self._ids.update(item["id"] for item in new)
+        return is_changed or bool(new)
 
 
 class reading_archive:
@@ -4750,19 +4748,81 @@ def typed_path(path: str) -> str:
     return name if os.path.isabs(path) and shutil.which(name) == path else inner_path(path, START_DIRECTORY)
 
 
-def installed_packages() -> Dict[str, str]:
-    """Version by normalized name (PEP 503) of every distribution on the module path, read off the folders' names."""
-    found: Dict[str, str] = {}
+def distributions() -> Dict[str, Tuple[str, str]]:
+    """(version, metadata folder) of every distribution on the module path by its normalized name, sorted."""
+    found: Dict[str, Tuple[str, str]] = {}
     for directory in sys.path:
         try:
             names = os.listdir(directory or ".")
-        except OSError:
+        except (OSError, TypeError, ValueError):  # a program may put anything there
             continue
         for name in names:
             match = re.fullmatch(r"([\w.]+(?:-[\w.]+)*?)-(\d[\w.!+]*)(?:-py[\d.]+)?\.(?:dist-info|egg-info)", name)
             if match:
-                found.setdefault(re.sub(r"[-_.]+", "-", match.group(1)).lower(), match.group(2))
+                found.setdefault(normalized_name(match.group(1)), (match.group(2), os.path.join(directory, name)))
     return dict(sorted(found.items()))
+
+
+def normalized_name(name: str) -> str:
+    """The name of a distribution in the form that PEP 503 compares."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed_packages() -> Dict[str, str]:
+    """Version by normalized name of every distribution on the module path, read off the folders' names."""
+    return {name: version for name, (version, _) in distributions().items()}
+
+
+def imported_packages() -> List[str]:
+    """Which of the installed_packages() have a module that is imported now.
+
+    Most have a module of their own name. For the rest their metadata says what they install.
+    """
+    modules = {name.partition(".")[0] for name, module in list(sys.modules.items())
+               if module is not None and isinstance(name, str)}
+    installed = distributions()
+    found = {normalized_name(name) for name in modules} & set(installed)
+    unclaimed = {name for name in modules if normalized_name(name) not in found}
+    unclaimed.difference_update(getattr(sys, "stdlib_module_names", sys.builtin_module_names))
+    if unclaimed:
+        found.update(name for name, (_, folder) in installed.items()
+                     if name not in found and not unclaimed.isdisjoint(top_level_names(folder)))
+    return sorted(found)
+
+
+def top_level_names(folder: str) -> Set[str]:
+    """The names of the modules that a distribution installs, and of other things that lie beside them."""
+    for file_name in ("top_level.txt", "RECORD"):
+        try:
+            with open(os.path.join(folder, file_name), encoding="utf-8", errors="replace") as file:
+                names = {line.partition("/")[0] for line in file}
+        except OSError:
+            continue
+        if names:
+            return {name.partition(".")[0].strip() for name in names}
+    return set()
+
+
+FINAL_KEYS: Dict[str, Callable[[], Any]] = {"imported_packages": imported_packages}
+"""What an experiment's document gets when recording stops. Lists are united with those of an earlier run."""
+
+
+def final_keys(document: Dict[str, Any]) -> Dict[str, Any]:
+    """Those of the FINAL_KEYS that a document has, with their values."""
+    return {key: document[key] for key in FINAL_KEYS if key in document}
+
+
+def merge_final_keys(document: Dict[str, Any], values: Dict[str, Any]) -> bool:
+    """Put values of FINAL_KEYS into a document; whether that changed it."""
+    merged = {}
+    for key, value in values.items():
+        there = document.get(key)
+        if isinstance(value, list) and isinstance(there, list):
+            value = sorted(value + [item for item in there if item not in value], key=str)
+        merged[key] = value
+    changed = any(key not in document or document[key] != value for key, value in merged.items())
+    document.update(merged)
+    return changed
 
 
 def user_name() -> Optional[str]:
@@ -4937,7 +4997,7 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
                     sent: Sent, progress: Callable[[int], None]) -> None:
     """Copy an experiment and these of its checkpoints, the document last; what the target has already stays.
 
-    Raises ExperimentGone if the document says that it was uploaded before, and the target does not have it any more.
+    The target's document takes the final keys of ours. Raises ExperimentGone if the document says that it was uploaded before, and the target does not have it any more.
     """
     keys = [archive_key("experiments", document["id"])] if document.get("path") else []
     keys += [archive_key("checkpoints", item["id"]) for item in checkpoints if item.get("path")]
@@ -4954,12 +5014,13 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
         if old is None:
             if document.get(SENT_KEY):
                 raise gone
-            return DocumentText(dict(header, checkpoints=checkpoints)).text
+            return DocumentText(dict(header, checkpoints=checkpoints)).data()
         there = target._decode(old, document["id"])
         known = {item["id"] for item in there.get("checkpoints") or ()}
         new = [item for item in checkpoints if item["id"] not in known]
         there["checkpoints"] = (there.get("checkpoints") or []) + new
-        return DocumentText(there).text if new else None
+        is_changed = merge_final_keys(there, final_keys(document))
+        return DocumentText(there).data() if new or is_changed else None
 
     if sizes and document.get(SENT_KEY):
         try:
@@ -4989,7 +5050,7 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
     """
     document = pending.load(experiment_id)
     ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]
-    if ready or not document.get(SENT_KEY):
+    if ready or not document.get(SENT_KEY) or finished and final_keys(document):
         if experiment_id in unready:
             return
         try:
@@ -5009,7 +5070,7 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
         kept = pending._decode(old, experiment_id)
         kept["checkpoints"] = [item for item in kept.get("checkpoints") or () if item["id"] not in done]
         kept[SENT_KEY] = True
-        return DocumentText(kept).text
+        return DocumentText(kept).data()
 
     pending.storage.update(document_key(experiment_id), change)
     pending.storage.delete([archive_key("checkpoints", item_id) for item_id in done] +
@@ -5057,7 +5118,7 @@ class LiveDocument:
         self.unwritten: List[bytes] = []     # lines that a full disk refused
         self.fold_at = float("inf")          # monotonic seconds
         self._repository, self._id, self._changed = repository, experiment.id, changed
-        self._text = DocumentText(experiment._document)
+        self._text: Optional[DocumentText] = DocumentText(experiment._document)
         self._journals: List[Journal] = []   # the last is written to; the folding of others has failed
         self._is_full = True                 # the last is one of those others
         self._is_gone = False
@@ -5084,19 +5145,20 @@ class LiveDocument:
                 return _problem(self.storage.write_failure(JOURNALS + self._id, error))
             return None
 
-    def fold(self) -> None:
-        """Put what is in the journals, and what they could not take, into the document.
+    def fold(self, final: Optional[Dict[str, Any]] = None) -> None:
+        """Put what is in the journals, what they could not take, and final keys into the document.
 
         Raises ExperimentGone, WriteError, ReadError.
         """
         with self._one_at_a_time:
             with self._changed:
                 journals, lines, self._is_full, self.fold_at = list(self._journals), list(self.unwritten), True, float("inf")
-            if not (journals or lines):
+            if not (journals or lines or final):
                 return
             started = time.monotonic()
             try:
-                self._repository.fold(self._id, [journal.key for journal in journals], self._text, b"\n".join(lines))
+                self._text = self._repository.fold(self._id, [journal.key for journal in journals], self._text,
+                                                   b"\n".join(lines), final)
             except ReplicateError:
                 with self._changed:
                     self.fold_at = time.monotonic() + MAX_FOLD_INTERVAL
@@ -5421,7 +5483,7 @@ class Recorder:
             _recorders.remove(self)
         for saving in self._saving:
             saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        self.fold()
+        self.fold({key: value() for key, value in FINAL_KEYS.items()})
         if self.document.unwritten:
             console.error("%s of experiment %s could not be written, and will be lost." % (
                 plural(len(self.document.unwritten), "checkpoint"), self.experiment.short_id()))
@@ -5520,11 +5582,11 @@ class Recorder:
         finally:
             self._has_beaten.set()
 
-    def fold(self) -> None:
-        """Put the journal into the document; where that fails it is tried again later."""
+    def fold(self, final: Optional[Dict[str, Any]] = None) -> None:
+        """Put the journal and final keys into the document; where that fails the journal is tried again later."""
         try:
             if not self.gone:
-                self.document.fold()
+                self.document.fold(final)
                 self.worker.upload_soon()
         except ExperimentGone:
             self.lose()
@@ -6009,7 +6071,7 @@ class Project:
             document = repository.pending.load(experiment.id)
         recorder = self._recorder(repository, experiment, heartbeat, prepared=True)
         if recorder.repository is not repository:
-            header = DocumentText(dict(document, checkpoints=[], **sent)).text
+            header = DocumentText(dict(document, checkpoints=[], **sent)).data()
             recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
         recorder.start()
         return recorder

@@ -2942,6 +2942,41 @@ def test_resuming_an_experiment_keeps_what_is_still_pending_of_it(bucket, projec
     push_the_rest(bucket, project, [1, 2])
 
 
+def test_imported_packages_reach_the_bucket_when_recording_stops(bucket, project, training):
+    """In a document that has had changes of others, with the last checkpoint or without one, and never of a killed run."""
+    script = training("""
+        experiment = replicate.init(quiet=True)
+        save(1)
+        wait(experiment.id)
+        if wait("which") == "stop":
+            experiment.stop()
+        wait("killed")
+        """)
+    experiment_id = until(lambda: script.lines.get(timeout=60))
+    until(lambda: bucket.checkpoints())
+    until(lambda: [document for document in pending_documents(project) if not document["checkpoints"]])
+    (document,) = bucket.documents()
+    assert "imported_packages" not in document
+    bucket.put("metadata/experiments/%s.json" % experiment_id, json.dumps(dict(document, color="red")).encode())
+    script.go()
+    script.expect("which")
+    script.go("stop")
+    script.expect("killed")
+    (stopped,) = bucket.documents()
+    assert "pytest" not in stopped["imported_packages"] and sorted(stopped["imported_packages"]) == stopped["imported_packages"]
+    assert dict(stopped, imported_packages=0) == dict(document, color="red", imported_packages=0)
+    script.kill()
+    bucket.put("metadata/experiments/%s.json" % experiment_id, json.dumps(dict(stopped, imported_packages=["zz"])).encode())
+    run_script(HASTY + "experiment = replicate.experiments.get(%r)\nsave(2)" % experiment_id)
+    (again,) = bucket.documents()
+    assert again["imported_packages"] == stopped["imported_packages"] + ["zz"] and again["color"] == "red"
+    run_script(HASTY + "experiment = replicate.init(quiet=True)\nsave(3)\nos.kill(os.getpid(), 9)", check=False)
+    assert run("push").returncode == 0
+    assert [sorted(item["step"] for item in document["checkpoints"]) for document in bucket.documents()
+            if "imported_packages" not in document] == [[3]]
+    assert pending_leftovers(project) == []
+
+
 def test_a_checkpoint_after_stop_while_the_bucket_is_away(s3_bucket, project, hasty):
     experiment = replicate.init(quiet=True)
     experiment.checkpoint(step=0, quiet=True)
@@ -4826,6 +4861,7 @@ def test_unknown_keys_survive_adding_and_removing_checkpoints(repo):
     experiment.stop()
     again = json.loads(json.dumps(document))
     again["checkpoints"].append(added.to_json())
+    again["imported_packages"] = stored_documents(repo)[0]["imported_packages"]
     assert stored_documents(repo) == [again]
     assert added.step == 2
     assert run("rm", "-f", hex_id("2c")).returncode == 0
@@ -4847,7 +4883,8 @@ def test_a_document_without_checkpoints_takes_the_first(repo, checkpoints):
     experiment = replicate.experiments.get("1e")
     made = [experiment.checkpoint(metrics={"n": number}, quiet=True).to_json() for number in range(3)]
     experiment.stop()
-    assert stored_documents(repo) == [dict(document, checkpoints=made)]
+    stored, = stored_documents(repo)
+    assert stored.pop("imported_packages") and stored == dict(document, checkpoints=made)
 
 
 def test_the_document_has_the_keys_and_the_look_of_the_format(repo):
@@ -5403,6 +5440,95 @@ def test_disable_heartbeat(repo, monkeypatch):
     assert names_in(repo / "metadata/heartbeats") == []
     experiment.stop()
     assert len(stored_documents(repo)[0]["checkpoints"]) == 2
+
+
+@pytest.fixture
+def distribution(tmp_path, monkeypatch):
+    """A function that installs a distribution; programs that start after it see it, too."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
+
+    def install(name, files, **metadata):
+        folder = site / (name + ".dist-info")
+        folder.mkdir()
+        for file_name in files:
+            (site / file_name).parent.mkdir(exist_ok=True)
+            (site / file_name).write_text("")
+        for file_name, content in metadata.items():
+            (folder / file_name.replace("top_level", "top_level.txt")).write_text(content)
+
+    return install
+
+
+def imported_packages(document):
+    """Those of the packages of the fixture that a document says were imported."""
+    names = document["imported_packages"]
+    assert names == sorted(set(names)) and set(names) <= set(document["python_packages"])
+    return [name for name in names if name.startswith("test-")]
+
+
+PACKAGES = [("Test_Equal.Name-1.0", ["test_equal_name/__init__.py"], {}),
+            ("test_listed-2.0", ["listed_inside.py"], {"top_level": "listed_inside\n_other\n", "RECORD": "unrelated.py,,\n"}),
+            ("test_recorded-3.0", ["recorded_single.py"], {"RECORD": "../../bin/tool,,\nrecorded_single.py,sha256=x,1\n"}),
+            ("test_folder-4.0", ["recorded_folder/part.py"], {"top_level": "", "RECORD": "recorded_folder/part.py,,\n"}),
+            ("test_unused-5.0", ["unused.py"], {"RECORD": "unused.py,,\n"}), ("test_bare-6.0", [], {}),
+            ("test_odd-7.0", [], {"RECORD": "\udcff/\0\n"})]
+USED = ["test-equal-name", "test-folder", "test-listed", "test-recorded"]
+
+
+def install_all(distribution):
+    for name, files, metadata in PACKAGES:
+        distribution(name, files, **{key: text.encode("utf-8", "replace").decode() for key, text in metadata.items()})
+
+
+@pytest.mark.parametrize("end", ["experiment.stop()", "pass", "sys.exit(3)", "raise ValueError", "os.kill(os.getpid(), 15)"])
+def test_the_packages_that_were_imported_are_recorded_at_the_end(repo, distribution, end):
+    install_all(distribution)
+    done = run_script("""
+        import os, sys, replicate, test_equal_name
+        experiment = replicate.init(quiet=True, disable_heartbeat=True)
+        experiment.checkpoint(metrics={"loss": 1}, quiet=True)
+        import listed_inside, recorded_single, recorded_folder.part
+        sys.path += [None, 5.5, b"x", "/nowhere" + chr(0)]
+        sys.modules[7] = sys.modules["test_bare"] = None
+        print("ready")
+        exec(sys.argv[1])
+        """, end, check=False)
+    document, = stored_documents(repo)
+    assert done.stdout == "ready\n" or end.startswith("os.kill")
+    assert imported_packages(document) == USED and len(document["checkpoints"]) == 1
+
+
+def test_a_killed_run_says_nothing_of_imported_packages(repo, distribution):
+    install_all(distribution)
+    run_script("""
+        import os, replicate, test_equal_name
+        replicate.init(quiet=True).checkpoint(metrics={"loss": 1}, quiet=True)
+        os.kill(os.getpid(), 9)
+        """, check=False)
+    assert run("ls").returncode == 0
+    document, = stored_documents(repo)
+    assert len(document["checkpoints"]) == 1 and "imported_packages" not in document
+
+
+@pytest.mark.parametrize("before, after", [(["test-gone", "test-folder"], ["test-folder", "test-gone", "test-listed"]),
+                                           ("nonsense", ["test-listed"]), ([None, {}], ["None", "test-listed", "{}"])])
+def test_a_resumed_experiment_adds_to_its_imported_packages(repo, distribution, before, after):
+    install_all(distribution)
+    write_repository(repo, experiment_document(hex_id("1e"), imported_packages=before, color="red"))
+    run_script("import listed_inside, replicate\nreplicate.experiments.get('1e').checkpoint(metrics={'loss': 1}, quiet=True)")
+    document, = stored_documents(repo)
+    assert [str(name) for name in document["imported_packages"] if str(name) in after] == after
+    assert document["color"] == "red" and len(document["checkpoints"]) == 1
+
+
+def test_an_inert_process_does_not_look_for_imported_packages(repo, monkeypatch):
+    monkeypatch.setattr(replicate, "FINAL_KEYS", {"imported_packages": lambda: pytest.fail("it did")})
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    replicate.init(quiet=True).stop()
+    assert stored_documents(repo) == []
 
 
 @pytest.mark.parametrize("end, code", [("", 0), ("raise ValueError('mine')", 1), ("sys.exit(3)", 3),
