@@ -3402,28 +3402,9 @@ def stored_member(data: bytes) -> bytes:
     parts: List[Any] = [GZIP_HEADER]
     for start in range(0, len(view), STORED_BYTES):
         block = view[start:start + STORED_BYTES]
-        parts += [block_header(len(block), start + len(block) == len(view)), block]
+        is_last = start + len(block) == len(view)
+        parts += [struct.pack("<BHH", is_last, len(block), len(block) ^ 0xffff), block]
     return b"".join(parts + [struct.pack("<II", zlib.crc32(view), len(view))])
-
-
-def block_header(length: int, is_last: bool) -> bytes:
-    """What stands before a stored block of that length."""
-    return struct.pack("<BHH", is_last, length, length ^ 0xffff)
-
-
-def stored_blocks(member: bytes, size: int) -> Optional[List[memoryview]]:
-    """The content of a member that stored_member() made, block by block; None for any other."""
-    view, end, checksum = memoryview(member), len(member) - 8, 0
-    if len(member) != stored_size(size) or not member.startswith(GZIP_HEADER):
-        return None
-    blocks = []
-    for start in range(len(GZIP_HEADER) + 5, end, STORED_BYTES + 5):
-        block = view[start:min(start + STORED_BYTES, end)]
-        if view[start - 5:start] != block_header(len(block), start + len(block) == end):
-            return None
-        checksum = zlib.crc32(block, checksum)
-        blocks.append(block)
-    return blocks if view[end:] == struct.pack("<II", checksum, size) else None
 
 
 def stored_size(size: int) -> int:
@@ -3431,21 +3412,26 @@ def stored_size(size: int) -> int:
     return len(GZIP_HEADER) + size + 5 * -(-size // STORED_BYTES) + 8
 
 
-def recompress(reader: Archive, file: BinaryIO, check: Callable[[], Any]) -> None:
-    """Write the archive that reader reads to another file, those of its stored members that shrink compressed.
+def recompress(archive: Archive, file: BinaryIO, check: Callable[[], Any]) -> None:
+    """Write one of our archives to another file, with its stored members compressed where that pays.
 
-    check: called before each member; it raises what ends the work early. Raises OSError.
+    check() is called before each member, and raises what ends the work early. Raises ReadError, OSError.
     """
+    from itertools import accumulate
+    table = archive.table
+    if table is None:
+        raise ReadError("it has no table of contents")
     writer = ArchiveWriter(file)
-    writer.table.files = reader.table.files if reader.table else []
+    writer.table.files = table.files
+    starts = accumulate([0] + [compressed for compressed, _ in table.members])
 
-    def convert(place: Tuple[int, int, int]) -> Tuple[bytes, int]:
-        start, compressed, size = place
+    def convert(place: Tuple[int, Tuple[int, int]]) -> Tuple[bytes, int]:
+        start, (compressed, size) = place
         check()
-        member = reader.read_range(start, start + compressed)
+        member = archive.read_range(start, start + compressed)
         return gzip_member(inflate_member(member, size)) if compressed == stored_size(size) else member, size
 
-    for member, size in in_threads(convert, reader.places()):
+    for member, size in in_threads(convert, zip(starts, table.members)):
         writer.add(member, size)
     writer.finish()
 
@@ -3469,7 +3455,6 @@ class Archive:
         """Raises DoesNotExist, ReadError."""
         entry, self._open = storage.pin(key)
         self.size = entry.size
-        self.is_local = storage.has_journals
         self.table = Table.read(self.read_range, self.size) if self.size > FOOTER_BYTES else None
 
     def read_range(self, start: int, end: int) -> bytes:
@@ -3477,106 +3462,56 @@ class Archive:
         with self._open(start, end) as stream:
             return read_fully(stream, end - start)
 
-    def files(self, wanted: Callable[[str], bool], archive_id: str) -> Iterator[Tuple[TarMember, Iterator[Any]]]:
-        """(member, pieces of its content) of each regular file whose name is wanted.
+    def files(self, wanted: Callable[[str], bool], archive_id: str,
+              name: Optional[str] = None) -> Iterator[Tuple[TarMember, Iterator[Any]]]:
+        """(member, pieces of its content) of each wanted file; only the one called name if the table leads to it.
 
-        The pieces of a file must be taken before the next file is asked for. Raises ReadError for every member that
-        is no plain file or directory below `<archive_id>/`, and the errors of zlib and tarfile for a damaged archive:
-        see reading_archive.
+        Take the pieces of a file before you ask for the next file. Raises ReadError for every member that is no plain
+        file or directory below `<archive_id>/`, and the errors of zlib and tarfile: see reading_archive.
         """
-        reader = TarReader(self.content())
-        for member in reader.members():
-            name = safe_name(member, archive_id)
-            if not member.is_directory and wanted(name):
-                yield TarMember(name, member.size, member.mode, False), reader.data()
+        located = self._located(name, archive_id) if name else None
+        for member, pieces in [located] if located else read_tar(self._content(), archive_id):
+            if wanted(member.name):
+                yield member, pieces
 
     def copy_file(self, name: str, archive_id: str, target: BinaryIO) -> bool:
-        """Write the one file of that name to target, read alone where the table allows it; False if there is none."""
-        single = self.located(name, archive_id)
+        """Write the file called name to target; False if there is none."""
         found = False
-        for _, pieces in [single] if single else self.files(lambda candidate: candidate == name, archive_id):
+        for _, pieces in self.files(lambda candidate: candidate == name, archive_id, name):
             target.seek(0)  # of several the last one counts, as in a checkout
             target.truncate()
             target.writelines(pieces)
             found = True
         return found
 
-    def located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
-        """(member, pieces) of the file of that name, if the table of contents leads to it."""
-        entries = [entry for entry in self.table.files if entry[0] == name] if self.table else []
-        if not entries:
-            return None
-        _, offset, size = entries[-1]
-        try:
-            reader = TarReader(self._content_at(offset, offset + size + 8192))
-            member = next(iter(reader.members()), None)
-            if member and not member.is_directory and safe_name(member, archive_id) == name:
-                return TarMember(name, member.size, member.mode, False), reader.data()
-        except (ReadError, zlib.error, tarfile.TarError, EOFError, ValueError):
-            pass  # the table is wrong: the headers decide
+    def _located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
+        places = [(offset, size) for listed, offset, size in self.table.files if listed == name] if self.table else []
+        if places:
+            offset, size = places[-1]
+            try:
+                member, pieces = next(read_tar(self._content(offset, offset + size + 8192), archive_id))
+                if member.name == name:
+                    return member, pieces
+            except (StopIteration, ReadError, zlib.error, tarfile.TarError, EOFError, ValueError):
+                pass  # the table is wrong: the headers decide
         return None
 
-    def _content_at(self, start: int, end: int) -> Iterator[bytes]:
-        """Tar bytes from offset start to the end of the gzip member that holds offset end."""
-        position = raw = 0
-        first, skip, chosen, length = None, 0, [], 0
-        for compressed, size in self.table.members:
-            if position + size > start and position < end:
-                if first is None:
-                    first, skip = raw, start - position
-                chosen.append((compressed, size))
-                length += compressed
-            position += size
-            raw += compressed
-        if first is None:
-            raise ReadError("its table of contents is wrong")
-        with self._open(first, first + length) as stream:
-            for compressed, size in chosen:
-                data = inflate_member(read_fully(stream, compressed), size)
-                yield data[skip:]
-                skip = 0
-
-    def raw_members(self) -> Iterator[Tuple[bytes, int]]:
-        """(compressed bytes, size) of each gzip member that the table names."""
-        length = sum(compressed for compressed, _ in self.table.members)
-        with self._open(0, length) as stream:
+    def _content(self, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
+        """The tar in pieces: from offset start to the end of the gzip member that holds offset end, or all of it."""
+        first, last, skip = 0, self.size, 0
+        if end is not None:
+            position = compressed_position = 0
             for compressed, size in self.table.members:
-                yield read_fully(stream, compressed), size
-
-    def content(self) -> Iterator[bytes]:
-        """The tar, decompressed, in pieces: as far as the table proves right, several members at a time."""
-        done = 0
-        if self.table is not None:
-            members = in_threads(lambda place: self._member(*place), self.places()) if self.is_local else in_threads(
-                lambda item: member_content(item[0], item[1]), self.raw_members())
-            for compressed, _ in self.table.members:
-                try:
-                    data = next(members)
-                except ReadError:
-                    break
-                yield data
-                done += compressed
-            else:
-                return
-        with self._open(done, self.size) as stream:
-            yield from gunzip(stream)
-
-    def places(self) -> Iterator[Tuple[int, int, int]]:
-        """(first byte, compressed size, size) of each gzip member that the table names."""
-        start = 0
-        for compressed, size in self.table.members if self.table else ():
-            yield start, compressed, size
-            start += compressed
-
-    def _member(self, start: int, compressed: int, size: int) -> bytes:
-        """The content of the member there."""
-        return member_content(self.read_range(start, start + compressed), size)
-
-
-def member_content(member: bytes, size: int) -> bytes:
-    """The content of one gzip member that must hold exactly size bytes. Raises ReadError."""
-    blocks = stored_blocks(member, size)  # for which zlib would take several times as long
-    return b"".join(blocks) if blocks else inflate_member(member, size)
+                if position <= start:
+                    first, skip = compressed_position, start - position
+                compressed_position += compressed
+                if position < end:
+                    last = compressed_position
+                position += size
+        with self._open(first, last) as stream:
+            for piece in gunzip(stream):
+                yield piece[skip:]
+                skip = max(0, skip - len(piece))
 
 
 def read_fully(stream: BinaryIO, length: int) -> bytes:
@@ -3642,14 +3577,15 @@ class TarReader:
         self._padding = 0  # and of the padding behind it
 
     def members(self) -> Iterator[TarMember]:
-        """Each member; its content can be taken from data() before the next one is asked for."""
+        """Each member; take its content from data() before you ask for the next one."""
         overrides: Dict[str, str] = {}
         headers = 0
         while True:
-            self._skip()
-            block = self._read(512)
-            if not block:
-                raise EOFError("it is cut off")
+            self._left += self._padding
+            for _ in self.data():  # what nobody has taken
+                pass
+            self._left, self._padding = 512, 0
+            block = b"".join(self.data())
             if not block.strip(b"\0"):
                 for _ in self._pieces:  # so that the checksum at the end is looked at
                     pass
@@ -3698,52 +3634,26 @@ class TarReader:
     def data(self) -> Iterator[memoryview]:
         """The content of the current member in pieces."""
         while self._left:
-            piece = self._take(self._left)
-            if not piece:
-                raise EOFError("it is cut off")
-            self._left -= len(piece)
-            yield piece
+            while not self._buffer:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    raise EOFError("it is cut off")
+                self._buffer = memoryview(piece)
+            taken = self._buffer[:self._left]
+            self._buffer = self._buffer[len(taken):]
+            self._left -= len(taken)
+            yield taken
 
     def _extended_header(self, kind: bytes, size: int) -> Dict[str, str]:
         """What a GNU long name or a PAX header says of the next member."""
         if size > self.MAX_HEADER_BYTES:
             raise ReadError("it has a header of %d bytes, more than %d" % (size, self.MAX_HEADER_BYTES))
-        content = b"".join([bytes(piece) for piece in self.data()])
+        content = b"".join(self.data())
         if kind == tarfile.GNUTYPE_LONGNAME:
             return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
         if kind == tarfile.XHDTYPE:
             return read_pax(content)
         return {}
-
-    def _skip(self) -> None:
-        """Pass over what was not read of the current member."""
-        self._left += self._padding
-        self._padding = 0
-        for _ in self.data():
-            pass
-
-    def _take(self, limit: int) -> memoryview:
-        """Some of the next bytes, at most limit; empty at the end."""
-        while not self._buffer:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return self._buffer
-            self._buffer = memoryview(piece)
-        taken, self._buffer = self._buffer[:limit], self._buffer[limit:]
-        return taken
-
-    def _read(self, length: int) -> bytes:
-        """Exactly length bytes, or none at the end. Raises EOFError."""
-        parts = []
-        while length:
-            piece = self._take(length)
-            if not piece:
-                if parts:
-                    raise EOFError("it is cut off")
-                return b""
-            parts.append(bytes(piece))  # the memory may be used again for the next piece
-            length -= len(piece)
-        return b"".join(parts)
 
 
 def read_pax(content: bytes) -> Dict[str, str]:
@@ -3765,6 +3675,15 @@ def read_pax(content: bytes) -> Dict[str, str]:
         records[key] = value
         position = end
     return records
+
+
+def read_tar(content: Iterator[bytes], archive_id: str) -> Iterator[Tuple[TarMember, Iterator[memoryview]]]:
+    """(member with its path in the project, pieces of its content) of each file. Raises ReadError, EOFError, TarError."""
+    reader = TarReader(content)
+    for member in reader.members():
+        member.name = safe_name(member, archive_id)
+        if not member.is_directory:
+            yield member, reader.data()
 
 
 def safe_name(member: TarMember, archive_id: str) -> str:
@@ -4530,9 +4449,7 @@ class Checkout:
                     with reading_archive(repository, kind, item_id):
                         archive = repository.archive(kind, item_id)
                         progress.total += archive.size
-                        single = archive.located(path, item_id) if path else None
-                        files = [single] if single else archive.files(wanted, item_id)
-                        self.files |= unpack_to(self._staging, files, progress)
+                        self.files |= unpack_to(self._staging, archive.files(wanted, item_id, path), progress)
                 except DoesNotExist as error:
                     if not (path and self.files):
                         raise
