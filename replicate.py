@@ -1117,15 +1117,13 @@ def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
 
 def checked_summary(summary: Any, experiment_id: str) -> Dict[str, Any]:
     """summary if it is what summarize() returns for an experiment of that ID; raises ReadError otherwise."""
-    _check_fields(summary, dict(_EXPERIMENT_FIELDS, **_SUMMARY_FIELDS))
+    _check_fields([summary], dict(_EXPERIMENT_FIELDS, **_SUMMARY_FIELDS))
     _check_depth(summary)
     if not summary.keys() >= _SUMMARY_FIELDS.keys():
         raise ReadError("a field is missing")
     if summary["id"] != experiment_id:
         raise ReadError("its id is another one")
-    for checkpoint in (summary["latest_checkpoint"], summary["best_checkpoint"]):
-        if checkpoint is not None:
-            _check_checkpoint(checkpoint)
+    _check_checkpoints([summary[key] for key in ("latest_checkpoint", "best_checkpoint") if summary[key] is not None])
     return summary
 
 
@@ -1145,15 +1143,14 @@ _SUMMARY_FIELDS = {"num_checkpoints": (int,), "latest_checkpoint": (dict, type(N
 
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
     """document if it is a valid experiment document of that ID; raises ReadError otherwise."""
-    _check_fields(document, _EXPERIMENT_FIELDS)
+    _check_fields([document], _EXPERIMENT_FIELDS)
     _check_depth(document)
     if document["id"] != experiment_id:
         raise ReadError("its id is not the name of its file")
     if not set(map(type, (document.get("python_packages") or {}).values())) <= {str}:
         raise ReadError("python_packages holds something that is not text")
     items = document.get("checkpoints") or ()
-    for item in items:
-        _check_checkpoint(item)
+    _check_checkpoints(items)
     if len({item["id"] for item in items}) != len(items):
         raise ReadError("two of its checkpoints have the same ID")
     return document
@@ -1161,31 +1158,32 @@ def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
 
 def checked_checkpoint(item: Any) -> Dict[str, Any]:
     """item if it is a valid checkpoint; raises ReadError otherwise."""
-    _check_checkpoint(item)
+    _check_checkpoints([item])
     _check_depth(item)
     return item
 
 
-def _check_checkpoint(item: Any) -> None:
-    _check_fields(item, _CHECKPOINT_FIELDS)
-    primary = item.get("primary_metric")
-    if primary is not None and not (type(primary.get("name")) is str
-                                    and primary.get("goal") in ("maximize", "minimize")):
-        raise ReadError("primary_metric is not {name, goal}")
+def _check_checkpoints(items: Sequence[Any]) -> None:
+    _check_fields(items, _CHECKPOINT_FIELDS)
+    for primary in [item["primary_metric"] for item in items if item.get("primary_metric") is not None]:
+        if type(primary.get("name")) is not str or primary.get("goal") not in ("maximize", "minimize"):
+            raise ReadError("primary_metric is not {name, goal}")
 
 
-def _check_fields(document: Any, fields: Dict[str, Tuple[type, ...]]) -> None:
-    if type(document) is not dict:
+def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]]) -> None:
+    """Raises ReadError where one of these has no valid id and created, or a field of another type."""
+    if not {type(document) for document in documents} <= {dict}:
         raise ReadError("it is not a JSON object")
-    if not is_id(document.get("id")):
+    if not all([is_id(document.get("id")) for document in documents]):
         raise ReadError("id is not made of hex digits")
     try:
-        parse_time(document["created"])
+        for document in documents:
+            parse_time(document["created"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReadError("created is not an RFC 3339 time") from error
-    wrong = [key for key, kinds in fields.items() if type(document.get(key)) not in kinds]
-    if wrong:
-        raise ReadError("%s has the wrong type (%s)" % (wrong[0], type(document.get(wrong[0])).__name__))
+    for key, kinds in fields.items():
+        for wrong in {type(document.get(key)) for document in documents}.difference(kinds):
+            raise ReadError("%s has the wrong type (%s)" % (key, wrong.__name__))
 
 
 def _check_depth(value: Any) -> None:
