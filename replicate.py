@@ -5128,8 +5128,10 @@ class Worker:
     def run(self) -> None:
         """The thread itself."""
         recorder = self.recorder
-        while not (recorder.gone or recorder.over):
+        while True:
             with self.changed:
+                if recorder.gone or recorder.over:  # asked with the lock, so that no wake-up is missed
+                    return
                 late_fold = recorder.document.fold_at + FOLD_HELP if self.remote else float("inf")
                 pause = min(self._upload_at, late_fold) - time.monotonic()
                 if not (self.packing or self.stopping) and pause > 0:
@@ -5457,8 +5459,10 @@ class Recorder:
         import copy
         pulse = Repository(self.target.url, copy.copy(self.target.storage))  # with a deadline of its own
         next_beat = time.monotonic()
-        while not (self.gone or self.over):
+        while True:
             with self.changed:
+                if self.gone or self.over:
+                    break
                 pause = min(next_beat, self.document.fold_at) - time.monotonic()
                 if pause > 0:
                     self.changed.wait(pause)
