@@ -344,15 +344,15 @@ def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
 
     Raises RecursionError for an object that holds itself.
     """
-    from collections.abc import Sequence as AnySequence, Set as AnySet
+    from collections import abc
     try:
         fields = fields_of(value)
         if fields is not None:
             return {key_text(key): plain_param(item, "%s.%s" % (where, key_text(key)), unknown)
                     for key, item in fields.items()}
-        if isinstance(value, AnySet):
+        if isinstance(value, abc.Set):
             return sorted([plain_param(item, where, unknown) for item in value], key=sort_key)
-        if isinstance(value, AnySequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
+        if isinstance(value, abc.Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
             return [plain_param(item, where, unknown) for item in value]
         name = name_of(value)
         return plain_value(value, where) if name is None else name
