@@ -149,7 +149,7 @@ class Console:
     """Messages for people, on stderr. Data goes to stdout, by way of say()."""
 
     COLORS = {"info": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "bold": "\x1b[1m", "faint": "\x1b[2m",
-              "heading": "\x1b[1;4m"}
+              "heading": "\x1b[1;4m", "added": "\x1b[32m", "removed": "\x1b[31m", "hunk": "\x1b[36m"}
 
     def __init__(self) -> None:
         self.color: Optional[bool] = None  # None: ask the terminal and NO_COLOR
@@ -279,14 +279,14 @@ def confirm(message: str, question: str, otherwise: str) -> None:
 
 
 def program_name() -> str:
-    """The command that started this program, ready to paste."""
-    program = sys.argv[0] if sys.argv else ""
-    if not program.endswith(".py"):
+    """The command that runs this file, ready to paste; `replicate` where it is installed."""
+    program = sys.argv[0] if __name__ == "__main__" else os.path.relpath(__file__)
+    if os.path.basename(os.path.dirname(os.path.abspath(program))) in ("bin", "Scripts", "site-packages", "dist-packages"):
         return "replicate"
     python = os.path.basename(sys.executable) or "python3"
     if shutil.which(python) != sys.executable:
         python = sys.executable
-    if sys.modules["__main__"].__spec__ is not None:
+    if __name__ == "__main__" and __spec__ is not None:
         return "%s -m replicate" % shlex.quote(python)
     return "%s %s" % (shlex.quote(python), shlex.quote(program))
 
@@ -503,6 +503,14 @@ def parse_time(text: str) -> datetime.datetime:
         return value - datetime.timedelta(minutes=minutes if zone[0] == "+" else -minutes)
     except OverflowError as error:
         raise ValueError("a time outside the years 1 to 9999: %r" % text) from error
+
+
+def is_time(text: str) -> bool:
+    """Whether parse_time() reads it."""
+    try:
+        return bool(parse_time(text))
+    except ValueError:
+        return False
 
 
 def local_time(moment: datetime.datetime) -> datetime.datetime:
@@ -815,8 +823,8 @@ class Experiment:
     def __enter__(self) -> Experiment:
         return self
 
-    def __exit__(self, *exc_info: Any) -> None:
-        self.stop()
+    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
+        self.project.stop(self, error)
 
     @property
     def created(self) -> datetime.datetime:
@@ -843,6 +851,31 @@ class Experiment:
     def replicate_version(self) -> Optional[str]:
         """The version that recorded it (keepsake's, if that did)."""
         return self._document.get("replicate_version") or self._document.get("keepsake_version")
+
+    @property
+    def name(self) -> Optional[str]:
+        """The name that it was given, or None."""
+        return text_in(self._document, "name")
+
+    @property
+    def tags(self) -> List[str]:
+        """The tags that it was given, sorted."""
+        return texts_in(self._document, "tags")
+
+    @property
+    def note(self) -> Optional[str]:
+        """The note that it was given, or None."""
+        return text_in(self._document, "note")
+
+    @property
+    def outcome(self) -> Optional[Dict[str, str]]:
+        """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or where nothing says so.
+
+        status is "completed", "failed" (an uncaught exception or a non-zero sys.exit), "interrupted" (Ctrl-C) or
+        "terminated" (SIGTERM).
+        """
+        outcome = outcome_of(self._document)
+        return outcome if outcome.get("status") in ENDINGS else None
 
     @property
     def duration(self) -> Optional[datetime.timedelta]:
@@ -919,6 +952,45 @@ class Experiment:
                 ("User", self.user or ""), ("Command", self.full_command or "")]
         return (html_table(("Experiment", ""), rows) + html_table(("Param", "Value"), sorted(self.params.items())) +
                 self.checkpoints._repr_html_())
+
+
+# Keys of a document beyond the published format may be anything where others wrote them.
+
+def text_in(document: Dict[str, Any], key: str) -> Optional[str]:
+    """A text in a document or summary; None where there is none."""
+    value = document.get(key)
+    return value if type(value) is str and value else None
+
+
+def texts_in(document: Dict[str, Any], key: str) -> List[str]:
+    """A list of texts in a document or summary; empty where there is none."""
+    value = document.get(key)
+    return [item for item in value if type(item) is str and item] if type(value) is list else []
+
+
+def git_in(document: Dict[str, Any]) -> Dict[str, Any]:
+    """{"commit", "branch", "dirty"} of the checkout that ran, as far as a document or summary knows them."""
+    facts = document.get("git")
+    kinds = {"commit": str, "branch": str, "dirty": bool}
+    return {key: facts[key] for key, kind in kinds.items() if type(facts.get(key)) is kind} if type(facts) is dict else {}
+
+
+ENDINGS = ("completed", "failed", "interrupted", "terminated")
+OPEN = "open"  # the status of an outcome that is not known yet
+
+
+def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
+    """What a document or summary says of how its run ended: {"status", "time", "error"}; empty where it says nothing."""
+    outcome = document.get("outcome")
+    if type(outcome) is not dict or not {type(value) for value in outcome.values()} <= {str}:
+        return {}
+    return outcome if outcome.get("status") in ENDINGS + (OPEN,) and is_time(outcome.get("time", "")) else {}
+
+
+def status_of(document: Dict[str, Any], running: bool) -> str:
+    """'running', one of ENDINGS, 'lost' (it died and could not say how), or 'stopped' where nothing is recorded of it."""
+    status = "running" if running else outcome_of(document).get("status", "stopped")
+    return "lost" if status == OPEN else status
 
 
 class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
@@ -1063,6 +1135,11 @@ class Row:
         return self.summary["latest_checkpoint"]
 
     @property
+    def status(self) -> str:
+        """See status_of()."""
+        return status_of(self.summary, self.running)
+
+    @property
     def params(self) -> Dict[str, Any]:
         """Hyperparameters by name."""
         return unpack_floats(self.summary.get("params") or {})
@@ -1084,22 +1161,34 @@ class Row:
             return self.params.get(name[len("params."):], ABSENT)
         if name.startswith("metrics."):
             return self.metrics.get(name[len("metrics."):], ABSENT)
+        if self.is_label(name):
+            return next(iter(self.alternatives(name)), ABSENT)
         metrics = self.metrics
         return metrics[name] if name in metrics else self.params.get(name, ABSENT)
 
+    def is_label(self, name: str) -> bool:
+        """Whether it means one of the LABELS, and no param or metric here."""
+        return name in LABELS and name not in self.metrics and name not in self.params
+
+    def alternatives(self, name: str) -> List[Any]:
+        """The values of that name, any of which satisfies a filter: all tags, or how it ended and "stopped"."""
+        if name == "status":
+            return [self.status] if self.status in ("running", "stopped") else [self.status, "stopped"]
+        if self.is_label(name):
+            return [value for value in LABELS[name](self.summary) if value not in (None, "")]
+        value = self.value(name)
+        return [] if value is ABSENT or value is None else [value]
+
     def to_json(self) -> Dict[str, Any]:
         """The element of `ls --json`."""
-        return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, running=self.running)
+        labels = {key: self.summary[key] for key in LABEL_KEYS if key in self.summary}
+        return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, **labels, status=self.status, running=self.running)
 
 
 NOT_LISTED = ("checkpoints", "config", "python_version", "python_packages", "imported_packages", "replicate_version",
               "keepsake_version")  # keys of a document that a row leaves out
 ROW_ID_DIGITS = 12  # of each checkpoint's ID that a row keeps
-SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
-              "host")
-
-
-SUMMARY_DIGITS = 12  # of each checkpoint's ID that a summary keeps
+LABEL_KEYS = ("name", "tags", "note", "code", "git", "gpus", "job", "outcome")  # of a document, where it has them
 SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
               "host")  # of an element of `ls --json`, which ends with `running`
 
@@ -1209,11 +1298,22 @@ FIELDS: Dict[str, Callable[[Row], Any]] = {
     "user": lambda row: row.summary.get("user"),
     "host": lambda row: row.summary.get("host"),
     "command": lambda row: row.summary.get("command"),
-    "status": lambda row: "running" if row.running else "stopped",
+    "status": lambda row: row.status,
     "id": lambda row: row.id,
     "duration": lambda row: row.latest and (parse_time(row.latest["created"]) - row.created).total_seconds(),
     "checkpoints": lambda row: row.summary["num_checkpoints"],
 }
+LABELS: Dict[str, Callable[[Dict[str, Any]], List[Any]]] = {
+    "name": lambda summary: [text_in(summary, "name")],
+    "tag": lambda summary: texts_in(summary, "tags"),
+    "note": lambda summary: [text_in(summary, "note")],
+    "code": lambda summary: [text_in(summary, "code")],
+    "commit": lambda summary: [commit[:length] for commit in [git_in(summary).get("commit") or ""] for length in (None, SHORT_ID)],
+    "branch": lambda summary: [git_in(summary).get("branch")],
+    "dirty": lambda summary: [git_in(summary).get("dirty")],
+    "gpu": lambda summary: texts_in(summary, "gpus"),
+}
+"""Fields of which an experiment may have none or several values; a param or metric of the same name comes first."""
 TEXT_FIELDS = ("user", "host", "command", "status", "id")
 TIME_FIELDS = ("started", "created")
 ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
@@ -1221,7 +1321,7 @@ ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a
 
 def known_names(rows: Iterable[Row]) -> Set[str]:
     """Every name that a filter or sort key could mean in these experiments."""
-    names = set(FIELDS)
+    names = set(FIELDS) | set(LABELS)
     for row in rows:
         metrics = {name for item in (row.latest, row.best) if item for name in item.get("metrics") or ()}
         names.update(row.params, metrics, ("params." + name for name in row.params),
@@ -1232,8 +1332,9 @@ def known_names(rows: Iterable[Row]) -> Set[str]:
 class Comparison:
     """<name> <operator> <value>."""
 
-    def __init__(self, name: str, operator: str, value: Any) -> None:
+    def __init__(self, name: str, operator: str, value: Any, text: str) -> None:
         self.name, self.operator, self.value = name, operator, value
+        self.text = text  # as typed: a code 1234567 is no number
 
     def names(self) -> List[str]:
         """The names that the expression asks for."""
@@ -1241,19 +1342,25 @@ class Comparison:
 
     def matches(self, row: Row) -> bool:
         """Whether an experiment satisfies the expression."""
-        actual = row.value(self.name)
-        if actual is ABSENT or actual is None:
+        found = row.alternatives(self.name)
+        if not found:
             return self.operator in ("=", "==") and self.value is None
         if self.name in TIME_FIELDS:
-            return self._matches_time(actual)
+            return self._matches_time(found[0])
+        value = self.value
+        if row.is_label(self.name) and value is not None and type(found[0]) is str:
+            value = [str(item) for item in value] if self.operator == "in" else self.text if self.operator != "~" else value
+        return (all if self.operator == "!=" else any)([self._matches_one(actual, value) for actual in found])
+
+    def _matches_one(self, actual: Any, value: Any) -> bool:
         if self.operator == "~":
-            return isinstance(actual, str) and self.value.search(actual) is not None
+            return isinstance(actual, str) and value.search(actual) is not None
         if self.operator == "in":
-            return any(same_value(actual, item) for item in self.value)
+            return any(same_value(actual, item) for item in value)
         if self.operator in ORDER:  # only numbers, booleans and strings have an order, each among themselves
             kind = KIND_RANK.get(type(actual), 5)
-            return kind <= 2 and kind == KIND_RANK.get(type(self.value)) and ORDER[self.operator](actual, self.value)
-        return same_value(actual, self.value) == (self.operator != "!=")
+            return kind <= 2 and kind == KIND_RANK.get(type(value)) and ORDER[self.operator](actual, value)
+        return same_value(actual, value) == (self.operator != "!=")
 
     def _matches_time(self, actual: datetime.datetime) -> bool:
         if self.value is None:
@@ -1376,7 +1483,7 @@ class FilterParser:
         self.position = head.end()
         text, quoted = self.value_text()
         try:
-            return Comparison(name, operator, self.convert(name, operator, text, quoted))
+            return Comparison(name, operator, self.convert(name, operator, text, quoted), text)
         except ValueError as error:
             self.fail(str(error))
 
@@ -3086,8 +3193,8 @@ def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], N
 # An archive is a .tar.gz in many gzip members, which every reader takes for one file. Members start at files or every
 # MEMBER_BYTES, so that they can be packed and unpacked in parallel and read singly. What does not shrink is stored.
 # Behind the data stand empty gzip members whose extra fields (RFC 1952, subfield "RV") hold a table of contents, as
-# zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset in the tar, size]...]}; the
-# last of them has a fixed length and says where the first one starts.
+# zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset in the tar, size, CRC-32]...]};
+# the last of them has a fixed length and says where the first one starts. Older tables have no CRC-32.
 
 MEMBER_BYTES = 1 << 20            # of a large file that stand in one gzip member
 GROUP_BYTES = 256 << 10           # small files share a member up to this size
@@ -3110,9 +3217,9 @@ MAX_FIELD_BYTES = 65535 - 4
 class Table:
     """The table of contents of an archive."""
 
-    def __init__(self, members: List[Tuple[int, int]], files: List[Tuple[str, int, int]]) -> None:
+    def __init__(self, members: List[Tuple[int, int]], files: List[Tuple[str, int, int, Optional[int]]]) -> None:
         self.members = members  # (compressed size, size) of each gzip member with data, from the start of the file
-        self.files = files      # (name in the project, offset of its header in the tar, size)
+        self.files = files      # (name in the project, offset of its header in the tar, size, CRC-32 or None)
 
     def encode(self) -> bytes:
         """The gzip members that hold it."""
@@ -3153,7 +3260,8 @@ class Table:
                 return None
             content = json.loads(text)
             members = [(int(compressed), int(size)) for compressed, size in content["members"]]
-            files = [(str(name), int(offset), int(size)) for name, offset, size in content["files"]]
+            files = [(str(name), int(offset), int(size), int(crc[0]) if crc else None)
+                     for name, offset, size, *crc in content["files"]]
         except (zlib.error, ValueError, TypeError, KeyError, RecursionError, OverflowError):
             return None
         if sum(compressed for compressed, _ in members) != start:
@@ -3207,9 +3315,10 @@ class ArchiveWriter:
 
 
 def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
-         warn: Callable[[str], None] = console.warning) -> bool:
+         warn: Callable[[str], None] = console.warning) -> Tuple[Table, bool]:
     """Write the archive of sources to an unbuffered file: small files compressed, large ones as they are, which takes
-    no longer than a copy. Returns whether a large one would shrink, so that recompress() pays. Raises OSError.
+    no longer than a copy. Returns its table, and whether a large one would shrink, so that recompress() pays.
+    Raises OSError.
     """
     writer = ArchiveWriter(file)
     shrinks = False
@@ -3221,11 +3330,11 @@ def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
         for problem in problems:
             warn(problem)
         if tar:
-            writer.table.files += [(name, writer.offset + offset, size) for name, offset, size in files]
+            writer.table.files += [(name, writer.offset + offset, size, crc) for name, offset, size, crc in files]
             writer.add(member, tar)
     writer.add(gzip_member(bytes(1024)), 1024)
     writer.finish()
-    return shrinks
+    return writer.table, shrinks
 
 
 def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
@@ -3242,9 +3351,10 @@ def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
         yield group
 
 
-def pack_group(archive_id: str, sources: Sequence[Source]) -> Tuple[List[Tuple[str, int, int]], int, bytes, List[str]]:
-    """([(name, offset in it, size)], size of the tar of these files, its gzip member, what went wrong)."""
-    files: List[Tuple[str, int, int]] = []
+def pack_group(archive_id: str,
+               sources: Sequence[Source]) -> Tuple[List[Tuple[str, int, int, int]], int, bytes, List[str]]:
+    """([(name, offset in it, size, CRC-32)], size of the tar of these files, its gzip member, what went wrong)."""
+    files: List[Tuple[str, int, int, int]] = []
     parts: List[bytes] = []
     problems: List[str] = []
     offset = 0
@@ -3256,7 +3366,7 @@ def pack_group(archive_id: str, sources: Sequence[Source]) -> Tuple[List[Tuple[s
             continue
         if changed:
             problems.append(CHANGED % source.name)
-        files.append((source.name, offset, len(data)))
+        files.append((source.name, offset, len(data), zlib.crc32(data)))
         parts += [tar_header(archive_id, source.name, status, len(data)), data, bytes(-len(data) % 512)]
         offset += sum(map(len, parts[-3:]))
     return files, offset, gzip_member(b"".join(parts)) if parts else b"", problems
@@ -3294,7 +3404,7 @@ def store_large(writer: ArchiveWriter, archive_id: str, source: Source, warn: Ca
     except Unreadable as error:
         warn("%s is not saved: %s." % (source.name, short_reason(error)))
         return False
-    writer.table.files.append((source.name, writer.offset, before.st_size))
+    writer.table.files.append((source.name, writer.offset, before.st_size, large.crc))
     for size in pieces:
         writer.note(stored_size(size), size)
     return large.shrinks
@@ -3306,6 +3416,7 @@ class LargeFile:
     def __init__(self, stream: BinaryIO, size: int, header: bytes, writer: ArchiveWriter) -> None:
         self.is_complete = True  # False once it has turned out to be shorter
         self.shrinks = False     # whether samples of it do
+        self.crc = 0             # CRC-32 of what was stored
         self._stream, self._size, self._header, self._writer = stream, size, header, writer
 
     def store(self) -> List[int]:
@@ -3319,11 +3430,14 @@ class LargeFile:
             pieces.append((start, length, head, tail, position))
             sizes.append(len(head) + length + len(tail))
             position += stored_size(sizes[-1])
-        for _ in in_threads(self._store_piece, pieces, min(len(pieces), 2) if len(pieces) < 8 else 0):
-            pass
+        crcs = in_threads(self._store_piece, pieces, min(len(pieces), 2) if len(pieces) < 8 else 0)
+        shift = crc_shift(MEMBER_BYTES)
+        for (_, length, *_), crc in zip(pieces, crcs):
+            self.crc = crc_product(shift if length == MEMBER_BYTES else crc_shift(length), self.crc) ^ crc
         return sizes
 
-    def _store_piece(self, piece: Tuple[int, int, bytes, bytes, int]) -> None:
+    def _store_piece(self, piece: Tuple[int, int, bytes, bytes, int]) -> int:
+        """Store one, and return the CRC-32 of its part of the file."""
         start, length, head, tail, position = piece
         try:
             data = os.pread(self._stream.fileno(), length, start)
@@ -3334,7 +3448,37 @@ class LargeFile:
             data += bytes(length - len(data))
         if start % (SAMPLED_MEMBERS * MEMBER_BYTES) == 0 and does_shrink(data):
             self.shrinks = True
-        write_at(self._writer.file, stored_member(head + data + tail if head or tail else data), position)
+        crc = zlib.crc32(data)
+        member = stored_member(head + data + tail) if head or tail else stored_member(data, crc)
+        write_at(self._writer.file, member, position)
+        return crc
+
+
+# CRC-32 of a text whose parts were summed by themselves: the sum of the first part, times x^(bits of the second) modulo
+# the polynomial, plus that of the second (Ross Williams, "A painless guide to CRC error detection algorithms", 1993).
+
+CRC_POLYNOMIAL = 0xedb88320  # of gzip and zip, with the coefficient of x^0 in bit 31, like all sums
+
+
+def crc_product(one: int, other: int) -> int:
+    """The product of two polynomials modulo that of CRC-32."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if one >> bit & 1:
+            product ^= other
+        other = other >> 1 ^ (CRC_POLYNOMIAL if other & 1 else 0)
+    return product
+
+
+def crc_shift(length: int) -> int:
+    """What the CRC-32 of a text is multiplied by when so many bytes follow."""
+    power, square, exponent = 1 << 31, 1 << 30, 8 * length
+    while exponent:
+        if exponent & 1:
+            power = crc_product(power, square)
+        square = crc_product(square, square)
+        exponent >>= 1
+    return power
 
 
 def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
@@ -3394,15 +3538,15 @@ def does_shrink(data: bytes) -> bool:
     return len(zlib.compress(sample, LEVEL)) < SHRINKS * len(sample)
 
 
-def stored_member(data: bytes) -> bytes:
-    """A gzip member that holds data as it is, in full stored blocks (RFC 1951, 3.2.4)."""
+def stored_member(data: bytes, crc: Optional[int] = None) -> bytes:
+    """A gzip member that holds data, whose CRC-32 may be known, as it is: in full stored blocks (RFC 1951, 3.2.4)."""
     view = memoryview(data)
     parts: List[Any] = [GZIP_HEADER]
     for start in range(0, len(view), STORED_BYTES):
         block = view[start:start + STORED_BYTES]
         is_last = start + len(block) == len(view)
         parts += [struct.pack("<BHH", is_last, len(block), len(block) ^ 0xffff), block]
-    return b"".join(parts + [struct.pack("<II", zlib.crc32(view), len(view))])
+    return b"".join(parts + [struct.pack("<II", zlib.crc32(view) if crc is None else crc, len(view))])
 
 
 def stored_size(size: int) -> int:
@@ -3472,6 +3616,29 @@ class Archive:
             if wanted(member.name):
                 yield member, pieces
 
+    def sums(self, archive_id: str) -> Dict[str, Tuple[int, int]]:
+        """(size, CRC-32) of each file by name: as the table says, or else of all that is in it. Raises like files()."""
+        found: Dict[str, Tuple[int, int]] = {}
+        if self.table and all(crc is not None for *_, crc in self.table.files):
+            for name, _, size, known in self.table.files:
+                found[safe_name(TarMember("%s/%s" % (archive_id, name), size, 0, False), archive_id)] = size, known or 0
+            return found
+        with Progress("Reading %s" % archive_id[:SHORT_ID], 0) as progress:
+            for member, pieces in self.files(lambda name: True, archive_id):
+                crc = 0
+                for piece in pieces:
+                    crc = zlib.crc32(piece, crc)
+                    progress.add(len(piece))
+                found[member.name] = member.size, crc
+        return found
+
+    def contents(self, archive_id: str, names: Iterable[str], limit: int) -> Dict[str, bytes]:
+        """The content of these files, each up to a limit, beyond which it is a ReadError; see files()."""
+        wanted = set(names)
+        chosen = [self.files(wanted.__contains__, archive_id)] if self.table is None else [
+            self.files(name.__eq__, archive_id, name) for name in sorted(wanted)]
+        return {member.name: b"".join(_limited(pieces, limit)) for files in chosen for member, pieces in files}
+
     def copy_file(self, name: str, archive_id: str, target: BinaryIO) -> bool:
         """Write the file called name to target; False if there is none."""
         found = False
@@ -3483,7 +3650,7 @@ class Archive:
         return found
 
     def _located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
-        places = [(offset, size) for listed, offset, size in self.table.files if listed == name] if self.table else []
+        places = [(offset, size) for listed, offset, size, _ in self.table.files if listed == name] if self.table else []
         if places:
             offset, size = places[-1]
             try:
@@ -3518,6 +3685,15 @@ def read_fully(stream: BinaryIO, length: int) -> bytes:
     if len(data) < length:
         raise ReadError("it is cut off")
     return data
+
+
+def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """pieces, up to a total length; raises ReadError beyond it."""
+    for piece in pieces:
+        limit -= len(piece)
+        if limit < 0:
+            raise ReadError("it is too large")
+        yield piece
 
 
 def gunzip(stream: BinaryIO) -> Iterator[bytes]:
@@ -3731,6 +3907,13 @@ def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
     return written
 
 
+def code_digest(sums: Dict[str, Tuple[int, int]]) -> str:
+    """SHORT_ID hex digits that stand for the names and contents of files; sums: (size, CRC-32) by name."""
+    import hashlib
+    lines = ["%s\0%d\0%08x\n" % (name, *sums[name]) for name in sorted(sums)]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:SHORT_ID]
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 7  Repository: layout, documents, journals, find, remove, check out
 # ------------------------------------------------------------------------------------------------------------------
@@ -3738,6 +3921,7 @@ def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
 EXPERIMENTS = "metadata/experiments/"
 HEARTBEATS = "metadata/heartbeats/"
 JOURNALS = "journals/"
+LIVE_LOCK = ".live.lock"
 
 
 def document_key(experiment_id: str) -> str:
@@ -4027,11 +4211,28 @@ class Repository:
         if not isinstance(self.storage, DiskStorage):
             return
         try:
+            for entry in self.storage.list("tmp/"):
+                if entry.name.endswith(LIVE_LOCK) and self.storage.read(entry.key) == os.fsencode(platform.node()):
+                    self._remove_heartbeat_of_dead(entry.name[:-len(LIVE_LOCK)])
             self.storage.remove_leftovers()
             self.storage.delete([entry.key for entry in self.storage.list(HEARTBEATS)
                                  if is_id(entry.name[:-5]) and not self._is_recent(entry)])
         except ReplicateError as error:
             console.debug(str(error))
+
+    def live_lock(self, experiment_id: str) -> FileLock:
+        """The lock that a process of some machine, which its file names, holds while it records an experiment here."""
+        return FileLock(self.storage.path("tmp/" + experiment_id + LIVE_LOCK))  # type: ignore[attr-defined]
+
+    def _remove_heartbeat_of_dead(self, experiment_id: str) -> None:
+        lock = self.live_lock(experiment_id)
+        try:
+            if is_id(experiment_id) and lock.acquire(wait=False):
+                if lock.is_held:
+                    self.storage.delete([heartbeat_key(experiment_id)])
+                lock.release(remove=lock.is_held)
+        except OSError:  # it belongs to somebody else
+            return
 
     def fold_abandoned(self) -> None:
         """Fold the journals of killed processes and remove what else they left, where this repository may be written."""
@@ -4060,11 +4261,14 @@ class Repository:
     # -- finding
 
     def find(self, prefix: str) -> Tuple[Experiment, Optional[Checkpoint]]:
-        """The experiment or checkpoint whose ID starts with prefix (then with its experiment). Raises DoesNotExist."""
+        """The experiment of that name, or the experiment or checkpoint (then with its experiment) whose ID starts so.
+
+        Raises DoesNotExist.
+        """
         return self.find_all([prefix])[0]
 
     def find_all(self, prefixes: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
-        """One experiment or checkpoint for each prefix; raises DoesNotExist for the first that fits none or several."""
+        """One experiment or checkpoint for each name or start of an ID; raises DoesNotExist for the first that fits none or several."""
         rows: Optional[List[Row]] = None
         loaded: Dict[str, Experiment] = {}
 
@@ -4084,6 +4288,8 @@ class Repository:
             if rows is None:
                 rows = self.rows()
             candidates: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
+            if not is_id(prefix):
+                candidates = [(row.id, load(row.id), None) for row in rows if prefix and text_in(row.summary, "name") == prefix]
             for row in rows if is_id(prefix) else ():
                 if row.id.startswith(prefix):
                     candidates.append((row.id, load(row.id), None))
@@ -4096,8 +4302,10 @@ class Repository:
             if len(candidates) > 1:
                 kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", item_id[:max(SHORT_ID, len(prefix) + 3)])
                          for item_id, _, checkpoint in candidates]
-                raise DoesNotExist("The ID %s is ambiguous: it could be %s%s. Type more of it." % (
-                    prefix, ", ".join(kinds[:5]), " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else ""))
+                raise DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
+                    "ID " + prefix if is_id(prefix) else "name %r" % prefix, ", ".join(kinds[:5]),
+                    " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "",
+                    "more of it" if is_id(prefix) else "one of these IDs"))
             found.append(candidates[0][1:])
         return found
 
@@ -4130,6 +4338,17 @@ class Repository:
             return encode_json(document)
 
         self.storage.update(document_key(experiment.id), change)
+
+    def edit(self, experiment_id: str, change: Callable[[Dict[str, Any]], Any]) -> None:
+        """Have change(document) change the document of an experiment in place. Raises DoesNotExist, WriteError."""
+        def changed(old: Optional[bytes]) -> Optional[bytes]:
+            if old is None:
+                raise DoesNotExist("Experiment %s does not exist in %s." % (experiment_id[:SHORT_ID], self.url))
+            document = self._decode(old, experiment_id)
+            change(document)
+            return encode_json(document)
+
+        self.storage.update(document_key(experiment_id), changed)
 
     def _append_removal(self, key: str, checkpoint_id: str) -> None:
         """Note in a journal that its checkpoint of that ID is not to be folded."""
@@ -4329,15 +4548,6 @@ class RowIndex:
         return ("%s %s" % (experiment_id, version)).encode("utf-8", "replace")
 
 
-def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
-    """pieces, up to a total length; raises ReadError beyond it."""
-    for piece in pieces:
-        limit -= len(piece)
-        if limit < 0:
-            raise ReadError("it is too large")
-        yield piece
-
-
 class DocumentText:
     """An experiment document as it is stored, to which checkpoints are added without encoding the others again."""
 
@@ -4384,6 +4594,110 @@ class reading_archive:
         if isinstance(error, (ReadError, EOFError, UnicodeError, ValueError, OverflowError, tarfile.TarError, zlib.error)):
             raise ReadError("The archive of %s in %s cannot be used: %s." %
                             (self.name, self.repository.url, short_reason(error).rstrip("."))) from error
+
+
+# Two sets of files, each with sums() and contents() as Archive has them, are compared for `diff` and for resuming.
+
+MAX_TEXT_BYTES = 1 << 20      # of a file whose lines are compared
+MAX_TEXTS_BYTES = 64 << 20    # of all of them
+
+
+class SavedFiles:
+    """The files in one archive of a repository."""
+
+    def __init__(self, repository: Repository, kind: str, item_id: str) -> None:
+        """Raises DoesNotExist, ReadError."""
+        self._place = repository, kind, item_id
+        with reading_archive(*self._place):
+            self._archive = repository.archive(kind, item_id)
+            self.sums = self._archive.sums(item_id)
+
+    def contents(self, names: Iterable[str]) -> Dict[str, bytes]:
+        """The content of each of these files. Raises ReadError."""
+        with reading_archive(*self._place):
+            return self._archive.contents(self._place[2], names, MAX_TEXT_BYTES)
+
+
+class PresentFiles:
+    """The files at a path of the project directory that would be saved now."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._sources = {source.name: source for source in sources}
+        self.sums: Dict[str, Tuple[int, int]] = {}
+        for name, source in self._sources.items():
+            size = crc = 0
+            try:
+                with open_regular(source.path) as file:
+                    for piece in iter(lambda: file.read(COPY_BYTES), b""):
+                        size, crc = size + len(piece), zlib.crc32(piece, crc)
+            except Unreadable:  # it would not be saved
+                continue
+            self.sums[name] = size, crc
+
+    def contents(self, names: Iterable[str]) -> Dict[str, bytes]:
+        """The content of each of these files. Raises OSError."""
+        found = {}
+        for name in names:
+            with open_regular(self._sources[name].path) as file:
+                found[name] = read_up_to(file, MAX_TEXT_BYTES)
+        return found
+
+
+class FileChange:
+    """A file that differs between two sets of files: the old and the new one."""
+
+    def __init__(self, name: str, sizes: Tuple[Optional[int], Optional[int]]) -> None:
+        self.name, self.sizes = name, sizes  # bytes; None where there is no such file
+        self.lines: Optional[List[bytes]] = None  # of a unified diff; None for a binary or large file
+
+    @property
+    def kind(self) -> str:
+        """'added', 'removed' or 'changed'."""
+        return "added" if self.sizes[0] is None else "removed" if self.sizes[1] is None else "changed"
+
+    def to_json(self) -> Dict[str, Any]:
+        """For `diff --json`: sizes in bytes, and for a text how many lines were added and removed."""
+        added, removed = self.counts()
+        lines = {} if self.lines is None else {"lines_added": added, "lines_removed": removed}
+        return dict({"change": self.kind, "old_size": self.sizes[0], "new_size": self.sizes[1]}, **lines)
+
+    def counts(self) -> Tuple[int, int]:
+        """How many lines were added and removed."""
+        body = [line[:1] for line in self.lines or ()]
+        return body.count(b"+"), body.count(b"-")
+
+
+def changed_names(old: Any, new: Any) -> List[str]:
+    """The names of the files that differ between two sets of files, sorted."""
+    return [name for name in sorted(old.sums.keys() | new.sums.keys()) if old.sums.get(name) != new.sums.get(name)]
+
+
+def compare_files(old: Any, new: Any, wanted: Callable[[str], bool] = lambda name: True) -> List[FileChange]:
+    """What changed from one set of files to another, by name. Raises ReadError, OSError."""
+    changes = [FileChange(name, (old.sums.get(name, (None,))[0], new.sums.get(name, (None,))[0]))
+               for name in changed_names(old, new) if wanted(name)]
+    room, texts = MAX_TEXTS_BYTES, []
+    for change in changes:
+        sizes = [size for size in change.sizes if size is not None]
+        room -= sum(sizes)
+        if max(sizes) <= MAX_TEXT_BYTES and room >= 0:
+            texts.append(change)
+    before = old.contents([change.name for change in texts if change.sizes[0] is not None])
+    after = new.contents([change.name for change in texts if change.sizes[1] is not None])
+    for change in texts:
+        pair = before.get(change.name), after.get(change.name)
+        if not any(b"\0" in (content or b"")[:8000] for content in pair):  # as git tells texts from binaries
+            change.lines = changed_lines(*pair)
+    return changes
+
+
+def changed_lines(old: Optional[bytes], new: Optional[bytes]) -> List[bytes]:
+    """The hunks of a unified diff between two texts, each line with its end."""
+    pair = [[line + b"\n" for line in (text or b"").split(b"\n")] for text in (old, new)]
+    for lines in pair:
+        last = lines.pop()[:-1]  # behind the last line end
+        lines += [last + b"\n\\ No newline at end of file\n"] if last else []
+    return list(difflib.diff_bytes(difflib.unified_diff, *pair, lineterm=b"\n"))[2:]  # type: ignore[arg-type]
 
 
 class Checkout:
@@ -4561,6 +4875,8 @@ TERMINATION_SECONDS = 10.0  # that stopping may take after SIGTERM, and that it 
 JOIN_SECONDS = 3.5          # so much of that is for the last heartbeat: one request, see Storage.deadline
 
 MAX_STEP = (1 << 63) - 1
+MAX_LABEL_CHARACTERS = 100  # of a name or tag
+MAX_ERROR_CHARACTERS = 300  # of the error that ended a run
 SECRET_NAMES = ("token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
                 "auth-token", "api-token", "hf-token", "client-secret")
 SECRET_SHAPES = (r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|"
@@ -4718,8 +5034,8 @@ def top_level_names(folder: str) -> Set[str]:
     return set()
 
 
-FINAL_KEYS: Dict[str, Callable[[], Any]] = {"imported_packages": imported_packages}
-"""What an experiment's document gets when recording stops. Lists are united with those of an earlier run."""
+FINAL_KEYS = ("imported_packages", "outcome")
+"""Keys of an experiment's document that are written when recording stops, or goes on again."""
 
 
 def final_keys(document: Dict[str, Any]) -> Dict[str, Any]:
@@ -4728,16 +5044,120 @@ def final_keys(document: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def merge_final_keys(document: Dict[str, Any], values: Dict[str, Any]) -> bool:
-    """Put values of FINAL_KEYS into a document; whether that changed it."""
+    """Put values of FINAL_KEYS into a document: lists are united, of two outcomes the later one counts; whether that
+    changed it."""
     merged = {}
     for key, value in values.items():
         there = document.get(key)
         if isinstance(value, list) and isinstance(there, list):
             value = sorted(value + [item for item in there if item not in value], key=str)
         merged[key] = value
+    before = outcome_of(document)
+    if before and canonical_time(before["time"]) > canonical_time(outcome_of(merged).get("time", before["time"])):
+        del merged["outcome"]
     changed = any(key not in document or document[key] != value for key, value in merged.items())
     document.update(merged)
     return changed
+
+
+ANSWER_SECONDS = 0.5  # that a program is given to tell something for the record
+
+
+class Inquiry:
+    """A program that is asked something while the caller goes on; killed if it takes longer than ANSWER_SECONDS."""
+
+    def __init__(self, words: Sequence[str], directory: str) -> None:
+        import subprocess
+        self._until = time.monotonic() + ANSWER_SECONDS
+        try:
+            self._process: Any = subprocess.Popen(
+                words, cwd=directory, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        except OSError:  # there is no such program
+            self._process = None
+
+    def answer(self) -> List[str]:
+        """The lines that it printed; none if it failed or is late."""
+        import subprocess
+        if self._process is None:
+            return []
+        try:
+            output, _ = self._process.communicate(timeout=max(0.0, self._until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            return []
+        return output.decode("utf-8", "replace").splitlines() if self._process.returncode == 0 else []
+
+
+class MachineFacts:
+    """What git and nvidia-smi say of the project and the machine; asked at once, collected later."""
+
+    def __init__(self, directory: str) -> None:
+        self._git = self._gpus = None
+        if _search_upward(directory, (".git",), CONFIG_SEARCH_DEPTH):
+            self._git = Inquiry(("git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"), directory)
+        if shutil.which("nvidia-smi"):
+            self._gpus = Inquiry(("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), directory)
+
+    def keys(self) -> Dict[str, Any]:
+        """The keys `git` and `gpus` of a document, as far as they are known."""
+        lines = self._git.answer() if self._git else []
+        header = dict(line[2:].split(" ", 1) for line in lines if re.match("# [a-z.]+ ", line))
+        git = {"commit": header.get("branch.oid"), "branch": header.get("branch.head"),
+               "dirty": any(line[:1] != "#" for line in lines)}
+        gpus = [line.strip() for line in self._gpus.answer()] if self._gpus else []
+        return dict({"git": git} if header else {}, **({"gpus": gpus} if gpus else {}))
+
+
+def checked_labels(name: Any = None, tags: Any = None, note: Any = None) -> Dict[str, Any]:
+    """The keys `name`, `tags` and `note` of a document, those that are given. Raises TypeError, ValueError."""
+    labels: Dict[str, Any] = {}
+    if name is not None:
+        labels["name"] = checked_label(name, "name")
+        if is_id(labels["name"]):
+            raise ValueError("name %r could be taken for an ID, since it has only digits and a to f" % name)
+    if tags is not None:
+        if isinstance(tags, str) or not hasattr(tags, "__iter__"):
+            raise TypeError("tags must be a list of strings, not %r" % (tags,))
+        labels["tags"] = sorted({checked_label(tag, "tag") for tag in tags})
+    if note is not None:
+        if not isinstance(note, str):
+            raise TypeError("note must be a string, not %s" % type(note).__name__)
+        labels["note"] = note.strip()
+    return labels
+
+
+def checked_label(text: Any, kind: str) -> str:
+    """A name or tag, without white space around it. Raises TypeError, ValueError."""
+    if not isinstance(text, str):
+        raise TypeError("%s must be a string, not %s" % (kind, type(text).__name__))
+    text = str.__str__(text).strip()
+    if not text or len(text) > MAX_LABEL_CHARACTERS or not text.isprintable():
+        raise ValueError("%s %r must be one line of 1 to %d characters" % (kind, text, MAX_LABEL_CHARACTERS))
+    return text
+
+
+def opening() -> Dict[str, str]:
+    """The outcome of a run that starts, or goes on, now."""
+    return {"status": OPEN, "time": timestamp()}
+
+
+def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
+    """The outcome of a run that ends now: because of an exception, or as it should."""
+    outcome = {"status": "failed", "time": timestamp()}
+    code = error.code if isinstance(error, SystemExit) else None
+    if error is None or isinstance(error, SystemExit) and code in (None, 0):
+        return dict(outcome, status="completed")
+    if isinstance(error, KeyboardInterrupt) or code == 128 + signal.SIGINT:
+        return dict(outcome, status="interrupted")
+    if code == 128 + signal.SIGTERM:
+        return dict(outcome, status="terminated")
+    if isinstance(code, int):
+        return dict(outcome, error="exit code %d" % code)
+    lines = text_of(error).strip().split("\n")
+    text = "%s: %s" % (type(error).__name__, lines[-1].strip()) if lines[-1] else type(error).__name__
+    return dict(outcome, error=re.sub(SECRET_SHAPES, "***", text)[:MAX_ERROR_CHARACTERS])
 
 
 def user_name() -> Optional[str]:
@@ -4788,14 +5208,32 @@ def checked_metric(value: Any, where: str) -> Any:
     return plain
 
 
-def new_document(location: Location, path: Optional[str], params: Dict[str, Any]) -> Dict[str, Any]:
-    """The document of an experiment that starts now."""
-    return {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
+def current_job() -> Optional[str]:
+    """The scheduler's name for this job, which it keeps when it is preempted and started again."""
+    return os.environ.get("REPLICATE_JOB") or os.environ.get("SLURM_JOB_ID") or None
+
+
+def check_same_params(experiment: Experiment, given: Dict[str, Any]) -> None:
+    """Raises ValueError where a param, as stored, is not what the experiment started with."""
+    stored = experiment._document.get("params") or {}
+    for name, value in given.items():
+        if not same_value(value, stored.get(name, ABSENT)):
+            was = "started with %s" % format_value(stored[name]) if name in stored else "started without it"
+            raise ValueError("param %r is %s, but experiment %s %s. Leave out resume to start a new experiment" % (
+                name, format_value(value), experiment.short_id(), was))
+
+
+def new_document(location: Location, path: Optional[str], params: Dict[str, Any], heartbeat: bool) -> Dict[str, Any]:
+    """The document of an experiment that starts now; without heartbeats nothing could tell a lost run from a live one."""
+    document = {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
             "config": {"repository": location.url, "storage": ""},
             "command": masked_command(program_arguments(location.directory)),
             "full_command": rerun_command(location.directory), "path": path,
             "python_version": platform.python_version(), "python_packages": installed_packages(),
             "replicate_version": __version__, "checkpoints": []}
+    job = current_job()
+    document.update({"job": job} if job else {}, **({"outcome": opening()} if heartbeat else {}))
+    return document
 
 
 def new_checkpoint(path: Optional[str], step: int, metrics: Dict[str, Any],
@@ -4808,8 +5246,8 @@ def new_checkpoint(path: Optional[str], step: int, metrics: Dict[str, Any],
             "primary_metric": primary_metric}
 
 
-def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequence[Source]) -> bool:
-    """Store the archive of sources; whether shrink_archive() should make it smaller later.
+def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequence[Source]) -> Tuple[Table, bool]:
+    """Store the archive of sources; returns its table, and whether shrink_archive() should make it smaller later.
 
     It takes no longer than a plain copy. Raises WriteError.
     """
@@ -5185,7 +5623,8 @@ class Worker:
         except (DoesNotExist, Hurry):
             pass
         except Exception as error:  # the stored archive stays: it is merely larger
-            self.recorder.report(error)
+            if not self.recorder.gone:
+                self.recorder.report(error)
         with self.changed:
             del self.packing[:1]
             self.changed.notify_all()
@@ -5294,6 +5733,7 @@ class Recorder:
         self.document = LiveDocument(repository, experiment, self.changed)
         self.worker = Worker(self, remote, prepared, lock)
         self._saving: List[Any] = []                  # a lock for each call of checkpoint(), held while it lasts
+        self._live: Optional[FileLock] = None         # see Repository.live_lock(); a pending area has its owner's lock
         self._keys = [archive_key("experiments", experiment.id)]  # and the archives that this run writes
         self._reported: Set[str] = set()
         self._next_message = 0.0
@@ -5301,10 +5741,25 @@ class Recorder:
         self._has_beaten, self._clock_ended = threading.Event(), threading.Event()
         self._failed_start: Optional[Exception] = None
 
+    def claim(self) -> bool:
+        """Show that this process records the experiment; False if another one of this disk does."""
+        if self._live is None and not self.worker.remote:
+            live = self.repository.live_lock(self.experiment.id)
+            try:
+                if not live.acquire(wait=False):
+                    return False
+                os.write(live.descriptor, os.fsencode(platform.node()))
+            except OSError as error:
+                console.debug("The lock of a recording could not be made: %s" % error)
+            self._live = live
+        return True
+
     def start(self, beat: bool = True) -> None:
         """Start the threads and mark the experiment as running (beat: wait for that). Raises WriteError and the like."""
+        self.claim()
         _recorders.append(self)
         install_exit_hooks()
+        exit_calls.watch()
         if termination.ending:  # looked at after the line above, and set before the recorders are stopped
             self._failed_start = WriteError("The process is ending: nothing is recorded any more.")
             self._clock_ended.set()
@@ -5338,6 +5793,7 @@ class Recorder:
         values, primary = _valid_metrics(metrics, problems), _valid_primary(primary_metric, problems)
         saving = threading.Lock()
         with termination, saving:
+            exit_calls.error = None
             with self.changed:
                 if self.closed:
                     return None
@@ -5374,7 +5830,7 @@ class Recorder:
             raise ValueError("path %r holds no file that may be saved" % (path,))
         warn_if_disk_is_low(self.storage.root, sum(source.size for source in sources), self._reported)
         self.worker.wait_for_room(quiet)
-        large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
+        _, large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
         checkpoint._document["path"] = saved
         with self.changed:
             self._keys.append(archive_key("checkpoints", checkpoint.id))
@@ -5383,11 +5839,7 @@ class Recorder:
         if large:
             self.worker.pack_later("checkpoints", checkpoint.id)
 
-    def stop(self) -> None:
-        """Finish what is pending and mark the experiment as stopped."""
-        stop_all(None, [self])
-
-    def close(self, deadline: float) -> bool:
+    def close(self, deadline: float, outcome: Dict[str, str]) -> bool:
         """Take no more checkpoints, write those that were made, and have the worker finish; False if that was done."""
         if os.getpid() != self.pid:
             return False
@@ -5398,9 +5850,11 @@ class Recorder:
             self.changed.notify_all()
         if self in _recorders:
             _recorders.remove(self)
+        if not _recorders:
+            exit_calls.ignore()
         for saving in self._saving:
             saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        self.fold({key: value() for key, value in FINAL_KEYS.items()})
+        self.fold({"imported_packages": imported_packages(), "outcome": outcome})
         if self.document.unwritten:
             console.error("%s of experiment %s could not be written, and will be lost." % (
                 plural(len(self.document.unwritten), "checkpoint"), self.experiment.short_id()))
@@ -5409,6 +5863,17 @@ class Recorder:
             deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)
         self.worker.finish_by(deadline - JOIN_SECONDS)
         return True
+
+    def amend(self, outcome: Dict[str, str]) -> None:
+        """After the end: write another outcome, here or, where all of it was uploaded, into the bucket."""
+        try:
+            self.target.storage.deadline = time.monotonic() + TERMINATION_SECONDS
+            if self.worker.is_done:
+                self.target.fold(self.experiment.id, [], final={"outcome": outcome})
+            else:
+                self.repository.fold(self.experiment.id, [], final={"outcome": outcome})
+        except ReplicateError as error:
+            self.report(error)
 
     def finish(self) -> None:
         """Wait for the worker, then for the clock, which removes the heartbeat, and for the disk itself."""
@@ -5425,6 +5890,8 @@ class Recorder:
                                          "%s does not answer" % self.target.url))
             console.warning("Not everything was uploaded to %s. The rest is safe in %s; the next run in this project or "
                             "'%s push' uploads it." % (self.target.url, self.repository.url, program_name()))
+        if self._live:
+            self._live.release()
         # last, since a slow disk may take longer than a scheduler waits before it kills
         self.storage.sync(self._keys + [document_key(self.experiment.id)])
 
@@ -5436,6 +5903,8 @@ class Recorder:
             self.document.unwritten.clear()
             self.changed.notify_all()
         self.document.close(remove=True)
+        if self._live:
+            self._live.release()
         keys = self._keys + [heartbeat_key(self.experiment.id)]
         try:
             self.storage.delete(keys)
@@ -5449,8 +5918,8 @@ class Recorder:
     def forget(self) -> None:
         """In a forked child: let go of the parent's locks, which would outlive it here."""
         self.document.forget()
-        if self.worker.lock:
-            self.worker.lock.release(remove=False)
+        for lock in filter(None, (self._live, self.worker.lock)):
+            lock.release(remove=False)
 
     # -- the clock
 
@@ -5679,6 +6148,7 @@ def warn_if_code_is_large(sources: Sequence[Source]) -> None:
 # What happens when the process ends.
 
 _recorders: List[Recorder] = []  # those that take checkpoints
+_stopped_in_flight: List[Tuple[Recorder, type, int]] = []  # with the exception, and its id(), that was on its way then
 _resuming = threading.RLock()    # held while one is made for an experiment that is there already
 
 
@@ -5743,7 +6213,7 @@ class Termination:
         self._active += 1
         was_ending, self.ending = self.ending, True
         try:
-            stop_all(TERMINATION_SECONDS)
+            stop_all(TERMINATION_SECONDS, outcome=dict(ending(), status="terminated"))
             if not callable(previous):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -5785,19 +6255,61 @@ class Termination:
         for recorder in _recorders:
             recorder.forget()
         _recorders.clear()
+        _stopped_in_flight.clear()
+        exit_calls.error = None
         self._after_fork()
 
 
 termination = Termination()
 
 
-def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recorder]] = None) -> None:
+class ExitCalls:
+    """Learns of sys.exit(), whose code the interpreter tells nobody, by taking its place while a run is open."""
+
+    def __init__(self) -> None:
+        self.error: Optional[SystemExit] = None  # of the last call; a checkpoint after it shows that it was caught
+        self._original: Any = None
+
+    def watch(self) -> None:
+        """Take the place of sys.exit."""
+        self.error = None
+        if self._original is None:
+            self._original, sys.exit = sys.exit, self._exit  # type: ignore[assignment]
+
+    def ignore(self) -> None:
+        """Give the place back, unless somebody else has taken it since."""
+        if self._original is not None and sys.exit == self._exit:
+            self._original, sys.exit = None, self._original
+
+    def _exit(self, status: Any = None) -> NoReturn:
+        """Exit the interpreter by raising SystemExit(status)."""
+        if threading.current_thread() is threading.main_thread():
+            self.error = SystemExit(status)
+        self._original(status)
+        raise SystemExit(status)
+
+
+exit_calls = ExitCalls()
+
+
+def uncaught_error() -> Optional[BaseException]:
+    """What ends the process, asked at its very end: an exception, a call of sys.exit(), or nothing.
+
+    In a session where people type, an exception ends only what was typed.
+    """
+    if hasattr(sys, "ps1") or sys.flags.interactive or "ipykernel" in sys.modules:
+        return None
+    return getattr(sys, "last_value", None) or exit_calls.error
+
+
+def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recorder]] = None,
+             outcome: Optional[Dict[str, str]] = None) -> None:
     """Stop these experiments, or all that this process records; what takes longer than the timeout is left pending."""
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     with termination:
         try:
             closed = [recorder for recorder in list(_recorders if recorders is None else recorders)
-                      if recorder.close(deadline)]
+                      if recorder.close(deadline, outcome or ending())]
             for recorder in closed:
                 recorder.finish()
         except KeyboardInterrupt:
@@ -5809,7 +6321,11 @@ def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recor
 def stop_at_exit() -> None:
     """Stop every experiment for good: threads that run on start none again."""
     termination.ending = True
-    stop_all()
+    error = uncaught_error()
+    stop_all(outcome=ending(error))
+    for recorder, kind, number in _stopped_in_flight:
+        if error is not None and type(error) is kind and (kind is SystemExit or id(error) == number):
+            recorder.amend(ending(error))
 
 
 def install_exit_hooks() -> None:
@@ -5887,11 +6403,15 @@ class Project:
         """The pending area for this repository."""
         return pending_repository(self.directory, self._location.url or "")
 
-    def create(self, path: Optional[str], params: Any, heartbeat: bool, quiet: bool) -> Experiment:
-        """Create and start an experiment. Raises ArgumentError, and what makes a repository useless."""
+    def create(self, path: Optional[str], params: Any, heartbeat: bool, quiet: bool, **labels: Any) -> Experiment:
+        """Create and start an experiment. Raises ArgumentError, and what makes a repository useless.
+
+        labels: see checked_labels().
+        """
         location = self._location
         unknown: List[str] = []
         try:
+            labels = checked_labels(**labels)
             values = checked_params(params, unknown)
             saved = None if path is None else relative_path(path, location.directory)
             sources = find_sources(location.directory, saved, self._excluded()) if saved else []
@@ -5901,20 +6421,23 @@ class Project:
         if saved and not sources:
             console.warning("init() saves no files: path %r is empty, or everything in it is ignored." % saved)
             saved = None
+        facts = MachineFacts(location.directory)
         is_new = location.url is None
         if is_new:
             location.url = "file://" + os.path.join(location.directory, DEFAULT_STORAGE)
             self._found = location
         repository = self._repository = self._open()
         prepared = prepare_in_time(repository)
-        experiment = Experiment(new_document(location, saved, values), self)
+        experiment = Experiment(new_document(location, saved, values, heartbeat), self)
         recorder = self._recorder(repository, experiment, heartbeat, prepared)
         try:
             large = False
             if saved:
                 warn_if_code_is_large(sources)
                 warn_if_disk_is_low(self.directory, sum(source.size for source in sources), set())
-                large = save_archive(recorder.storage, "experiments", experiment.id, sources)
+                table, large = save_archive(recorder.storage, "experiments", experiment.id, sources)
+                experiment._document["code"] = code_digest({name: (size, crc or 0) for name, _, size, crc in table.files})
+            experiment._document.update(labels, **facts.keys())
             recorder.repository.create(experiment._document)
             if large:
                 recorder.worker.pack_later("experiments", experiment.id)
@@ -5973,11 +6496,12 @@ class Project:
         with _resuming:
             active = active_recorder((self.repository.url, experiment.id))
             if active is None:
-                return self._resumed(self.repository, experiment, known.heartbeat if known else True)
+                return self._resumed(self.repository, experiment, known.heartbeat if known else True, alone=False)
             self._recorders[experiment.id] = active
             return active
 
-    def _resumed(self, repository: Repository, experiment: Experiment, heartbeat: bool) -> Recorder:
+    def _resumed(self, repository: Repository, experiment: Experiment, heartbeat: bool, alone: bool) -> Recorder:
+        """A recorder that goes on with an experiment; alone: raises ReplicateError if another process records it."""
         sent = {}
         try:
             document = repository.load(experiment.id)
@@ -5989,17 +6513,110 @@ class Project:
                 raise
             document = repository.pending.load(experiment.id)
         recorder = self._recorder(repository, experiment, heartbeat, prepared=True)
+        if alone and not (self._claim_in_bucket(recorder) if recorder.worker.remote else recorder.claim()):
+            recorder.worker.release()
+            del self._recorders[experiment.id]
+            raise being_recorded(experiment)
         if recorder.repository is not repository:
             header = DocumentText(dict(document, checkpoints=[], **sent)).data()
             recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
         recorder.start()
+        if heartbeat:
+            recorder.fold({"outcome": opening()})
         return recorder
 
-    def stop(self, experiment: Experiment) -> None:
-        """See Experiment.stop. If another process runs the experiment, only its heartbeat is removed."""
+    def _claim_in_bucket(self, recorder: Recorder) -> bool:
+        """Open the outcome in the bucket's document; False if a process, here or elsewhere, has just done that."""
+        def change(document: Dict[str, Any]) -> None:
+            outcome = outcome_of(document)
+            age = time.time() - parse_time(outcome["time"]).timestamp() if outcome.get("status") == OPEN else float("inf")
+            if age < HEARTBEAT_TIMEOUT:
+                raise being_recorded(recorder.experiment)
+            document["outcome"] = opening()
+
+        if recorder.repository.url != self.pending().url:  # the pending area has an owner
+            return False
+        try:
+            recorder.target.edit(recorder.experiment.id, change)
+        except DoesNotExist:  # it has not been uploaded yet
+            pass
+        return True
+
+    def resumable(self, which: str, also_running: bool = False) -> Optional[Experiment]:
+        """The experiment of that ID or name; for "auto" the last one of this job, or else of this command, if it did
+        not complete, or None.
+
+        also_running: it may be recorded by another process now. Raises DoesNotExist, ReadError.
+        """
+        if which != "auto":
+            return self.experiments.get(which)
+        if self._location.url is None:
+            return None
+        try:
+            self.repository.fold_abandoned()
+            rows = self.repository.rows()
+        except NoBucket:
+            return None
+        except Unreachable as error:
+            console.warning("%s. What ran before is not known, so a new experiment starts." % _problem(error))
+            return None
+        job, command = current_job(), masked_command(program_arguments(self.directory))
+        for row in reversed(rows):
+            if (row.summary.get("job") == job if job else row.summary.get("command") == command) and (
+                    also_running or not row.running):
+                unfinished = row.status not in ("completed", "stopped")  # "stopped": nobody knows how
+                return self.experiments.get(row.id) if unfinished else None
+        return None
+
+    def resume(self, which: str, path: Optional[str], params: Any, heartbeat: bool, quiet: bool) -> Optional[Experiment]:
+        """Go on with the experiment that resumable() finds, if there is one. Raises ArgumentError, and ReplicateError
+        where another process records it.
+        """
+        if not isinstance(which, str) or not which:
+            raise ArgumentError("init(): resume must be an ID, a name or 'auto', not %r." % (which,))
+        experiment = self.resumable(which)
+        if experiment is None:
+            return None
+        try:
+            check_same_params(experiment, checked_params(params, []))
+            saved = None if path is None else relative_path(path, self.directory)
+            sources = find_sources(self.directory, saved, self._excluded()) if saved else []
+        except (TypeError, ValueError) as error:
+            raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
+        self.repository.fold_abandoned()
+        if self.is_running(experiment):
+            raise being_recorded(experiment)
+        self.refresh(experiment)
+        if saved:
+            self._warn_of_changed_code(experiment, sources)
+        with _resuming:
+            self._resumed(self.repository, experiment, heartbeat, alone=True)
+        if not quiet:
+            last = experiment.latest()
+            console.info("Resuming experiment %s in %s%s" % (experiment.short_id(), self.repository.url, " after checkpoint "
+                                                             "%s (step %d)" % (last.short_id(), last.step) if last else ""))
+        return experiment
+
+    def _warn_of_changed_code(self, experiment: Experiment, sources: Sequence[Source]) -> None:
+        try:
+            names = changed_names(self.saved_files(experiment), PresentFiles(sources))
+        except ReplicateError as error:
+            console.debug(str(error))
+            return
+        if names:
+            more = " and %d more" % (len(names) - 5) if len(names) > 5 else ""
+            console.warning("The code has changed since experiment %s started: %s%s. The code saved then stays; see what "
+                            "changed with '%s diff %s'." % (experiment.short_id(), ", ".join(names[:5]), more,
+                                                            program_name(), experiment.short_id()))
+
+    def stop(self, experiment: Experiment, error: Optional[BaseException] = None) -> None:
+        """See Experiment.stop; error is what ends the experiment. If another process runs the experiment, only its heartbeat is removed."""
         recorder = self._recorders.get(experiment.id)
         if recorder is not None:
-            recorder.stop()
+            flying = sys.exc_info()[1]
+            stop_all(None, [recorder], ending(error))
+            if flying is not None and error is None:  # in `finally:`, say: only the end of the process tells how this ends
+                _stopped_in_flight.append((recorder, type(flying), id(flying)))
         else:
             self.repository.storage.delete([heartbeat_key(experiment.id)])
 
@@ -6037,6 +6654,22 @@ class Project:
         """See Checkpoint.open."""
         return self.repository.open_file(experiment, checkpoint, normal_path(path))
 
+    def saved_files(self, item: Union[Experiment, Checkpoint]) -> Any:
+        """The files that an experiment or checkpoint saved, to be compared. Raises DoesNotExist, ReadError."""
+        if not item.path:
+            return PresentFiles(())
+        return SavedFiles(self.repository, "experiments" if isinstance(item, Experiment) else "checkpoints", item.id)
+
+    def present_files(self, item: Union[Experiment, Checkpoint]) -> PresentFiles:
+        """The files that would be saved now where an experiment or checkpoint saved its own. Raises DoesNotExist."""
+        if not item.path:
+            raise DoesNotExist("There is nothing to compare the project directory with: %s saved no files." %
+                               item.short_id())
+        try:
+            return PresentFiles(find_sources(self.directory, normal_path(item.path), self._excluded(), console.debug))
+        except ValueError as error:
+            raise DoesNotExist("The project directory cannot be compared: %s." % error) from error
+
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False,
                  approve: Callable[[List[str]], None] = lambda names: None) -> List[str]:
@@ -6056,6 +6689,12 @@ class Project:
             approve(checkout.conflicts())
             checkout.move()
             return sorted(checkout.files)
+
+
+def being_recorded(experiment: Experiment) -> ReplicateError:
+    """The error of a second process that wants to go on with an experiment."""
+    return ReplicateError("Experiment %s is being recorded by another process, so it cannot be resumed here. If that process "
+                          "was killed, try again in %d seconds." % (experiment.short_id(), HEARTBEAT_TIMEOUT))
 
 
 def _announce_recording(experiment: Experiment, url: str, is_new: bool, sources: Sequence[Source]) -> None:
@@ -6083,13 +6722,19 @@ def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics:
 
 
 class InertProject:
-    """The project of an experiment that records nothing, in every process of a distributed job but the first."""
+    """The project of an experiment that records nothing, in every process of a distributed job but the first.
+
+    project is where the experiment is kept if that process resumes it: its files can be read.
+    """
+
+    def __init__(self, project: Optional[Project] = None) -> None:
+        self._project = project
 
     def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
                quiet: bool) -> Checkpoint:
         return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
-    def stop(self, experiment: Experiment) -> None:
+    def stop(self, experiment: Experiment, error: Optional[BaseException] = None) -> None:
         """Nothing to stop."""
 
     refresh = delete = stop
@@ -6098,11 +6743,13 @@ class InertProject:
         return False
 
     def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
+        if self._project:
+            return self._project.open(experiment, checkpoint, path)
         raise DoesNotExist("This process of a distributed job records nothing; process 0 does.")
 
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False) -> List[str]:
-        return []
+        return self._project.checkout(experiment, checkpoint, output_directory, path, quiet) if self._project else []
 
 
 class ExperimentCollection:
@@ -6112,20 +6759,23 @@ class ExperimentCollection:
         self._find_project = find_project
 
     def create(self, path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False,
-               quiet: bool = False) -> Experiment:
+               quiet: bool = False, *, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
+               note: Optional[str] = None) -> Experiment:
         """Create and start an experiment, as init() does, and let other experiments of this process go on."""
         if is_secondary_process():
             return inert_experiment(path, params)
-        return self._find_project().create(path, params, not disable_heartbeat, quiet)
+        return self._find_project().create(path, params, not disable_heartbeat, quiet, name=name, tags=tags, note=note)
 
     def get(self, experiment_id: str) -> Experiment:
-        """The experiment whose ID starts with experiment_id. Raises DoesNotExist if there is none or several."""
+        """The experiment of that name, or whose ID starts so. Raises DoesNotExist if there is none or several."""
         if not isinstance(experiment_id, str):
             raise ArgumentError("experiments.get(): the ID must be a string, not %s." % type(experiment_id).__name__)
         project = self._find_project()
         names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS)
                  if experiment_id and entry.name.startswith(experiment_id) and entry.name.endswith(".json")]
         names = [experiment_id] if experiment_id in names else [name for name in names if is_id(name)]
+        if experiment_id and not is_id(experiment_id):
+            return self._get_named(project, experiment_id)
         if not names:
             raise DoesNotExist("Experiment not found: %s" % (experiment_id or "the ID is empty"))
         if len(names) > 1:
@@ -6135,6 +6785,11 @@ class ExperimentCollection:
         except ReadError as error:
             raise ReadError("The document of experiment %s cannot be read: %s." % (
                 names[0][:SHORT_ID], str(error).rstrip("."))) from error
+
+    def _get_named(self, project: Project, name: str) -> Experiment:
+        experiment, _ = project.repository.find(name)
+        experiment.project = project
+        return experiment
 
     def list(self, filter: Optional[Callable[[Experiment], bool]] = None) -> ExperimentList:
         """All experiments, or those for which filter(experiment) is true; oldest first."""
@@ -6160,21 +6815,29 @@ experiments = ExperimentCollection(lambda: Project())
 
 
 def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False, debug: bool = False, *,
-         quiet: bool = False) -> Experiment:
+         quiet: bool = False, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
+         note: Optional[str] = None, resume: Optional[str] = None) -> Experiment:
     """Create and start an experiment, and stop one that this process started before.
 
     path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
     the hyperparameters: a dict or other mapping, an argparse.Namespace or a dataclass object. disable_heartbeat: do not
-    mark it as running. debug: print more; quiet: print less.
+    mark it as running. debug: print more; quiet: print less. name, tags (a list of words) and note are for people;
+    `replicate tag` changes them later, and a name can be given wherever an ID is.
+
+    resume: the ID or name of an experiment to go on with, or "auto": the last one of this job (SLURM_JOB_ID,
+    REPLICATE_JOB), or else of the same command, unless it completed or still runs. Its steps count on, its code and labels
+    stay, and params must be the same as then.
     Raises ArgumentError for wrong arguments, RepositoryConfigurationError, WriteError and the like for a repository
     that can never work.
     """
     if debug:
         console.verbose = True
     if is_secondary_process():
-        return inert_experiment(path, params)
+        return inert_experiment(path, params, resume)
     stop_all()
-    return Project().experiments.create(path, params, disable_heartbeat, quiet)
+    project = Project()
+    resumed = None if resume is None else project.resume(resume, path, params, not disable_heartbeat, quiet)
+    return resumed or project.experiments.create(path, params, disable_heartbeat, quiet, name=name, tags=tags, note=note)
 
 
 def is_secondary_process() -> bool:
@@ -6198,8 +6861,15 @@ def is_secondary_process() -> bool:
 _announced: Set[str] = set()  # the variables of which is_secondary_process() has spoken
 
 
-def inert_experiment(path: Optional[str], params: Any) -> Experiment:
-    """An experiment that records nothing."""
+def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = None) -> Experiment:
+    """An experiment that records nothing; with the checkpoints that there are, if process 0 resumes it."""
+    project = Project()
+    try:
+        resumed = project.resumable(resume, also_running=True) if resume else None
+        if resumed is not None:
+            return Experiment(resumed._document, InertProject(project))
+    except ReplicateError as error:
+        console.warning("%s." % _problem(error))
     try:
         values = checked_params(params, [])
     except TypeError:  # process 0 says so
@@ -6260,10 +6930,16 @@ def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) ->
     columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows]),
                              ("STARTED", [relative_time(row.created, now) for row in rows]),
                              ("STATUS", [row.value("status") for row in rows])]
-    for title in ("HOST", "USER"):
-        texts = [escape_control(row.value(title.lower()) or "") for row in rows]
+    names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
+    if any(names):
+        columns.insert(1, ("NAME", names))
+    for title in ("HOST", "USER", "CODE"):
+        texts = [escape_control(text_in(row.summary, title.lower()) or "") for row in rows]
         if len(set(texts)) > 1:
             columns.append((title, texts))
+    tags = ["\n".join(map(format_cell, texts_in(row.summary, "tags"))) for row in rows]
+    if any(tags):
+        columns.append(("TAGS", tags))
     params, metrics = listed_params(rows, show_all), listed_metrics(rows, show_all)
     columns.append(("PARAMS", ["\n".join(value_lines(row.params, params)) for row in rows]))
     if any(row.best for row in rows):
@@ -6317,15 +6993,30 @@ def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
 
 def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, str]]:
     """Created to Command, as `show` prints them."""
-    return _facts([("Created", full_time(experiment.created)), ("Status", "running" if running else "stopped"),
-                   ("Host", experiment.host), ("User", experiment.user), ("Command", experiment.full_command)])
+    outcome = {} if running else experiment.outcome or {}
+    rows = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)), ("Note", experiment.note)]
+    rows = [("Created", full_time(experiment.created)), *[(label, text) for label, text in rows if text],
+            ("Status", status_of(experiment._document, running))]
+    rows += [("Error", outcome["error"])] if "error" in outcome else []
+    rows += [("Ended", full_time(parse_time(outcome["time"])))] if outcome else []
+    return _facts(rows + [("Host", experiment.host), ("User", experiment.user), ("Command", experiment.full_command)])
 
 
 def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str, str]]]]:
     """The blocks Params and System."""
     return [("Params", [(escape_control(name), format_value(value))
                         for name, value in sorted(experiment.params.items())]),
-            ("System", _facts([("Python version", experiment.python_version)]))]
+            ("System", _facts([("Python version", experiment.python_version), *machine_facts(experiment)]))]
+
+
+def machine_facts(experiment: Experiment) -> List[Tuple[str, str]]:
+    """The checkout and GPUs that an experiment ran on, as far as they are known."""
+    git, gpus = git_in(experiment._document), texts_in(experiment._document, "gpus")
+    state = [git["branch"]] if "branch" in git else []
+    state += ["with changes that are not committed"] if git.get("dirty") else []
+    rows = [("Git commit", git.get("commit", "") + (" (%s)" % ", ".join(state) if state else "")),
+            ("GPUs", ", ".join("%d x %s" % (gpus.count(name), name) for name in dict.fromkeys(gpus)))]
+    return [(label, text) for label, text in rows if text]
 
 
 def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
@@ -6401,52 +7092,149 @@ def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Pa
 
 
 class Side:
-    """One side of a diff: an experiment and the checkpoint of it that is compared."""
+    """One column of a diff: an experiment and the checkpoint of it that is compared."""
 
     def __init__(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> None:
         self.experiment, self.checkpoint = experiment, checkpoint
 
-    def blocks(self) -> List[Tuple[str, str, Dict[str, str]]]:
-        """(heading, ID, {label: text}) of each block."""
+    def facts(self) -> Dict[str, Dict[str, Any]]:
+        """What there is to compare in each block, by label, as stored."""
         experiment, checkpoint = self.experiment, self.checkpoint
-        facts = dict(_facts([("Created", full_time(experiment.created)), ("Host", experiment.host),
-                             ("User", experiment.user), ("Command", experiment.command),
-                             ("Python version", experiment.python_version)]))
-        version = {escape_control(name): escape_control(text) for name, text in experiment.python_packages.items()}
-        about, metrics = {}, {}
-        if checkpoint:
-            about = dict(_facts([("Created", full_time(checkpoint.created)), ("Path", checkpoint.path),
-                                 ("Step", str(checkpoint.step))]))
-            metrics = {escape_control(name): format_value(value) for name, value in checkpoint.metrics.items()}
-        params = {escape_control(name): format_value(value) for name, value in experiment.params.items()}
-        return [("Experiment", experiment.short_id(), facts), ("Params", "", params), ("Python Packages", "", version),
-                ("Checkpoint", checkpoint.short_id() if checkpoint else "(none)", about), ("Metrics", "", metrics)]
+        outcome = experiment.outcome or {}
+        about = {"Created": experiment._document["created"], "Name": experiment.name, "Tags": ", ".join(experiment.tags),
+                 "Note": experiment.note, "Outcome": ": ".join(outcome[key] for key in ("status", "error") if key in outcome),
+                 "Host": experiment.host, "User": experiment.user, "Command": experiment.command,
+                 "Python version": experiment.python_version, **dict(machine_facts(experiment))}
+        saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path,
+                 "Step": checkpoint.step} if checkpoint else {}
+        return {"Experiment": about, "Params": experiment.params, "Python Packages": experiment.python_packages,
+                "Checkpoint": saved, "Metrics": checkpoint.metrics if checkpoint else {}}
 
 
-def render_diff(left: Side, right: Side, paint: Paint = no_paint) -> str:
-    """`diff` of two sides: the IDs, then in each block the rows that differ."""
-    blocks: List[Tuple[str, List[Tuple[str, str, str]]]] = []
-    for (heading, left_id, left_rows), (_, right_id, right_rows) in zip(left.blocks(), right.blocks()):
-        rows = [("ID", left_id, right_id)] if left_id else []
-        rows += [(label, _cut(left_rows.get(label)), _cut(right_rows.get(label)))
-                 for label in sorted(set(left_rows) | set(right_rows)) if left_rows.get(label) != right_rows.get(label)]
+class Differences:
+    """What differs between the columns of a diff. Code and files are compared with those of the first one."""
+
+    def __init__(self, sides: Sequence[Side], code: Dict[str, List[Any]], files: Dict[str, List[Any]]) -> None:
+        facts = [side.facts() for side in sides]
+        self.blocks: Dict[str, Dict[str, List[Any]]] = {}  # a value for each column, by label, in each block
+        for heading in facts[0]:
+            columns = [blocks[heading] for blocks in facts]
+            self.blocks[heading] = {label: [column.get(label, ABSENT) for column in columns]
+                                    for label in sorted({label for column in columns for label in column})}
+            if heading in ("Experiment", "Checkpoint"):  # where no text is the same as none
+                for values in self.blocks[heading].values():
+                    values[:] = ["" if value is None else value for value in values]
+            self.blocks[heading] = {label: values for label, values in self.blocks[heading].items()
+                                    if not all(same_value(value, values[0]) for value in values)}
+            if heading == "Params" and any(side.experiment.path for side in sides):
+                self.blocks["Code"] = code
+        if files:
+            self.blocks["Files"] = files
+        self.ids = {"Experiment": [side.experiment.id for side in sides],
+                    "Checkpoint": [side.checkpoint.id if side.checkpoint else None for side in sides]}
+
+    def to_json(self) -> Dict[str, Any]:
+        """`diff --json`: the IDs, and in each block the values by label, null where a column has none."""
+        def plain(value: Any) -> Any:
+            return None if value is ABSENT else value.to_json() if isinstance(value, FileChange) else value
+
+        return {"experiments": self.ids["Experiment"], "checkpoints": self.ids["Checkpoint"], "differences": {
+            heading: {label: list(map(plain, values)) for label, values in rows.items()}
+            for heading, rows in self.blocks.items()}}
+
+
+def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
+    """For each file that differs: its size in the first of these sets, and what changed in each of the others."""
+    rows: Dict[str, List[Any]] = {}
+    for number, files in enumerate(sets[1:], 1):
+        for change in compare_files(sets[0], files):
+            size = ABSENT if change.sizes[0] is None else change.sizes[0]
+            rows.setdefault(change.name, [size] + [None] * (len(sets) - 1))[number] = change
+    return dict(sorted(rows.items()))
+
+
+def change_text(value: Any) -> str:
+    """A cell of the blocks Code and Files."""
+    if not isinstance(value, FileChange):
+        return "(not saved)" if value is ABSENT else "(same)" if value is None else format_size(value)
+    if value.kind != "changed" or value.lines is None:
+        return "removed" if value.kind == "removed" else ("added, " if value.kind == "added" else "") + format_size(
+            value.sizes[1] or 0)
+    return "+%d -%d" % value.counts()
+
+
+def render_diff(found: Differences, paint: Paint = no_paint) -> str:
+    """`diff`: the IDs, then in each block the rows that differ."""
+    blocks: List[Tuple[str, List[Tuple[str, List[str]]]]] = []
+    for heading, values in found.blocks.items():
+        ids = found.ids.get(heading)
+        rows = [("ID", [item_id[:SHORT_ID] if item_id else "(none)" for item_id in ids])] if ids else []
+        rows += [(escape_control(label), [_difference_cell(heading, label, value) for value in row])
+                 for label, row in values.items()]
         blocks.append((heading, rows))
-    all_rows = [row for _, rows in blocks for row in rows]
-    first = max([DIFF_WIDTH] + [display_width(label) + 3 for label, _, _ in all_rows])
-    second = max([DIFF_WIDTH] + [display_width(text) + 2 for _, text, _ in all_rows])
+    lines = [[pad(label + ":", 0), *cells] for _, rows in blocks for label, cells in rows]
+    widths = [max([DIFF_WIDTH] + [display_width(line[column]) + 2 for line in lines])
+              for column in range(len(lines[0]) - 1)]
     parts = []
     for heading, rows in blocks:
-        lines = [paint(heading, "bold")]
-        lines += [pad(label + ":", first) + pad(one, second) + other for label, one, other in rows]
-        parts.append("\n".join(line.rstrip() for line in lines) + "\n" + (
+        shown = [paint(heading, "bold")]
+        shown += ["".join(map(pad, [label + ":", *cells], widths)) + cells[-1] for label, cells in rows]
+        parts.append("\n".join(line.rstrip() for line in shown) + "\n" + (
             "" if rows else paint("(no difference)", "faint") + "\n"))
     return "\n".join(parts)
+
+
+def _difference_cell(heading: str, label: str, value: Any) -> str:
+    if heading in ("Code", "Files"):
+        return change_text(value)
+    if value is ABSENT:
+        return _cut(None)
+    if heading in ("Experiment", "Checkpoint") and label == "Created":
+        return full_time(parse_time(value))
+    return _cut(format_value(value))
 
 
 def _cut(text: Optional[str]) -> str:
     if text is None:
         return "(not set)"
     return text if len(text) <= DIFF_CUT else text[:DIFF_CUT - 3] + "..."
+
+
+def render_code(changes: Iterable[FileChange], paint: Paint = no_paint,
+                clean: Callable[[str], str] = lambda line: line) -> Iterator[str]:
+    """A unified diff of files in the form of git, which `patch -p1` accepts, in lines; binary and huge files are only
+    named. clean() makes a line safe for where it goes; bytes that are no UTF-8 are lone surrogates.
+    """
+    for change in changes:
+        is_empty = change.lines == []  # it is added or removed, and has no line with its name
+        old, new = (quoted_name(prefix + change.name, spaces=is_empty) for prefix in ("a/", "b/"))
+        head = ["diff --git %s %s" % (old, new)]
+        head += {"added": ["new file mode 100644"], "removed": ["deleted file mode 100644"]}.get(change.kind, [])
+        head += ["index %s..%s" % ((EMPTY_FILE, NO_FILE) if change.kind == "removed" else (NO_FILE, EMPTY_FILE))] if is_empty else []
+        tab = "\t" if " " in change.name and change.lines is not None else ""  # so that patch sees where the name ends
+        pair = "/dev/null" if change.kind == "added" else old + tab, "/dev/null" if change.kind == "removed" else new + tab
+        if change.lines is None:
+            head.append("Binary files %s and %s differ" % pair)
+        elif change.lines:
+            head += ["--- " + pair[0], "+++ " + pair[1]]
+        yield from [paint(clean(line), "bold") + "\n" for line in head]
+        for line in change.lines or ():
+            style = {b"+": "added", b"-": "removed", b"@": "hunk"}.get(line[:1])
+            for text in line.decode("utf-8", "surrogateescape").split("\n")[:-1]:
+                yield (paint(clean(text), style) if style else clean(text)) + "\n"
+
+
+NO_FILE, EMPTY_FILE = "0000000", "e69de29"  # as git has them in the index line of a diff, by which patch knows an empty file
+
+
+def quoted_name(name: str, spaces: bool = False) -> str:
+    """A file name as git prints it: in quotes if it holds control characters, quotes or backslashes (or spaces)."""
+    def escaped(match: Any) -> str:
+        character = match.group()
+        return "\\" + character if character in '"\\' else "\\%03o" % ord(character)
+
+    quoted = re.sub(r'["\\\x00-\x1f\x7f]', escaped, name)
+    return '"%s"' % quoted if quoted != name or spaces and " " in name else name
 
 
 def render_json_list(rows: Sequence[Row]) -> Iterator[str]:
@@ -6516,6 +7304,9 @@ List experiments that have run for 50 steps or less:
   replicate ls --filter "step <= 50"
 List experiments where the parameter "optimizer" is "adam" and the best "accuracy" metric is greater than 0.8:
   replicate ls --filter "optimizer = adam" --filter "accuracy > 0.8"
+List experiments that failed, and one by its name:
+  replicate ls --filter "status = failed"
+  replicate ls --filter "name = baseline"
 Sort all stopped experiments by the metric "val_loss":
   replicate ls --sort "val_loss" --filter "status = stopped"
 
@@ -6586,7 +7377,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
 
 def warn_of_unknown_names(names: Sequence[str], rows: Sequence[Row]) -> None:
     """Warn of names in filters and sort keys that no experiment has."""
-    if not rows or all(name in FIELDS for name in names):
+    if not rows or all(name in FIELDS or name in LABELS for name in names):
         return
     known = known_names(rows)
     for name in names:
@@ -6628,18 +7419,84 @@ def show_command(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("diff", option("ids", nargs=2, metavar="ID", help="Two experiment or checkpoint IDs"), usage="<ID> <ID>")
+@command("diff", option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs"), JSON,
+         option("--code", action="store_true", help="Print what differs in the code of two, as a patch"),
+         option("--path", action="append", help="With --code: only this file or directory; repeatable"),
+         usage="<ID> [ID...]", epilog="""\
+Compare two experiments, then their code line by line:
+  replicate diff a1b2c3d e4f5a6b
+  replicate diff a1b2c3d e4f5a6b --code
+What have I changed since?
+  replicate diff a1b2c3d --code --path train.py""")
 def diff_command(args: argparse.Namespace) -> int:
-    """Compare two experiments or checkpoints.
+    """Compare experiments or checkpoints.
 
     If an experiment ID is passed, it will pick the best checkpoint from that experiment. If a primary metric is not
-    defined, it will use the latest checkpoint.
+    defined, it will use the latest checkpoint. With one ID, its code is compared with the project directory as it is
+    now.
     """
-    repository = opened_project(args).repository
-    sides = [Side(experiment, checkpoint or chosen_checkpoint(experiment, "Comparing"))
-             for experiment, checkpoint in repository.find_all(args.ids)]
-    say(render_diff(sides[0], sides[1], paint))
+    if args.code and (args.json or len(args.ids) > 2):
+        raise UsageError("--code compares one or two IDs, and cannot be used with --json.")
+    if args.path and not args.code:
+        raise UsageError("--path needs --code.")
+    project = opened_project(args)
+    found = project.repository.find_all(args.ids)
+    experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
+    if args.code:
+        changes = [change for items in (experiments, checkpoints) if any(items)
+                   for change in compare_files(*file_sets(project, items), is_below(args.path))]
+        say_patch(changes)
+    elif len(found) == 1:
+        rows = [{name: change for name, (_, change) in compared_files(project, items).items()} if any(items) else {}
+                for items in (experiments, checkpoints)]
+        since = (checkpoints[0] or experiments[0]).short_id()
+        if args.json:
+            say_json([shown_json({name: change.to_json() for row in rows for name, change in row.items()}) + "\n"])
+        else:
+            say(render_blocks("", [("Changes since " + since, [
+                (escape_control(name), change_text(change)) for row in rows for name, change in row.items()])], paint))
+    else:
+        sides = [Side(one, checkpoint or chosen_checkpoint(one, "Comparing")) for one, checkpoint in found]
+        differences = Differences(sides, compared_files(project, experiments),
+                                  compared_files(project, [side.checkpoint for side in sides]))
+        if args.json:
+            say_json([shown_json(differences.to_json()) + "\n"])
+        else:
+            say(render_diff(differences, paint))
     return 0
+
+
+def is_below(paths: Optional[Sequence[str]]) -> Callable[[str], bool]:
+    """Whether a name is one of these paths, as typed, or below one; all names without any."""
+    tops = [normal_path(path) for path in paths or ["."]]
+    return lambda name: any(top in (".", name) or name.startswith(top + "/") for top in tops)
+
+
+def file_sets(project: Project, items: Sequence[Any]) -> List[Any]:
+    """The files of experiments or checkpoints (None: without files); after a single one, those that are there now."""
+    opened = {item.id: project.saved_files(item) for item in items if item}
+    sets = [opened[item.id] if item else PresentFiles(()) for item in items]
+    return sets if len(items) > 1 else sets + [project.present_files(items[0])]
+
+
+def compared_files(project: Project, items: Sequence[Any]) -> Dict[str, List[Any]]:
+    """file_rows() of these; none, with a warning, where files cannot be read."""
+    try:
+        return file_rows(file_sets(project, items))
+    except ReplicateError as error:
+        console.warning("%s\nThese files are not compared." % error)
+        return {}
+
+
+def say_patch(changes: Iterable[FileChange]) -> None:
+    """Print a unified diff to stdout: byte for byte as the files are, but safe on a terminal."""
+    output = getattr(sys.stdout, "buffer", None)
+    if output is None or is_terminal(sys.stdout):
+        say_all(render_code(changes, paint, lambda line: "\t".join(map(escape_control, line.split("\t")))))
+        return
+    for line in render_code(changes):
+        output.write(line.encode("utf-8", "surrogateescape"))
+    output.flush()
 
 
 def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint]:
@@ -6716,6 +7573,56 @@ def rm_command(args: argparse.Namespace) -> int:
     for experiment in experiments.values():
         repository.remove_experiment(experiment)
         console.info("Removed experiment %s" % experiment.short_id())
+    return 0
+
+
+TAG_EXAMPLES = """\
+Name an experiment, mark it as good and no longer as new:
+  replicate tag a1b2c3d4 name=baseline +good -new
+Say more about it, by its name:
+  replicate tag baseline note="the one in the paper"
+List the good ones:
+  replicate ls --filter "tag = good\""""
+
+
+@command("tag", option("id", metavar="ID", help="Experiment ID, the start of one, or a name"),
+         option("changes", nargs="*", metavar="CHANGE", help="name=NAME, note=TEXT (empty: none), +TAG to add a tag, "
+                                                             "-TAG to remove one"),
+         usage="<experiment ID> [name=NAME] [note=TEXT] [+TAG...] [-TAG...]", epilog=TAG_EXAMPLES)
+def tag_command(args: argparse.Namespace) -> int:
+    """Name an experiment, tag it, or add a note to it"""
+    given: Dict[str, str] = {}
+    added, removed = set(), set()
+    for change in args.changes:
+        key, equals, text = change.partition("=")
+        if change[:1] in "+-":
+            (added if change[0] == "+" else removed).add(change[1:].strip())
+        elif equals and key in ("name", "note"):
+            given[key] = text.strip()
+        else:
+            raise UsageError("%r is no change. Write name=NAME, note=TEXT, +TAG or -TAG." % change)
+    try:
+        labels = checked_labels(given.get("name") or None, added, given.get("note"))
+    except ValueError as error:
+        raise UsageError("%s." % error) from error
+    repository = opened_project(args).repository
+    experiment, checkpoint = repository.find(args.id)
+    if checkpoint:
+        raise ReplicateError("%s is a checkpoint. Experiments are tagged: this one's is %s." % (
+            checkpoint.short_id(), experiment.short_id()))
+
+    def change_labels(document: Dict[str, Any]) -> None:
+        tags = (set(texts_in(document, "tags")) | added) - removed
+        for key, value in dict({key: labels.get(key) for key in given}, tags=sorted(tags)).items():
+            document.pop(key, None)
+            document.update({key: value} if value else {})
+
+    if args.changes:
+        repository.edit(experiment.id, change_labels)
+        experiment = Experiment(repository.load(experiment.id))
+    console.info("Experiment %s: name %s; tags %s; note %s" % (
+        experiment.short_id(), experiment.name or "(none)", ", ".join(experiment.tags) or "(none)",
+        experiment.note or "(none)"))
     return 0
 
 
@@ -7080,6 +7987,8 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
     args = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate").parse_args(explicit_color(argv))
     chosen, rest = find_command(args.command or "help"), args.rest
+    if chosen is COMMANDS["tag"]:
+        rest = removals_last(rest)
     del args.command, args.rest
     try:
         args = command_parser(chosen).parse_intermixed_args(rest, args)
@@ -7089,6 +7998,13 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     if args.help and chosen.name != "help":
         return COMMANDS["help"], argparse.Namespace(**dict(vars(args), command=chosen.name))
     return chosen, args
+
+
+def removals_last(words: Sequence[str]) -> List[str]:
+    """The words of `tag` with each -TAG behind `--`, so that it is no flag."""
+    flags = [name for names, _ in GLOBAL_OPTIONS for name in names]
+    removals = [word for word in words if re.match("-[^-]", word) and word not in flags]
+    return [word for word in words if word not in removals] + (["--", *removals] if removals else [])
 
 
 def explicit_color(argv: Sequence[str]) -> List[str]:

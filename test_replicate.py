@@ -2435,7 +2435,7 @@ def test_concurrent_updates_lose_nothing(place, hasty):
 
 COMMANDS = [["ls"], ["ls", "--json"], ["ls", "--all"], ["ls", "-q"], ["ls", "-f", "lr > 0.1", "--sort", "loss-desc"], ["ps"],
             ["show", "1e"], ["show", "2c"], ["show", "--json", "1e"], ["show", "--json", "1c"], ["show", "9"], ["diff", "1e", "2e"],
-            ["diff", "1c", "2c"], ["checkout", "1c", "-o", "OUT/one"], ["checkout", "1e", "-o", "OUT/best"],
+            ["diff", "1c", "2c"], ["diff", "1c", "2c", "--code"], ["diff", "1e"], ["tag", "1e", "+good", "name=x"], ["show", "x"], ["checkout", "1c", "-o", "OUT/one"], ["checkout", "1e", "-o", "OUT/best"],
             ["checkout", "2c", "--path", "data", "-o", "OUT/data"], ["checkout", "1c", "--path", "model/weights", "-o", "OUT/file"],
             ["checkout", "2e", "-o", "OUT/none"], ["rm", "1c"], ["rm", "-f", "1c"], ["ls", "--json", "--all"], ["checkout", "1c"],
             ["rm", "-f", "9", "1e"], ["rm", "-f", "1e"], ["ls", "--json"], ["rm", "-f", "2e"], ["ls"]]
@@ -2965,7 +2965,8 @@ def test_imported_packages_reach_the_bucket_when_recording_stops(bucket, project
     script.expect("killed")
     (stopped,) = bucket.documents()
     assert "pytest" not in stopped["imported_packages"] and sorted(stopped["imported_packages"]) == stopped["imported_packages"]
-    assert dict(stopped, imported_packages=0) == dict(document, color="red", imported_packages=0)
+    assert (document["outcome"]["status"], stopped["outcome"]["status"]) == ("open", "completed")
+    assert dict(stopped, imported_packages=0, outcome=0) == dict(document, color="red", imported_packages=0, outcome=0)
     script.kill()
     bucket.put("metadata/experiments/%s.json" % experiment_id, json.dumps(dict(stopped, imported_packages=["zz"])).encode())
     run_script(HASTY + "experiment = replicate.experiments.get(%r)\nsave(2)" % experiment_id)
@@ -3918,7 +3919,7 @@ def test_archives_read_back_by_everyone(project, tmp_path, compress):
         again = pack_tree(tmp_path, project, compress=True, name="again")
         assert Path(archive_path(again)).read_bytes() == Path(path).read_bytes()
     table = repository.archive("checkpoints", PACKED_ID).table
-    assert len(table.members) > 8 and sorted(name for name, _, _ in table.files) == sorted(files)
+    assert len(table.members) > 8 and sorted(name for name, *_ in table.files) == sorted(files)
     assert read_archive(repository) == files
     for name, content in files.items():
         assert read_one(repository, name) == content
@@ -3933,6 +3934,24 @@ def test_archives_read_back_by_everyone(project, tmp_path, compress):
     subprocess.run(["tar", "xzf", path, "-C", str(target)], check=True)
     assert tree(target / PACKED_ID) == files
     assert os.stat(str(target / PACKED_ID / "small.py")).st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (1, 1), (3, 100000), (1 << 20, 1 << 20), (123457, 1)])
+def test_checksums_of_parts_make_that_of_the_whole(sizes):
+    one, other = (os.urandom(size) for size in sizes)
+    combined = replicate.crc_product(replicate.crc_shift(len(other)), zlib.crc32(one)) ^ zlib.crc32(other)
+    assert combined == zlib.crc32(one + other)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_the_table_of_an_archive_has_the_checksum_of_each_file(project, tmp_path, compress):
+    files = sample_tree(project)
+    repository = pack_tree(tmp_path, project, compress=compress)
+    archive = repository.archive("checkpoints", PACKED_ID)
+    assert archive.table is not None and all(crc is not None for *_, crc in archive.table.files)
+    assert archive.sums(PACKED_ID) == {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
+    archive.table = None
+    assert archive.sums(PACKED_ID) == {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
 
 
 @hypothesis.given(data=st.binary(min_size=1, max_size=70000) | st.builds(
@@ -4001,7 +4020,7 @@ def test_the_background_reads_what_shrinks_once(project, tmp_path, counted_reads
     size = 16 << 20
     fill(project, {"tokens": os.urandom(size // 16).hex().encode() * 8})
     storage = replicate.DiskStorage(str(tmp_path / "store"))
-    assert replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "tokens"))
+    assert replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "tokens"))[1]
     counted_reads.clear()
     replicate.shrink_archive(storage, "checkpoints", PACKED_ID)
     assert size < sum(counted_reads) < size * 1.02
@@ -4015,7 +4034,7 @@ def test_a_table_that_spans_several_fields(project, tmp_path):
     archive = repository.archive("checkpoints", PACKED_ID)
     assert archive.table.encode().count(replicate.GZIP_EXTRA_HEADER) >= 3
     assert len(archive.table.encode()) > 2 * 65535
-    assert archive.table is not None and {name for name, _, _ in archive.table.files} == set(names) | {"replicate.yaml"}
+    assert archive.table is not None and {name for name, *_ in archive.table.files} == set(names) | {"replicate.yaml"}
     for name in names[::500]:
         assert read_one(repository, name) == name[:4].encode()
     subprocess.run(["gzip", "-t", archive_path(repository)], check=True)
@@ -4152,8 +4171,8 @@ def small_archive(project, tmp_path):
     with open(str(tmp_path / "made"), "w+b", 0) as file:
         writer = replicate.ArchiveWriter(file)
         for source in sources:  # one gzip member a file, as pack makes them of larger files
-            ((name, _, size),), length, member, _ = replicate.pack_group(PACKED_ID, [source])
-            writer.table.files.append((name, writer.offset, size))
+            ((name, _, size, crc),), length, member, _ = replicate.pack_group(PACKED_ID, [source])
+            writer.table.files.append((name, writer.offset, size, crc))
             writer.add(member, length)
         writer.add(replicate.gzip_member(bytes(1024)), 1024)
         writer.finish()
@@ -4202,21 +4221,22 @@ def write_table(repository, data, *fields):
 def test_a_lying_table_never_shows_wrong_content(project, tmp_path):
     repository, files, data = small_archive(project, tmp_path)
     table = repository.archive("checkpoints", PACKED_ID).table
-    offsets = {name: offset for name, offset, _ in table.files}
-    lies = [(table.members, [(name, offsets["a"], size) for name, _, size in table.files]),
-            (table.members, [(name, offset + 512, size) for name, offset, size in table.files]),
-            (table.members, [(name, -512, size) for name, _, size in table.files]),
-            (table.members, [(name, 1 << 60, size) for name, _, size in table.files]),
-            (table.members, [(name, offset, 0) for name, offset, _ in table.files]),
-            (table.members, [(name, offset, -5000) for name, offset, _ in table.files]),
-            (table.members, [(name, offset, 1 << 60) for name, offset, _ in table.files]),
-            (table.members, []), (table.members, [("elsewhere", 0, 5)] + table.files),
-            ([(compressed, size + 1) for compressed, size in table.members], table.files),
-            ([(compressed, 1) for compressed, _ in table.members], table.files),
-            ([(sum(compressed for compressed, _ in table.members), sum(size for _, size in table.members))], table.files),
-            ([(compressed, size) for (compressed, _), (_, size) in zip(table.members, table.members[::-1])], table.files),
+    listed = [entry[:3] for entry in table.files]  # as older archives have it
+    offsets = {name: offset for name, offset, _ in listed}
+    lies = [(table.members, [(name, offsets["a"], size) for name, _, size in listed]),
+            (table.members, [(name, offset + 512, size) for name, offset, size in listed]),
+            (table.members, [(name, -512, size) for name, _, size in listed]),
+            (table.members, [(name, 1 << 60, size) for name, _, size in listed]),
+            (table.members, [(name, offset, 0) for name, offset, _ in listed]),
+            (table.members, [(name, offset, -5000) for name, offset, _ in listed]),
+            (table.members, [(name, offset, 1 << 60) for name, offset, _ in listed]),
+            (table.members, []), (table.members, [("elsewhere", 0, 5)] + listed),
+            ([(compressed, size + 1) for compressed, size in table.members], listed),
+            ([(compressed, 1) for compressed, _ in table.members], listed),
+            ([(sum(compressed for compressed, _ in table.members), sum(size for _, size in table.members))], listed),
+            ([(compressed, size) for (compressed, _), (_, size) in zip(table.members, table.members[::-1])], listed),
             ([(table.members[0][0] + 1, table.members[0][1]), (table.members[1][0] - 1, table.members[1][1])] + table.members[2:],
-             table.files)]
+             listed)]
     for members, entries in lies:
         Path(archive_path(repository)).write_bytes(data[:table_start(data)] + replicate.Table(members, entries).encode())
         assert read_archive(repository) == files
@@ -4863,7 +4883,7 @@ def test_unknown_keys_survive_adding_and_removing_checkpoints(repo):
     experiment.stop()
     again = json.loads(json.dumps(document))
     again["checkpoints"].append(added.to_json())
-    again["imported_packages"] = stored_documents(repo)[0]["imported_packages"]
+    again.update({key: stored_documents(repo)[0][key] for key in ("imported_packages", "outcome")})
     assert stored_documents(repo) == [again]
     assert added.step == 2
     assert run("rm", "-f", hex_id("2c")).returncode == 0
@@ -4886,7 +4906,7 @@ def test_a_document_without_checkpoints_takes_the_first(repo, checkpoints):
     made = [experiment.checkpoint(metrics={"n": number}, quiet=True).to_json() for number in range(3)]
     experiment.stop()
     stored, = stored_documents(repo)
-    assert stored.pop("imported_packages") and stored == dict(document, checkpoints=made)
+    assert stored.pop("imported_packages") and stored.pop("outcome") and stored == dict(document, checkpoints=made)
 
 
 def test_the_document_has_the_keys_and_the_look_of_the_format(repo):
@@ -5339,7 +5359,8 @@ def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(projec
     if moment == "journal open":
         assert tell(process, 3) == "done"
     elif moment == "at rest":
-        wait_until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and not names_in(repo / "tmp"))
+        wait_until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and names_in(repo / "tmp") == [
+            experiment_id + ".live.lock"])
     assert run("rm", "-f", experiment_id).returncode == 0
     if moment != "before stop":
         for _ in range(2):
@@ -6006,7 +6027,7 @@ def shared_project():
 
 
 BECOMES_NOBODY = """
-        import argparse, atexit, datetime, difflib, errno, fcntl, getpass, json, locale, os, platform, pwd, queue, re, shlex
+        import argparse, atexit, datetime, difflib, errno, fcntl, getpass, hashlib, json, locale, os, platform, pwd, queue, re, shlex
         import shutil, signal, stat, sys, tarfile, tempfile, textwrap, time, traceback, zlib  # while they can be read
         import encodings.idna, encodings.unicode_escape, subprocess, replicate
         platform.uname()
@@ -7061,6 +7082,358 @@ def test_quiet_and_debug(project, repo, capsys):
     assert replicate.console.verbose
 
 
+# How a run ends, and what it is called
+
+ENDS = '''
+import os, signal, sys, threading, time, replicate
+def begin(**more):
+    experiment = replicate.init(quiet=True, **more)
+    experiment.checkpoint(quiet=True)
+    return experiment
+'''
+ENDINGS = {
+    "begin()": ("completed", None),
+    "begin(); raise ValueError('first\\nhf_0123456789abcdefghij is wrong')": ("failed", "ValueError: *** is wrong"),
+    "begin(); raise RuntimeError": ("failed", "RuntimeError"),
+    "begin(); sys.exit()": ("completed", None),
+    "begin(); sys.exit(0)": ("completed", None),
+    "begin(); sys.exit(3)": ("failed", "exit code 3"),
+    "begin(); sys.exit('no data')": ("failed", "SystemExit: no data"),
+    "begin(); sys.exit(143)": ("terminated", None),
+    "begin()\ntry: raise ValueError\nexcept ValueError: pass": ("completed", None),
+    "e = begin()\ntry: sys.exit(3)\nexcept SystemExit: e.checkpoint(quiet=True)": ("completed", None),
+    "begin(); threading.Thread(target=sys.exit, args=(3,)).start(); time.sleep(0.1)": ("completed", None),
+    "e = begin()\ntry: raise KeyError('k')\nfinally: e.stop()": ("failed", "KeyError: 'k'"),
+    "e = begin()\ntry: sys.exit(9)\nfinally: e.stop()": ("failed", "exit code 9"),
+    "e = begin()\ntry: raise KeyError('k')\nexcept KeyError: e.stop()": ("completed", None),
+    "with begin(): 1 / 0": ("failed", "ZeroDivisionError: division by zero"),
+    "with begin(): pass\nraise ValueError": ("completed", None),
+    "begin(); os.kill(os.getpid(), signal.SIGINT); time.sleep(5)": ("interrupted", None),
+    "begin(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)": ("terminated", None),
+    "e = begin(); e.stop(); e.checkpoint(quiet=True); raise OSError('late')": ("failed", "OSError: late"),
+    "begin(disable_heartbeat=True); sys.exit(1)": ("failed", "exit code 1"),
+    "sys.ps1 = '>>> '; begin(); raise ValueError": ("completed", None),
+}
+
+
+@pytest.mark.parametrize("source", ENDINGS, ids=[source.replace("\n", " ") for source in ENDINGS])
+def test_how_a_run_ends(project, source):
+    started = datetime.datetime.now(datetime.timezone.utc)
+    run_script(ENDS + source, check=False)
+    (experiment,) = replicate.experiments.list()
+    status, error = ENDINGS[source]
+    assert (experiment.outcome["status"], experiment.outcome.get("error")) == (status, error)
+    assert started <= replicate.parse_time(experiment.outcome["time"]) <= datetime.datetime.now(datetime.timezone.utc)
+    assert [row["status"] for row in json.loads(run("ls", "--json").stdout)] == [status]
+    shown = run("show", experiment.id).stdout
+    assert "Status:          %s\n" % status in shown and ("Error:" in shown) == bool(error) and "\nEnded:  " in shown
+
+
+@pytest.mark.parametrize("source, wanted", [("begin(); raise ValueError('x')", "failed"), ("begin()", "completed"),
+                                            ("e = begin()\ntry: raise ValueError\nfinally: e.stop()", "failed")])
+def test_a_bucket_learns_how_a_run_ends(bucket, project, source, wanted):
+    run_script(ENDS + source, check=False)
+    assert [document["outcome"]["status"] for document in bucket.documents()] == [wanted]
+    assert pending_leftovers(project) == []
+
+
+def test_sys_exit_is_itself_again_once_nothing_is_recorded(project):
+    done = run_script("""
+        import sys, replicate
+        before = sys.exit
+        first = replicate.init(quiet=True)
+        second = replicate.experiments.create(quiet=True)
+        first.stop()
+        during = sys.exit
+        second.stop()
+        print(before != during, before == sys.exit)
+        """)
+    assert done.stdout == "True True\n"
+
+
+def test_a_run_that_was_killed_is_lost_and_known_to_be_at_once(project, training):
+    script = training(ENDS + "begin(name='one'); wait('recording')")
+    script.expect("recording")
+    assert statuses() == ["running"]
+    script.kill()
+    assert statuses() == ["lost"] and names_in(project / "repo/tmp") == [] == names_in(project / "repo/metadata/heartbeats")
+    assert [run("ls", "-q", "-f", "status %s stopped" % operator).stdout != "" for operator in ("=", "!=")] == [True, False]
+
+
+def statuses():
+    return [row["status"] for row in json.loads(run("ls", "--json").stdout)]
+
+
+def test_a_live_run_of_another_machine_keeps_its_heartbeat(project):
+    """Where a shared disk has locks that only hold on one machine, nobody may tell from them."""
+    write_repository(project / "repo", experiment_document(A, outcome={"status": "open", "time": replicate.timestamp()}), running=[A])
+    (project / "repo/tmp").mkdir()
+    (project / "repo/tmp" / (A + ".live.lock")).write_text("another-machine")
+    assert statuses() == ["running"]
+
+
+@pytest.mark.parametrize("outcome", [None, [], "x", {"status": "open"}, {"status": "fine", "time": "2006-01-02T15:01:05Z"},
+                                     {"status": "failed", "time": 5}, {"status": ["failed"], "time": "2006-01-02T15:01:05Z"}])
+def test_a_run_that_says_nothing_of_its_end_is_stopped(project, call, outcome):
+    write_repository(project / "repo", experiment_document(A, outcome=outcome, name=outcome, tags=outcome, git=outcome, gpus=[outcome]))
+    code, out, err = call("show", "1e")
+    assert "Status:          stopped\n" in out and "Ended" not in out and err == ""
+    assert call("ls")[0] == call("ls", "--json")[0] == 0
+
+
+def test_names_tags_and_notes(place, project, call):
+    experiment = replicate.init(params={"lr": 1}, name=" baseline ", tags=["new", "a b", "new"], note="first\ntry", quiet=True)
+    experiment.checkpoint(metrics={"loss": 1}, quiet=True)
+    experiment.stop()
+    assert (experiment.name, experiment.tags, experiment.note) == ("baseline", ["a b", "new"], "first\ntry")
+    (document,) = place.documents()
+    assert (document["name"], document["tags"], document["note"]) == ("baseline", ["a b", "new"], "first\ntry")
+    assert call("tag", "baseline", "+good", "-new", "--no-color", "note=the one", "-missing")[0] == 0
+    assert call("tag", document["id"][:9], "name=base 2")[0] == 0
+    (changed,) = place.documents()
+    assert changed == dict(document, name="base 2", tags=["a b", "good"], note="the one")
+    out = call("ls")[1]
+    assert re.search(r"EXPERIMENT +NAME +STARTED +STATUS +TAGS +PARAMS", out) and "base 2" in out and "good" in out
+    out = call("show", "base 2")[1]
+    assert "Name:            base 2\nTags:            a b, good\nNote:            the one\n" in out
+    assert replicate.experiments.get("base 2").id == experiment.id
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.experiments.get("base")
+    assert call("tag", "base 2", "name=", "note=", "-a b", "-good")[0] == 0
+    assert not {"name", "note", "tags"} & set(place.documents()[0])
+
+
+def test_tagging_a_run_while_it_records(place, project, training):
+    script = training("experiment = replicate.init(quiet=True)\nsave(0)\nwait('one')\nsave(1)\nexperiment.stop()\nwait('two')")
+    script.expect("one")
+    item = until(lambda: place.documents())[0]["id"]
+    assert run("tag", item, "name=live").returncode == 0
+    script.go()
+    script.expect("two")
+    (document,) = place.documents()
+    assert document["name"] == "live" and place.steps() == [0, 1]
+
+
+@pytest.mark.parametrize("labels", [{"name": ""}, {"name": "a\nb"}, {"name": 5}, {"name": "cafe"}, {"name": "12"}, {"name": "x" * 101},
+                                    {"tags": "one"}, {"tags": 5}, {"tags": [5]}, {"tags": [""]}, {"tags": ["\x1b"]}, {"note": 5},
+                                    {"resume": 5}, {"resume": ""}])
+def test_wrong_labels_are_errors(project, labels):
+    with pytest.raises(replicate.ArgumentError):
+        replicate.init(quiet=True, **labels)
+    assert not (project / "repo").exists()
+
+
+def test_a_name_that_two_have_is_ambiguous(project, call):
+    write_repository(project / "repo", experiment_document(A, name="same"), experiment_document(B, name="same"))
+    for command in (["show", "same"], ["rm", "-f", "same"], ["tag", "same", "+x"], ["checkout", "same"]):
+        code, out, err = call(*command)
+        assert code == 1 and "1eeeeee" in err and "2eeeeee" in err and "'same'" in err
+    assert len(stored_documents(project / "repo")) == 2
+    assert "is a checkpoint" not in call("tag", A, "+x")[2]
+
+
+def test_a_checkpoint_has_no_tags(project, call):
+    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
+    code, out, err = call("tag", C, "+x")
+    assert code == 1 and "1cccccc is a checkpoint" in err and "tags" not in stored_documents(project / "repo")[0]
+
+
+@pytest.fixture
+def checkout_of_git(project):
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    commands = [["init", "-q", "-b", "trunk"], ["add", "replicate.yaml"],
+                ["-c", "user.email=a@example.org", "-c", "user.name=a", "commit", "-q", "-m", "first"]]
+    for command in commands:
+        subprocess.run(["git", *command], cwd=str(project), check=True, capture_output=True)
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=str(project), check=True, stdout=subprocess.PIPE,
+                          universal_newlines=True).stdout.strip()
+
+
+def fake_program(directory, name, script, monkeypatch):
+    """A program first on the path: there is no GPU here, so nvidia-smi can only be played."""
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text("#!/bin/sh\n" + script)
+    (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", "%s%s%s" % (directory, os.pathsep, os.environ["PATH"]))
+
+
+def test_git_and_gpus_are_recorded(project, call, tmp_path, monkeypatch, checkout_of_git):
+    fake_program(tmp_path / "bin", "nvidia-smi", "echo 'NVIDIA H100 80GB'; echo 'NVIDIA H100 80GB'", monkeypatch)
+    replicate.init(quiet=True)
+    (project / "replicate.yaml").write_text("repository: file://repo\n# changed\n")
+    replicate.init(quiet=True).stop()
+    first, second = sorted(stored_documents(project / "repo"), key=lambda document: document["created"])
+    assert first["git"] == {"commit": checkout_of_git, "branch": "trunk", "dirty": False}
+    assert second["git"] == dict(first["git"], dirty=True) and first["gpus"] == ["NVIDIA H100 80GB"] * 2
+    assert "Git commit:      %s (trunk, with changes that are not committed)\nGPUs:            2 x NVIDIA H100 80GB\n" % (
+        checkout_of_git) in call("show", second["id"])[1]
+    for text, ids in {"dirty = true": [second["id"]], "commit = " + checkout_of_git[:7]: [first["id"], second["id"]],
+                      "branch != trunk": [], "gpu ~ H100": [first["id"], second["id"]]}.items():
+        assert call("ls", "-q", "-f", text)[1].split() == ids
+
+
+@pytest.mark.parametrize("script", ["sleep 60", "echo broken; exit 1", "kill -9 $$", "echo", ""])
+def test_programs_that_do_not_answer_are_left_out(project, tmp_path, monkeypatch, checkout_of_git, script):
+    monkeypatch.setattr(replicate, "ANSWER_SECONDS", 0.05)
+    for name in ("nvidia-smi", "git"):
+        fake_program(tmp_path / "bin", name, script, monkeypatch)
+    replicate.init(quiet=True).stop()
+    (document,) = stored_documents(project / "repo")
+    assert "git" not in document and document.get("gpus", [""]) == [""]
+
+
+def test_labels_are_fields_of_filters_behind_params_and_metrics():
+    labelled = row_of(name="base line", tags=["good", "1"], code="1234567", git={"commit": "f" * 40, "branch": "b", "dirty": False},
+                      gpus=["A100"], outcome={"status": "failed", "time": "2006-01-02T15:01:05Z"})
+    bare = row_of()
+    param = row_of(params={"name": 5, "tag": "x", "code": 7})
+    for text, wanted in {
+            "name = base line": 1, "name ~ ^base": 1, "tag = good": 1, "tag = 1": 1, "tag in [x, good]": 5, "code = 1234567": 1,
+            "code in [1234567, 9]": 1, "commit = %s" % ("f" * 7): 1, "dirty = false": 1, "gpu = A100": 1, "status = failed": 1,
+            "status = stopped": 7, "status in [stopped]": 7, "status ~ fail": 1, "status ~ stop": 7, "tag != good": 4,
+            "name = 5": 4, "name > 4": 5, "name = null": 2, "code < 8": 5, "params.name = 5": 4, "status != failed": 6}.items():
+        tree = replicate.parse_filter(text)
+        assert sum(bit for bit, row in ((1, labelled), (2, bare), (4, param)) if tree.matches(row)) == wanted, text
+    assert not replicate.parse_filter("status != stopped").matches(labelled)
+    assert replicate.sort_rows([labelled, bare], "name", True) == [labelled, bare]
+
+
+# Going on with a run
+
+RESUMED = '''
+import os, signal, sys, time, replicate
+experiment = replicate.init(path="train.py", params={"lr": float(os.environ.get("LR", 1))}, resume=os.environ.get("RESUME", "auto"))
+latest = experiment.latest()
+start = latest.step + 1 if latest else 0
+print(start, latest.open("state").read().decode() if latest else "new", flush=True)
+for step in range(start, 6):
+    with open("state", "w") as file:
+        file.write("after %d" % step)
+    experiment.checkpoint(path="state", quiet=True)
+    if step == 2 and "HOW" in os.environ:
+        exec(os.environ["HOW"])
+'''
+
+
+@pytest.fixture
+def resumable(project):
+    """resumable(HOW=..., ...) runs a training script that can go on; its output and messages."""
+    (project / "train.py").write_text(RESUMED)
+
+    def start(**env):
+        done = subprocess.run([sys.executable, "train.py"], env=dict(os.environ, **env), capture_output=True, text=True, timeout=120)
+        return done.stdout.strip(), done.stderr
+
+    return start
+
+
+@pytest.mark.parametrize("how", ["raise ValueError", "sys.exit(2)", "os.kill(os.getpid(), 15); time.sleep(9)",
+                                 "os.kill(os.getpid(), 2); time.sleep(9)", "os.kill(os.getpid(), 9)"])
+def test_a_run_that_did_not_complete_goes_on(project, resumable, how):
+    assert resumable(HOW=how)[0] == "0 new"
+    out, err = resumable()
+    assert out == "3 after 2" and "Resuming experiment " in err and "after checkpoint" in err
+    (document,) = stored_documents(project / "repo")
+    assert [item["step"] for item in document["checkpoints"]] == list(range(6)) and document["outcome"]["status"] == "completed"
+    assert resumable()[0] == "0 new"
+    assert len(stored_documents(project / "repo")) == 2 and names_in(project / "repo/tmp") == []
+
+
+def test_a_run_goes_on_in_a_bucket_and_with_what_waits_to_be_uploaded(bucket, project, resumable):
+    resumable(HOW="raise ValueError")
+    assert [document["outcome"]["status"] for document in bucket.documents()] == ["failed"]
+    out, err = resumable(HOW="os._exit(1)")  # at once: what is not uploaded waits
+    assert out == "3 after 2" or out.startswith("3")
+    (document,) = bucket.documents()
+    assert run("push").returncode == 0
+    bucket.remove("metadata/heartbeats/%s.json" % document["id"]) if [
+        key for key in bucket.keys() if "heartbeats" in key] else None
+    document = bucket.documents()[0]
+    bucket.put("metadata/experiments/%s.json" % document["id"], json.dumps(dict(document, outcome={
+        "status": "open", "time": "2026-01-01T00:00:00.000000Z"})).encode())
+    assert resumable()[1].count("Resuming experiment") == 1
+    (document,) = bucket.documents()
+    assert [item["step"] for item in document["checkpoints"]] == list(range(6)) and document["outcome"]["status"] == "completed"
+
+
+def test_resuming_needs_the_same_params_and_keeps_the_code(project, resumable):
+    resumable(HOW="raise ValueError")
+    (document,) = stored_documents(project / "repo")
+    out, err = resumable(LR="2")
+    assert out == "" and err.splitlines()[-1] == ("replicate.ArgumentError: init(): param 'lr' is 2, but experiment %s started with 1. "
+                                                  "Leave out resume to start a new experiment." % document["id"][:7])
+    (project / "train.py").write_text(RESUMED + "# changed")
+    out, err = resumable(RESUME=document["id"][:10])
+    assert out == "3 after 2" and "The code has changed since experiment %s started: train.py." % document["id"][:7] in err
+    assert stored_documents(project / "repo")[0]["code"] == document["code"]
+    assert replicate.experiments.get(document["id"]).latest().open("train.py").read() == RESUMED.encode()
+    for params, words in (({"lr": 1, "new": 5}, "param 'new' is 5, but experiment %s started without it"), ({"lr": True}, "is true")):
+        with pytest.raises(replicate.ArgumentError, match=re.escape(words.replace("%s", document["id"][:7]))):
+            replicate.init(params=params, resume=document["id"])
+
+
+@pytest.mark.parametrize("variable", ["REPLICATE_JOB", "SLURM_JOB_ID"])
+def test_each_job_goes_on_with_its_own_run(project, resumable, variable):
+    for job in ("77", "78"):
+        resumable(HOW="raise ValueError", **{variable: job})
+    assert resumable(**{variable: "77"})[0] == "3 after 2"
+    assert resumable(**{variable: "79"})[0] == "0 new"
+    assert {document["job"]: (document["outcome"]["status"], len(document["checkpoints"])) for document in stored_documents(
+        project / "repo")} == {"77": ("completed", 6), "78": ("failed", 3), "79": ("completed", 6)}
+
+
+def test_two_live_processes_cannot_resume_the_same_run(place, project, training):
+    script = training("experiment = replicate.init(quiet=True)\nsave(0)\nexperiment.stop()\n"
+                      "experiment = replicate.init(resume=experiment.id, quiet=True)\nprint(experiment.id, flush=True)\n"
+                      "wait('holds')\nsave(1)\nexperiment.stop()\nwait('over')")
+    item = until(lambda: script.lines.get(timeout=60))
+    script.expect("holds")
+    before = len(place.documents())
+    with pytest.raises(replicate.ReplicateError, match="is being recorded by another process"):
+        replicate.init(resume=item, quiet=True)
+    script.go()
+    script.expect("over")
+    assert len(place.documents()) == before == 1 and place.steps() == [0, 1]
+    assert replicate.init(resume=item, quiet=True).id == item
+
+
+def test_of_many_processes_that_resume_at_once_one_does(place, project, training):
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(quiet=True)
+    experiment.stop()
+    scripts = [training("""
+        wait("ready")
+        try:
+            experiment = replicate.init(resume=%r, quiet=True)
+            answer = "has it"
+        except replicate.ReplicateError as error:
+            answer = "error: %%s" %% error
+        wait(answer)
+        """ % experiment.id) for _ in range(4)]
+    for script in scripts:
+        script.expect("ready")
+    for script in scripts:
+        script.go()
+    answers = [script.expect("") for script in scripts]
+    assert answers.count("has it") == 1 and sum("is being recorded by another process" in answer for answer in answers) == 3
+
+
+def test_resuming_what_is_not_there_is_an_error_and_auto_starts_anew(project, capsys):
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.init(resume="1e", quiet=True)
+    assert replicate.init(resume="auto", quiet=True).latest() is None
+    write_repository(project / "repo", experiment_document(A, command=replicate.experiments.list()[0].command))
+    replicate.experiments.list()[-1].delete()
+    assert replicate.init(resume="auto", quiet=True).id != A  # nobody knows how the peer's run ended
+
+
+def test_other_ranks_see_the_run_that_is_resumed(project, resumable):
+    resumable(HOW="raise ValueError")
+    assert resumable(RANK="1", WORLD_SIZE="2")[0] == "3 after 2"
+    assert [len(document["checkpoints"]) for document in stored_documents(project / "repo")] == [3]
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 10  Rendering
 # ------------------------------------------------------------------------------------------------------------------
@@ -7316,6 +7689,8 @@ def test_diff_exactly(project, call):
         ("Python Packages",), ("foo:", "1.2.3", "1.2.4"), (),
         ("Checkpoint",), ("ID:", "1cccccc", "2cccccc"), ("Step:", "10", "20"), (),
         ("Metrics",), ("(no difference)",)]
+    for item in (C, D):
+        write_archive(project / "repo/checkpoints" / (item + ".tar.gz"), item, {"data": b"the same"})
     code, out, err = call("diff", C, D)
     assert (code, err) == (0, "")
     assert out == "".join("".join([row[0].ljust(26), row[1].ljust(52), row[2]] if len(row) == 3 else row) + "\n"
@@ -7385,6 +7760,149 @@ def test_every_cell_of_a_table_starts_at_its_column(rows):
     assert lines[position:] == [""]
 
 
+# What differs in the code
+
+def saved_code(project, files, path="code", **settings):
+    """An experiment that saves these files below code/."""
+    shutil.rmtree(str(project / "code"), ignore_errors=True)
+    fill(project, {"code/" + name: content for name, content in files.items()})
+    with replicate.init(path=path, quiet=True, **settings) as experiment:
+        return experiment
+
+
+OLD_CODE = {"same.py": b"same\n" * 30, "train.py": b"a\nb\nc\n", "no end": b"one\ntwo", "gone.py": b"1\n2\n", "data.bin": b"\0" * 2000,
+            "huge.txt": b"x\n" * 600000, "latin.txt": b"caf\xe9\n", "crlf.txt": b"a\r\nb\r\n", "emptied": b"x",
+            "old empty": b""}
+NEW_CODE = {"same.py": b"same\n" * 30, "train.py": b"a\nB\nc\nd\n", "no end": b"one\ntwo\n", "data.bin": b"\0" * 3000, "new/deep.py": b"x\n",
+            "huge.txt": b"x\n" * 600000 + b"y", "latin.txt": b"caf\xe9s\n", "crlf.txt": b"a\r\nc\r\n", "emptied": b"", "new empty": b""}
+CODE_ROWS = {"train.py": "+2 -1", "no end": "+1 -1", "gone.py": "removed", "data.bin": "3.0 kB", "new/deep.py": "added, 2 bytes",
+             "huge.txt": "1.2 MB", "latin.txt": "+1 -1", "crlf.txt": "+1 -1", "emptied": "+0 -1", "new empty": "added, 0 bytes", "old empty": "removed"}
+
+
+def code_rows(text):
+    """{file: cells behind its name} of the block Code."""
+    block = re.search(r"(?ms)^(?:Code|Changes since \w+)\n(.*?)(?:\n\n|\Z)", text).group(1)
+    return {row[0][len("code/"):-1]: row[1:] for row in (re.split("  +", line.strip()) for line in block.splitlines())}
+
+
+def test_diff_shows_what_changed_in_the_code(place, project, call):
+    old, new = saved_code(project, OLD_CODE), saved_code(project, NEW_CODE)
+    code, out, err = call("diff", old.id, new.id)
+    rows = code_rows(out)
+    assert code == 0 and {name: cells[-1] for name, cells in rows.items()} == CODE_ROWS
+    assert rows["train.py"][0] == "6 bytes" and rows["new/deep.py"][0] == "(not saved)"
+    third = saved_code(project, OLD_CODE)
+    out = call("diff", old.id, new.id, third.id, old.id)[1]
+    assert {name: cells[1:] for name, cells in code_rows(out).items()} == {
+        name: [text, "(same)", "(same)"] for name, text in CODE_ROWS.items()}
+    assert ["ID:", old.short_id(), new.short_id(), third.short_id(), old.short_id()] in cells(out)
+    out = call("diff", old.id, third.id)[1]
+    assert "\nCode\n(no difference)\n" in out
+    assert len({document["code"] for document in place.documents()}) == 2
+
+
+def test_diff_with_one_id_shows_what_changed_since(project, call):
+    old = saved_code(project, OLD_CODE)
+    assert call("diff", old.id)[1] == "Changes since %s\n(none)\n" % old.short_id()
+    saved_code(project, NEW_CODE).delete()
+    code, out, err = call("diff", old.id)
+    assert (code, err) == (0, "") and {name: cells[0] for name, cells in code_rows(out).items()} == CODE_ROWS
+    assert json.loads(call("diff", old.id, "--json")[1])["code/train.py"] == {
+        "change": "changed", "old_size": 6, "new_size": 8, "lines_added": 2, "lines_removed": 1}
+    assert run("diff", old.id, "--code").stdout.count("diff --git ") == len(CODE_ROWS)
+
+
+@pytest.mark.parametrize("program", [["git", "apply"], ["patch", "-p1"]], ids=["git", "patch"])
+def test_the_patch_of_diff_turns_one_code_into_the_other(project, tmp_path, program):
+    if not shutil.which(program[0]):
+        pytest.skip("%s is not installed" % program[0])
+    odd = {'qu"ote\\.py': b"1\n", "tab\there.py": b"1\n", "n\u00fc \u65e5.py": b"1\n"}
+    old, new = saved_code(project, dict(OLD_CODE, **odd)), saved_code(project, dict(NEW_CODE, **{name: b"2\n" for name in odd}))
+    old.checkout(str(tmp_path / "old"), quiet=True)
+    patch = subprocess.run([sys.executable, str(PROGRAM), "diff", old.id, new.id, "--code"], stdout=subprocess.PIPE, check=True).stdout
+    named = [line for line in patch.split(b"\n") if line.startswith(b"Binary files")]
+    assert named == [b"Binary files a/code/%s and b/code/%s differ" % (name, name) for name in (b"data.bin", b"huge.txt")]
+    texts = b"".join(part for part in re.split(rb"(?m)^(?=diff --git)", patch) if b"\nBinary files" not in part)
+    done = subprocess.run(program, cwd=str(tmp_path / "old"), input=texts, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    new.checkout(str(tmp_path / "new"), quiet=True)
+    left, right = tree(tmp_path / "old/code"), tree(tmp_path / "new/code")
+    assert {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)} == {"data.bin", "huge.txt"}
+
+
+def test_diff_chooses_files_by_path_and_compares_checkpoints(project, call):
+    with replicate.init(path="replicate.yaml", quiet=True) as experiment:
+        for step in range(2):
+            fill(project, {"out/log.txt": b"line\n" * (step + 1), "out/weights": b"\0" * (step + 1)})
+            experiment.checkpoint(path="out", quiet=True)
+    first, second = [item.id for item in experiment.checkpoints]
+    out = call("diff", first, second)[1]
+    assert cells(out)[-4:-1] == [["Files"], ["out/log.txt:", "5 bytes", "+1 -0"], ["out/weights:", "1 bytes", "2 bytes"]]
+    assert "\nCode\n(no difference)\n" in out
+    assert call("diff", first, second, "--code", "--path", "./out/log.txt")[1] == (
+        "diff --git a/out/log.txt b/out/log.txt\n--- a/out/log.txt\n+++ b/out/log.txt\n@@ -1 +1,2 @@\n line\n+line\n")
+    assert call("diff", first, second, "--code", "--path", "ou")[1] == ""
+    assert call("diff", first)[1].startswith("Changes since %s\nout/log.txt:" % first[:7])
+
+
+def test_diff_json_has_everything_in_full(project, call):
+    left = experiment_document(A, params={"long": "x" * 100, "n": 1, "same": 2}, checkpoints=[checkpoint_document(C, metrics={"loss": 0.125})])
+    right = experiment_document(B, params={"long": "y" * 100, "n": [1], "same": 2.0}, host=None)
+    write_repository(project / "repo", left, right)
+    assert json.loads(call("diff", "1e", "2e", "--json")[1]) == {
+        "experiments": [A, B], "checkpoints": [C, None], "differences": {
+            "Experiment": {"Host": ["10.1.1.1", ""]}, "Params": {"long": ["x" * 100, "y" * 100], "n": [1, [1]]}, "Python Packages": {},
+            "Checkpoint": {"Created": ["2006-01-02T15:01:05Z", None], "Path": ["", None], "Step": [0, None]},
+            "Metrics": {"loss": [0.125, None]}}}
+
+
+def test_archives_of_others_are_compared_by_reading_them(project, call):
+    for item, text in ((A, b"a\n"), (B, b"a\nb\n")):
+        write_archive(project / "repo/experiments" / (item + ".tar.gz"), item, {"train.py": text, "same": b"x"})
+    write_repository(project / "repo", experiment_document(A, path="."), experiment_document(B, path="."))
+    assert "\nCode\ntrain.py:                 2 bytes                   +1 -0\n" in call("diff", "1e", "2e")[1]
+    (project / "repo/experiments" / (B + ".tar.gz")).unlink()
+    code, out, err = call("diff", "1e", "2e")
+    assert code == 0 and "The files of experiment 2eeeeee are gone" in err and "not compared" in err
+    assert call("diff", "1e", "2e", "--code")[0] == 1
+
+
+@pytest.mark.parametrize("path", ["../..", "/etc", ".git", "a/../../b", "missing"])
+def test_a_hostile_path_is_not_compared_with(project, call, path):
+    write_repository(project / "repo", experiment_document(A, path=path))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"train.py": b"x\n"})
+    code, out, err = call("diff", "1e")
+    assert "passwd" not in out and (code, "not compared" in err) == (0, True) or path == "missing" and "removed" in out
+
+
+def test_a_patch_is_safe_on_a_terminal(project):
+    first, second = saved_code(project, {"x.py": b"1\n"}), saved_code(project, {"x.py": HOSTILE.encode("utf-8", "replace") + b"\ttab\n\x1b]2;t\x07\n"})
+    terminal = Terminal("diff", first.id, second.id, "--code")
+    assert terminal.wait() == 0
+    assert "\x1b[32m+" in terminal.output and "\x1b[31m-1" in terminal.output and "\ttab" in terminal.output
+    assert not STEERING.search(re.sub(r"\x1b\[\d+(;\d+)?m|\r\n|\t", "", terminal.output))
+
+
+def test_two_archives_are_compared_by_two_range_reads_each(s3_bucket, project, call):
+    fill(project, {"big": os.urandom(3 << 20)})
+    experiments = [saved_code(project, {"big": bytes([number]) * (3 << 20), "a.py": b"1\n"}, path=".") for number in range(2)]
+    s3_bucket.proxy.clear()
+    assert call("diff", *[item.id for item in experiments])[0] == 0
+    reads = [request for request in s3_bucket.proxy.seen("GET") if request.key.endswith(".tar.gz")]
+    assert 0 < len(reads) <= 2 * len(experiments) and all("Range" in request.headers for request in reads)
+
+
+def test_ls_shows_the_code_where_runs_differ_in_it(project, call):
+    first, again, second = saved_code(project, OLD_CODE), saved_code(project, OLD_CODE), saved_code(project, NEW_CODE)
+    digests = [item._document["code"] for item in (first, again, second)]
+    assert digests[0] == digests[1] != digests[2] and re.fullmatch("[0-9a-f]{7}", digests[0])
+    out = call("ls")[1]
+    assert " CODE " in out and out.count(digests[0]) == 2
+    assert call("ls", "-q", "-f", "code = " + digests[0])[1].split() == [first.id, again.id]
+    second.delete()
+    assert " CODE " not in call("ls")[1]
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 11  Commands, parser, main
 # ------------------------------------------------------------------------------------------------------------------
@@ -7428,14 +7946,17 @@ def test_the_shape_of_json(project, call):
     assert (code, err) == (0, "")
     assert json.loads(out) == [
         {"id": A, "created": "2006-01-02T14:54:05Z", "params": {"x": "[NaN]"}, "command": "train.py", "num_checkpoints": 2,
-         "latest_checkpoint": second, "best_checkpoint": first, "user": "andreas", "host": "10.1.1.1", "running": False},
+         "latest_checkpoint": second, "best_checkpoint": first, "user": "andreas", "host": "10.1.1.1", "status": "stopped",
+         "running": False},
         {"id": B, "created": "2006-01-02T14:55:05Z", "params": {}, "command": "train.py", "num_checkpoints": 0,
-         "latest_checkpoint": None, "best_checkpoint": None, "user": "andreas", "host": None, "running": True}]
+         "latest_checkpoint": None, "best_checkpoint": None, "user": "andreas", "host": None, "status": "running",
+         "running": True}]
 
 
 @pytest.mark.parametrize("arguments", [
     ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
-    ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff", "a"], ["diff", "a", "b", "c"], ["rm"], ["checkout"], ["checkout", "a", "b"],
+    ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff"], ["diff", "a", "b", "c", "--code"], ["diff", "a", "b", "--path", "x"],
+    ["diff", "a", "--code", "--json"], ["tag"], ["tag", "a", "x"], ["tag", "a", "name=\n", "+"], ["rm"], ["checkout"], ["checkout", "a", "b"],
     ["nonsense"], ["ls", "--nonsense"], ["ls", "--color=maybe"], ["analytics", "maybe"], ["ls", "--filter"], ["help", "nonsense"],
     ["--repository"], ["ls", "--sort"], ["show", "-q", "a"], ["checkout", "--forc", "a"]], ids=" ".join)
 def test_wrong_usage_exits_with_2(project, call, arguments, a_and_b):
@@ -8167,8 +8688,9 @@ def timeless(text):
 
 
 def shown(text):
-    """`show` without what the two print differently: column width, how NaN is written, and the list of packages."""
+    """`show` without what the two print differently: column width, how NaN is written, how it ended, and packages."""
     text = "\n".join(re.sub(" +", " ", line).strip() for line in text.split("\n"))
+    text = re.sub(r"(?m)^(Ended|Error): .*\n", "", text).replace("Status: completed", "Status: stopped")
     text = re.sub(r"(?is)\nPython packages\n.*?(\n\n|$)", "\n", text)
     return re.sub(r'"\[(NaN|[+-]Inf)(inity)?\]"', r"\1", text).strip()
 
@@ -8235,6 +8757,7 @@ def test_we_read_what_the_peer_records(project, peer, call):
     (document,) = stored_documents(project / "repo")
     experiment, checkpoints = document["id"], [item["id"] for item in document["checkpoints"]]
     (theirs,), (ours,) = json.loads(peer("ls", "--json").stdout), json.loads(call("ls", "--json")[1])
+    assert ours.pop("status") == "stopped"  # a key of our own
     assert {key: theirs.get(key) for key in ours if "checkpoint" not in key} == {
         key: value for key, value in ours.items() if "checkpoint" not in key}
     assert ours["best_checkpoint"]["id"] == theirs["best_checkpoint"]["id"] == checkpoints[2]
@@ -8470,7 +8993,7 @@ def test_the_first_command_of_the_readme_is_the_demo_and_the_second_runs_the_tes
 
 def test_the_training_script_of_the_readme_runs_and_the_library_example_reads_what_it_recorded(tmp_path):
     pytest.importorskip("sklearn")
-    training, reading = readme_blocks("python")
+    training, _, reading = readme_blocks("python")
     directory = tmp_path / "project"
     shutil.copy(str(PROGRAM), str(directory))
     for name, source in (("train.py", training), ("again.py", training.replace("0.001", "0.01"))):
@@ -8484,6 +9007,33 @@ def test_the_training_script_of_the_readme_runs_and_the_library_example_reads_wh
     run_script(reading, cwd=str(directory))
     assert (directory / "output/model.joblib").stat().st_size > 0
     assert len(json.loads(run("ls", "--json", cwd=str(directory)).stdout)) == 1
+
+
+def test_the_readme_goes_on_after_a_preemption(project):
+    """With a stand-in for torch, which is too large to install for this: save() and load() of JSON."""
+    (project / "torch.py").write_text("import json\nload = json.load\ndef save(state, path):\n    json.dump(state, open(path, 'w'))\n")
+    (project / "train.py").write_text(textwrap.dedent("""
+        import os, sys, time, torch, replicate
+        params = {}
+        class Model:
+            def __init__(self):
+                self.steps = []
+            def state_dict(self):
+                return self.steps
+            def load_state_dict(self, steps):
+                self.steps = steps
+        def train(model):
+            model.steps.append(step)
+            if step == int(sys.argv[1]):
+                os.kill(os.getpid(), 15)
+                time.sleep(9)
+            return 1 / len(model.steps)
+        """) + readme_blocks("python")[1])
+    for last in ("3", "60", "1000"):
+        subprocess.run([sys.executable, "train.py", last], env=dict(os.environ, REPLICATE_JOB="7"), timeout=120)
+    (document,) = stored_documents(project / "repo")
+    assert [item["step"] for item in document["checkpoints"]] == list(range(100)) and document["outcome"]["status"] == "completed"
+    assert json.loads(replicate.experiments.get(document["id"]).latest().open("model.pth").read()) == list(range(100))
 
 
 def test_every_command_stands_in_the_readme():
@@ -8669,7 +9219,8 @@ def test_weights_are_read_once_and_written_once(project, tmp_path, counted_reads
     fill(project, {"weights": content})
     storage, sources = replicate.DiskStorage(str(tmp_path / "store")), replicate.find_sources(str(project), "weights")
     counted_reads.clear()
-    assert not replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)
+    _, shrinks = replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)
+    assert not shrinks
     assert sum(counted_reads) == len(content) and len(counted_reads) == 24
     assert len(content) < sum(written) < len(content) * 1.001 and len(written) <= 26
     counted_reads.clear()
