@@ -5085,7 +5085,8 @@ class Inquiry:
             output, _ = self._process.communicate(timeout=max(0.0, self._until - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.communicate()
+            self._process.stdout.close()  # without reading on, since a child of its own may hold it open
+            self._process.wait()
             return []
         return output.decode("utf-8", "replace").splitlines() if self._process.returncode == 0 else []
 
