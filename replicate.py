@@ -24,10 +24,11 @@ Sections, each of which depends only on those above it:
 
 Five journeys lead through them:
 
-    record      init() and Project.create() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
+    record      init() and Project.create() or resume() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
                 thread folds that into the document, another compresses, and uploads to a bucket [8]
     list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
-    show, diff  the commands [11], Repository.find() [7], Experiment [3], render_experiment(), render_diff() [10]
+    show, diff  the commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment(),
+                render_diff() [10]
     check out   checkout_command() [11], Project.checkout() [9], Checkout [7], Archive and TarReader [6]
     push        push_command() [11], send_abandoned() and send_experiment() [8], Storage [5]
 """
@@ -3632,12 +3633,11 @@ class Archive:
                 found[member.name] = member.size, crc
         return found
 
-    def contents(self, archive_id: str, names: Iterable[str], limit: int) -> Dict[str, bytes]:
-        """The content of these files, each up to a limit, beyond which it is a ReadError; see files()."""
-        wanted = set(names)
-        chosen = [self.files(wanted.__contains__, archive_id)] if self.table is None else [
-            self.files(name.__eq__, archive_id, name) for name in sorted(wanted)]
-        return {member.name: b"".join(_limited(pieces, limit)) for files in chosen for member, pieces in files}
+    def contents(self, archive_id: str, sizes: Dict[str, int]) -> Dict[str, bytes]:
+        """The content of these files. Raises ReadError where one is larger than that; see files()."""
+        chosen = [self.files(sizes.__contains__, archive_id)] if self.table is None else [
+            self.files(name.__eq__, archive_id, name) for name in sorted(sizes)]
+        return {member.name: b"".join(_limited(pieces, sizes[member.name])) for files in chosen for member, pieces in files}
 
     def copy_file(self, name: str, archive_id: str, target: BinaryIO) -> bool:
         """Write the file called name to target; False if there is none."""
@@ -4598,7 +4598,8 @@ class reading_archive:
 
 # Two sets of files, each with sums() and contents() as Archive has them, are compared for `diff` and for resuming.
 
-MAX_TEXT_BYTES = 1 << 20      # of a file whose lines are compared
+MAX_TEXT_BYTES = 1 << 20      # of a file whose lines are compared, if it has no null character in its start
+MAX_TEXT_LINES = 20000
 MAX_TEXTS_BYTES = 64 << 20    # of all of them
 
 
@@ -4615,7 +4616,7 @@ class SavedFiles:
     def contents(self, names: Iterable[str]) -> Dict[str, bytes]:
         """The content of each of these files. Raises ReadError."""
         with reading_archive(*self._place):
-            return self._archive.contents(self._place[2], names, MAX_TEXT_BYTES)
+            return self._archive.contents(self._place[2], {name: self.sums[name][0] for name in names})
 
 
 class PresentFiles:
@@ -4686,7 +4687,7 @@ def compare_files(old: Any, new: Any, wanted: Callable[[str], bool] = lambda nam
     after = new.contents([change.name for change in texts if change.sizes[1] is not None])
     for change in texts:
         pair = before.get(change.name), after.get(change.name)
-        if not any(b"\0" in (content or b"")[:8000] for content in pair):  # as git tells texts from binaries
+        if not any(b"\0" in content[:8000] or content.count(b"\n") > MAX_TEXT_LINES for content in pair if content):
             change.lines = changed_lines(*pair)
     return changes
 

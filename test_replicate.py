@@ -7894,6 +7894,24 @@ def test_two_archives_are_compared_by_two_range_reads_each(s3_bucket, project, c
     assert 0 < len(reads) <= 2 * len(experiments) and all("Range" in request.headers for request in reads)
 
 
+def test_a_table_that_lies_about_sizes_does_not_fill_the_memory(project, call):
+    first, second = saved_code(project, {"x.py": b"1\n"}), saved_code(project, {"x.py": b"2\n" * 100000})
+    path = project / "repo/experiments" / (second.id + ".tar.gz")
+    data = path.read_bytes()
+    table = replicate.Repository("file://%s" % (project / "repo")).archive("experiments", second.id).table
+    end = sum(compressed for compressed, _ in table.members)
+    path.write_bytes(data[:end] + replicate.Table(table.members, [(name, offset, 5, crc) for name, offset, _, crc in table.files]).encode())
+    code, out, err = call("diff", first.id, second.id)
+    assert code == 0 and "it is too large" in err and "not compared" in err
+    code, out, err = call("diff", first.id, second.id, "--code")
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1
+
+
+def test_a_file_of_very_many_lines_is_only_named(project, call):
+    first, second = saved_code(project, {"x.txt": b"1\n"}), saved_code(project, {"x.txt": b"1\n" * 20001})
+    assert code_rows(call("diff", first.id, second.id)[1]) == {"x.txt": ["2 bytes", "40.0 kB"]}
+
+
 def test_ls_shows_the_code_where_runs_differ_in_it(project, call):
     first, again, second = saved_code(project, OLD_CODE), saved_code(project, OLD_CODE), saved_code(project, NEW_CODE)
     digests = [item._document["code"] for item in (first, again, second)]
