@@ -869,6 +869,11 @@ class Experiment:
         return text_in(self._document, "note")
 
     @property
+    def code(self) -> Optional[str]:
+        """A short digest of the names and contents that init(path=...) saved, the same for the same code; or None."""
+        return text_in(self._document, "code")
+
+    @property
     def outcome(self) -> Optional[Dict[str, str]]:
         """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or where nothing says so.
 
@@ -5856,6 +5861,7 @@ class Recorder:
             exit_calls.ignore()
         for saving in self._saving:
             saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+        self.experiment._document["outcome"] = outcome
         self.fold({"imported_packages": imported_packages(), "outcome": outcome})
         if self.document.unwritten:
             console.error("%s of experiment %s could not be written, and will be lost." % (
@@ -6270,18 +6276,19 @@ class ExitCalls:
 
     def __init__(self) -> None:
         self.error: Optional[SystemExit] = None  # of the last call; a checkpoint after it shows that it was caught
-        self._original: Any = None
+        self._original: Any = sys.exit           # stays, since a module may have taken ours with `from sys import exit`
+        self._is_placed = False
 
     def watch(self) -> None:
         """Take the place of sys.exit."""
         self.error = None
-        if self._original is None:
-            self._original, sys.exit = sys.exit, self._exit  # type: ignore[assignment]
+        if not self._is_placed:
+            self._original, sys.exit, self._is_placed = sys.exit, self._exit, True  # type: ignore[assignment]
 
     def ignore(self) -> None:
         """Give the place back, unless somebody else has taken it since."""
-        if self._original is not None and sys.exit == self._exit:
-            self._original, sys.exit = None, self._original
+        if self._is_placed and sys.exit == self._exit:
+            sys.exit, self._is_placed = self._original, False
 
     def _exit(self, status: Any = None) -> NoReturn:
         """Exit the interpreter by raising SystemExit(status)."""
@@ -6524,7 +6531,8 @@ class Project:
             recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
         recorder.start()
         if heartbeat:
-            recorder.fold({"outcome": opening()})
+            experiment._document["outcome"] = opening()
+            recorder.fold({"outcome": experiment._document["outcome"]})
         return recorder
 
     def _claim_in_bucket(self, recorder: Recorder) -> bool:
