@@ -5903,7 +5903,7 @@ class Recorder:
         # last, since a slow disk may take longer than a scheduler waits before it kills
         self.storage.sync(self._keys + [document_key(self.experiment.id)])
 
-    def abandon(self) -> None:
+    def abandon(self, from_bucket: bool = True) -> None:
         """Stop recording because the experiment is removed, and remove what this run has written."""
         with self.changed:
             self.gone = True
@@ -5919,7 +5919,8 @@ class Recorder:
             if self.worker.remote:
                 self.worker.release()
                 self.repository.remove_experiment(self.experiment)
-                self.target.storage.delete(keys)
+                if from_bucket:
+                    self.target.storage.delete(keys)
         except ReplicateError as error:
             console.debug(str(error))
 
@@ -5968,7 +5969,7 @@ class Recorder:
         except DoesNotExist as error:
             if isinstance(error, NoBucket):
                 self.report(error)
-            else:
+            elif not (self.closed and self.worker.remote):  # the last upload removes it from the pending area
                 self.lose()
         except Exception as error:  # tried again at the next turn
             if self._has_beaten.is_set() or isinstance(error, Unreachable):
@@ -5990,10 +5991,22 @@ class Recorder:
             self.report(error)
 
     def lose(self) -> None:
-        """The experiment was removed by somebody: say so once, and leave nothing behind."""
+        """The experiment was removed by somebody: say so once, and leave nothing behind.
+
+        Where only its pending area was removed, the bucket keeps what it has.
+        """
         if not self.gone:
-            self.abandon()
-            self.report_gone()
+            removed_from = self.target
+            if self.worker.remote:
+                try:
+                    self.target.storage.stat(document_key(self.experiment.id))
+                    removed_from = self.repository
+                except DoesNotExist:
+                    pass
+                except ReplicateError:  # nobody knows: what is there stays
+                    removed_from = self.repository
+            self.abandon(removed_from is self.target)
+            self.report_gone(removed_from)
 
     # -- messages
 
@@ -6001,10 +6014,10 @@ class Recorder:
         """What there is only one recorder of in a process."""
         return self.target.url, self.experiment.id
 
-    def report_gone(self) -> None:
-        """Say that the experiment was removed."""
+    def report_gone(self, removed_from: Optional[Repository] = None) -> None:
+        """Say that the experiment was removed, from the target if nothing else is given."""
         self.report(ReplicateError("Experiment %s was removed from %s: it is not recorded any more." %
-                                   (self.experiment.short_id(), self.target.url)))
+                                   (self.experiment.short_id(), (removed_from or self.target).url)))
 
     def report(self, error: BaseException) -> None:
         """Print an error of the background threads once; the worker says that the bucket is away."""

@@ -1660,7 +1660,7 @@ class WireProxy:
         self._lock = threading.RLock()
         self._sockets = set()
         self._released = threading.Event()
-        self.server = None
+        self.server = self._placeholder = None
         self.up()
 
     @property
@@ -1704,16 +1704,24 @@ class WireProxy:
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = do_any
 
+        if self._placeholder:
+            self._placeholder.close()
         self.server = Server(("127.0.0.1", self.port), Handler)
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def down(self):
-        """Take it away: nothing listens any more, open connections are reset."""
+        """Take it away: nothing listens any more, open connections are reset.
+
+        The port stays taken, so that no other test's server gets it, and with it what a script uploads.
+        """
         if self.server:
             self.server.shutdown()
             self.server.server_close()
             self.server = None
+            self._placeholder = socket.socket()
+            self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._placeholder.bind(("127.0.0.1", self.port))
         for connection in list(self._sockets):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -1725,6 +1733,8 @@ class WireProxy:
     def close(self):
         self.release()
         self.down()
+        if self._placeholder:
+            self._placeholder.close()
 
     # -- what tests ask
 
@@ -2569,6 +2579,39 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training):
     assert errors.count("Recording continues") == 1 and errors.count("can be reached again") == 1, errors
     assert bucket.steps() == [0, 1, 2, 3, 4] and pending_leftovers(project) == []
     assert not [key for key in bucket.keys() if key.startswith("metadata/heartbeats")]
+
+
+def test_the_end_of_the_upload_is_not_taken_for_a_removal(bucket, project, training):
+    script = training("""
+        replicate.HEARTBEAT_INTERVAL = 0.01
+        wait_for_worker = replicate.Worker.wait
+        def wait_longer(worker):  # so that the clock looks once more after the last upload
+            wait_for_worker(worker)
+            time.sleep(0.5)
+        replicate.Worker.wait = wait_longer
+        experiment = replicate.init(quiet=True)
+        save(0)
+        experiment.stop()
+        """)
+    assert messages_of(script.end()) == [line for line in script.errors if "did not exist" in line]
+    assert bucket.steps() == [0] and pending_leftovers(project) == []
+
+
+def test_what_a_bucket_has_stays_when_the_pending_area_is_deleted(bucket, project, training):
+    script = training("""
+        replicate.HEARTBEAT_INTERVAL = 0.05
+        experiment = replicate.init(quiet=True)
+        save(0)
+        wait("saved")
+        experiment.checkpoint(step=1, quiet=True)
+        """)
+    script.expect("saved")
+    until(lambda: len(bucket.checkpoints()) == 1 and not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
+    shutil.rmtree(str(project / ".replicate/pending"))
+    until(lambda: "it is not recorded any more" in script.stderr)
+    script.go()
+    assert "was removed from file://" in script.end()
+    assert bucket.steps() == [0]
 
 
 def is_upload(request):
