@@ -636,6 +636,19 @@ def sort_key(value: Any) -> Tuple[int, Any]:
     return (rank, value if rank < 3 else json.dumps(pack_floats(value), sort_keys=True))
 
 
+def flat_params(params: Dict[str, Any]) -> Dict[str, Any]:
+    """Nested params by dotted name: {"model": {"depth": 2}} has model.depth, also if it is written {"model.depth": 2}.
+
+    Lists and empty objects are values.
+    """
+    nested = {name: value for name, value in params.items() if type(value) is dict and value}
+    if not nested:
+        return params
+    flat = {"%s.%s" % (name, inner): item for name, value in nested.items() for inner, item in flat_params(value).items()}
+    flat.update((name, value) for name, value in params.items() if name not in nested)
+    return flat
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 3  Model: Experiment, Checkpoint, their lists
 # ------------------------------------------------------------------------------------------------------------------
@@ -840,8 +853,13 @@ class Experiment:
 
     @property
     def params(self) -> Dict[str, Any]:
-        """Hyperparameters by name."""
+        """Hyperparameters by name, nested as they were given."""
         return unpack_floats(self._document.get("params") or {})
+
+    @property
+    def flat_params(self) -> Dict[str, Any]:
+        """Hyperparameters by dotted name, as the command line shows them: `model.depth`."""
+        return flat_params(self.params)
 
     @property
     def python_packages(self) -> Dict[str, str]:
@@ -956,7 +974,7 @@ class Experiment:
     def _repr_html_(self) -> str:
         rows = [("ID", self.id), ("Created", full_time(self.created)), ("Host", self.host or ""),
                 ("User", self.user or ""), ("Command", self.full_command or "")]
-        return (html_table(("Experiment", ""), rows) + html_table(("Param", "Value"), sorted(self.params.items())) +
+        return (html_table(("Experiment", ""), rows) + html_table(("Param", "Value"), sorted(self.flat_params.items())) +
                 self.checkpoints._repr_html_())
 
 
@@ -1021,10 +1039,10 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
         return ExperimentList(found) if isinstance(index, slice) else found
 
     def _repr_html_(self) -> str:
-        params = sorted({name for experiment in self for name in experiment.params})
+        params = sorted({name for experiment in self for name in experiment.flat_params})
         rows = []
         for experiment in self:
-            best, latest, values = experiment.best(), experiment.latest(), experiment.params
+            best, latest, values = experiment.best(), experiment.latest(), experiment.flat_params
             rows.append([experiment.short_id(), full_time(experiment.created),
                          repr(best) if best else "", repr(latest) if latest else ""] +
                         [values.get(name, "") for name in params])
@@ -1091,8 +1109,9 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
     for experiment in experiments:
         checkpoint = experiment.best() or experiment.latest()
         value = checkpoint.metrics.get(name) if checkpoint else None
-        if param in experiment.params and _is_number(value):
-            points.append((experiment.params[param], value, experiment.short_id()))
+        params = experiment.flat_params
+        if param in params and _is_number(value):
+            points.append((params[param], value, experiment.short_id()))
     axes = _axes(ax)
     if not all(_is_number(x) for x, _, _ in points):
         points = [(format_value(x), y, label) for x, y, label in points]
@@ -1147,8 +1166,8 @@ class Row:
 
     @property
     def params(self) -> Dict[str, Any]:
-        """Hyperparameters by name."""
-        return unpack_floats(self.summary.get("params") or {})
+        """Hyperparameters by dotted name."""
+        return flat_params(unpack_floats(self.summary.get("params") or {}))
 
     @property
     def metrics(self) -> Dict[str, Any]:
@@ -1164,13 +1183,18 @@ class Row:
         if name in FIELDS:
             return FIELDS[name](self)
         if name.startswith("params."):
-            return self.params.get(name[len("params."):], ABSENT)
+            return self._param(name[len("params."):])
         if name.startswith("metrics."):
             return self.metrics.get(name[len("metrics."):], ABSENT)
         if self.is_label(name):
             return next(iter(self.alternatives(name)), ABSENT)
         metrics = self.metrics
-        return metrics[name] if name in metrics else self.params.get(name, ABSENT)
+        return metrics[name] if name in metrics else self._param(name)
+
+    def _param(self, name: str) -> Any:
+        """A param by its dotted name, or all of a nested one by its first."""
+        params = self.params
+        return params[name] if name in params else unpack_floats((self.summary.get("params") or {}).get(name, ABSENT))
 
     def is_label(self, name: str) -> bool:
         """Whether it means one of the LABELS, and no param or metric here."""
@@ -1330,8 +1354,8 @@ def known_names(rows: Iterable[Row]) -> Set[str]:
     names = set(FIELDS) | set(LABELS)
     for row in rows:
         metrics = {name for item in (row.latest, row.best) if item for name in item.get("metrics") or ()}
-        names.update(row.params, metrics, ("params." + name for name in row.params),
-                     ("metrics." + name for name in metrics))
+        params = [*row.params, *(row.summary.get("params") or ())]  # nested ones can be asked for by either name
+        names.update(params, metrics, map("params.".__add__, params), map("metrics.".__add__, metrics))
     return names
 
 
@@ -5222,8 +5246,8 @@ def current_job() -> Optional[str]:
 
 def check_same_params(experiment: Experiment, given: Dict[str, Any]) -> None:
     """Raises ValueError where a param, as stored, is not what the experiment started with."""
-    stored = experiment._document.get("params") or {}
-    for name, value in given.items():
+    stored = flat_params(experiment._document.get("params") or {})
+    for name, value in flat_params(given).items():
         if not same_value(value, stored.get(name, ABSENT)):
             was = "started with %s" % format_value(stored[name]) if name in stored else "started without it"
             raise ValueError("param %r is %s, but experiment %s %s. Leave out resume to start a new experiment" % (
@@ -6972,7 +6996,7 @@ def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) ->
 
 
 def listed_params(rows: Sequence[Row], show_all: bool) -> List[str]:
-    """The params that `ls` shows: all, or those that differ and are no lists or objects."""
+    """The params that `ls` shows: all, or those that differ and are no lists or empty objects."""
     found = [row.params for row in rows]
     if show_all:
         return sorted({name for params in found for name in params})
@@ -7028,7 +7052,7 @@ def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, s
 def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str, str]]]]:
     """The blocks Params and System."""
     return [("Params", [(escape_control(name), format_value(value))
-                        for name, value in sorted(experiment.params.items())]),
+                        for name, value in sorted(experiment.flat_params.items())]),
             ("System", _facts([("Python version", experiment.python_version), *machine_facts(experiment)]))]
 
 
@@ -7130,7 +7154,7 @@ class Side:
                  "Python version": experiment.python_version, **dict(machine_facts(experiment))}
         saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path,
                  "Step": checkpoint.step} if checkpoint else {}
-        return {"Experiment": about, "Params": experiment.params, "Python Packages": experiment.python_packages,
+        return {"Experiment": about, "Params": experiment.flat_params, "Python Packages": experiment.python_packages,
                 "Checkpoint": saved, "Metrics": checkpoint.metrics if checkpoint else {}}
 
 

@@ -7591,7 +7591,7 @@ def test_which_columns_and_values_ls_shows(project, call, documents, shown, hidd
 @pytest.mark.parametrize("left, right, shown", [
     ({"p": 1}, {"p": 2}, True), ({"p": 1}, {"p": 1}, False), ({"p": 1}, {}, True), ({"p": None}, {}, False),
     ({"p": 1}, {"p": None}, True), ({"p": 1}, {"p": 1.0}, False), ({"p": 1}, {"p": "1"}, True), ({"p": 1}, {"p": True}, True),
-    ({"p": "[NaN]"}, {"p": "[NaN]"}, False), ({"p": [1]}, {"p": [2]}, False), ({"p": {"a": 1}}, {"p": 2}, False),
+    ({"p": "[NaN]"}, {"p": "[NaN]"}, False), ({"p": [1]}, {"p": [2]}, False), ({"p": {"a": 1}}, {"p": 2}, True),
     ({"p": 2 ** 70}, {"p": 2 ** 70 + 1}, True), ({"p": ""}, {"p": None}, True)])
 def test_which_params_differ(project, call, left, right, shown):
     write_repository(project / "repo", experiment_document(A, params=left), experiment_document(B, params=right))
@@ -7611,10 +7611,47 @@ def test_objects_and_lists_are_in_the_full_list_and_cut_like_strings(project, ca
         A, params={"l": [1, 2.5, None], "o": {"a": True}, "matrix": matrix, "table": {"rows": matrix}},
         **measured({"confusion": matrix})))
     out = call("ls", "--all")[1]
-    assert "l=[1,2.5,null]" in out and 'o={"a":true}' in out
+    assert "l=[1,2.5,null]" in out and "o.a=true" in out
     assert "matrix=[[0.25,0.25,0.25,..." in out and "confusion=[[0.25,0.25,0.25,..." in out
     assert max(map(len, out.split("\n"))) < 120
     assert "[[0.25,0.25,0.25,..." in call("show", A)[1] and json.dumps(matrix, separators=(",", ":")) in call("show", C)[1]
+
+
+NESTED = {"lr": 0.1, "model": {"depth": 2, "block": {"width": 8, "norm": float("nan")}, "heads": [1, 2], "extra": {}}}
+
+
+def test_nested_params_have_dotted_names_and_one_written_with_a_dot_wins():
+    nan = NESTED["model"]["block"]["norm"]
+    assert replicate.flat_params(NESTED) == {"lr": 0.1, "model.depth": 2, "model.block.width": 8, "model.block.norm": nan,
+                                             "model.heads": [1, 2], "model.extra": {}}
+    assert replicate.flat_params({"a": {"b": 1}, "a.b": 2}) == replicate.flat_params({"a.b": 2, "a": {"b": 1}}) == {"a.b": 2}
+
+
+def test_nested_params_are_shown_compared_filtered_and_sorted_by_dotted_names(project, call, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    first = replicate.init(params=NESTED, quiet=True)
+    first.stop()
+    other = json.loads(json.dumps(NESTED))
+    other["model"]["depth"] = 3
+    second = replicate.init(params=other, quiet=True)
+    second.stop()
+    assert replicate.experiments.get(first.id).params["model"]["block"]["width"] == 8  # stored as they were given
+    assert json.loads(call("show", first.id, "--json")[1])["params"]["model"]["depth"] == 2
+    out = call("ls")[1]
+    assert "model.depth=2" in out and "model.depth=3" in out and "width" not in out
+    assert "model.block.width=8" in call("ls", "--all")[1] and "model.extra={}" in call("ls", "--all")[1]
+    for name in ("model.depth", "params.model.depth"):
+        assert call("ls", "-q", "-f", name + " > 2")[1] == second.id + "\n"
+        assert call("ls", "-q", "--sort", name + "-desc")[1] == second.id + "\n" + first.id + "\n"
+    code, out, err = call("ls", "-q", "-f", 'model = {"depth": 2}')
+    assert (code, out, err) == (0, "", "")
+    assert "Did you mean 'model.depth'" in call("ls", "-f", "model.dept = 2")[2]
+    assert "model.depth:" in call("show", first.id)[1] and '{"depth"' not in call("show", first.id)[1]
+    block = call("diff", first.id, second.id)[1].split("Params\n")[1].split("\n\n")[0]
+    assert [line.split() for line in block.split("\n")] == [["model.depth:", "2", "3"]]
+    assert "<th>model.depth</th>" in replicate.experiments.list()._repr_html_()
+    with pytest.raises(replicate.ReplicateError, match="param 'model.depth' is 4, but experiment .* started with 2"):
+        replicate.init(params={"model": {"depth": 4}}, resume=first.id, quiet=True)
 
 
 def test_wide_characters_keep_the_columns_aligned(project):
