@@ -214,6 +214,11 @@ def is_terminal(stream: Optional[TextIO]) -> bool:
         return False
 
 
+def terminal_width(stream: Optional[TextIO]) -> Optional[int]:
+    """The number of columns of the terminal that stream is; None where it is none."""
+    return shutil.get_terminal_size().columns if is_terminal(stream) else None
+
+
 console = Console()
 
 # C0 and C1 controls, bidirectional and zero-width marks, line separators, tags and lone surrogates.
@@ -1029,6 +1034,24 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
         """Plot the best (or latest) value of a metric against a param, on ax or the current axes; returns the axes."""
         return plot_scatter(self, param, metric, logx, logy, ax)
 
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each experiment, and the columns of `ls --csv`: fields, params by dotted
+        name, and the metrics of the best checkpoint, or of the latest where there is no best.
+
+        Raises ReplicateError without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ReplicateError("to_dataframe() needs pandas: install it with 'pip install pandas'. "
+                                 "Everything else works without it.") from error
+        rows = [Row.of(experiment.to_json()) for experiment in self]
+        running = {item_id for project in {experiment.project for experiment in self} for item_id in project.running()}
+        for row in rows:
+            row.running = row.id in running
+        return pandas.DataFrame({name: [row.created if name == "started" else row.plain(name) for row in rows]
+                                 for name in column_names(rows)})
+
     def delete(self) -> None:
         """Remove all of them from the repository."""
         for experiment in self:
@@ -1196,6 +1219,15 @@ class Row:
         params = self.params
         return params[name] if name in params else unpack_floats((self.summary.get("params") or {}).get(name, ABSENT))
 
+    def plain(self, name: str) -> Any:
+        """The value() of that name as JSON has it: a time as stored, all tags or GPUs; None where there is none."""
+        if name in TIME_FIELDS:
+            return self.summary["created"]
+        if name in LIST_LABELS and self.is_label(name):
+            return LABELS[name](self.summary)
+        value = self.value(name)
+        return None if value is ABSENT else value
+
     def is_label(self, name: str) -> bool:
         """Whether it means one of the LABELS, and no param or metric here."""
         return name in LABELS and name not in self.metrics and name not in self.params
@@ -1344,6 +1376,9 @@ LABELS: Dict[str, Callable[[Dict[str, Any]], List[Any]]] = {
     "gpu": lambda summary: texts_in(summary, "gpus"),
 }
 """Fields of which an experiment may have none or several values; a param or metric of the same name comes first."""
+LIST_LABELS = ("tag", "gpu")
+CSV_FIELDS = ("id", "name", "started", "status", "duration", "checkpoints", "step", "tag", "note", "host", "user", "command",
+              "code", "commit")
 TEXT_FIELDS = ("user", "host", "command", "status", "id")
 TIME_FIELDS = ("started", "created")
 ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
@@ -1357,6 +1392,15 @@ def known_names(rows: Iterable[Row]) -> Set[str]:
         params = [*row.params, *(row.summary.get("params") or ())]  # nested ones can be asked for by either name
         names.update(params, metrics, map("params.".__add__, params), map("metrics.".__add__, metrics))
     return names
+
+
+def column_names(rows: Sequence[Row]) -> List[str]:
+    """The columns of `ls --csv`: fields, every param and every metric; `params.x` where x alone means something else."""
+    params = {name for row in rows for name in row.params}
+    metrics = {name for row in rows for name in row.metrics}
+    fields = [name for name in CSV_FIELDS if name in FIELDS or name not in params | metrics]
+    return (fields + ["params." + name if name in FIELDS or name in metrics else name for name in sorted(params)] +
+            ["metrics." + name if name in FIELDS or name in params else name for name in sorted(metrics)])
 
 
 class Comparison:
@@ -6697,6 +6741,10 @@ class Project:
         """See Experiment.is_running."""
         return self.repository.is_running(experiment.id)
 
+    def running(self) -> Set[str]:
+        """The IDs of all experiments that are running."""
+        return self.repository.running()
+
     def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
         """See Checkpoint.open."""
         return self.repository.open_file(experiment, checkpoint, normal_path(path))
@@ -6788,6 +6836,9 @@ class InertProject:
 
     def is_running(self, experiment: Experiment) -> bool:
         return False
+
+    def running(self) -> Set[str]:
+        return set()
 
     def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
         if self._project:
@@ -6928,6 +6979,7 @@ def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = N
 # 10  Rendering: tables, show, diff (data in, text out)
 # ------------------------------------------------------------------------------------------------------------------
 
+NARROWEST_COLUMN = 5  # to which a terminal's width cuts down a column of `ls`
 DIFF_WIDTH = 26
 DIFF_CUT = 50
 SHOW_WIDTH = 17
@@ -6952,22 +7004,62 @@ def pad(text: str, width: int) -> str:
     return text + " " * (width - display_width(text))
 
 
-def table_rows(columns: Sequence[Column]) -> Iterator[str]:
-    """The titles, then each row (one or more lines) of a table; columns stand two spaces apart."""
+def wrapped(text: str, width: int) -> List[str]:
+    """text in lines of at most that display width, broken between words, or after marks as in `learning_rate=0.1`."""
+    lines, line = [], ""
+    for word in text.split(" "):
+        if line and display_width(line) + 1 + display_width(word) <= width:
+            line += " " + word
+            continue
+        lines += [line] if line else []
+        start = 0
+        while len(word) - start > width or display_width(word[start:]) > width:
+            count = next(count for count in range(width, 0, -1)
+                         if count == 1 or display_width(word[start:start + count]) <= width)
+            mark = max(word.rfind(mark, start, start + count) for mark in "=._/-")
+            end = start + count if mark < 0 else mark + 1
+            lines.append(word[start:end])
+            start = end
+        line = word[start:]
+    return lines + [line]
+
+
+def narrowed(widths: Sequence[int], total: int) -> List[int]:
+    """The widths of columns two spaces apart with the widest ones cut down until all of them fit into a total width."""
+    narrow = list(widths)
+    while sum(narrow) + 2 * (len(narrow) - 1) > total and max(narrow) > NARROWEST_COLUMN:
+        narrow[narrow.index(max(narrow))] -= 1
+    return narrow
+
+
+def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterator[str]:
+    """The titles, then each row (one or more lines) of a table; columns stand two spaces apart.
+
+    width: that of the terminal, for which cells are wrapped.
+    """
     from itertools import zip_longest
     plain = all(title.isascii() and all(map(str.isascii, cells)) for title, cells in columns)
     measure = len if plain else display_width
-    widths = [max([measure(title)] + [measure(line) for cell in cells for line in cell.split("\n")])
-              for title, cells in columns]
+    natural = [max([measure(title)] + [measure(line) for cell in cells for line in cell.split("\n")])
+               for title, cells in columns]
+    widths = narrowed(natural, width) if width else natural
     template = "  ".join("%%-%ds" % width for width in widths)  # several times as fast, and nearly always enough
+
+    def lines_of(cell: str, column: int) -> List[str]:
+        lines = cell.split("\n")
+        if widths[column] == natural[column]:
+            return lines
+        return [part for line in lines for part in wrapped(line, widths[column])]
+
     for row in zip(*[[title, *cells] for title, cells in columns]):
-        lines = zip_longest(*[cell.split("\n") for cell in row], fillvalue="")
+        lines = zip_longest(*map(lines_of, row, range(len(row))), fillvalue="")
         yield "\n".join([(template % line if plain else "  ".join(map(pad, line, widths))).rstrip() for line in lines])
 
 
-def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = False) -> Iterator[str]:
+def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = False,
+                width: Optional[int] = None) -> Iterator[str]:
     """`ls` of at least one row, in pieces: the header line, then each experiment with a blank line below."""
-    lines = table_rows(list_columns(rows, now, show_all))
+    lines = table_rows(list_columns(rows, now, show_all), width)
     yield next(lines) + "\n"
     yield from (text + "\n\n" for text in lines)
 
@@ -6995,13 +7087,116 @@ def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) ->
     return columns
 
 
-def listed_params(rows: Sequence[Row], show_all: bool) -> List[str]:
-    """The params that `ls` shows: all, or those that differ and are no lists or empty objects."""
+class WideColumn:
+    """A column of `ls --wide`, with a text for each row."""
+
+    def __init__(self, name: str, rows: Sequence[Row], now: datetime.datetime, cut: bool, rank: int = 0) -> None:
+        self.rank = rank  # the lowest is left out first
+        is_field = name in FIELDS or all(row.is_label(name) for row in rows)
+        self.title = name.upper() if is_field else format_cell(name) if cut else escape_control(name)
+        self.is_number = {type(row.plain(name)) for row in rows} <= {int, float, type(None)}
+        self.texts = [wide_cell(row, name, now, cut) for row in rows]
+        best = best_rows(rows, name[len("metrics."):] if name.startswith("metrics.") else name)
+        self.is_best = [row.id in best for row in rows]
+        if best:
+            self.texts = [text + ("*" if is_best else " ") for text, is_best in zip(self.texts, self.is_best)]
+            self.title += " "
+        self.width = max(map(display_width, [self.title, *self.texts]))
+
+    def cell(self, row: int, paint: Paint) -> str:
+        """The text of a row, or of -1 the title, filled up to the column's width."""
+        text = self.title if row < 0 else self.texts[row]
+        space = " " * (self.width - display_width(text))
+        shown = paint(text, "bold") if row >= 0 and self.is_best[row] else text
+        return space + shown if self.is_number else shown + space
+
+
+def wide_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool, cut: bool) -> List[WideColumn]:
+    """The columns of `ls --wide`: what the stacked table has, with one for each param and metric."""
+    fields = [("id", 5), ("name", 3), ("started", 2), ("status", 5)]
+    labels = [("host", 0), ("user", 0), ("code", 0), ("tag", 0)]
+    shown = [pair for pair in fields if pair[0] != "name" or any(row.plain("name") for row in rows)]
+    shown += [pair for pair in labels if any(row.plain(pair[0]) != rows[0].plain(pair[0]) for row in rows)]
+    params, metrics = listed_params(rows, show_all, lists=True), listed_metrics(rows, show_all)
+    shown += [("params." + name if name in FIELDS or name in metrics else name, 1) for name in params]
+    shown += [("metrics." + name if name in FIELDS or name in params else name, 4) for name in metrics]
+    return [WideColumn(name, rows, now, cut, rank) for name, rank in shown]
+
+
+def wide_cell(row: Row, name: str, now: datetime.datetime, cut: bool) -> str:
+    """What `ls --wide` shows of an experiment in a column; cut: at most 20 characters."""
+    value = row.plain(name)
+    if name in TIME_FIELDS:
+        return relative_time(row.created, now)
+    if name == "duration" and value is not None:
+        return str(datetime.timedelta(seconds=round(value)))
+    if name == "id" or name == "commit" and row.is_label(name):
+        return escape_control(value or "")[:SHORT_ID]
+    return format_cell(value) if type(value) is float else (format_cell if cut else escape_control)(full_text(row, name))
+
+
+def full_text(row: Row, name: str) -> str:
+    """What a column holds as text, uncut."""
+    value = row.plain(name)
+    return "" if value is None else ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
+
+
+def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
+    """The IDs of the experiments with the best value of a primary metric; none where there is nothing to compare."""
+    primaries = [item["primary_metric"] for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
+    goals = {primary["goal"] for primary in primaries if primary["name"] == metric}
+    values = {row.id: row.metrics.get(metric) for row in rows}
+    values = {item_id: value for item_id, value in values.items() if _is_number(value) and value == value}
+    if len(goals) != 1 or len(values) < 2:
+        return set()
+    best = (max if goals == {"maximize"} else min)(values.values())
+    return {item_id for item_id, value in values.items() if value == best}
+
+
+def left_out(columns: Sequence[WideColumn], width: int) -> Set[int]:
+    """The positions of the columns that have no place in a table of that width, with `...` where some are missing."""
+    total = sum(column.width + 2 for column in columns) - 2
+    gone: Set[int] = set()
+    for position in sorted(range(1, len(columns)), key=lambda position: (columns[position].rank, -position)):
+        if total <= width:
+            break
+        gone.add(position)
+        gaps = 1 - (position - 1 in gone) - (position + 1 in gone)  # more than before
+        total += gaps * len("...  ") - columns[position].width - 2
+    return gone
+
+
+def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Paint = no_paint) -> Iterator[str]:
+    """`ls --wide` in lines: the titles, then one for each row."""
+    gone = left_out(columns, width) if width else set()
+    for row in range(-1, len(columns[0].texts)):
+        cells = [("..." if row < 0 else "   ") if position in gone else column.cell(row, paint)
+                 for position, column in enumerate(columns) if position not in gone or position - 1 not in gone]
+        yield "  ".join(cells).rstrip() + "\n"
+
+
+def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
+    """`ls --csv` in lines. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    import csv
+
+    def line(cells: Iterable[Tuple[str, bool]]) -> str:
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerow([
+            ("'" if is_text and text[:1] in tuple("=+-@") else "") + escape_control(text) for text, is_text in cells])
+        return file.getvalue()
+
+    yield line((name, True) for name in names)
+    for row in rows:
+        yield line((full_text(row, name), not _is_number(row.plain(name))) for name in names)
+
+
+def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> List[str]:
+    """The params that `ls` shows: all, or those that differ and, unless `lists`, are no lists or empty objects."""
     found = [row.params for row in rows]
     if show_all:
         return sorted({name for params in found for name in params})
     return [name for name in differing_names(found)
-            if not any(isinstance(params.get(name), (dict, list)) for params in found)]
+            if lists or not any(isinstance(params.get(name), (dict, list)) for params in found)]
 
 
 def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
@@ -7284,11 +7479,12 @@ def quoted_name(name: str, spaces: bool = False) -> str:
     return '"%s"' % quoted if quoted != name or spaces and " " in name else name
 
 
-def render_json_list(rows: Sequence[Row]) -> Iterator[str]:
-    """`ls --json`, in pieces."""
+def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
+    """`ls --json`, in pieces; names: only these columns."""
     opening = "[\n  "
     for row in rows:
-        yield opening + shown_json(row.to_json()).replace("\n", "\n  ")
+        item = {name: row.plain(name) for name in names} if names else row.to_json()
+        yield opening + shown_json(item).replace("\n", "\n  ")
         opening = ",\n  "
     yield "\n]\n" if rows else "[]\n"
 
@@ -7324,6 +7520,21 @@ def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any
     return names, settings
 
 
+def positive_number(text: str) -> int:
+    """The type of an option."""
+    if not text.isdecimal() or not int(text[:10]):
+        raise argparse.ArgumentTypeError("%r is no positive number" % text)
+    return int(text[:10])
+
+
+def read_columns(text: str) -> List[str]:
+    """The type of --columns."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError("%r is no list of names such as id,started,loss" % text)
+    return names
+
+
 GLOBAL_OPTIONS: Options = (
     option("-h", "--help", action="store_true", help="Show this help"),
     option("--color", type=str.lower, choices=("true", "1", "yes", "always", "false", "0", "no", "never"),
@@ -7340,10 +7551,16 @@ LIST_OPTIONS = (
     option("--all", action="store_true", help="Output all params and metrics (default: only those that differ)"),
     option("-f", "--filter", action="append", default=[], metavar="FILTER",
            help='Filter, repeatable (format: "<name> <operator> <value>")'),
+    option("-w", "--wide", action="store_true", help="One line for each experiment, a column for each param and metric"),
+    option("-c", "--columns", metavar="NAMES", type=read_columns,
+           help="The columns: fields, params and metrics, with commas between them; also with --csv and --json"),
+    option("--csv", action="store_true", help="Print all params and metrics, unshortened, in CSV format"),
     JSON,
     option("-q", "--quiet", action="store_true", help="Only print experiment IDs"),
-    option("-s", "--sort", default="started", metavar="KEY",
-           help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"))
+    option("-s", "--sort", metavar="KEY",
+           help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"),
+    option("-n", "--number", type=positive_number, metavar="N",
+           help="Only the last N experiments; with --sort, the first N in that order"))
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
@@ -7356,6 +7573,11 @@ List experiments that failed, and one by its name:
   replicate ls --filter "name = baseline"
 Sort all stopped experiments by the metric "val_loss":
   replicate ls --sort "val_loss" --filter "status = stopped"
+Compare the last twenty, a line for each; then five columns of those with the best "accuracy":
+  replicate ls --wide -n 20
+  replicate ls --columns id,started,learning_rate,accuracy,code --sort accuracy-desc -n 20
+Take all of it into a spreadsheet:
+  replicate ls --csv > experiments.csv
 
 """ + FILTER_HELP
 
@@ -7403,22 +7625,34 @@ def opened_project(args: argparse.Namespace) -> Project:
 
 def print_list(args: argparse.Namespace, only_running: bool) -> int:
     """`ls` and `ps`."""
-    if args.quiet and (args.json or args.all):
-        raise UsageError("--quiet cannot be used with --json or --all.")
+    forms = ["--" + name for name in ("quiet", "json", "csv", "wide") if getattr(args, name)]
+    forms += ["--" + name for name in ("all", "columns") if args.quiet and getattr(args, name)]
+    if len(forms) > 1:
+        raise UsageError("%s cannot be used with %s." % (forms[0], forms[1]))
     filters = [parse_filter(text) for text in args.filter]
-    name, descending = parse_sort(args.sort)
+    name, descending = parse_sort("started" if args.sort is None else args.sort)
     rows = opened_project(args).repository.rows()
-    warn_of_unknown_names([name for tree in filters for name in tree.names()] + [name], rows)
+    named = [name for tree in filters for name in tree.names()] + [name]
+    warn_of_unknown_names(named + [column for column in args.columns or () if column not in named], rows)
     rows = [row for row in rows if (row.running or not only_running) and all(tree.matches(row) for tree in filters)]
     rows = sort_rows(rows, name, descending)
+    if args.number:
+        rows = rows[-args.number:] if args.sort is None else rows[:args.number]
+    now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
     if args.json:
-        say_json(render_json_list(rows))
+        say_json(render_json_list(rows, args.columns or ()))
+    elif args.csv:
+        say_all(render_csv(rows, args.columns or column_names(rows)))
     elif args.quiet:
         say("".join(row.id + "\n" for row in rows))
-    elif rows:
-        say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc), args.all))
-    else:
+    elif not rows:
         console.info("No experiments found")
+    elif args.columns:
+        say_all(render_wide([WideColumn(name, rows, now, bool(width)) for name in args.columns], width, paint))
+    elif args.wide:
+        say_all(render_wide(wide_columns(rows, now, args.all, bool(width)), width, paint))
+    else:
+        say_all(render_list(rows, now, args.all, width))
     return 0
 
 
@@ -7793,7 +8027,7 @@ def demo_command(args: argparse.Namespace) -> int:
             raise ReplicateError("The demo's training script failed: its output is above.")
     say("\n")
     rows = Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).rows()
-    say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc)))
+    say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc), width=terminal_width(sys.stdout)))
     best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
     say("%s holds the experiments and train.py, the script that recorded them. Try next:\n\n"

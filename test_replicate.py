@@ -9,6 +9,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime
 import email.utils
@@ -7652,6 +7653,142 @@ def test_nested_params_are_shown_compared_filtered_and_sorted_by_dotted_names(pr
     assert "<th>model.depth</th>" in replicate.experiments.list()._repr_html_()
     with pytest.raises(replicate.ReplicateError, match="param 'model.depth' is 4, but experiment .* started with 2"):
         replicate.init(params={"model": {"depth": 4}}, resume=first.id, quiet=True)
+
+
+def sweep(project, count=24):
+    """A repository with that many runs, of 8 params and 5 metrics each; the last has the best loss."""
+    for number in range(count):
+        params = {"optimizer": {"name": ("adam", "sgd")[number % 2], "decay": number / 100}, "lr": 10.0 ** -(number % 5),
+                  "batch_size": 2 ** (number % 8), "model": {"depth": number % 7, "width": 32 * number}, "seed": number,
+                  "warmup_steps": 1000 * number}
+        metrics = {"val_loss": 1 / (number + 1), "loss": 0.5, "accuracy": number / 25, "f1": 0.1 * number, "auc": 0.5}
+        item = checkpoint_document(hex_id("%02xc" % number), metrics=metrics, primary=("val_loss", "minimize"))
+        write_repository(project / "repo", experiment_document(
+            hex_id("%02xe" % number), created="2006-01-02T14:54:%02dZ" % number, params=params, checkpoints=[item]))
+
+
+def test_a_wide_table_of_a_sweep_fits_the_terminal_and_is_whole_in_a_pipe(project, call):
+    sweep(project)
+    terminal = Terminal("ls", "--wide", env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert terminal.wait() == 0
+    lines = terminal.output.replace("\r", "").rstrip("\n").split("\n")
+    assert len(lines) == 25 and max(map(len, lines)) <= 100
+    assert lines[0].split()[:4] == ["ID", "STARTED", "STATUS", "batch_size"] and lines[0].endswith("...  val_loss")
+    assert lines[-1].startswith("17eeeee") and lines[-1].endswith(" 0.041667*") and not any("*" in line for line in lines[:-1])
+    assert len({line.rindex("0.") for line in lines[2:-1] if len(line.split()[-1]) == 7}) == 1  # aligned right
+    lines = call("ls", "--wide")[1].rstrip("\n").split("\n")
+    assert len(lines) == 25 and lines[0].split() == [
+        "ID", "STARTED", "STATUS", "batch_size", "lr", "model.depth", "model.width", "optimizer.decay", "optimizer.name",
+        "seed", "warmup_steps", "val_loss"]
+    assert lines[-1].split() == ["17eeeee", "2006-01-02", "stopped", "128", "0.001", "2", "736", "0.23", "sgd", "23",
+                                 "23000", "0.041667*"]
+    assert "loss=" not in call("ls", "--wide", "--all")[1] and " auc " in call("ls", "--wide", "--all")[1]
+
+
+@pytest.mark.parametrize("columns, titles", [
+    (200, "ID STARTED STATUS batch_size lr model.depth model.width optimizer.decay optimizer.name seed warmup_steps val_loss"),
+    (70, "ID STARTED STATUS batch_size lr ... val_loss"), (50, "ID STARTED STATUS ... val_loss"),
+    (40, "ID ... STATUS ... val_loss"), (12, "ID ...")])
+def test_columns_of_a_wide_table_are_left_out_the_least_telling_first(project, columns, titles):
+    sweep(project, 3)
+    terminal = Terminal("ls", "--wide", env={"COLUMNS": str(columns)})
+    assert terminal.wait() == 0 and terminal.output.split("\r\n")[0].split() == titles.split()
+
+
+def test_a_wide_table_marks_the_best_only_where_the_goal_is_clear(project, call):
+    def line(*goals, value=2):
+        for number, goal in enumerate(goals):
+            write_repository(project / "repo", experiment_document((A, B)[number], params={"x": "y" * 30 + str(number)}, checkpoints=[
+                checkpoint_document(hex_id("%xc" % number), metrics={"m": (1, value)[number]}, primary=("m", goal))]))
+        return call("ls", "--wide")[1]
+    assert re.findall(r"\d\*?$", line("maximize", "maximize"), re.M) == ["1", "2*"]
+    assert re.findall(r"\d\*?$", line("minimize", "minimize"), re.M) == ["1*", "2"]
+    assert re.findall(r"\d\*?$", line("minimize", "minimize", value=1), re.M) == ["1*", "1*"]
+    assert "*" not in line("maximize", "minimize") and "y" * 30 + "1" in line("maximize", "minimize")
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
+    write_repository(project / "repo", *[experiment_document(
+        item, params={"learning_rate": rate, "text": "日本語" * 5 + item[0]}, name="a-name-that-is-long", **measured({"val_loss": rate}, (
+            "val_loss", "minimize"))) for item, rate in ((A, 0.25), (B, 0.5))])
+    terminal = Terminal("ls", env={"COLUMNS": str(columns)})
+    assert terminal.wait() == 0
+    lines = terminal.output.replace("\r", "").split("\n")
+    assert max(map(replicate.display_width, lines)) <= columns
+    if columns == 80:
+        assert lines[0].startswith("EXPERIMENT") and any("learning_" in line and "rate=" not in line for line in lines)
+    together = "".join("".join(lines).split())
+    assert together.count("日") == 10 and "1eeeeee" in run("ls").stdout and max(map(len, run("ls").stdout.split("\n"))) > 80
+
+
+@pytest.mark.parametrize("text, width, lines", [
+    ("learning_rate=0.001", 15, ["learning_rate=", "0.001"]), ("ab cd ef", 5, ["ab cd", "ef"]), ("", 5, [""]),
+    ("日本語日本", 5, ["日本", "語日", "本"]), ("abcdefgh", 5, ["abcde", "fgh"]), ("a b", 1, ["a", "b"])])
+def test_cells_are_wrapped_between_words_and_after_marks(text, width, lines):
+    assert replicate.wrapped(text, width) == lines
+
+
+def test_chosen_columns_as_a_table_csv_and_json(project, call):
+    write_repository(
+        project / "repo",
+        experiment_document(A, params={"lr": 0.1, "=x": "=1+1", "loss": "L1"}, tags=["good", "new"], code="1a2b3c4", checkpoints=[
+            checkpoint_document(C, "2006-01-02T15:54:05.5Z", metrics={"loss": -0.25, "nan": "[NaN]"})]),
+        experiment_document(B, created="2006-01-02T14:54:06Z", params={"text": "a\n\x1b[31m,\"", "model": {"depth": 2}}))
+    chosen = "id,started,duration,lr,params.loss,metrics.loss,tag,code,model.depth,nan"
+    assert call("ls", "--columns", chosen)[1] == table("""
+        ID       STARTED     DURATION   lr  params.loss  metrics.loss  TAG        CODE     model.depth  nan
+        1eeeeee  2006-01-02   1:00:00  0.1  L1                  -0.25  good, new  1a2b3c4               NaN
+        2eeeeee  2006-01-02                                                                          2
+        """)
+    assert call("ls", "--columns", chosen, "--csv")[1] == table("""
+        id,started,duration,lr,params.loss,metrics.loss,tag,code,model.depth,nan
+        %s,2006-01-02T14:54:05Z,3600.5,0.1,L1,-0.25,"good, new",1a2b3c4,,NaN
+        %s,2006-01-02T14:54:06Z,,,,,,,2,
+        """ % (A, B))
+    assert json.loads(call("ls", "--columns", "id,tag,nan,lr,model.depth", "--json")[1]) == [
+        {"id": A, "tag": ["good", "new"], "nan": "[NaN]", "lr": 0.1, "model.depth": None},
+        {"id": B, "tag": [], "nan": None, "lr": None, "model.depth": 2}]
+    assert "Did you mean 'model.depth'" in call("ls", "--columns", "id,model.dept")[2]
+    out = call("ls", "--csv")[1]
+    head, first, second = csv.reader(out.splitlines())
+    assert "'=x" in head and "'=1+1" in first and "a\\n\\x1b[31m,\"" in second and "\x1b" not in out
+    assert [name for name in head if "loss" in name] == ["params.loss", "metrics.loss"]
+
+
+@pytest.mark.parametrize("flags, chosen", [
+    (["-n", "2"], "12"), (["-n", "9"], "012"), (["-n", "1", "-f", "n < 2"], "1"), (["-n", "2", "--sort", "n"], "01"),
+    (["-n", "2", "--sort", "n-desc"], "21")])
+def test_the_last_experiments_or_the_first_of_an_order(project, call, flags, chosen):
+    write_repository(project / "repo", *[experiment_document(hex_id("%de" % number), created="2006-01-02T14:54:%02dZ" % number,
+                                                             params={"n": number}) for number in range(3)])
+    assert "".join(line[0] for line in call("ls", "-q", *flags)[1].split("\n")[:-1]) == chosen
+
+
+@pytest.mark.parametrize("flags", [["--wide", "--json"], ["--csv", "--json"], ["-q", "--csv"], ["-q", "--columns", "id"],
+                                   ["-q", "--all"], ["-n", "0"], ["-n", "x"], ["--columns", "id,,lr"], ["--columns", ""]])
+def test_forms_of_a_list_that_exclude_each_other(project, call, flags):
+    code, out, err = call("ls", *flags)
+    assert code == 2 and not out and err.count("\n") == 1 and any(flag in err for flag in flags)
+
+
+def test_experiments_as_a_dataframe(project, monkeypatch):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    monkeypatch.chdir(project)
+    with replicate.init(params={"lr": 0.1, "model": {"depth": 2}}, tags=["a"], quiet=True) as first:
+        first.checkpoint(metrics={"loss": 0.5}, quiet=True)
+    second = replicate.init(params={"lr": 0.2}, quiet=True)
+    frame = replicate.experiments.list().to_dataframe()
+    second.stop()
+    assert list(frame["id"]) == [first.id, second.id] and list(frame["status"]) == ["completed", "running"]
+    assert list(frame["started"]) == [first.created, second.created] and frame["tag"][0] == ["a"]
+    assert frame["lr"].mean() == pytest.approx(0.15) and frame["loss"][0] == 0.5 and pandas.isna(frame["loss"][1])
+    assert frame["model.depth"][0] == 2 and list(frame.columns) == replicate.column_names(
+        [replicate.Row.of(item.to_json()) for item in (first, second)])
+    assert replicate.ExperimentList().to_dataframe().empty
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(replicate.ReplicateError, match="pip install pandas"):
+        replicate.experiments.list().to_dataframe()
 
 
 def test_wide_characters_keep_the_columns_aligned(project):
