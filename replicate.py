@@ -698,6 +698,11 @@ class Checkpoint:
         """{"name": ..., "goal": "maximize" or "minimize"}, or None."""
         return self._document.get("primary_metric")
 
+    @property
+    def pruned(self) -> Optional[str]:
+        """What was saved, where its files were removed and its metrics kept; None otherwise."""
+        return None if self.path else text_in(self._document, "pruned")
+
     def short_id(self) -> str:
         """The first 7 digits of the ID, as the command line shows it."""
         return self.id[:SHORT_ID]
@@ -792,14 +797,44 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
     primary = primary_of(items)
     if primary is None:
         return None
-    values = [(item.get("metrics") or {}).get(primary["name"]) for item in items]
-    values = [NON_FINITE.get(value) if type(value) is str else value for value in values]
-    usable = [index for index, value in enumerate(values) if _is_number(value) and value == value]
+    values = [usable_value(item, primary["name"]) for item in items]
+    usable = [index for index, value in enumerate(values) if value is not None]
     if not usable:
         return None
     best = (max if primary["goal"] == "maximize" else min)(values[index] for index in usable)
     equals = [index for index in usable if values[index] == best]
     return equals[latest_index([items[index] for index in equals]) or 0]
+
+
+def usable_value(item: Dict[str, Any], metric: str) -> Any:
+    """A metric of a stored checkpoint; None where that is no number."""
+    value = (item.get("metrics") or {}).get(metric)
+    value = NON_FINITE.get(value) if type(value) is str else value
+    return value if _is_number(value) and value == value else None
+
+
+def prunable(items: Sequence[Dict[str, Any]], keep_best: int, keep_latest: int) -> List[Dict[str, Any]]:
+    """Those of an experiment's stored checkpoints whose files are not wanted: of the checkpoints that have files, neither
+    the best nor the latest so many. Without usable values of a primary metric, the latest count as the best.
+    """
+    primary = primary_of(items)
+    latest = sorted([item for item in items if item.get("path")][::-1], key=lambda item: canonical_time(item["created"]),
+                    reverse=True)
+    best = latest
+    if primary:
+        measured = [item for item in latest if usable_value(item, primary["name"]) is not None]
+        best = sorted(measured, key=lambda item: usable_value(item, primary["name"]),
+                      reverse=primary["goal"] == "maximize") or latest
+    kept = {item["id"] for item in best[:keep_best] + latest[:keep_latest]}
+    return [item for item in latest if item["id"] not in kept]
+
+
+def strip_files(items: Iterable[Dict[str, Any]], ids: Container[str]) -> Set[str]:
+    """Note in stored checkpoints that their files are pruned, if their ID is one of these; the IDs of those changed."""
+    changed = [item for item in items if item["id"] in ids and item.get("path")]
+    for item in changed:
+        item.update(path=None, pruned=item["path"])
+    return {item["id"] for item in changed}
 
 
 class CheckpointMetrics:
@@ -4019,8 +4054,8 @@ class ExperimentGone(ReplicateError):
 class Journal:
     """Checkpoints that are not in their experiment's document yet, a JSON line each; locked while its writer lives.
 
-    `{"checkpoint": {...}}` adds one, `{"removed": "<id>"}` takes one out again. Its name is made of the experiment's
-    ID and the time. Readers skip a torn line, which a full disk or a killed process leaves.
+    `{"checkpoint": {...}}` adds one, `{"removed": "<id>"}` takes one out again, `{"pruned": "<id>"}` only its files. Its
+    name is made of the experiment's ID and the time. Readers skip a torn line, which a full disk or a killed process leaves.
     """
 
     def __init__(self, storage: DiskStorage, experiment_id: str) -> None:
@@ -4041,41 +4076,42 @@ class Journal:
         self._lock.release(remove)
 
 
-def read_journal(data: bytes) -> Tuple[List[Dict[str, Any]], Set[str]]:
-    """(checkpoints, IDs of those removed) of a journal."""
-    added, removed, torn = [], set(), 0
-    for line in data.split(b"\n"):
-        if not line:
-            continue
+def read_journals(journals: Iterable[bytes]) -> Tuple[Dict[str, Dict[str, Any]], Set[str]]:
+    """(the checkpoints in journals by ID, the IDs of all that were pruned)."""
+    added: Dict[str, Dict[str, Any]] = {}
+    removed: Set[str] = set()
+    pruned: Set[str] = set()
+    torn = 0
+    for line in filter(None, b"\n".join(journals).split(b"\n")):
         try:
             record = decode_json(line, "journal")
             if "removed" in record:
                 removed.add(str(record["removed"]))
+            elif "pruned" in record:
+                pruned.add(str(record["pruned"]))
             else:
-                added.append(checked_checkpoint(record["checkpoint"]))
+                item = checked_checkpoint(record["checkpoint"])
+                added[item["id"]] = item
         except (ReadError, TypeError, KeyError, AttributeError):
             torn += 1
     if torn:
         console.debug("Skipped %s of a journal." % plural(torn, "torn line"))
-    return added, removed
+    strip_files(added.values(), pruned)
+    return {item_id: item for item_id, item in added.items() if item_id not in removed}, pruned
 
 
-def new_checkpoints(known: Set[str], journals: Iterable[bytes]) -> List[Dict[str, Any]]:
-    """The checkpoints of journals that were not removed and whose IDs are not known, oldest first."""
-    added: Dict[str, Dict[str, Any]] = {}
-    removed: Set[str] = set()
-    for data in journals:
-        some, gone = read_journal(data)
-        added.update((item["id"], item) for item in some)
-        removed |= gone
-    return sorted((item for item in added.values() if item["id"] not in known and item["id"] not in removed),
+def new_checkpoints(known: Container[str], added: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The added checkpoints whose IDs are not known, oldest first."""
+    return sorted((item for item_id, item in added.items() if item_id not in known),
                   key=lambda item: canonical_time(item["created"]))
 
 
 def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> None:
-    """Add the checkpoints of journals to a document."""
+    """Put what journals say into a document."""
     present = document.get("checkpoints") or []
-    new = new_checkpoints({item["id"] for item in present}, journals)
+    added, pruned = read_journals(journals)
+    strip_files(present, pruned)
+    new = new_checkpoints({item["id"] for item in present}, added)
     if new:
         document["checkpoints"] = present + new
 
@@ -4467,7 +4503,67 @@ class Repository:
                     return file
                 file.close()
         owner = checkpoint or experiment
+        if checkpoint and checkpoint.pruned:
+            raise DoesNotExist("%s Experiment %s itself has no file %s." % (
+                pruned_files(checkpoint), experiment.short_id(), path))
         raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
+
+
+def pruned_files(checkpoint: Checkpoint) -> str:
+    """A sentence about the files of a pruned checkpoint."""
+    return "The files of checkpoint %s (%s) were pruned; only its metrics were kept." % (
+        checkpoint.short_id(), checkpoint.pruned)
+
+
+def stored_archives(storage: Storage, kind: str) -> Dict[str, Entry]:
+    """The archives of a kind, 'experiments' or 'checkpoints', by the ID of what they belong to."""
+    names = [(entry.name.partition("."), entry) for entry in storage.list(kind + "/")]
+    return {item_id: entry for (item_id, _, ending), entry in names if is_id(item_id) and ending == "tar.gz"}
+
+
+class Usage:
+    """What the archives of a repository take, in bytes: of each of these experiments, and of none."""
+
+    def __init__(self, storage: Storage, rows: Sequence[Row]) -> None:
+        code, weights = stored_archives(storage, "experiments"), stored_archives(storage, "checkpoints")
+        owners = {digits: row.id for row in rows for digits in row.checkpoint_ids.split()}
+        self.code = {row.id: code.pop(row.id).size if row.id in code else 0 for row in rows}
+        self.weights = dict.fromkeys(self.code, 0)
+        self.unowned = [entry.size for entry in code.values()]
+        for item_id, entry in weights.items():
+            owner = owners.get(item_id[:ROW_ID_DIGITS])
+            if owner is None:
+                self.unowned.append(entry.size)
+            else:
+                self.weights[owner] += entry.size
+
+    def total(self, experiment_id: str) -> int:
+        """The bytes of one experiment."""
+        return self.code[experiment_id] + self.weights[experiment_id]
+
+
+class Pruning:
+    """The files of an experiment's checkpoints that are to be removed, while their metrics are kept."""
+
+    def __init__(self, experiment: Experiment, archives: Dict[str, Entry], keep_best: int, keep_latest: int) -> None:
+        items = [checkpoint._document for checkpoint in experiment.checkpoints]
+        self.experiment = experiment
+        self.ids = [item["id"] for item in prunable(items, keep_best, keep_latest)]
+        self.ids += [checkpoint.id for checkpoint in experiment.checkpoints  # an earlier pruning was killed
+                     if checkpoint.pruned and checkpoint.id in archives]
+        self.bytes = sum(archives[item_id].size for item_id in self.ids if item_id in archives)
+
+    def run(self, repository: Repository) -> None:
+        """Note it in the document, then remove the archives. Raises DoesNotExist, ReadError, WriteError."""
+        noted: Set[str] = set()
+
+        def change(document: Dict[str, Any]) -> None:
+            items = document.get("checkpoints") or ()
+            strip_files(items, self.ids)
+            noted.update(item["id"] for item in items if not item.get("path"))
+
+        repository.edit(self.experiment.id, change)
+        repository.storage.delete([archive_key("checkpoints", item_id) for item_id in self.ids if item_id in noted])
 
 
 class RowCache:
@@ -4629,7 +4725,7 @@ class DocumentText:
         self._ids = {item["id"] for item in checkpoints or ()}
         self._header = {key: value for key, value in document.items() if key != "checkpoints"}
         self._start = self._encoded_header()
-        self._checkpoints = encode_json(checkpoints).replace(b"\n", b"\n ")  # no text in it has such a byte
+        self._checkpoints = encoded_checkpoints(checkpoints)
 
     def _encoded_header(self) -> bytes:
         return encode_json(dict(self._header, checkpoints=0))[:-len(b"0\n}")]
@@ -4639,16 +4735,26 @@ class DocumentText:
         return b"%s%s\n}" % (self._start, self._checkpoints)
 
     def merge(self, journals: Iterable[bytes], final: Dict[str, Any]) -> bool:
-        """Add the checkpoints of journals and final keys; whether that changed it."""
+        """Put what journals say and final keys into it; whether that changed it."""
         is_changed = merge_final_keys(self._header, final)
         if is_changed:
             self._start = self._encoded_header()
-        new = new_checkpoints(self._ids, journals)
+        added, pruned = read_journals(journals)
+        if pruned & self._ids:
+            present = json.loads(self._checkpoints)
+            if strip_files(present, pruned):
+                is_changed, self._checkpoints = True, encoded_checkpoints(present)
+        new = new_checkpoints(self._ids, added)
         if new:
-            lines = encode_json(new).replace(b"\n", b"\n ")
+            lines = encoded_checkpoints(new)
             self._checkpoints = self._checkpoints[:-len(b"\n ]")] + b"," + lines[1:] if self._ids else lines
             self._ids.update(item["id"] for item in new)
         return is_changed or bool(new)
+
+
+def encoded_checkpoints(items: Optional[Sequence[Dict[str, Any]]]) -> bytes:
+    """The value of `checkpoints` in a document."""
+    return encode_json(items).replace(b"\n", b"\n ")  # no text in it has such a byte
 
 
 class reading_archive:
@@ -5422,8 +5528,9 @@ def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[
 
 
 def send_experiment(source: Repository, target: Repository, document: Dict[str, Any], checkpoints: List[Dict[str, Any]],
-                    sent: Sent, progress: Callable[[int], None]) -> None:
-    """Copy an experiment and these of its checkpoints, the document last; what the target has already stays.
+                    sent: Sent, progress: Callable[[int], None], pruned: Container[str] = ()) -> None:
+    """Copy an experiment and these of its checkpoints, the document last; what the target has already stays, but for the
+    files of checkpoints that were pruned meanwhile.
 
     The target's document takes the final keys of ours. Raises ExperimentGone if the document says that it was uploaded before, and the target does not have it any more.
     """
@@ -5437,18 +5544,30 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
             continue
     header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY)}
     gone = ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
+    stripped: Set[str] = set()
+
+    def copy(key: str) -> int:
+        try:
+            return copy_object(source.storage, target.storage, key, progress)
+        except DoesNotExist as error:
+            if isinstance(error, NoBucket) or key[key.rfind("/") + 1:].partition(".")[0] not in pruned:
+                raise
+            return 0
 
     def change(old: Optional[bytes]) -> Optional[bytes]:
         if old is None:
             if document.get(SENT_KEY):
                 raise gone
+            stripped.update(strip_files(checkpoints, pruned))
             return DocumentText(dict(header, checkpoints=checkpoints)).data()
         there = target._decode(old, document["id"])
         known = {item["id"] for item in there.get("checkpoints") or ()}
         new = [item for item in checkpoints if item["id"] not in known]
         there["checkpoints"] = (there.get("checkpoints") or []) + new
+        newly = strip_files(there["checkpoints"], pruned)
+        stripped.update(newly)
         is_changed = merge_final_keys(there, final_keys(document))
-        return DocumentText(there).data() if new or is_changed else None
+        return DocumentText(there).data() if new or newly or is_changed else None
 
     if sizes and document.get(SENT_KEY):
         try:
@@ -5459,19 +5578,20 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
             raise gone from error
     for large in (False, True):
         chosen = [key for key, size in sizes.items() if (size > SMALL_UPLOAD_BYTES) == large]
-        sent.bytes += sum(target.storage.in_parallel(
-            lambda key: copy_object(source.storage, target.storage, key, progress), chosen, large))
+        sent.bytes += sum(target.storage.in_parallel(copy, chosen, large))
     try:
         target.storage.update(document_key(document["id"]), change)
     except ExperimentGone:  # while its archives were uploaded
         target.storage.delete(keys)
         raise
+    if stripped:
+        target.storage.delete([archive_key("checkpoints", item_id) for item_id in stripped])
     sent.checkpoints += len(checkpoints)
 
 
 def send_pending(pending: Repository, remote: Repository, experiment_id: str, unready: Set[str], finished: bool,
-                 sent: Sent, progress: Callable[[int], None] = lambda count: None) -> None:
-    """Upload what is pending of an experiment but the unready checkpoints, then remove it here.
+                 sent: Sent, progress: Callable[[int], None] = lambda count: None, pruned: Container[str] = ()) -> None:
+    """Upload what is pending of an experiment but the unready checkpoints, then remove it here; see send_experiment().
 
     finished: its recording has ended, so that nothing of it stays here. Raises ExperimentGone, once nothing is left of
     it here either, and Unreachable and the like.
@@ -5482,7 +5602,7 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
         if experiment_id in unready:
             return
         try:
-            send_experiment(pending, remote, document, ready, sent, progress)
+            send_experiment(pending, remote, document, ready, sent, progress, pruned)
         except ExperimentGone:
             pending.remove_experiment(Experiment(document))
             raise
@@ -5553,12 +5673,12 @@ class LiveDocument:
         self._one_at_a_time = threading.RLock()
         self._last_fold, self._pause = float("-inf"), FOLD_INTERVAL
 
-    def append(self, item: Dict[str, Any]) -> Optional[str]:
-        """Make a checkpoint survive the death of the process; what prevented that, if it waits in memory instead."""
+    def append(self, record: Dict[str, Any]) -> Optional[str]:
+        """Make a line of the journal survive the death of the process; what prevented that, if it waits in memory instead."""
         with self._changed:
             if self._is_gone:
                 return None
-            self.unwritten.append(encode_json({"checkpoint": item}, indent=None))
+            self.unwritten.append(encode_json(record, indent=None))
             if self.fold_at == float("inf"):
                 self.fold_at = max(time.monotonic(), self._last_fold + self._pause)
                 self._changed.notify_all()
@@ -5703,7 +5823,7 @@ class Worker:
         with self.changed:
             del self.packing[:1]
             self.changed.notify_all()
-            if self.recorder.gone:  # and the archive, which was just replaced, should be
+            if self.recorder.gone or item_id in self.recorder.pruned:  # and the archive, which was just replaced, should be
                 self.recorder.storage.delete([archive_key(kind, item_id)])
         self.upload_soon()
 
@@ -5745,7 +5865,8 @@ class Worker:
             self._prepared = True
         with self.changed:
             unready = {item_id for _, item_id in self.packing}
-        send_pending(self.recorder.repository, remote, self.recorder.experiment.id, unready, last, Sent(), self._count)
+        send_pending(self.recorder.repository, remote, self.recorder.experiment.id, unready, last, Sent(), self._count,
+                     self.recorder.pruned)
         if self._abandoned and not last:
             send_abandoned(pending_repository(self.recorder.directory, remote.url), remote, Sent(), self._count)
             self._abandoned = False
@@ -5793,13 +5914,16 @@ class Recorder:
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True,
-                 remote: Optional[Repository] = None, prepared: bool = True, lock: Optional[FileLock] = None) -> None:
+                 remote: Optional[Repository] = None, prepared: bool = True, lock: Optional[FileLock] = None,
+                 keep: Optional[Tuple[int, int]] = None) -> None:
         self.repository = repository
         self.target = remote or repository
         self.storage: DiskStorage = repository.storage  # type: ignore[assignment]
         self.experiment = experiment
         self.directory = directory
         self.heartbeat = heartbeat
+        self.keep = keep                              # the files of how many of the best and latest checkpoints
+        self.pruned: Set[str] = set()                 # the IDs of those whose files were not kept
         self.pid = os.getpid()
         self.gone = False                             # the experiment was removed
         self.closed = False                           # no more checkpoints are taken
@@ -5875,13 +5999,15 @@ class Recorder:
                 self._saving = [other for other in self._saving if other.locked()] + [saving]
                 checkpoint = self._next_checkpoint(experiment, step, values, primary, problems)
                 if path is None:  # written at once, so that the document has them in this order
-                    failure = self.document.append(checkpoint._document)
+                    failure = self.document.append({"checkpoint": checkpoint._document})
             if path is not None:
                 try:
                     self._save_files(checkpoint, path, quiet)
                 except Exception as error:  # recording must never break training
                     problems.append(_problem(error))
-                failure = self.document.append(checkpoint._document)
+                failure = self.document.append({"checkpoint": checkpoint._document})
+                if self.keep and not failure:
+                    self._prune(*self.keep)
             self._tell(checkpoint, problems, failure, quiet)
         return checkpoint
 
@@ -5913,6 +6039,19 @@ class Recorder:
                 self.storage.delete(self._keys[-1:])
         if large:
             self.worker.pack_later("checkpoints", checkpoint.id)
+
+    def _prune(self, keep_best: int, keep_latest: int) -> None:
+        """Remove the files of the checkpoints that init() was told not to keep; the worker does that in a bucket."""
+        with self.changed:
+            items = [checkpoint._document for checkpoint in self.experiment.checkpoints]
+            ids = {item["id"] for item in prunable(items, keep_best, keep_latest)}
+            if any(self.document.append({"pruned": item_id}) for item_id in ids):
+                return  # a full disk: tried again with the next checkpoint
+            self.pruned |= strip_files(items, ids)
+        try:
+            self.storage.delete([archive_key("checkpoints", item_id) for item_id in ids])
+        except ReplicateError as error:
+            self.report(error)
 
     def close(self, deadline: float, outcome: Dict[str, str]) -> bool:
         """Take no more checkpoints, write those that were made, and have the worker finish; False if that was done."""
@@ -6493,10 +6632,11 @@ class Project:
         """The pending area for this repository."""
         return pending_repository(self.directory, self._location.url or "")
 
-    def create(self, path: Optional[str], params: Any, heartbeat: bool, quiet: bool, **labels: Any) -> Experiment:
+    def create(self, path: Optional[str], params: Any, heartbeat: bool, quiet: bool,
+               keep: Optional[Tuple[int, int]] = None, **labels: Any) -> Experiment:
         """Create and start an experiment. Raises ArgumentError, and what makes a repository useless.
 
-        labels: see checked_labels().
+        keep: see checked_keep(); labels: see checked_labels().
         """
         location = self._location
         unknown: List[str] = []
@@ -6519,7 +6659,7 @@ class Project:
         repository = self._repository = self._open()
         prepared = prepare_in_time(repository)
         experiment = Experiment(new_document(location, saved, values, heartbeat), self)
-        recorder = self._recorder(repository, experiment, heartbeat, prepared)
+        recorder = self._recorder(repository, experiment, heartbeat, prepared, keep)
         try:
             large = False
             if saved:
@@ -6540,15 +6680,16 @@ class Project:
             _announce_recording(experiment, repository.url, is_new, sources)
         return experiment
 
-    def _recorder(self, repository: Repository, experiment: Experiment, heartbeat: bool, prepared: bool) -> Recorder:
+    def _recorder(self, repository: Repository, experiment: Experiment, heartbeat: bool, prepared: bool,
+                  keep: Optional[Tuple[int, int]]) -> Recorder:
         """A recorder into the repository, through the pending area where it is a bucket. Raises WriteError."""
         if repository.storage.has_journals:
-            recorder = Recorder(repository, experiment, self.directory, heartbeat)
+            recorder = Recorder(repository, experiment, self.directory, heartbeat, keep=keep)
         else:
             import copy
             repository.pending, lock = own_pending_area(self.pending(), experiment.id)
             remote = Repository(repository.url, copy.copy(repository.storage))  # stopping sets its deadline
-            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock)
+            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock, keep)
         self._recorders[experiment.id] = recorder
         return recorder
 
@@ -6586,11 +6727,13 @@ class Project:
         with _resuming:
             active = active_recorder((self.repository.url, experiment.id))
             if active is None:
-                return self._resumed(self.repository, experiment, known.heartbeat if known else True, alone=False)
+                return self._resumed(self.repository, experiment, known.heartbeat if known else True, alone=False,
+                                     keep=known.keep if known else None)
             self._recorders[experiment.id] = active
             return active
 
-    def _resumed(self, repository: Repository, experiment: Experiment, heartbeat: bool, alone: bool) -> Recorder:
+    def _resumed(self, repository: Repository, experiment: Experiment, heartbeat: bool, alone: bool,
+                 keep: Optional[Tuple[int, int]]) -> Recorder:
         """A recorder that goes on with an experiment; alone: raises ReplicateError if another process records it."""
         sent = {}
         try:
@@ -6602,7 +6745,7 @@ class Project:
             if repository.pending is None:
                 raise
             document = repository.pending.load(experiment.id)
-        recorder = self._recorder(repository, experiment, heartbeat, prepared=True)
+        recorder = self._recorder(repository, experiment, heartbeat, True, keep)
         if alone and not (self._claim_in_bucket(recorder) if recorder.worker.remote else recorder.claim()):
             recorder.worker.release()
             del self._recorders[experiment.id]
@@ -6659,7 +6802,8 @@ class Project:
                 return self.experiments.get(row.id) if unfinished else None
         return None
 
-    def resume(self, which: str, path: Optional[str], params: Any, heartbeat: bool, quiet: bool) -> Optional[Experiment]:
+    def resume(self, which: str, path: Optional[str], params: Any, heartbeat: bool, quiet: bool,
+               keep: Optional[Tuple[int, int]] = None) -> Optional[Experiment]:
         """Go on with the experiment that resumable() finds, if there is one. Raises ArgumentError, and ReplicateError
         where another process records it.
         """
@@ -6681,7 +6825,7 @@ class Project:
         if saved:
             self._warn_of_changed_code(experiment, sources)
         with _resuming:
-            self._resumed(self.repository, experiment, heartbeat, alone=True)
+            self._resumed(self.repository, experiment, heartbeat, alone=True, keep=keep)
         if not quiet:
             last = experiment.latest()
             console.info("Resuming experiment %s in %s%s" % (experiment.short_id(), self.repository.url, " after checkpoint "
@@ -6751,12 +6895,16 @@ class Project:
 
     def saved_files(self, item: Union[Experiment, Checkpoint]) -> Any:
         """The files that an experiment or checkpoint saved, to be compared. Raises DoesNotExist, ReadError."""
+        if isinstance(item, Checkpoint) and item.pruned:
+            raise DoesNotExist(pruned_files(item))
         if not item.path:
             return PresentFiles(())
         return SavedFiles(self.repository, "experiments" if isinstance(item, Experiment) else "checkpoints", item.id)
 
     def present_files(self, item: Union[Experiment, Checkpoint]) -> PresentFiles:
         """The files that would be saved now where an experiment or checkpoint saved its own. Raises DoesNotExist."""
+        if isinstance(item, Checkpoint) and item.pruned:
+            raise DoesNotExist(pruned_files(item))
         if not item.path:
             raise DoesNotExist("There is nothing to compare the project directory with: %s saved no files." %
                                item.short_id())
@@ -6774,8 +6922,12 @@ class Project:
         Raises DoesNotExist, ReadError, WriteError.
         """
         layers = self.repository.layers(experiment, checkpoint)
+        pruned = pruned_files(checkpoint) if checkpoint and checkpoint.pruned else ""
         if not layers:
-            raise DoesNotExist("Nothing to check out: experiment %s saved no files." % experiment.short_id())
+            raise DoesNotExist("Nothing to check out: %s" % (
+                pruned or "experiment %s saved no files." % experiment.short_id()))
+        if pruned:
+            console.warning(pruned)
         with Checkout(output_directory) as checkout:
             wanted = normal_path(path) if path else "."
             checkout.stage(self.repository, layers, None if wanted == "." else wanted, quiet)
@@ -6858,11 +7010,13 @@ class ExperimentCollection:
 
     def create(self, path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False,
                quiet: bool = False, *, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
-               note: Optional[str] = None) -> Experiment:
+               note: Optional[str] = None, keep_best: Optional[int] = None,
+               keep_latest: Optional[int] = None) -> Experiment:
         """Create and start an experiment, as init() does, and let other experiments of this process go on."""
         if is_secondary_process():
             return inert_experiment(path, params)
-        return self._find_project().create(path, params, not disable_heartbeat, quiet, name=name, tags=tags, note=note)
+        return self._find_project().create(path, params, not disable_heartbeat, quiet, checked_keep(keep_best, keep_latest),
+                                           name=name, tags=tags, note=note)
 
     def get(self, experiment_id: str) -> Experiment:
         """The experiment of that name, or whose ID starts so. Raises DoesNotExist if there is none or several."""
@@ -6914,7 +7068,8 @@ experiments = ExperimentCollection(lambda: Project())
 
 def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False, debug: bool = False, *,
          quiet: bool = False, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
-         note: Optional[str] = None, resume: Optional[str] = None) -> Experiment:
+         note: Optional[str] = None, resume: Optional[str] = None, keep_best: Optional[int] = None,
+         keep_latest: Optional[int] = None) -> Experiment:
     """Create and start an experiment, and stop one that this process started before.
 
     path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
@@ -6925,6 +7080,9 @@ def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool
     resume: the ID or name of an experiment to go on with, or "auto": the last one of this job (SLURM_JOB_ID,
     REPLICATE_JOB), or else of the same command, unless it completed or still runs. Its steps count on, its code and labels
     stay, and params must be the same as then.
+
+    keep_best, keep_latest: keep the files of so many of the best checkpoints, by the primary metric, and of the latest ones;
+    1 is meant where only the other is given. Of all other checkpoints only the metrics are kept.
     Raises ArgumentError for wrong arguments, RepositoryConfigurationError, WriteError and the like for a repository
     that can never work.
     """
@@ -6932,10 +7090,21 @@ def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool
         console.verbose = True
     if is_secondary_process():
         return inert_experiment(path, params, resume)
+    keep = checked_keep(keep_best, keep_latest)
     stop_all()
     project = Project()
-    resumed = None if resume is None else project.resume(resume, path, params, not disable_heartbeat, quiet)
-    return resumed or project.experiments.create(path, params, disable_heartbeat, quiet, name=name, tags=tags, note=note)
+    resumed = None if resume is None else project.resume(resume, path, params, not disable_heartbeat, quiet, keep)
+    return resumed or project.create(path, params, not disable_heartbeat, quiet, keep, name=name, tags=tags, note=note)
+
+
+def checked_keep(keep_best: Any, keep_latest: Any) -> Optional[Tuple[int, int]]:
+    """How many of the best and of the latest checkpoints keep their files; None: all do. Raises ArgumentError."""
+    if keep_best is None and keep_latest is None:
+        return None
+    keep = 1 if keep_best is None else keep_best, 1 if keep_latest is None else keep_latest
+    if not all(type(count) is int and count >= 0 for count in keep):
+        raise ArgumentError("init(): keep_best and keep_latest must be numbers of checkpoints, such as keep_best=3.")
+    return keep
 
 
 def is_secondary_process() -> bool:
@@ -7175,6 +7344,24 @@ def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Pain
         yield "  ".join(cells).rstrip() + "\n"
 
 
+def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> Iterator[str]:
+    """`du` in lines: the experiments, then their total."""
+    def sizes(title: str, counts: Sequence[int]) -> Column:
+        texts = [format_size(count) for count in (*counts, sum(counts))]
+        width = max(map(len, [title, *texts]))
+        return title.rjust(width), [text.rjust(width) for text in texts]
+
+    columns: List[Column] = [("EXPERIMENT", [*(row.id[:SHORT_ID] for row in rows), "total"])]
+    names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
+    columns += [("NAME", [*names, ""])] if any(names) else []
+    columns += [("STARTED", [*(relative_time(row.created, now) for row in rows), ""]),
+                ("CHECKPOINTS", [*(str(row.value("checkpoints")) for row in rows), ""]),
+                sizes("CODE", [usage.code[row.id] for row in rows]),
+                sizes("WEIGHTS", [usage.weights[row.id] for row in rows]),
+                sizes("TOTAL", [usage.total(row.id) for row in rows])]
+    return (line + "\n" for line in table_rows(columns))
+
+
 def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
     """`ls --csv` in lines. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
     import csv
@@ -7297,7 +7484,8 @@ def render_blocks(title: str, blocks: Sequence[Tuple[str, List[Tuple[str, str]]]
 def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, show_all: bool = False,
                       paint: Paint = no_paint) -> str:
     """`show` of a checkpoint."""
-    blocks = [("", _facts([("Created", full_time(checkpoint.created)), ("Path", checkpoint.path),
+    path = "%s (pruned: the files are gone)" % checkpoint.pruned if checkpoint.pruned else checkpoint.path
+    blocks = [("", _facts([("Created", full_time(checkpoint.created)), ("Path", path),
                            ("Step", str(checkpoint.step))])),
               ("Experiment", _facts([("ID", experiment.id)]) + experiment_facts(experiment, running))]
     blocks += experiment_blocks(experiment)
@@ -7520,11 +7708,19 @@ def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any
     return names, settings
 
 
-def positive_number(text: str) -> int:
-    """The type of an option."""
-    if not text.isdecimal() or not int(text[:10]):
-        raise argparse.ArgumentTypeError("%r is no positive number" % text)
+def natural_number(text: str) -> int:
+    """The type of an option: 0, 1, 2, ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("%r is no number such as 3" % text)
     return int(text[:10])
+
+
+def positive_number(text: str) -> int:
+    """The type of an option: 1, 2, ..."""
+    number = natural_number(text)
+    if not number:
+        raise argparse.ArgumentTypeError("%r is no positive number" % text)
+    return number
 
 
 def read_columns(text: str) -> List[str]:
@@ -7547,10 +7743,11 @@ GLOBAL_OPTIONS: Options = (
     option("-v", "--verbose", action="store_true", help="Verbose output"))
 ID = option("id", metavar="ID", help="Experiment or checkpoint ID, or the start of one")
 JSON = option("--json", action="store_true", help="Print output in JSON format")
+FILTER = option("-f", "--filter", action="append", default=[], metavar="FILTER", type=parse_filter,
+                help='Filter, repeatable (format: "<name> <operator> <value>")')
 LIST_OPTIONS = (
     option("--all", action="store_true", help="Output all params and metrics (default: only those that differ)"),
-    option("-f", "--filter", action="append", default=[], metavar="FILTER",
-           help='Filter, repeatable (format: "<name> <operator> <value>")'),
+    FILTER,
     option("-w", "--wide", action="store_true", help="One line for each experiment, a column for each param and metric"),
     option("-c", "--columns", metavar="NAMES", type=read_columns,
            help="The columns: fields, params and metrics, with commas between them; also with --csv and --json"),
@@ -7629,13 +7826,9 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     forms += ["--" + name for name in ("all", "columns") if args.quiet and getattr(args, name)]
     if len(forms) > 1:
         raise UsageError("%s cannot be used with %s." % (forms[0], forms[1]))
-    filters = [parse_filter(text) for text in args.filter]
     name, descending = parse_sort("started" if args.sort is None else args.sort)
-    rows = opened_project(args).repository.rows()
-    named = [name for tree in filters for name in tree.names()] + [name]
-    warn_of_unknown_names(named + [column for column in args.columns or () if column not in named], rows)
-    rows = [row for row in rows if (row.running or not only_running) and all(tree.matches(row) for tree in filters)]
-    rows = sort_rows(rows, name, descending)
+    rows = matching_rows(opened_project(args).repository.rows(), args.filter, [name, *(args.columns or ())])
+    rows = sort_rows([row for row in rows if row.running or not only_running], name, descending)
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
     now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
@@ -7656,14 +7849,15 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     return 0
 
 
-def warn_of_unknown_names(names: Sequence[str], rows: Sequence[Row]) -> None:
-    """Warn of names in filters and sort keys that no experiment has."""
-    if not rows or all(name in FIELDS or name in LABELS for name in names):
-        return
-    known = known_names(rows)
-    for name in names:
-        if name not in known:
-            console.warning("No experiment has a param or metric called %r.%s" % (name, nearest(name, known)))
+def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[str] = ()) -> List[Row]:
+    """The rows that satisfy all filters; a warning for each name in these, or in names, that no experiment has."""
+    named = dict.fromkeys([name for tree in filters for name in tree.names()] + list(names))
+    if rows and not all(name in FIELDS or name in LABELS for name in named):
+        known = known_names(rows)
+        for name in named:
+            if name not in known:
+                console.warning("No experiment has a param or metric called %r.%s" % (name, nearest(name, known)))
+    return [row for row in rows if all(tree.matches(row) for tree in filters)]
 
 
 @command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
@@ -7854,6 +8048,77 @@ def rm_command(args: argparse.Namespace) -> int:
     for experiment in experiments.values():
         repository.remove_experiment(experiment)
         console.info("Removed experiment %s" % experiment.short_id())
+    return 0
+
+
+@command("du", FILTER, JSON, epilog="""\
+How much do the failed experiments take?
+  replicate du --filter "status = failed\"""")
+def du_command(args: argparse.Namespace) -> int:
+    """Show how much the files of each experiment take"""
+    repository = opened_project(args).repository
+    rows = repository.rows()
+    usage = Usage(repository.storage, rows)
+    rows = sorted(matching_rows(rows, args.filter), key=lambda row: usage.total(row.id), reverse=True)
+    if args.json:
+        found = [{"id": row.id, "code": usage.code[row.id], "weights": usage.weights[row.id], "total": usage.total(row.id)}
+                 for row in rows]
+        say_json([shown_json({"experiments": found, "total": sum(item["total"] for item in found),
+                              "unowned": sum(usage.unowned)}) + "\n"])
+    elif rows:
+        say_all(render_usage(rows, usage, datetime.datetime.now(datetime.timezone.utc)))
+    else:
+        console.info("No experiments found")
+    if usage.unowned and not args.json:
+        console.info("%s more in %s of no experiment: '%s verify' names them" % (
+            format_size(sum(usage.unowned)), plural(len(usage.unowned), "archive"), program_name()))
+    return 0
+
+
+@command("prune", option("--keep-best", type=natural_number, default=1, metavar="N",
+                         help="Keep the files of the best N checkpoints of each experiment, by its primary metric (default: 1)"),
+         option("--keep-latest", type=natural_number, default=1, metavar="N",
+                help="Keep the files of the latest N as well (default: 1)"), FILTER,
+         option("--dry-run", action="store_true", help="Only print what would be pruned"), JSON,
+         option("--force", action="store_true", help="Prune without interactive prompt"), epilog="""\
+Keep the weights of the three best checkpoints of each experiment, and of its latest:
+  replicate prune --keep-best 3
+See what would be removed if failed experiments kept no weights at all:
+  replicate prune --keep-best 0 --keep-latest 0 --filter "status = failed" --dry-run""")
+def prune_command(args: argparse.Namespace) -> int:
+    """Remove the files of most checkpoints, and keep their metrics
+
+    Experiments stay as they are otherwise, and so do those that are running. Without a primary metric, the latest
+    checkpoints count as the best.
+    """
+    repository = opened_project(args).repository
+    chosen = {row.id for row in matching_rows(repository.rows(), args.filter) if not row.running}
+    archives = stored_archives(repository.storage, "checkpoints")
+    found = [Pruning(experiment, archives, args.keep_best, args.keep_latest) for experiment in repository.experiments()
+             if experiment.id in chosen]
+    prunings = [pruning for pruning in found if pruning.ids]
+    lines = ["* Experiment %s: %d of %s (%s)" % (
+        pruning.experiment.short_id(), len(pruning.ids), plural(len(pruning.experiment.checkpoints), "checkpoint"),
+        format_size(pruning.bytes)) for pruning in prunings]
+    freed = format_size(sum(pruning.bytes for pruning in prunings))
+    if args.json:
+        say_json([shown_json([{"id": pruning.experiment.id, "checkpoints": pruning.ids, "bytes": pruning.bytes}
+                              for pruning in prunings]) + "\n"])
+    elif args.dry_run:
+        say("".join(line + "\n" for line in lines))
+    if not prunings:
+        console.info("There is nothing to prune")
+    elif args.dry_run:
+        console.info("This would free %s" % freed)
+    else:
+        if not args.force:
+            confirm("You are about to remove the files of these checkpoints, which frees %s. Their metrics stay.\n%s" % (
+                freed, "\n".join(lines)), "Do you want to continue?", "Pass --force to prune without being asked.")
+        for pruning in prunings:
+            if not repository.is_running(pruning.experiment.id):  # it may have been resumed meanwhile
+                pruning.run(repository)
+        console.info("Pruned %s of %s: %s freed" % (
+            plural(sum(len(pruning.ids) for pruning in prunings), "checkpoint"), plural(len(prunings), "experiment"), freed))
     return 0
 
 

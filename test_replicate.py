@@ -8210,6 +8210,139 @@ def test_the_shape_of_json(project, call):
          "running": True}]
 
 
+def run_with_files(project, losses, **settings):
+    """An experiment in this process with code, and a checkpoint with a file for each of these losses."""
+    (project / "train.py").write_text("print()\n")
+    with replicate.init(path="train.py", params={"runs": len(losses)}, quiet=True, **settings) as experiment:
+        for step, loss in enumerate(losses):
+            (project / "model.bin").write_bytes(bytes([step]) * 2000 + os.urandom(2000))
+            experiment.checkpoint(path="model.bin", step=step, metrics={"loss": loss}, primary_metric=("loss", "minimize"), quiet=True)
+    return experiment
+
+
+def steps_with_files(experiment):
+    return [checkpoint.step for checkpoint in replicate.experiments.get(experiment.id).checkpoints if checkpoint.path]
+
+
+LOSSES = [0.5, 0.2, 0.9, 0.1, 0.2, 0.8]
+
+
+def test_du_and_prune(place, project, call, monkeypatch):
+    monkeypatch.chdir(project)
+    first, second = run_with_files(project, LOSSES), run_with_files(project, [1.0, float("nan")])
+    running = replicate.init(params={"runs": 0}, quiet=True)
+    (project / "model.bin").write_bytes(b"live")
+    for _ in range(4):
+        running.checkpoint(path="model.bin", quiet=True)
+    until(lambda: len([key for key in place.keys() if key.startswith("checkpoints/")]) == 12 and len(place.documents()) == 3)
+    place.put("checkpoints/%s.tar.gz" % hex_id("ff"), b"1234567")
+    archives = {key: len(place.get(key)) for key in place.keys() if key.startswith(("checkpoints/", "experiments/"))}
+
+    def size(kind, *ids):
+        return sum(archives["%s/%s.tar.gz" % (kind, item_id)] for item_id in ids)
+
+    sizes = {one.id: (size("experiments", one.id), size("checkpoints", *[item.id for item in one.checkpoints])) for one in (first, second)}
+    code, out, err = call("du", "-f", "runs > 0", "--json")
+    assert json.loads(out) == {"experiments": [
+        {"id": one.id, "code": sizes[one.id][0], "weights": sizes[one.id][1], "total": sum(sizes[one.id])}
+        for one in (first, second)], "total": sum(map(sum, sizes.values())), "unowned": 7}
+    code, out, err = call("du", "-f", "runs > 0")
+    lines = out.split("\n")
+    assert [line.split()[0] for line in lines[:-1]] == ["EXPERIMENT", first.short_id(), second.short_id(), "total"]
+    assert lines[1].endswith(replicate.format_size(sum(sizes[first.id]))) and "7 bytes more in 1 archive of no experiment" in err
+
+    before = place.keys()
+    code, out, err = call("prune", "--keep-best", "2", "--dry-run")
+    pruned = [first.checkpoints[step].id for step in (0, 1, 2)]
+    freed = replicate.format_size(size("checkpoints", *pruned))
+    assert (code, out) == (0, "* Experiment %s: 3 of 6 checkpoints (%s)\n" % (first.short_id(), freed)) and freed in err
+    code, out, err = call("prune", "--keep-best", "2")  # without a terminal
+    assert code == 1 and "Nothing was changed. Pass --force" in err and place.keys() == before
+    code, out, err = call("prune", "--keep-best", "2", "--force", "--json")
+    assert code == 0 and "Pruned 3 checkpoints of 1 experiment: %s freed" % freed in err
+    assert [(one["id"], sorted(one["checkpoints"])) for one in json.loads(out)] == [(first.id, sorted(pruned))]
+    assert sorted(set(before) - set(place.keys())) == sorted("checkpoints/%s.tar.gz" % item_id for item_id in pruned)
+    assert steps_with_files(first) == [3, 4, 5] and steps_with_files(second) == [0, 1]
+    again = replicate.experiments.get(first.id)
+    assert again.checkpoints.metrics["loss"] == LOSSES and again.checkpoints[0].pruned == "model.bin"
+    assert call("prune", "--keep-best", "2", "--force")[2].endswith("There is nothing to prune\n")
+    assert len([key for key in place.keys() if key.startswith("checkpoints/")]) == len(before) - len(pruned) - sum(
+        not key.startswith("checkpoints/") for key in before)  # those of the running one, and of nobody, are there
+    running.stop()
+
+    assert "(pruned: the files are gone)" in call("show", pruned[0])[1]
+    code, out, err = call("checkout", pruned[0], "-o", "out")
+    assert code == 0 and "The files of checkpoint %s (model.bin) were pruned" % pruned[0][:7] in err
+    assert os.listdir("out") == ["train.py"]
+    with pytest.raises(replicate.DoesNotExist, match="were pruned"):
+        again.checkpoints[0].open("model.bin")
+    assert "were pruned" in call("diff", pruned[0], first.checkpoints[5].id)[2]
+
+
+def test_an_interrupted_pruning_is_finished_by_the_next(project, call, monkeypatch):
+    monkeypatch.chdir(project)
+    experiment = run_with_files(project, LOSSES)
+    with monkeypatch.context() as patch:
+        def die(self, keys):
+            if any(key.startswith("checkpoints/") for key in keys):
+                raise KeyboardInterrupt
+        patch.setattr(replicate.DiskStorage, "delete", die)
+        assert call("prune", "--force")[0] == 130
+    assert steps_with_files(experiment) == [3, 5]
+    assert len(list((project / "repo/checkpoints").iterdir())) == 6
+    assert "Pruned 4 checkpoints" in call("prune", "--force")[2]
+    assert len(list((project / "repo/checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize("losses, goal, best, latest, kept", [
+    (LOSSES, "minimize", 2, 1, [3, 4, 5]), (LOSSES, "maximize", 2, 1, [2, 5]), (LOSSES, "minimize", 0, 0, []),
+    (LOSSES, "minimize", 9, 0, [0, 1, 2, 3, 4, 5]), (LOSSES, None, 2, 1, [4, 5]), (LOSSES, None, 1, 3, [3, 4, 5]),
+    (["[NaN]"] * 6, "minimize", 2, 0, [4, 5]), (["[NaN]", 1, "x", None, 2, "[NaN]"], "minimize", 3, 0, [1, 4]),
+    (["[+Infinity]", 1, 2], "maximize", 1, 0, [0]), ([], "maximize", 1, 1, [])])
+def test_which_files_are_kept(losses, goal, best, latest, kept):
+    items = [checkpoint_document(hex_id("%xc" % step), "2006-01-02T15:01:%02dZ" % step, step, {"loss": loss}, "model",
+                                 goal and ("loss", goal)) for step, loss in enumerate(losses)]
+    items.insert(0, checkpoint_document(hex_id("fc"), "2006-01-02T15:01:00Z", 0, {"loss": -5}, None, goal and ("loss", goal)))
+    pruned = {item["id"] for item in replicate.prunable(items, best, latest)}
+    assert [item["step"] for item in items[1:] if item["id"] not in pruned] == kept and items[0]["id"] not in pruned
+
+
+def test_init_keeps_the_files_of_the_best_and_latest(place, project, call, monkeypatch):
+    monkeypatch.chdir(project)
+    experiment = run_with_files(project, LOSSES, keep_best=2)
+    assert steps_with_files(experiment) == [3, 4, 5]
+    archives = [key for key in place.keys() if key.startswith("checkpoints/")]
+    assert archives == sorted("checkpoints/%s.tar.gz" % experiment.checkpoints[step].id for step in (3, 4, 5))
+    assert replicate.experiments.get(experiment.id).checkpoints.metrics["loss"] == LOSSES
+    with replicate.init(resume=experiment.id, keep_best=1, keep_latest=0, quiet=True) as resumed:
+        (project / "model.bin").write_bytes(b"best of all")
+        resumed.checkpoint(path="model.bin", metrics={"loss": 0.01}, quiet=True)
+    assert steps_with_files(experiment) == [6] and len([key for key in place.keys() if key.startswith("checkpoints/")]) == 1
+    assert resumed.best().open("model.bin").read() == b"best of all"
+    assert call("prune", "--force")[2].endswith("There is nothing to prune\n")
+
+
+def test_what_a_killed_run_pruned_stays_pruned(project, training, call):
+    script = training("""
+        experiment = replicate.init(keep_best=1, quiet=True)
+        for loss in (3, 1, 2, 4):
+            open("model", "w").write("x" * 100)
+            experiment.checkpoint(path="model", metrics={"loss": loss}, primary_metric=("loss", "minimize"), quiet=True)
+        wait(experiment.id)
+        """)
+    experiment_id = script.expect("")
+    script.kill()
+    found = json.loads(call("show", experiment_id, "--json")[1])
+    assert [item.get("pruned") for item in found["checkpoints"]] == ["model", None, "model", None]
+    assert len(list((project / "repo/checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"keep_best": -1}, {"keep_latest": "2"}, {"keep_best": True}])
+def test_keeping_no_number_of_checkpoints_is_an_error(project, wrong):
+    with pytest.raises(replicate.ReplicateError, match="keep_best=3"):
+        replicate.init(**wrong)
+
+
 @pytest.mark.parametrize("arguments", [
     ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
     ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff"], ["diff", "a", "b", "c", "--code"], ["diff", "a", "b", "--path", "x"],
