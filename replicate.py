@@ -2220,17 +2220,23 @@ class DiskStorage(Storage):
             raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left in tmp/: what nobody has locked, and what is older than a day.
+        """Remove what killed processes left in tmp/."""
+        for _, lock in self.leftovers("tmp/"):
+            lock.release()
 
-        Older versions locked only their *.lock files.
+    def leftovers(self, folder: str) -> Iterator[Tuple[Entry, FileLock]]:
+        """The files of killed processes in tmp/ or journals/, each locked until the next: what nobody else has locked, and
+        in tmp/ what is older than a day, since older versions locked only their *.lock files.
         """
-        for entry in self.list("tmp/"):
-            old = entry.modified < time.time() - 86400
-            if old or entry.name.endswith((".part", ".lock")):
+        for entry in self.list(folder):
+            old = folder == "tmp/" and entry.modified < time.time() - 86400
+            if old or entry.name.endswith((".part", ".lock", ".jsonl")):
                 try:
                     lock = FileLock(self.path(entry.key), create=False)
                     if lock.acquire(wait=False):
-                        lock.release(remove=old or lock.is_held)
+                        if old or lock.is_held:
+                            yield entry, lock
+                        lock.release(remove=False)
                 except OSError:  # it is gone, or belongs to somebody else
                     continue
 
@@ -3708,6 +3714,11 @@ class Archive:
         self.size = entry.size
         self.table = Table.read(self.read_range, self.size) if self.size > FOOTER_BYTES else None
 
+    def has_lost_table(self) -> bool:
+        """Whether it ends like an archive with a table of contents, which cannot be believed."""
+        return self.table is None and self.size > FOOTER_BYTES and self.read_range(
+            self.size - FOOTER_BYTES, self.size).startswith(GZIP_EXTRA_HEADER)
+
     def read_range(self, start: int, end: int) -> bytes:
         """The bytes [start, end) of the archive. Raises ReadError."""
         with self._open(start, end) as stream:
@@ -3733,12 +3744,17 @@ class Archive:
                 found[safe_name(TarMember("%s/%s" % (archive_id, name), size, 0, False), archive_id)] = size, known or 0
             return found
         with Progress("Reading %s" % archive_id[:SHORT_ID], 0) as progress:
-            for member, pieces in self.files(lambda name: True, archive_id):
-                crc = 0
-                for piece in pieces:
-                    crc = zlib.crc32(piece, crc)
-                    progress.add(len(piece))
-                found[member.name] = member.size, crc
+            return self.read_sums(archive_id, progress.add)
+
+    def read_sums(self, archive_id: str, progress: Callable[[int], None]) -> Dict[str, Tuple[int, int]]:
+        """(size, CRC-32) of each file by name, of all that is in the archive. Raises like files()."""
+        found: Dict[str, Tuple[int, int]] = {}
+        for member, pieces in self.files(lambda name: True, archive_id):
+            crc = 0
+            for piece in pieces:
+                crc = zlib.crc32(piece, crc)
+                progress(len(piece))
+            found[member.name] = member.size, crc
         return found
 
     def contents(self, archive_id: str, sizes: Dict[str, int]) -> Dict[str, bytes]:
@@ -4116,6 +4132,11 @@ def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> No
         document["checkpoints"] = present + new
 
 
+def warn_of_skipped(key: str, reason: str) -> None:
+    """Warn of a document that cannot be used."""
+    console.warning("Skipped %s: %s." % (escape_control(key), reason))
+
+
 class Repository:
     """Experiments and checkpoints in a storage; the layout is described in the README.
 
@@ -4174,10 +4195,10 @@ class Repository:
         merge_checkpoints(document, waiting)
         return document
 
-    def experiments(self) -> List[Experiment]:
-        """Every readable experiment with all of its checkpoints, oldest first."""
+    def experiments(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Experiment]:
+        """Every readable experiment with all of its checkpoints, oldest first; skipped(key, reason) is told of others."""
         waiting = self._waiting()
-        found = list(map(Experiment, self.documents(self._entries(), waiting)))
+        found = list(map(Experiment, self.documents(self._entries(skipped), waiting, skipped)))
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
     def rows(self) -> List[Row]:
@@ -4212,18 +4233,19 @@ class Repository:
         """The contents of the journals by experiment; read before the documents, into which they may be folded."""
         return {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
 
-    def _entries(self) -> List[Entry]:
-        """The documents in the storage; a warning for each file of another name."""
+    def _entries(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Entry]:
+        """The documents in the storage; skipped(key, reason) is told of each file of another name."""
         entries = []
         for entry in self.storage.list(EXPERIMENTS):
             if entry.name.endswith(".json") and is_id(entry.name[:-5]):
                 entries.append(entry)
             else:
-                console.warning("Skipped %s: its name is not that of an experiment." % escape_control(entry.key))
+                skipped(entry.key, "its name is not that of an experiment")
         return entries
 
-    def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]]) -> Iterator[Dict[str, Any]]:
-        """The readable documents of these entries, with their journals; a warning for each of the others."""
+    def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
+                  skipped: Callable[[str, str], None] = warn_of_skipped) -> Iterator[Dict[str, Any]]:
+        """The readable documents of these entries, with their journals; skipped(key, reason) is told of each of the others."""
         def read(entry: Entry) -> Any:
             try:
                 return self.storage.read(entry.key, entry)
@@ -4238,7 +4260,7 @@ class Repository:
             except DoesNotExist:  # somebody removed it meanwhile
                 continue
             except ReplicateError as error:
-                console.warning("Skipped %s: %s." % (entry.key, str(error).rstrip(".")))
+                skipped(entry.key, str(error).rstrip("."))
                 continue
             if document["id"] in waiting:
                 merge_checkpoints(document, waiting[document["id"]])
@@ -4564,6 +4586,106 @@ class Pruning:
 
         repository.edit(self.experiment.id, change)
         repository.storage.delete([archive_key("checkpoints", item_id) for item_id in self.ids if item_id in noted])
+
+
+LEFTOVER_SECONDS = 3600.0  # an archive of no experiment is older: documents are written after their archives
+
+
+class Verification:
+    """Looks at everything that a repository holds, and notes what is wrong."""
+
+    def __init__(self, repository: Repository, fix: bool) -> None:
+        self.repository, self.fix = repository, fix
+        self.storage = repository.storage
+        self.faults: List[Tuple[str, str]] = []  # (key, what is wrong)
+        self.removed: List[str] = []             # keys
+
+    def fault(self, key: str, reason: str) -> None:
+        """Note what is wrong with an object."""
+        self.faults.append((key, reason))
+
+    def run(self) -> List[Tuple[str, str, Experiment]]:
+        """Look at all but the archives that belong to somebody, which are returned: (kind, ID, its experiment)."""
+        self._journals()
+        experiments = self.repository.experiments(self.fault)
+        present = {entry.name[:-5] for entry in self.storage.list(EXPERIMENTS)}
+        self._leftovers([archive_key("experiments", item_id) for item_id, entry in stored_archives(
+            self.storage, "experiments").items() if item_id not in present and self._is_old(entry, experiments)])
+        if len(experiments) == len(present):  # else the archive may belong to one that cannot be read
+            known = {checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints if not checkpoint.pruned}
+            self._leftovers([archive_key("checkpoints", item_id) for item_id, entry in stored_archives(
+                self.storage, "checkpoints").items() if item_id not in known and self._is_old(entry, experiments)])
+        self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
+                         if entry.name[:-5] not in present and not self.repository._is_recent(entry)])
+        return [place for experiment in experiments for place in archives_of(experiment)]
+
+    def _is_old(self, entry: Entry, experiments: Sequence[Experiment]) -> bool:
+        """Whether the document of an archive would be there if there were one, also if a running experiment could not
+        write it yet because of a full disk."""
+        running = self.repository.running()
+        since = [experiment.created.timestamp() for experiment in experiments if experiment.id in running]
+        return entry.modified < min([time.time() + self.storage.clock_skew - LEFTOVER_SECONDS, *since])
+
+    def _journals(self) -> None:
+        """Note or fold what killed processes left."""
+        if not isinstance(self.storage, DiskStorage):
+            return
+        if self.fix:
+            self.removed += [entry.key for entry, _ in self.storage.leftovers("tmp/")]
+            self.repository.fold_abandoned()
+        for entry, _ in self.storage.leftovers(JOURNALS):
+            self.fault(entry.key, "a killed run left it; with --fix it is folded into its experiment")
+        self._leftovers([entry.key for entry, _ in self.storage.leftovers("tmp/")])
+
+    def _leftovers(self, keys: Sequence[str]) -> None:
+        """Note or remove what belongs to nobody."""
+        if self.fix:
+            self.storage.delete(keys)
+            self.removed += keys
+        for key in () if self.fix else keys:
+            self.fault(key, "it belongs to nobody; --fix removes it")
+
+    def check_archives(self, places: Sequence[Tuple[str, str, Experiment]]) -> None:
+        """Read archives in full, and compare them with their checksums."""
+        def problem(place: Tuple[str, str, Experiment]) -> Optional[str]:
+            kind, item_id, experiment = place
+            try:
+                with reading_archive(self.repository, kind, item_id):
+                    archive = self.repository.archive(kind, item_id)
+                    found = archive.read_sums(item_id, progress.add)
+                    if archive.table and found != archive.sums(item_id):
+                        return "its files are not those of its table of contents"
+                    if archive.has_lost_table():
+                        return "its table of contents is damaged; its files are not"
+                    if kind == "experiments" and experiment.code not in (None, code_digest(found)):
+                        return "its files are not those that the experiment recorded"
+            except DoesNotExist:
+                is_wanted = place in self._places_now(experiment)
+                return "it is gone; it belongs to experiment %s" % experiment.short_id() if is_wanted else None
+            except ReadError as error:
+                cause = error.__cause__ or error
+                reason = short_reason(cause).rstrip(".").rpartition("decompressing data: ")[2]
+                return reason if isinstance(cause, (ReplicateError, EOFError)) else "it is damaged: " + reason
+            return None
+
+        with Progress("Verifying", 0) as progress:
+            for (kind, item_id, _), reason in zip(places, in_threads(problem, places)):
+                if reason:
+                    self.fault(archive_key(kind, item_id), reason)
+
+    def _places_now(self, experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
+        """archives_of() an experiment as it is now: it may have been removed or pruned."""
+        try:
+            now = Experiment(self.repository.load(experiment.id))
+        except DoesNotExist:
+            return []
+        return [(kind, item_id, experiment) for kind, item_id, _ in archives_of(now)]
+
+
+def archives_of(experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
+    """(kind, ID, the experiment) of each archive that an experiment should have."""
+    items = [("experiments", experiment), *[("checkpoints", checkpoint) for checkpoint in experiment.checkpoints]]
+    return [(kind, item.id, experiment) for kind, item in items if item.path]  # type: ignore[attr-defined]
 
 
 class RowCache:
@@ -7809,14 +7931,15 @@ def paint(text: str, style: str) -> str:
     return console.colored(text, style, sys.stdout)
 
 
-def opened_project(args: argparse.Namespace) -> Project:
+def opened_project(args: argparse.Namespace, fold: bool = True) -> Project:
     """The project that the flags name, after folding the journals of killed recorders. Raises ReadError."""
     project = Project(args.repository, args.project_directory)
     explicit = args.repository or os.environ.get("REPLICATE_REPOSITORY")
     storage = project.repository.storage
     if explicit and isinstance(storage, DiskStorage) and not os.path.isdir(storage.root):
         raise ReadError("There is no repository at %s: no such directory." % project.repository.url)
-    project.repository.fold_abandoned()
+    if fold:
+        project.repository.fold_abandoned()
     return project
 
 
@@ -8073,6 +8196,40 @@ def du_command(args: argparse.Namespace) -> int:
         console.info("%s more in %s of no experiment: '%s verify' names them" % (
             format_size(sum(usage.unowned)), plural(len(usage.unowned), "archive"), program_name()))
     return 0
+
+
+@command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: the whole repository)"),
+         option("--fix", action="store_true", help="Fold the journals of killed runs, and remove what belongs to nobody"),
+         JSON, usage="[ID...]", epilog="""\
+Is everything there, and undamaged?
+  replicate verify
+Read all of one experiment:
+  replicate verify a1b2c3d""")
+def verify_command(args: argparse.Namespace) -> int:
+    """Check that everything is there and undamaged
+
+    Reads every document and every archive, compares them with their checksums, and looks for what belongs to nobody.
+    Prints a line for each fault, and exits with 1 if there is one.
+    """
+    if args.fix and args.ids:
+        raise UsageError("--fix is about the whole repository, and cannot be used with IDs.")
+    repository = opened_project(args, fold=False).repository
+    verification = Verification(repository, args.fix)
+    if args.ids:
+        places = [place for experiment, checkpoint in repository.find_all(args.ids) for place in archives_of(experiment)
+                  if checkpoint is None or place[1] == checkpoint.id]
+    else:
+        places = verification.run()
+    verification.check_archives(places)
+    if args.json:
+        say_json([shown_json([{"key": key, "fault": reason} for key, reason in verification.faults]) + "\n"])
+    else:
+        say("".join("%s: %s\n" % (escape_control(key), escape_control(reason)) for key, reason in verification.faults))
+    if verification.removed:
+        console.info("Removed %s" % plural(len(verification.removed), "leftover"))
+    console.info("Verified %s: %s" % (plural(len(places), "archive"), plural(len(verification.faults), "fault")
+                                      if verification.faults else "no faults"))
+    return 1 if verification.faults else 0
 
 
 @command("prune", option("--keep-best", type=natural_number, default=1, metavar="N",

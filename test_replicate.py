@@ -2120,6 +2120,9 @@ class DiskPlace(Place):
         (Path(self.root) / key).parent.mkdir(parents=True, exist_ok=True)
         (Path(self.root) / key).write_bytes(data)
 
+    def remove(self, key):
+        (Path(self.root) / key).unlink()
+
     def create(self):
         Path(self.root).mkdir(exist_ok=True)
 
@@ -8277,6 +8280,101 @@ def test_du_and_prune(place, project, call, monkeypatch):
     with pytest.raises(replicate.DoesNotExist, match="were pruned"):
         again.checkpoints[0].open("model.bin")
     assert "were pruned" in call("diff", pruned[0], first.checkpoints[5].id)[2]
+
+
+def faults(call, *arguments):
+    """{key: fault} that `verify` prints."""
+    code, out, err = call("verify", *arguments)
+    found = dict(line.split(": ", 1) for line in out.split("\n")[:-1])
+    assert code == bool(found) and ("no faults" in err) == (not found)
+    return found
+
+
+def test_verify_finds_what_is_gone_damaged_or_belongs_to_nobody(place, project, call, monkeypatch):
+    monkeypatch.chdir(project)
+    first, second = run_with_files(project, LOSSES), run_with_files(project, LOSSES, keep_best=1)
+    assert faults(call) == {}
+    gone, torn, flipped, other, foreign = ["checkpoints/%s.tar.gz" % item.id for item in first.checkpoints[:5]]
+    place.remove(gone)
+    data = place.get(torn)
+    place.put(torn, data[:len(data) // 2])
+    data = place.get(flipped)
+    place.put(flipped, data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
+    place.put(other, archive_bytes(hex_id("ab"), {"model.bin": b"x"}))
+    place.put(foreign, archive_bytes(first.checkpoints[4].id, {"model.bin": b"as another program packs it"}))
+    code = "experiments/%s.tar.gz" % first.id
+    place.put(code, archive_bytes(first.id, {"train.py": b"changed"}))
+    document, beat = "metadata/experiments/%s.json" % hex_id("dd"), "metadata/heartbeats/%s.json" % hex_id("dd")
+    stray = ["checkpoints/%s.tar.gz" % hex_id("ff"), "experiments/%s.tar.gz" % hex_id("fe")]
+    for key in stray:
+        place.put(key, b"1234567")
+    found = faults(call)
+    assert found.pop(gone) == "it is gone; it belongs to experiment %s" % first.short_id()
+    assert "cut off" in found.pop(torn) and "damaged" in found.pop(flipped) and "not below the folder" in found.pop(other)
+    assert found.pop(code) == "its files are not those that the experiment recorded"
+    assert found == {}  # what may become somebody's yet is none
+    assert set(faults(call, second.id)) == set() and set(faults(call, first.checkpoints[0].id)) == {gone}
+    assert set(faults(call, first.id)) == {gone, torn, flipped, other, code}
+
+    monkeypatch.setattr(replicate, "LEFTOVER_SECONDS", -60)
+    monkeypatch.setattr(replicate, "HEARTBEAT_TIMEOUT", -60)
+    place.put(beat, json.dumps({"experiment_id": hex_id("dd"), "last_heartbeat": "2006-01-02T14:54:05Z"}).encode())
+    leftovers = {*stray, beat} - ({beat} if place.url.startswith("file") else set())  # there every command removes it
+    assert {key for key, fault in faults(call).items() if "belongs to nobody" in fault} >= leftovers
+    place.put(document, b"{")
+    found = faults(call)
+    assert "not valid JSON" in found[document] and stray[0] not in found and stray[1] in found  # the first may belong to it
+    place.remove(document)
+    assert set(faults(call, "--fix")) == {gone, torn, flipped, other, code}
+    assert not {*stray, beat} & set(place.keys())
+    assert [item["key"] for item in json.loads(call("verify", "--json")[1])] == [code, gone, torn, flipped, other]
+
+
+def test_verify_leaves_what_a_run_is_about_to_record(project, call, monkeypatch, training):
+    monkeypatch.setattr(replicate, "LEFTOVER_SECONDS", -60)
+    script = training("experiment = replicate.init(quiet=True)\nsave(0)\nwait(experiment.id)")
+    experiment_id = script.expect("")
+    write_archive(project / "repo/checkpoints" / (hex_id("ff") + ".tar.gz"), hex_id("ff"), {"model": b"not in the journal yet"})
+    assert faults(call, "--fix") == {} and (project / "repo/checkpoints" / (hex_id("ff") + ".tar.gz")).exists()
+    assert call("ls", "-q")[1] == experiment_id + "\n"
+
+
+def test_verify_folds_journals_only_with_fix(project, call, training):
+    script = training("""
+        replicate.FOLD_INTERVAL = replicate.MAX_FOLD_INTERVAL = 1000
+        experiment = replicate.init(quiet=True)
+        save(0)
+        time.sleep(0.5)
+        save(1)
+        wait(experiment.id)
+        """)
+    script.expect("")
+    script.kill()
+    (project / "repo/tmp").mkdir(exist_ok=True)
+    (project / "repo/tmp/x.part").write_bytes(b"x" * 100)
+    before = snapshot(project / "repo")
+    found = faults(call)
+    assert any(key.startswith("journals/") for key in found) and "belongs to nobody" in found["tmp/x.part"]
+    assert snapshot(project / "repo") == before
+    assert faults(call, "--fix") == {}
+    assert [item["step"] for document in stored_documents(project / "repo") for item in document["checkpoints"]] == [0, 1]
+    assert not list((project / "repo/journals").iterdir()) and not (project / "repo/tmp/x.part").exists()
+
+
+def test_verify_reads_every_bit(project, call, monkeypatch):
+    """No flipped bit of an archive goes unnoticed, but for those that say nothing: times, names and flags of gzip headers."""
+    monkeypatch.chdir(project)
+    experiment = run_with_files(project, [1.0])
+    path = project / "repo/checkpoints" / (experiment.checkpoints[0].id + ".tar.gz")
+    data = path.read_bytes()
+    missed = []
+    for position in range(0, len(data), 41):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1:])
+        if not faults(call, experiment.id):
+            missed.append(position)
+    unread = len(data) - replicate.FOOTER_BYTES  # where the last member starts, whose header does not count itself
+    assert [position for position in missed if 10 < position < table_start(data) - 60 or
+            table_start(data) + 10 <= position < unread] == []
 
 
 def test_an_interrupted_pruning_is_finished_by_the_next(project, call, monkeypatch):
