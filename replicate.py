@@ -1827,6 +1827,7 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
 
     Raises RepositoryConfigurationError, ConfigNotFound (no such directory).
     """
+    directory = directory or os.environ.get("REPLICATE_PROJECT_DIRECTORY") or None
     if directory is not None and not os.path.isdir(directory):
         raise ConfigNotFound("There is no directory %s." % directory)
     start = os.path.abspath(directory or os.getcwd())
@@ -5281,6 +5282,12 @@ def typed_path(path: str) -> str:
     return name if os.path.isabs(path) and shutil.which(name) == path else inner_path(path, START_DIRECTORY)
 
 
+def is_this_python(program: str) -> bool:
+    """Whether that command starts the Python, with the packages, that runs this file."""
+    path = shutil.which(program) or ""
+    return os.path.dirname(path) == os.path.dirname(sys.executable) and os.path.basename(path).startswith("python")
+
+
 def distributions() -> Dict[str, Tuple[str, str]]:
     """(version, metadata folder) of every distribution on the module path by its normalized name, sorted."""
     found: Dict[str, Tuple[str, str]] = {}
@@ -5463,6 +5470,17 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
     return dict(outcome, error=re.sub(SECRET_SHAPES, "***", text)[:MAX_ERROR_CHARACTERS])
 
 
+def ending_of_program(status: int) -> Dict[str, str]:
+    """The outcome of a program by its exit code, or minus the number of the signal that ended it, as subprocess has it."""
+    if status >= 0 or -status in (signal.SIGINT, signal.SIGTERM):
+        return ending(SystemExit(status if status >= 0 else 128 - status))
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "signal %d" % -status
+    return dict(ending(), status="failed", error="ended by " + name)
+
+
 def user_name() -> Optional[str]:
     """The login name, from the environment or the password database."""
     import getpass
@@ -5526,14 +5544,22 @@ def check_same_params(experiment: Experiment, given: Dict[str, Any]) -> None:
                 name, format_value(value), experiment.short_id(), was))
 
 
-def new_document(location: Location, path: Optional[str], params: Dict[str, Any], heartbeat: bool) -> Dict[str, Any]:
-    """The document of an experiment that starts now; without heartbeats nothing could tell a lost run from a live one."""
+def new_document(location: Location, path: Optional[str], params: Dict[str, Any], heartbeat: bool,
+                 program: Sequence[str] = ()) -> Dict[str, Any]:
+    """The document of an experiment that starts now; without heartbeats nothing could tell a lost run from a live one.
+
+    program: another one than this process, which is to be recorded.
+    """
     document = {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
             "config": {"repository": location.url, "storage": ""},
             "command": masked_command(program_arguments(location.directory)),
             "full_command": rerun_command(location.directory), "path": path,
             "python_version": platform.python_version(), "python_packages": installed_packages(),
             "replicate_version": __version__, "checkpoints": []}
+    if program:
+        document["command"] = masked_command(program)
+    if program and not is_this_python(program[0]):
+        document.update(python_version=None, python_packages={})
     job = current_job()
     document.update({"job": job} if job else {}, **({"outcome": opening()} if heartbeat else {}))
     return document
@@ -6026,6 +6052,11 @@ class Worker:
             console.warning("Interrupted.")
 
 
+ROLES = ("script", "runner", "guest")
+"""A process records what it does itself; or a program that it has started (`replicate run`); or adds to the experiment
+that a runner records (`replicate checkpoint`), which ends when the program does."""
+
+
 class Recorder:
     """Records one experiment of this process into a repository on disk: the user's own, or the pending area.
 
@@ -6037,13 +6068,14 @@ class Recorder:
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True,
                  remote: Optional[Repository] = None, prepared: bool = True, lock: Optional[FileLock] = None,
-                 keep: Optional[Tuple[int, int]] = None) -> None:
+                 keep: Optional[Tuple[int, int]] = None, role: str = "script") -> None:
         self.repository = repository
         self.target = remote or repository
         self.storage: DiskStorage = repository.storage  # type: ignore[assignment]
         self.experiment = experiment
         self.directory = directory
         self.heartbeat = heartbeat
+        self.role = role                              # of this process: see ROLES
         self.keep = keep                              # the files of how many of the best and latest checkpoints
         self.pruned: Set[str] = set()                 # the IDs of those whose files were not kept
         self.pid = os.getpid()
@@ -6190,8 +6222,9 @@ class Recorder:
             exit_calls.ignore()
         for saving in self._saving:
             saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        self.experiment._document["outcome"] = outcome
-        self.fold({"imported_packages": imported_packages(), "outcome": outcome})
+        final = {"outcome": outcome} if self.role in ("script", "runner") else {}
+        self.experiment._document.update(final)
+        self.fold(dict(final, imported_packages=imported_packages()) if self.role == "script" else final)
         if self.document.unwritten:
             console.error("%s of experiment %s could not be written, and will be lost." % (
                 plural(len(self.document.unwritten), "checkpoint"), self.experiment.short_id()))
@@ -6755,10 +6788,10 @@ class Project:
         return pending_repository(self.directory, self._location.url or "")
 
     def create(self, path: Optional[str], params: Any, heartbeat: bool, quiet: bool,
-               keep: Optional[Tuple[int, int]] = None, **labels: Any) -> Experiment:
+               keep: Optional[Tuple[int, int]] = None, program: Sequence[str] = (), **labels: Any) -> Experiment:
         """Create and start an experiment. Raises ArgumentError, and what makes a repository useless.
 
-        keep: see checked_keep(); labels: see checked_labels().
+        keep: see checked_keep(); program: another one that is to be recorded; labels: see checked_labels().
         """
         location = self._location
         unknown: List[str] = []
@@ -6780,8 +6813,8 @@ class Project:
             self._found = location
         repository = self._repository = self._open()
         prepared = prepare_in_time(repository)
-        experiment = Experiment(new_document(location, saved, values, heartbeat), self)
-        recorder = self._recorder(repository, experiment, heartbeat, prepared, keep)
+        experiment = Experiment(new_document(location, saved, values, heartbeat, program), self)
+        recorder = self._recorder(repository, experiment, heartbeat, prepared, keep, "runner" if program else "script")
         try:
             large = False
             if saved:
@@ -6803,15 +6836,16 @@ class Project:
         return experiment
 
     def _recorder(self, repository: Repository, experiment: Experiment, heartbeat: bool, prepared: bool,
-                  keep: Optional[Tuple[int, int]]) -> Recorder:
+                  keep: Optional[Tuple[int, int]], role: str = "script") -> Recorder:
         """A recorder into the repository, through the pending area where it is a bucket. Raises WriteError."""
         if repository.storage.has_journals:
-            recorder = Recorder(repository, experiment, self.directory, heartbeat, keep=keep)
+            recorder = Recorder(repository, experiment, self.directory, heartbeat, keep=keep, role=role)
         else:
             import copy
             repository.pending, lock = own_pending_area(self.pending(), experiment.id)
             remote = Repository(repository.url, copy.copy(repository.storage))  # stopping sets its deadline
-            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock, keep)
+            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock, keep,
+                                role)
         self._recorders[experiment.id] = recorder
         return recorder
 
@@ -6855,7 +6889,7 @@ class Project:
             return active
 
     def _resumed(self, repository: Repository, experiment: Experiment, heartbeat: bool, alone: bool,
-                 keep: Optional[Tuple[int, int]]) -> Recorder:
+                 keep: Optional[Tuple[int, int]], role: str = "script") -> Recorder:
         """A recorder that goes on with an experiment; alone: raises ReplicateError if another process records it."""
         sent = {}
         try:
@@ -6867,7 +6901,7 @@ class Project:
             if repository.pending is None:
                 raise
             document = repository.pending.load(experiment.id)
-        recorder = self._recorder(repository, experiment, heartbeat, True, keep)
+        recorder = self._recorder(repository, experiment, heartbeat, True, keep, role)
         if alone and not (self._claim_in_bucket(recorder) if recorder.worker.remote else recorder.claim()):
             recorder.worker.release()
             del self._recorders[experiment.id]
@@ -6880,6 +6914,22 @@ class Project:
             experiment._document["outcome"] = opening()
             recorder.fold({"outcome": experiment._document["outcome"]})
         return recorder
+
+    def add_checkpoint(self, experiment_id: str, path: Optional[str], step: Optional[int], metrics: Dict[str, Any],
+                       primary_metric: Optional[Tuple[str, str]], quiet: bool) -> Checkpoint:
+        """Add a checkpoint to an experiment that another process records. Raises DoesNotExist, Unreachable, ReadError."""
+        repository = self._open()
+        try:
+            document = repository.load(experiment_id)
+        except (DoesNotExist, Unreachable):  # what the other process has not uploaded yet
+            if repository.pending is None:
+                raise
+            document = repository.pending.load(experiment_id)
+        experiment = Experiment(document, self)
+        recorder = self._resumed(repository, experiment, False, alone=False, keep=None, role="guest")
+        checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
+        stop_all(None, [recorder])
+        return checkpoint or unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
     def _claim_in_bucket(self, recorder: Recorder) -> bool:
         """Open the outcome in the bucket's document; False if a process, here or elsewhere, has just done that."""
@@ -6976,6 +7026,10 @@ class Project:
                 _stopped_in_flight.append((recorder, type(flying), id(flying)))
         else:
             self.repository.storage.delete([heartbeat_key(experiment.id)])
+
+    def end(self, experiment: Experiment, outcome: Dict[str, str]) -> None:
+        """Stop recording a program that has ended so."""
+        stop_all(None, [self._recorders[experiment.id]], outcome)
 
     def refresh(self, experiment: Experiment) -> None:
         """See Experiment.refresh."""
@@ -8329,6 +8383,176 @@ def tag_command(args: argparse.Namespace) -> int:
     return 0
 
 
+# -- programs in any language
+
+class Program:
+    """Another program on our terminal. It gets the signals by which schedulers warn and end a job; Ctrl-C it gets itself."""
+
+    SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+    def __init__(self, words: Sequence[str], directory: str, environment: Dict[str, str]) -> None:
+        self._words, self._directory, self._environment = words, directory, environment
+        self._process: Any = None
+        self._waiting: List[int] = []  # signals before it had started
+
+    def run(self) -> int:
+        """Its exit code, or minus the number of the signal that ended it. Raises ReplicateError where it cannot start."""
+        import subprocess
+        handlers = {getattr(signal, name): self._pass_on for name in self.SIGNALS if hasattr(signal, name)}
+        handlers = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+        handlers[signal.SIGINT] = lambda number, frame: None
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            self._process = subprocess.Popen(self._words, cwd=self._directory, env=self._environment)
+            for number in self._waiting:
+                self._process.send_signal(number)
+            return self._process.wait()
+        except (OSError, ValueError) as error:
+            raise ReplicateError("%s cannot be run: %s." % (self._words[0], short_reason(error))) from error
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        if self._process is None:
+            self._waiting.append(number)
+        else:
+            self._process.send_signal(number)
+
+
+def read_pair(text: str) -> Tuple[str, Any]:
+    """The type of an option: name=value."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError("%r is not of the form name=value" % text)
+    return name, read_value(value) if value else value
+
+
+def read_primary(text: str) -> Tuple[str, str]:
+    """The type of an option: metric:goal."""
+    name, _, goal = text.rpartition(":")
+    if not name or goal not in ("minimize", "maximize"):
+        raise argparse.ArgumentTypeError("%r is not of the form loss:minimize or accuracy:maximize" % text)
+    return name, goal
+
+
+@command("run", option("--param", action="append", default=[], type=read_pair, metavar="NAME=VALUE", help="A hyperparameter, repeatable"),
+         option("--path", help="The file or directory of code to save (default: none)"),
+         option("--name", help="A name for the experiment"),
+         option("--tag", action="append", default=[], help="A tag, repeatable"),
+         option("words", nargs="*", metavar="command", help="The program and its arguments, behind --"),
+         usage="[--param NAME=VALUE...] [--path PATH] -- <command>", epilog="""\
+Record a program in any language, and the code in this folder:
+  replicate run --param lr=0.1 --path . -- ./train.sh 0.1
+In it, record weights and metrics of each epoch:
+  replicate checkpoint --path model.bin --step 1 --metric loss=0.25 --primary loss:minimize""")
+def run_command(args: argparse.Namespace) -> int:
+    """Run a program and record it as an experiment
+
+    The experiment ends when the program does, and its status is that of the exit code, which is also ours. The program
+    adds to it with `replicate checkpoint`.
+    """
+    if args.words or not args.program:
+        raise UsageError("Which program? Write it behind --, as in: replicate run --param lr=0.1 -- ./train.sh")
+    if shutil.which(args.program[0]) is None:
+        raise ReplicateError("There is no program %s." % args.program[0])
+    if is_secondary_process():
+        return exit_status(Program(args.program, os.getcwd(), dict(os.environ)).run())
+    project = Project(args.repository, args.project_directory)
+    experiment = project.create(args.path and os.path.abspath(args.path), dict(args.param), True, False,
+                                program=args.program, name=args.name, tags=args.tag)
+    environment = dict(os.environ, REPLICATE_EXPERIMENT=experiment.id, REPLICATE_REPOSITORY=project.repository.url,
+                       REPLICATE_PROJECT_DIRECTORY=project.directory)
+    outcome = dict(ending(), status="failed", error="it could not be started")
+    try:
+        status = Program(args.program, os.getcwd(), environment).run()
+        outcome = ending_of_program(status)
+    finally:
+        project.end(experiment, outcome)
+    return exit_status(status)
+
+
+def exit_status(status: int) -> int:
+    """What a shell calls the exit code of a program that subprocess says this of."""
+    return status if status >= 0 else 128 - status
+
+
+@command("checkpoint", option("--path", help="The file or directory to save (default: none)"),
+         option("--step", type=natural_number, metavar="N", help="How far training has come (default: one more than before)"),
+         option("--metric", action="append", default=[], type=read_pair, metavar="NAME=VALUE", help="A metric, repeatable"),
+         option("--primary", type=read_primary, metavar="NAME:GOAL", help="The metric by which checkpoints are compared, and its "
+                "goal: minimize or maximize"),
+         option("-q", "--quiet", action="store_true", help="Print nothing but errors"),
+         usage="[--path PATH] [--step N] [--metric NAME=VALUE...] [--primary NAME:GOAL]", epilog="""\
+In a program that `replicate run` has started:
+  replicate checkpoint --path model.bin --step 1 --metric loss=0.25 --primary loss:minimize""")
+def checkpoint_command(args: argparse.Namespace) -> int:
+    """Add a checkpoint to the experiment that 'replicate run' records"""
+    if is_secondary_process():
+        return 0
+    experiment_id = os.environ.get("REPLICATE_EXPERIMENT", "")
+    if not is_id(experiment_id):
+        raise ReplicateError("There is no experiment to add to: REPLICATE_EXPERIMENT is not set. Start the program with "
+                             "'%s run -- COMMAND'." % program_name())
+    project = Project(args.repository, args.project_directory)
+    path = args.path and os.path.abspath(args.path)
+    checkpoint = project.add_checkpoint(experiment_id, path, args.step, dict(args.metric), args.primary, args.quiet)
+    is_whole = (checkpoint.path or not path) and checkpoint.metrics.keys() == dict(args.metric).keys()
+    return 0 if is_whole else 1
+
+
+@command("rerun", ID, option("-o", "--output-directory", metavar="DIRECTORY", help="The folder to create (default: rerun-<ID>)"),
+         usage="<experiment or checkpoint ID>", epilog="""\
+Run an experiment again, with the code that it had:
+  replicate rerun a1b2c3d""")
+def rerun_experiment(args: argparse.Namespace) -> int:
+    """Check out the code of an experiment into a new folder, and run its command there
+
+    The code is somebody else's if the repository is: look at it first. The new run is recorded in the same repository.
+    With the ID of a checkpoint, its files are checked out as well.
+    """
+    project = opened_project(args)
+    experiment, checkpoint = project.repository.find(args.id)
+    directory = args.output_directory or new_directory("rerun-" + experiment.short_id())
+    place, words = words_to_rerun(experiment)
+    if os.path.lexists(directory):
+        raise ReplicateError("%s is already there. Name a new folder with -o." % directory)
+    project.checkout(experiment, checkpoint, directory)
+    copy = os.path.join(directory, "replicate.py")
+    if program_name() != "replicate" and not os.path.lexists(copy):
+        shutil.copyfile(os.path.abspath(__file__), copy)
+    environment = {name: value for name, value in os.environ.items() if name != "REPLICATE_EXPERIMENT"}
+    environment.update(REPLICATE_REPOSITORY=project.repository.url, REPLICATE_PROJECT_DIRECTORY=os.path.abspath(directory),
+                       REPLICATE_JOB="rerun-%s-%s" % (experiment.short_id(), os.urandom(4).hex()))  # so that none is resumed
+    console.info("Running in %s:\n  %s" % (directory, " ".join(map(shlex.quote, words))))
+    return exit_status(Program(words, os.path.join(directory, place), environment).run())
+
+
+def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
+    """(the folder in the project, the words) of an experiment's command. Raises ReplicateError where it cannot be run again."""
+    def refuse(reason: str) -> NoReturn:
+        raise ReplicateError("Experiment %s cannot be run again: %s." % (experiment.short_id(), reason))
+
+    if not experiment.path:
+        refuse("it saved no code. Pass path to init() to save it")
+    try:
+        words = shlex.split(experiment.full_command or "")
+    except ValueError:
+        words = []
+    place = "."
+    if words[:1] == ["cd"] and words[2:3] == ["&&"]:
+        place, words = words[1], words[3:]
+    if not words:
+        refuse("its command is not known")
+    if any("***" in word for word in words):
+        refuse("its command holds a secret that was not recorded. Check it out and run it yourself: %s" % experiment.full_command)
+    if os.path.isabs(place) or os.pardir in place.split("/"):
+        refuse("it ran in %s, outside the project directory" % place)
+    if words[0].endswith(".py"):  # as the peer records it
+        words.insert(0, sys.executable)
+    return place, words
+
+
 @command("push", option("ids", nargs="*", metavar="ID", help="Experiments to copy (default: all); only with --from"),
          option("--from", dest="source", metavar="URL", help="Copy experiments from this repository"),
          usage="[ID...]")
@@ -8441,7 +8665,7 @@ def demo_command(args: argparse.Namespace) -> int:
         raise WriteError("The demo cannot be created in %s: %s." % (directory, short_reason(error))) from error
     os.makedirs(os.path.join(directory, DEFAULT_STORAGE))
     environment = {name: value for name, value in os.environ.items()
-                   if name not in RANK_VARIABLES + ("REPLICATE_REPOSITORY", "PYTHONPATH")}
+                   if name not in RANK_VARIABLES + ("REPLICATE_REPOSITORY", "REPLICATE_PROJECT_DIRECTORY", "PYTHONPATH")}
     for arguments in DEMO_RUNS:
         console.info("python train.py %s" % " ".join(arguments))
         run = subprocess.run([sys.executable, "train.py", *arguments], cwd=directory, env=environment)
@@ -8688,16 +8912,21 @@ def find_command(name: str) -> Command:
 def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     """The command and its arguments. Raises UsageError."""
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
-    args = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate").parse_args(explicit_color(argv))
-    chosen, rest = find_command(args.command or "help"), args.rest
-    if chosen is COMMANDS["tag"]:
-        rest = removals_last(rest)
+    parser = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate")
+    line = explicit_color(argv)
+    args = parser.parse_args(line)
+    chosen, program = find_command(args.command or "help"), []
+    if chosen is COMMANDS["run"] and "--" in line:
+        program = line[line.index("--") + 1:]
+        args = parser.parse_args(line[:line.index("--")])
+    rest = removals_last(args.rest) if chosen is COMMANDS["tag"] else args.rest
     del args.command, args.rest
     try:
         args = command_parser(chosen).parse_intermixed_args(rest, args)
     except UsageError:
         if not args.help:  # --help is parsed before a missing argument is noticed
             raise
+    args.program = program
     if args.help and chosen.name != "help":
         return COMMANDS["help"], argparse.Namespace(**dict(vars(args), command=chosen.name))
     return chosen, args

@@ -8441,6 +8441,166 @@ def test_keeping_no_number_of_checkpoints_is_an_error(project, wrong):
         replicate.init(**wrong)
 
 
+TRAIN = """\
+#!/bin/sh
+# usage: train.sh RATE [CODE], which records three checkpoints
+echo "training with $1"
+mkdir -p deep && cd deep
+for step in 0 1 2; do
+    echo "weights $step" > model.bin
+    "$PYTHON" "$PROGRAM" checkpoint --path model.bin --step $((10 * step)) --metric "loss=0.$((5 - step))" --metric lr=$1 \\
+        --primary loss:minimize || exit 70
+done
+exit ${2:-0}
+"""
+
+
+@pytest.fixture
+def shell_script(project, monkeypatch):
+    """train.sh in the project, a program that is not Python."""
+    (project / "train.sh").write_text(TRAIN)
+    (project / "train.sh").chmod(0o755)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("PROGRAM", str(PROGRAM))
+    return project
+
+
+def test_a_program_in_any_language_is_recorded_and_run_again(place, shell_script):
+    done = run("run", "--param", "lr=0.5", "--param", "net.depth=3", "--path", "train.sh", "--name", "shell", "--tag", "sh", "--",
+               "./train.sh", "0.5")
+    assert (done.returncode, done.stdout) == (0, "training with 0.5\n"), done.stderr
+    (document,) = place.documents()
+    assert document["params"] == {"lr": 0.5, "net.depth": 3} and document["command"] == "./train.sh 0.5"
+    assert document["outcome"]["status"] == "completed" and document["path"] == "train.sh" and document["name"] == "shell"
+    assert document["python_packages"] == {} and document["tags"] == ["sh"]
+    assert [(item["step"], item["path"], item["metrics"]) for item in document["checkpoints"]] == [
+        (10 * step, "deep/model.bin", {"loss": (5 - step) / 10, "lr": 0.5}) for step in range(3)]
+    best = document["checkpoints"][2]
+    assert best["primary_metric"] == {"name": "loss", "goal": "minimize"}
+    assert place.files("checkpoints", best["id"]) == {"deep/model.bin": b"weights 2\n"}
+    assert not [key for key in place.keys() if key.startswith(("metadata/heartbeats/", "tmp/", "journals/"))]
+    assert not list(shell_script.glob(".replicate/pending/*/metadata/experiments/*"))
+
+    again = run("rerun", "shell", "-o", "again")
+    assert (again.returncode, again.stdout) == (0, "training with 0.5\n"), again.stderr
+    assert "run --param lr=0.5" in again.stderr and (shell_script / "again/deep/model.bin").exists()
+    one, other = sorted(place.documents(), key=lambda item: item["created"])
+    assert one["id"] == document["id"] and other["code"] == one["code"] and other["params"] == one["params"]
+    assert [item["metrics"] for item in other["checkpoints"]] == [item["metrics"] for item in one["checkpoints"]]
+    assert run("verify").returncode == 0
+
+
+@pytest.mark.parametrize("program, code, status, error", [
+    (["./train.sh", "1", "3"], 3, "failed", "exit code 3"), (["sh", "-c", "kill -9 $$"], 137, "failed", "ended by SIGKILL"),
+    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "exit 130"], 130, "interrupted", None)], ids=lambda x: str(x)[:9])
+def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, code, status, error):
+    assert run("run", "--", *program).returncode == code
+    (document,) = stored_documents(shell_script / "repo")
+    assert document["outcome"]["status"] == status and document["outcome"].get("error") == error
+    assert call("ls", "--columns", "status", "--csv")[1] == "status\n%s\n" % status
+
+
+PATIENT = "import signal, sys, time; signal.signal({0}, lambda *_: sys.exit(5)); print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_signals_of_a_scheduler_reach_the_program(project, number):
+    runner = subprocess.Popen([sys.executable, PROGRAM, "run", "--", sys.executable, "-c", PATIENT.format(int(number))],
+                              stdout=subprocess.PIPE)
+    assert runner.stdout.readline() == b"ready\n"
+    runner.send_signal(number)
+    assert runner.wait(30) == 5
+    runner.stdout.close()
+    assert stored_documents(project / "repo")[0]["outcome"]["error"] == "exit code 5"
+
+
+def test_ctrl_c_ends_a_program_and_its_run(project):
+    terminal = Terminal("run", "--", "sh", "-c", "echo ready; exec sleep 60").expect("ready").interrupt()
+    assert terminal.wait() == 130
+    assert stored_documents(project / "repo")[0]["outcome"]["status"] == "interrupted"
+
+
+def test_a_program_of_this_python_has_its_packages(project):
+    assert run("run", "--", sys.executable, "-c", "pass").returncode == 0
+    (document,) = stored_documents(project / "repo")
+    assert "pytest" in document["python_packages"] and document["python_version"].startswith("3.")
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["run"], 2, "behind --"), (["run", "train.sh"], 2, "behind --"), (["run", "--"], 2, "behind --"),
+    (["run", "--", "no-such-program"], 1, "no program no-such-program"), (["run", "--param", "x", "--", "true"], 2, "name=value"),
+    (["run", "--path", "missing", "--", "true"], 1, "does not exist"), (["checkpoint"], 1, "REPLICATE_EXPERIMENT is not set"),
+    (["checkpoint", "--metric", "=1"], 2, "name=value"), (["checkpoint", "--primary", "loss"], 2, "loss:minimize"),
+    (["checkpoint", "--step", "-1"], 2, "--step"), (["rerun", "abc"], 1, "not found")])
+def test_programs_that_cannot_be_recorded(project, call, arguments, code, words):
+    result, out, err = call(*arguments)
+    assert result == code and words in err and not out and not (project / "repo/metadata").exists()
+
+
+def test_a_program_that_cannot_start_has_failed(project, call):
+    (project / "program").write_text("#!/nonsense/interpreter\n")
+    (project / "program").chmod(0o755)
+    code, out, err = call("run", "--", "./program")
+    assert code == 1 and "./program cannot be run" in err
+    assert stored_documents(project / "repo")[0]["outcome"]["error"] == "it could not be started"
+
+
+def test_what_is_wrong_with_a_checkpoint_of_a_program_is_its_exit_code(project, shell_script):
+    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --path missing --metric loss=1; test $? = 1 && '
+               '"$PYTHON" "$PROGRAM" checkpoint -q --metric loss=nan')
+    assert done.returncode == 0 and "does not exist" in done.stderr
+    (document,) = stored_documents(project / "repo")
+    assert [(item["step"], item["metrics"]) for item in document["checkpoints"]] == [(0, {"loss": 1}), (1, {"loss": "[NaN]"})]
+
+
+def test_ranks_above_0_run_the_program_and_record_nothing(shell_script):
+    done = run("run", "--", "./train.sh", "1", env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert (done.returncode, done.stdout) == (0, "training with 1\n") and not (shell_script / "repo").exists()
+
+
+def test_a_program_goes_on_while_its_bucket_is_away(bucket, shell_script):
+    bucket.create()
+    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --metric loss=1; echo ready; read line; '
+               '"$PYTHON" "$PROGRAM" checkpoint --metric loss=2', input="go\n")
+    assert done.returncode == 0 and bucket.steps() == [0, 1]
+    bucket.proxy.down()
+    (shell_script / "model.bin").write_bytes(b"step 7")
+    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --path model.bin --step 7')
+    assert done.returncode == 0 and "safe in" in done.stderr
+    bucket.proxy.up()
+    assert run("push").returncode == 0 and bucket.steps() == [0, 1, 7]
+
+
+def test_a_script_is_run_again_with_its_code_and_resumes_nothing(project, training):
+    (project / "src").mkdir()
+    (project / "src/train.py").write_text(
+        "import sys, replicate\nexperiment = replicate.init(path='.', params={'rate': sys.argv[1]}, resume='auto')\n"
+        "experiment.checkpoint(metrics={'loss': 1})\nsys.exit(int(sys.argv[2]))\n")
+    done = subprocess.run([sys.executable, "train.py", "a b", "3"], cwd=project / "src", env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    (document,) = stored_documents(project / "repo")
+    assert done.returncode == 3 and document["full_command"].startswith("cd src && ")
+    (project / "src/train.py").write_text("raise SystemExit('changed since')\n")
+    done = run("rerun", document["id"][:9])
+    assert done.returncode == 3, done.stderr
+    folder = project / ("rerun-" + document["id"][:7])
+    assert (folder / "src/train.py").exists() and "train.py 'a b' 3" in done.stderr
+    one, other = sorted(stored_documents(project / "repo"), key=lambda item: item["created"])
+    assert other["params"] == one["params"] == {"rate": "a b"} and len(other["checkpoints"]) == len(one["checkpoints"]) == 1
+    assert run("rerun", document["id"], "-o", folder).returncode == 1  # it is there
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"path": None}, "saved no code"), ({"full_command": "python train.py --token ***"}, "secret"), ({"full_command": "", "command": ""}, "not known"),
+    ({"full_command": "cd /etc && python train.py"}, "outside the project"), ({"full_command": "cd ../x && python t.py"}, "outside the project"),
+    ({"full_command": "python 'unclosed"}, "not known")])
+def test_what_cannot_be_run_again(project, call, fields, words):
+    write_repository(project / "repo", experiment_document(A, **dict({"path": "train.py", "full_command": "python train.py"}, **fields)))
+    write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"train.py": b"print(1)"})
+    before = snapshot(project)
+    code, out, err = call("rerun", A)
+    assert code == 1 and words in err and snapshot(project) == before
+
+
 @pytest.mark.parametrize("arguments", [
     ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
     ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff"], ["diff", "a", "b", "c", "--code"], ["diff", "a", "b", "--path", "x"],
