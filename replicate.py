@@ -8857,6 +8857,97 @@ def feedback_command(args: argparse.Namespace) -> int:
     return 0
 
 
+# -- completion
+
+COMPLETION = {"bash": """\
+_replicate() {
+    local IFS=$'\\n'
+    COMPREPLY=($(%(program)s --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _replicate replicate replicate.py
+""", "zsh": """\
+#compdef replicate replicate.py
+_replicate() {
+    local -a found
+    found=(${(f)"$(%(program)s --complete "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( $#found )); then compadd -a found; else _files; fi
+}
+compdef _replicate replicate replicate.py
+""", "fish": """\
+function __replicate_complete
+    set -l words (commandline -opc)
+    set -l current (commandline -ct)
+    %(program)s --complete $words[2..-1] "$current" 2>/dev/null
+end
+complete -c replicate -a '(__replicate_complete)'
+complete -c replicate.py -a '(__replicate_complete)'
+"""}
+
+
+@command("completion", option("shell", choices=sorted(COMPLETION), metavar="bash|zsh|fish", help="Your shell"),
+         usage="<bash|zsh|fish>", epilog="""\
+Complete commands, flags, IDs and names in this shell; put the line into ~/.bashrc or ~/.zshrc for all of them:
+  source <(replicate completion bash)
+  source <(replicate completion zsh)
+In fish:
+  replicate completion fish > ~/.config/fish/completions/replicate.fish""")
+def completion_command(args: argparse.Namespace) -> int:
+    """Print a script that completes commands, flags, IDs and names in your shell"""
+    program = "replicate"
+    if program_name() != program:  # Python keeps compiled what is imported, and completion has to be quick
+        start = "import sys; sys.path[0] = %r; import replicate; sys.exit(replicate.main())"
+        program = "%s -c %s" % (shlex.quote(sys.executable), shlex.quote(start % os.path.dirname(os.path.abspath(__file__))))
+    say(COMPLETION[args.shell] % {"program": program})
+    return 0
+
+
+def completions(words: Sequence[str]) -> List[str]:
+    """What the last of the words typed so far may become. A shell takes the answer as it is, so that of what comes from a
+    repository only plain words are offered.
+    """
+    *before, current = words or [""]
+    takes_value = {name for names, settings in GLOBAL_OPTIONS if "action" not in settings for name in names}
+    position = next((number for number, word in enumerate(before)
+                     if word[:1] != "-" and not (number and before[number - 1] in takes_value)), None)
+    chosen = None if position is None else find_command(before[position])
+    options = [*(chosen.options if chosen else ()), *GLOBAL_OPTIONS]
+    if chosen is COMMANDS["run"] and "--" in before:
+        return []
+    previous = [settings for names, settings in options if before and before[-1] in names and names[0][0] == "-"
+                and settings.get("action", "append") == "append"]
+    if previous:
+        found = list(previous[0].get("choices", ()))
+        if previous[0].get("metavar") == "KEY":
+            found = sorted(known_names(rows_to_complete(before)))
+    elif current[:1] == "-":
+        found = [name for names, _ in options for name in names if name[0] == "-"]
+    elif chosen is None or chosen.name == "help":
+        found = list(COMMANDS)
+    else:
+        found = [choice for names, settings in chosen.options if names[0][0] != "-" for choice in settings.get("choices", ())]
+        if ID in chosen.options or any(names[0] in ("id", "ids") for names, _ in chosen.options):
+            found = item_names(rows_to_complete(before), current, chosen.name != "tag")
+    return [text for text in dict.fromkeys(found) if text.startswith(current) and re.fullmatch(r"[A-Za-z0-9_.-]+", text)]
+
+
+def rows_to_complete(words: Sequence[str]) -> List[Row]:
+    """The rows of the repository that these words name; of a bucket, those that were listed before."""
+    values = {name: words[number + 1] for number, name in enumerate(words[:-1])}
+    project = Project(values.get("-R", values.get("--repository")), values.get("-D", values.get("--project-directory")))
+    url = project._location.url or ""
+    return project.repository.rows() if url.startswith("file://") else RowCache(url).rows()
+
+
+def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:
+    """The names and short IDs of experiments, newest first, and perhaps of the checkpoints whose ID starts so."""
+    names = [text_in(row.summary, "name") or "" for row in reversed(rows)]
+    length = max(SHORT_ID, len(start))
+    found = [name for name in names if name and name[0] != "-"] + [row.id[:length] for row in reversed(rows)]
+    if start and checkpoints:
+        found += [digits[:length] for row in rows if row.may_have_checkpoint(start) for digits in row.checkpoint_ids.split()]
+    return found
+
+
 @command("help", option("command", nargs="?", metavar="COMMAND"), usage="[command]")
 def help_command(args: argparse.Namespace) -> int:
     """Help about any command"""
@@ -8978,6 +9069,9 @@ def exit_code(argv: Sequence[str]) -> int:
     try:
         if list(argv) == ["--send-analytics"]:
             Analytics().send()
+            return 0
+        if list(argv[:1]) == ["--complete"]:
+            say("".join(text + "\n" for text in completions(argv[1:])))
             return 0
         return run(argv)
     except UsageError as error:

@@ -8601,6 +8601,49 @@ def test_what_cannot_be_run_again(project, call, fields, words):
     assert code == 1 and words in err and snapshot(project) == before
 
 
+SHELLS = {"bash": (["bash", "--norc"], "source <(%s)"), "zsh": (["zsh", "-f"], "autoload -U compinit; compinit -u; source <(%s)"),
+          "fish": (["fish", "--no-config"], "%s | source")}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_commands_flags_ids_and_names(project, shell):
+    program, load = SHELLS[shell]
+    if not shutil.which(shell):
+        pytest.skip("%s is not installed" % shell)
+    write_repository(project / "repo", experiment_document(A, name="baseline"), experiment_document(B, name="$(touch pwned)"))
+    terminal = Terminal(program=program)
+    terminal.send(load % ("%s %s completion %s" % (sys.executable, PROGRAM, shell)) + "; echo loa''ded\n").expect("loaded")
+    terminal.send("replicate() { echo got \"$@\" end; }\n" if shell != "fish" else "function replicate; echo got $argv end; end\n")
+    terminal.send("replicate sho\tbas\t\n").expect("got show baseline end")
+    terminal.send("replicate diff 1e\t 2\t --cod\t\n").expect("got diff %s %s --code end" % (A[:7], B[:7]))
+    terminal.process.kill()
+    terminal.wait()
+    assert not (project / "pwned").exists()
+
+
+@pytest.mark.parametrize("line, offered", [
+    ("", "ls ps show"), ("sho", "show"), ("ls --col", "--columns --color"), ("show ", "baseline 1eeeeee 2eeeeee"), ("show b", "baseline"),
+    ("show 1c", "1cccccc"), ("tag 1c", ""), ("-D . diff 1e 2", "2eeeeee 2cccccc"), ("rm 1eeeeeeee", "1eeeeeeee"),
+    ("ls --sort model.", "model.depth"), ("completion ", "bash fish zsh"), ("ls --color t", "true"), ("help dif", "diff"), ("run -- sh", ""),
+    ("-D missing show ", ""), ("nonsense x", ""), ("checkout 1e -o ", "")])
+def test_what_is_offered_to_complete(project, call, line, offered):
+    write_repository(project / "repo", experiment_document(A, name="baseline", params={"model": {"depth": 1}}, checkpoints=[
+        checkpoint_document(C), checkpoint_document(D)]), experiment_document(B, name="$(touch pwned)"))
+    code, out, err = call("--complete", *line.split(" "))
+    found = out.split("\n")[:-1]
+    assert set(offered.split()) <= set(found) and ("" == line or set(found) == set(offered.split()))
+    assert "pwned" not in out
+
+
+def test_completion_of_a_bucket_asks_only_the_cache(bucket, project, call):
+    experiment = replicate.init(quiet=True)
+    experiment.stop()
+    assert call("--complete", "show", "")[1] == ""
+    assert call("ls")[0] == 0
+    bucket.proxy.clear()
+    assert call("--complete", "show", "")[1] == experiment.short_id() + "\n" and not bucket.proxy.seen()
+
+
 @pytest.mark.parametrize("arguments", [
     ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
     ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff"], ["diff", "a", "b", "c", "--code"], ["diff", "a", "b", "--path", "x"],
