@@ -150,7 +150,8 @@ class Console:
     """Messages for people, on stderr. Data goes to stdout, by way of say()."""
 
     COLORS = {"info": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "bold": "\x1b[1m", "faint": "\x1b[2m",
-              "heading": "\x1b[1;4m", "added": "\x1b[32m", "removed": "\x1b[31m", "hunk": "\x1b[36m"}
+              "heading": "\x1b[1;4m", "added": "\x1b[32m", "removed": "\x1b[31m", "hunk": "\x1b[36m",
+              **{"curve %d" % number: "\x1b[%dm" % code for number, code in enumerate((36, 33, 35, 32, 34, 31))}}
 
     def __init__(self) -> None:
         self.color: Optional[bool] = None  # None: ask the terminal and NO_COLOR
@@ -211,6 +212,15 @@ def is_terminal(stream: Optional[TextIO]) -> bool:
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
+        return False
+
+
+def can_encode(stream: Optional[TextIO], text: str) -> bool:
+    """Whether the encoding of stream has these characters."""
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+        return True
+    except UnicodeEncodeError:
         return False
 
 
@@ -1191,7 +1201,7 @@ class Row:
     Filters, sorting, tables and `ls --json` all use it.
     """
 
-    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created")
+    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created", "checkpoints")
 
     def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
         self.summary = summary                # what summarize() returns
@@ -1200,6 +1210,7 @@ class Row:
         self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS of each, with spaces between
         self.running = False
         self.created = parse_time(summary["created"])
+        self.checkpoints = CheckpointList()   # all of them, where somebody has read them
 
     @classmethod
     def of(cls, document: Dict[str, Any], version: str = "") -> Row:
@@ -1255,9 +1266,13 @@ class Row:
         return params[name] if name in params else unpack_floats((self.summary.get("params") or {}).get(name, ABSENT))
 
     def plain(self, name: str) -> Any:
-        """The value() of that name as JSON has it: a time as stored, all tags or GPUs; None where there is none."""
+        """The value() of that name as JSON has it: a time as stored, all tags or GPUs, of ~loss its value in each checkpoint;
+        None where there is none.
+        """
         if name in TIME_FIELDS:
             return self.summary["created"]
+        if name[:1] == "~":
+            return [value if _is_number(value) else None for value in self.checkpoints.metrics[name[1:]]]
         if name in LIST_LABELS and self.is_label(name):
             return LABELS[name](self.summary)
         value = self.value(name)
@@ -7473,11 +7488,27 @@ def wide_cell(row: Row, name: str, now: datetime.datetime, cut: bool) -> str:
     value = row.plain(name)
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
+    if name[:1] == "~":
+        return sparkline(value)
     if name == "duration" and value is not None:
         return str(datetime.timedelta(seconds=round(value)))
     if name == "id" or name == "commit" and row.is_label(name):
         return escape_control(value or "")[:SHORT_ID]
     return format_cell(value) if type(value) is float else (format_cell if cut else escape_control)(full_text(row, name))
+
+
+SPARK_WIDTH = 16  # characters of a sparkline
+
+
+def sparkline(values: Sequence[Optional[float]]) -> str:
+    """A curve on one line, a space where it has a gap; of many values the last of every few."""
+    marks = "▁▂▃▄▅▆▇█" if can_encode(sys.stdout, "▁█") else "_.:-=+*#"
+    if len(values) > SPARK_WIDTH:
+        values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
+    chosen = [value if value is not None and value - value == 0 else None for value in values]
+    known = [value for value in chosen if value is not None]
+    scale = Scale(known, len(marks)) if known else None
+    return "".join(" " if value is None or scale is None else marks[scale.position(value)] for value in chosen)
 
 
 def full_text(row: Row, name: str) -> str:
@@ -7843,6 +7874,166 @@ def quoted_name(name: str, spaces: bool = False) -> str:
     return '"%s"' % quoted if quoted != name or spaces and " " in name else name
 
 
+# -- curves in characters
+
+SMOOTHING = 0.6  # weight of what was before in an exponential moving average, as TensorBoard has it
+CURVES = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Curve:
+    """A metric of an experiment over steps, seconds since its start, or another metric."""
+
+    def __init__(self, experiment: Experiment, metric: str, axis: str, log: bool = False, smooth: bool = False) -> None:
+        self.experiment = experiment
+        self.points: List[Optional[Tuple[float, float]]] = []  # None: a gap, where a value is missing, NaN or infinite
+        average = weight = 0.0
+        for checkpoint in experiment.checkpoints:
+            metrics = checkpoint.metrics
+            x = (checkpoint.step if axis == "step" else (checkpoint.created - experiment.created).total_seconds()
+                 if axis == "time" else metrics.get(axis))
+            y = metrics.get(metric)
+            if not (_is_number(x) and _is_number(y) and abs(x) < 1e300 and abs(y) < 1e300 and (y > 0 or not log)):
+                self.points.append(None)
+                continue
+            if smooth:
+                average = SMOOTHING * average + (1 - SMOOTHING) * y
+                weight = SMOOTHING * weight + (1 - SMOOTHING)  # of the values so far, so that the first counts in full
+                y = average / weight
+            self.points.append((x, y))
+
+    def values(self) -> List[Tuple[float, float]]:
+        """The points without the gaps."""
+        return [point for point in self.points if point]
+
+
+class Scale:
+    """From values to positions 0 ... size - 1, with round numbers on the way."""
+
+    def __init__(self, values: Sequence[float], size: int, log: bool = False) -> None:
+        import math
+        self._map = math.log10 if log else float
+        low, high = min(values), max(values)
+        if high - low < 1e-290:
+            low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+        self._low, self._size = self._map(low), size
+        self._span = self._map(high) - self._low or 1.0
+        self.is_log, self.low, self.high = log, low, high
+
+    def position(self, value: float) -> int:
+        """Where a value is."""
+        return min(self._size - 1, max(0, round((self._map(value) - self._low) / self._span * (self._size - 1))))
+
+    def ticks(self, count: int) -> Dict[int, str]:
+        """At most about so many round numbers by position."""
+        import math
+        rough = (self.high - self.low) / max(1, count)
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+        found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        if self.is_log and self._span > 1.5:
+            exponents = range(math.ceil(self._low), math.floor(self._low + self._span) + 1)
+            found = [10.0 ** exponent for exponent in exponents if exponent % max(1, -(-len(exponents) // max(1, count))) == 0]
+        return {self.position(value): "%.6g" % value for value in found}
+
+
+class Canvas:
+    """Cells of a terminal to draw curves on: with Braille, each has 2 x 4 dots; with ASCII it has one character."""
+
+    BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of the Unicode block from U+2800
+
+    def __init__(self, width: int, height: int, braille: bool) -> None:
+        self._braille, self._columns, self._lines = braille, (2 if braille else 1), (4 if braille else 1)
+        self.width, self.height = width * self._columns, height * self._lines  # in dots
+        self._dots = [[0] * width for _ in range(height)]
+        self._owners = [[-1] * width for _ in range(height)]
+
+    def line(self, start: Tuple[int, int], end: Tuple[int, int], owner: int) -> None:
+        """Draw from dot to dot, (0, 0) at the lower left, for the curve of that number."""
+        count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
+        for number in range(count + 1):
+            x = round(start[0] + (end[0] - start[0]) * number / count)
+            y = self.height - 1 - round(start[1] + (end[1] - start[1]) * number / count)
+            row, column = y // self._lines, x // self._columns
+            self._dots[row][column] |= self.BRAILLE[y % self._lines][x % self._columns]
+            self._owners[row][column] = owner
+
+    def row(self, number: int, paint: Paint) -> str:
+        """A line of characters."""
+        from itertools import groupby
+        cells = list(zip(self._owners[number], self._dots[number]))
+        parts = []
+        for owner, group in groupby(cells, key=lambda cell: cell[0]):
+            text = "".join(" " if owner < 0 else chr(0x2800 + dots) if self._braille else CURVES[owner % len(CURVES)]
+                           for _, dots in group)
+            parts.append(text if owner < 0 else paint(text, curve_style(owner)))
+        return "".join(parts)
+
+
+def curve_style(number: int) -> str:
+    """The colour of a curve."""
+    return "curve %d" % (number % 6)
+
+
+def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[int, int], log: bool, braille: bool,
+                paint: Paint = no_paint) -> Iterator[str]:
+    """Curves with axes and a legend in lines, in so many columns and lines; titles: of the axes x and y."""
+    width, height = size
+    xs, ys = zip(*[point for curve in curves for point in curve.values()])
+    legend = legend_lines(curves, width - 3)[:max(1, height // 3)]
+    rows = max(4, height - len(legend) - 3)
+    seconds = max(xs) if titles[0] == "time" else 0
+    unit, name = (3600, "time (hours)") if seconds > 7200 else (60, "time (minutes)") if seconds > 300 else (
+        1, "time (seconds)" if titles[0] == "time" else titles[0])
+    labels = Scale(ys, rows, log).ticks(max(2, rows // 3))
+    margin = max(map(len, labels.values()), default=0)
+    canvas = Canvas(max(8, width - margin - 2 - min(len(curves), 4)), rows, braille)
+    x_scale, y_scale = Scale([x / unit for x in xs], canvas.width), Scale(ys, canvas.height, log)
+    ends: Dict[int, str] = {}
+    for number, curve in enumerate(curves):
+        before = None
+        for point in curve.points:
+            here = (x_scale.position(point[0] / unit), y_scale.position(point[1])) if point else None
+            if here:
+                canvas.line(before or here, here, number)
+            before = here
+        if curve.values():
+            row = y_scale.position(curve.values()[-1][1]) * rows // canvas.height
+            ends[row] = ends.get(row, "") + CURVES[number % len(CURVES)]
+    tick, axis, corner, across, mark = "┤│└─┬" if braille else "+|+-+"
+    yield paint(escape_control("%s over %s" % (titles[1], name)), "bold") + "\n"
+    for row in range(rows - 1, -1, -1):
+        letters = "".join(paint(letter, curve_style(CURVES.index(letter))) for letter in ends.get(row, "")[:4])
+        yield "%s%s%s%s\n" % (labels.get(row, "").rjust(margin), tick if row in labels else axis,
+                              canvas.row(rows - 1 - row, paint), letters)
+    places = {position * (canvas.width // (2 if braille else 1)) // canvas.width: label
+              for position, label in x_scale.ticks(max(2, width // 12)).items()}
+    columns = canvas.width // (2 if braille else 1)
+    yield " " * margin + corner + "".join(mark if column in places else across for column in range(columns)) + "\n"
+    line = ""
+    for place, label in sorted(places.items()):
+        start = margin + 1 + place - len(label) // 2
+        if start > len(line) and start + len(label) <= width:
+            line = line.ljust(start) + label
+    yield line + "\n"
+    for number, text in enumerate(legend):
+        letter = CURVES[number % len(CURVES)]
+        yield "%s  %s\n" % (paint(letter, curve_style(number)), text)
+
+
+def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
+    """For each curve its ID, its name, what differs between the experiments, and its last value."""
+    params = [curve.experiment.flat_params for curve in curves]
+    names = differing_names(params)
+    lines = []
+    for curve, values in zip(curves, params):
+        words = [curve.experiment.short_id(), format_cell(curve.experiment.name or ""), *value_lines(values, names)]
+        text = "  ".join(filter(None, words))
+        last = format_cell(curve.values()[-1][1]) if curve.values() else "no values"
+        room = width - len(last) - 2
+        lines.append("%s  %s" % (text if len(text) <= room else text[:max(0, room - 3)] + "...", last))
+    return lines
+
+
 def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
     """`ls --json`, in pieces; names: only these columns."""
     opening = "[\n  "
@@ -7926,7 +8117,8 @@ LIST_OPTIONS = (
     FILTER,
     option("-w", "--wide", action="store_true", help="One line for each experiment, a column for each param and metric"),
     option("-c", "--columns", metavar="NAMES", type=read_columns,
-           help="The columns: fields, params and metrics, with commas between them; also with --csv and --json"),
+           help="The columns: fields, params, metrics, and ~METRIC for a curve, with commas between them; also with --csv "
+                "and --json"),
     option("--csv", action="store_true", help="Print all params and metrics, unshortened, in CSV format"),
     JSON,
     option("-q", "--quiet", action="store_true", help="Only print experiment IDs"),
@@ -7971,11 +8163,9 @@ def say_all(texts: Iterable[str]) -> None:
 def say_json(pieces: Iterable[str]) -> None:
     """Print JSON to stdout, escaping what its encoding lacks."""
     def encodable(text: str) -> str:
-        try:
-            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        if can_encode(sys.stdout, text):
             return text
-        except UnicodeEncodeError:
-            return re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
+        return re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
 
     say_all(map(encodable, pieces))
 
@@ -8004,21 +8194,25 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     if len(forms) > 1:
         raise UsageError("%s cannot be used with %s." % (forms[0], forms[1]))
     name, descending = parse_sort("started" if args.sort is None else args.sort)
-    rows = matching_rows(opened_project(args).repository.rows(), args.filter, [name, *(args.columns or ())])
+    repository = opened_project(args).repository
+    columns = args.columns or ()
+    rows = matching_rows(repository.rows(), args.filter, [name, *(column.lstrip("~") for column in columns)])
     rows = sort_rows([row for row in rows if row.running or not only_running], name, descending)
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
+    for row in rows if any(column[:1] == "~" for column in columns) else ():
+        row.checkpoints = Experiment(repository.load(row.id)).checkpoints
     now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
     if args.json:
-        say_json(render_json_list(rows, args.columns or ()))
+        say_json(render_json_list(rows, columns))
     elif args.csv:
-        say_all(render_csv(rows, args.columns or column_names(rows)))
+        say_all(render_csv(rows, columns or column_names(rows)))
     elif args.quiet:
         say("".join(row.id + "\n" for row in rows))
     elif not rows:
         console.info("No experiments found")
-    elif args.columns:
-        say_all(render_wide([WideColumn(name, rows, now, bool(width)) for name in args.columns], width, paint))
+    elif columns:
+        say_all(render_wide([WideColumn(name, rows, now, bool(width)) for name in columns], width, paint))
     elif args.wide:
         say_all(render_wide(wide_columns(rows, now, args.all, bool(width)), width, paint))
     else:
@@ -8069,6 +8263,66 @@ def show_command(args: argparse.Namespace) -> int:
     if hidden:
         console.info("%s that the program did not import: --all lists them" % plural(hidden, "more installed package"))
     return 0
+
+
+@command("plot", option("ids", nargs="*", metavar="ID", help="Experiments (default: the last ones)"),
+         option("-m", "--metric", metavar="METRIC", help="What to plot (default: the primary metric)"),
+         option("-x", "--axis", default="step", metavar="step|time|METRIC", help="Against what (default: step)"),
+         option("--log", action="store_true", help="A logarithmic scale"),
+         option("--smooth", action="store_true", help="Show a moving average"),
+         FILTER, option("-n", "--number", type=positive_number, default=6, metavar="N",
+                        help="Without IDs: the last N experiments (default: 6)"),
+         option("--watch", action="store_true", help="Draw again and again while experiments are running"),
+         usage="[ID...]", epilog="""\
+Watch how the last runs go:
+  replicate plot --watch
+Compare the loss of two:
+  replicate plot a1b2c3d e4f5a6b --metric loss --log""")
+def plot_command(args: argparse.Namespace) -> int:
+    """Draw curves of a metric in the terminal"""
+    if args.watch and not is_terminal(sys.stdout):
+        raise UsageError("--watch needs a terminal.")
+    project = opened_project(args)
+    while True:
+        experiments, running = experiments_to_plot(project.repository, args)
+        text = "".join(plotted(experiments, args))
+        say(("\x1b[H\x1b[J" if args.watch else "") + text)
+        if not args.watch or not running:
+            return 0
+        time.sleep(WATCH_SECONDS)
+
+
+WATCH_SECONDS = 2.0
+
+
+def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tuple[List[Experiment], bool]:
+    """The experiments that the arguments of `plot` name, and whether one of them is running."""
+    if args.ids:
+        found = [experiment for experiment, _ in repository.find_all(args.ids)]
+        return found, any(repository.is_running(experiment.id) for experiment in found)
+    rows = [row for row in matching_rows(repository.rows(), args.filter) if row.latest][-args.number:]
+    return [Experiment(repository.load(row.id)) for row in rows], any(row.running for row in rows)
+
+
+def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iterator[str]:
+    """`plot` in lines. Raises ReplicateError where there is nothing to plot."""
+    names = sorted({name for experiment in experiments for checkpoint in experiment.checkpoints for name in checkpoint.metrics})
+    primary = [experiment.primary_metric() for experiment in experiments]
+    metric = args.metric or next((found["name"] for found in primary if found), names[0] if len(names) == 1 else None)
+    if not names:
+        raise ReplicateError("There is nothing to plot: no metric was recorded.")
+    if metric is None:
+        raise ReplicateError("There is no primary metric. Name one with -m: %s." % ", ".join(map(repr, names[:9])))
+    for name in [metric] + ([args.axis] if args.axis not in ("step", "time") else []):
+        if name not in names:
+            raise ReplicateError("No metric is called %r.%s" % (name, nearest(name, names)))
+    curves = [Curve(experiment, metric, args.axis, args.log, args.smooth) for experiment in experiments]
+    curves = [curve for curve in curves if curve.values()]
+    if not curves:
+        raise ReplicateError("There is nothing to plot: %r has no values%s." % (metric, " above 0" if args.log else ""))
+    size = shutil.get_terminal_size() if is_terminal(sys.stdout) else (80, 21)
+    title = metric + (", logarithmic" if args.log else "") + (", smoothed" if args.smooth else "")
+    return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, can_encode(sys.stdout, "\u28ff┤"), paint)
 
 
 @command("diff", option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs"), JSON,

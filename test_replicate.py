@@ -8644,6 +8644,127 @@ def test_completion_of_a_bucket_asks_only_the_cache(bucket, project, call):
     assert call("--complete", "show", "")[1] == experiment.short_id() + "\n" and not bucket.proxy.seen()
 
 
+def curves_repository(project, *values_of_runs, **fields):
+    """A run for each list of losses, one a step of 10."""
+    for number, values in enumerate(values_of_runs):
+        items = [checkpoint_document(hex_id("%x%02xc" % (number, step)), "2006-01-02T14:%02d:05Z" % (54 + step // 10), 10 * step, {
+            "loss": value, "twice": step ** 2}, primary=("loss", "minimize")) for step, value in enumerate(values)]
+        write_repository(project / "repo", experiment_document(
+            hex_id("%de" % number), "2006-01-02T14:54:%02dZ" % number, params={"lr": number / 10, "same": 1}, checkpoints=items, **fields))
+
+
+def test_curves_in_a_pipe(project, call):
+    curves_repository(project, [4, 3, 2, 1, 0], [0, 1, 2, 3, 4])
+    code, out, err = call("plot")
+    lines = out.rstrip("\n").split("\n")
+    assert code == 0 and max(map(len, lines)) <= 80 and len(lines) == 20 and lines[0] == "loss over step"
+    assert [line.split() for line in lines[-2:]] == [["a", "0eeeeee", "lr=0", "0"], ["b", "1eeeeee", "lr=0.1", "4"]]
+    assert lines[-3].split() == ["0", "10", "20", "30", "40"]
+    assert [line[0] for line in lines if line[1:2] == "┤"] == ["4", "3", "2", "1", "0"]
+    assert lines[1].rstrip()[-1] == "b" and lines[15].rstrip()[-1] == "a" and not lines[8].rstrip().endswith(("a", "b"))
+    dots = [[ord(letter) - 0x2800 if letter >= "\u2800" else 0 for letter in line[2:76]] for line in lines[1:16]]
+    assert dots[0][0] & 1 and dots[14][0] & 0x40 and all(any(row) for row in dots)  # from the corners, without a gap
+
+
+@pytest.mark.parametrize("flags, first, last, title", [
+    ([], "30", "10", "loss over step"), (["--log"], "10", "1", "loss, logarithmic over step"), (["-m", "twice"], "15", "0", "twice over step"),
+    (["-x", "twice"], "30", "10", "loss over twice"), (["-x", "time"], "30", "10", "loss over time (seconds)")])
+def test_scales_of_curves_have_round_numbers(project, call, flags, first, last, title):
+    curves_repository(project, [31, 3, 2, 1, 0.1])
+    out = call("plot", *flags)[1]
+    labels = [line.split("┤")[0].strip() for line in out.split("\n") if "┤" in line]
+    assert first in labels and last in labels and out.startswith(title + "\n")
+    assert all(len(label.strip("0")) <= 2 for label in labels)
+
+
+def drawn(project, call, values, *flags):
+    """The columns in which a curve of these values has dots, as a string of # and spaces."""
+    curves_repository(project, values)
+    lines = [re.split("[┤│]", line, 1)[1][:-1] for line in call("plot", *flags)[1].split("\n") if re.match(" *[0-9.e+-]*[┤│]", line)]
+    width = max(map(len, lines))
+    return "".join("#" if any(line.ljust(width)[column] >= "\u2800" for line in lines) else " " for column in range(width)).strip()
+
+
+def test_nan_infinity_text_and_missing_values_are_gaps(project, call):
+    assert " " not in drawn(project, call, [1, 2, 3, 2, 1])
+    for gap in ("[NaN]", "[+Infinity]", "text", None, True):
+        parts = drawn(project, call, [1, 2, gap, 2, 1]).split()
+        assert len(parts) == 2 and abs(len(parts[0]) - len(parts[1])) <= 1
+    assert len(drawn(project, call, [1, 2, 0, 2, 1], "--log").split()) == 2
+    assert len(drawn(project, call, [1, "x", 1, "x", 1]).split()) == 3  # a value between two gaps is a dot
+
+
+def test_smoothing_is_a_moving_average_that_starts_at_the_first_value():
+    experiment = make_experiment(*[checkpoint_document(hex_id("%xc" % step), step=step, metrics={"loss": value})
+                                   for step, value in enumerate([1.0, 0.0, "[NaN]", 0.0])])
+    points = replicate.Curve(experiment, "loss", "step", smooth=True).points
+    assert points[2] is None and points[0] == (0, 1.0)
+    assert points[1][1] == pytest.approx(0.6 * 0.4 / (0.6 * 0.4 + 0.4)) and points[3][1] == pytest.approx(0.36 / (1 + 0.6 + 0.36))
+
+
+def test_curves_on_a_terminal_fit_it_and_have_colours(project):
+    curves_repository(project, *[[number, 5 - number] for number in range(9)])
+    terminal = Terminal("plot", "-n", "9", env={"COLUMNS": "60", "LINES": "24"})
+    assert terminal.wait() == 0
+    lines = re.sub("\x1b\\[[0-9;]*m", "", terminal.output).replace("\r", "").rstrip("\n").split("\n")
+    assert len(lines) < 24 and max(map(len, lines)) < 60
+    assert len(set(re.findall("\x1b\\[3\\dm", terminal.output))) == 6
+    assert "\x1b[36ma\x1b[0m  0eeeeee" in terminal.output
+    ascii_only = run("plot", env={"PYTHONIOENCODING": "ascii"}).stdout
+    assert ascii_only.isascii() and "aaa" in ascii_only and "+" in ascii_only
+
+
+def test_curves_are_drawn_until_no_run_is_running(project, training):
+    script = training("experiment = replicate.init(quiet=True)\nfor i in range(3): experiment.checkpoint(metrics={'loss': i}, quiet=True)\n"
+                      "wait('one')\nexperiment.checkpoint(metrics={'loss': 77}, quiet=True)\nexperiment.stop()")
+    script.expect("one")
+    terminal = Terminal("plot", "-m", "loss", "--watch").expect("  2\r\n").expect("\x1b[H\x1b[J")
+    script.go()
+    assert terminal.expect("  77\r\n").wait() == 0
+    assert Terminal("plot", "-m", "loss", "--watch").expect("77").wait() == 0  # none is running
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["-m", "los"], 1, "Did you mean 'loss'"), (["-x", "nonsense"], 1, "called 'nonsense'"), (["abc"], 1, "not found"),
+    (["--watch"], 2, "terminal"), (["-n", "0"], 2, "positive"), (["-m", "text"], 1, "has no values"), (["-m", "zero", "--log"], 1, "above 0")])
+def test_what_cannot_be_plotted_in_a_terminal(project, call, flags, code, words):
+    write_repository(project / "repo", experiment_document(A, **measured({"loss": 1, "text": "x", "zero": 0}, ("loss", "minimize"))))
+    result, out, err = call("plot", *flags)
+    assert result == code and words in err and not out
+
+
+def test_without_a_primary_metric_the_metric_is_to_be_named(project, call):
+    write_repository(project / "repo", experiment_document(A))
+    assert "no metric was recorded" in call("plot")[2]
+    write_repository(project / "repo", experiment_document(A, **measured({"a": 1})))
+    assert call("plot")[0] == 0
+    write_repository(project / "repo", experiment_document(A, **measured({"a": 1, "b": 2})))
+    assert "Name one with -m: 'a', 'b'" in call("plot")[2] and call("plot", "-m", "b")[0] == 0
+
+
+@hypothesis.given(st.lists(st.one_of(st.floats(), st.integers(-2 ** 1000, 2 ** 1000), st.none(), st.text(max_size=3)), min_size=1, max_size=20),
+       st.integers(1, 200), st.integers(1, 60), st.booleans(), st.booleans())
+def test_any_values_can_be_plotted_at_any_size(values, width, height, log, braille):
+    experiment = make_experiment(*[checkpoint_document("%064x" % step, step=step, metrics={"m": replicate.pack_floats(value)})
+                                   for step, value in enumerate(values)])
+    for axis in ("step", "m"):
+        curve = replicate.Curve(experiment, "m", axis, log)
+        if curve.values():
+            assert list(replicate.render_plot([curve] * 3, (axis, "m"), (width, height), log, braille))
+    replicate.sparkline([value if type(value) in (int, float) else None for value in values])
+
+
+def test_a_sparkline_is_a_column(project, call):
+    curves_repository(project, [0, 7, "x", 3.5], list(range(60)), [])
+    lines = call("ls", "--columns", "id,~loss,lr")[1].split("\n")
+    assert lines[0].split() == ["ID", "~loss", "lr"]
+    assert "▁█ ▅" in lines[1] or "▁█ ▄" in lines[1]
+    assert re.search("▁▁?▂.*▇██? ", lines[2]) and len(lines[2].split()[1]) == 16 and lines[3].split() == ["2eeeeee", "0.2"]
+    assert json.loads(call("ls", "--columns", "~loss", "--json", "-n", "3")[1])[0] == {"~loss": [0, 7, None, 3.5]}
+    assert "#" in run("ls", "--columns", "~loss", env={"PYTHONIOENCODING": "ascii"}).stdout
+    assert "called 'los'" in call("ls", "--columns", "~los")[2]
+
+
 @pytest.mark.parametrize("arguments", [
     ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
     ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff"], ["diff", "a", "b", "c", "--code"], ["diff", "a", "b", "--path", "x"],
@@ -9379,8 +9500,9 @@ def timeless(text):
 
 
 def shown(text):
-    """`show` without what the two print differently: column width, how NaN is written, how it ended, and packages."""
+    """`show` without what the two print differently: column width, NaN, nested params, how it ended, and packages."""
     text = "\n".join(re.sub(" +", " ", line).strip() for line in text.split("\n"))
+    text = re.sub(r'(?m)^nested: \{"a":(.*)\}$', r"nested.a: \1", text)
     text = re.sub(r"(?m)^(Ended|Error): .*\n", "", text).replace("Status: completed", "Status: stopped")
     text = re.sub(r"(?is)\nPython packages\n.*?(\n\n|$)", "\n", text)
     return re.sub(r'"\[(NaN|[+-]Inf)(inity)?\]"', r"\1", text).strip()
