@@ -1444,13 +1444,19 @@ def known_names(rows: Iterable[Row]) -> Set[str]:
     return names
 
 
-def column_names(rows: Sequence[Row]) -> List[str]:
-    """The columns of `ls --csv`: fields, every param and every metric; `params.x` where x alone means something else."""
+def column_groups(rows: Sequence[Row]) -> Tuple[List[str], Dict[str, str], Dict[str, str]]:
+    """Fields, then the column of each param and of each metric: `params.x` where x alone means something else."""
     params = {name for row in rows for name in row.params}
     metrics = {name for row in rows for name in row.metrics}
-    fields = [name for name in CSV_FIELDS if name in FIELDS or name not in params | metrics]
-    return (fields + ["params." + name if name in FIELDS or name in metrics else name for name in sorted(params)] +
-            ["metrics." + name if name in FIELDS or name in params else name for name in sorted(metrics)])
+    return ([name for name in CSV_FIELDS if name in FIELDS or name not in params | metrics],
+            {name: "params." + name if name in FIELDS or name in metrics else name for name in sorted(params)},
+            {name: "metrics." + name if name in FIELDS or name in params else name for name in sorted(metrics)})
+
+
+def column_names(rows: Sequence[Row]) -> List[str]:
+    """The columns of `ls --csv`: fields, every param and every metric."""
+    fields, params, metrics = column_groups(rows)
+    return [*fields, *params.values(), *metrics.values()]
 
 
 class Comparison:
@@ -3275,6 +3281,9 @@ def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
     return found
 
 
+RERUN_MARK = os.path.join(".replicate", "rerun")  # a file in a folder that `replicate rerun` has made
+
+
 def is_never_saved(name: str) -> bool:
     """Whether files and directories of that name stay out of every archive."""
     return name in NEVER_SAVED or name.startswith((".env.", STAGING_PREFIX))
@@ -3299,7 +3308,7 @@ def _walk(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[str], w
         if rules.excludes(name, is_directory):
             continue
         if is_directory:
-            if not _is_environment(entry.path) and not (excluded and os.path.realpath(entry.path) in excluded):
+            if not _is_separate(entry.path) and not (excluded and os.path.realpath(entry.path) in excluded):
                 _walk(entry.path, name + "/", rules, excluded, warn, found)
         elif entry.is_symlink() and os.path.isdir(entry.path):
             warn("%s is not saved: it is a link to a directory." % name)
@@ -3307,8 +3316,9 @@ def _walk(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[str], w
             _add_file(found, name, entry.path, warn)
 
 
-def _is_environment(directory: str) -> bool:
-    return any(os.path.exists(os.path.join(directory, name)) for name in ("pyvenv.cfg", "conda-meta"))
+def _is_separate(directory: str) -> bool:
+    """Whether a folder in a project is a virtual environment, or has been made by `replicate rerun`."""
+    return any(os.path.exists(os.path.join(directory, name)) for name in ("pyvenv.cfg", "conda-meta", RERUN_MARK))
 
 
 def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], None]) -> None:
@@ -4143,6 +4153,7 @@ def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> No
     present = document.get("checkpoints") or []
     added, pruned = read_journals(journals)
     strip_files(present, pruned)
+    note_pruned(document, pruned - {item["id"] for item in present} - added.keys())
     new = new_checkpoints({item["id"] for item in present}, added)
     if new:
         document["checkpoints"] = present + new
@@ -4151,6 +4162,15 @@ def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> No
 def warn_of_skipped(key: str, reason: str) -> None:
     """Warn of a document that cannot be used."""
     console.warning("Skipped %s: %s." % (escape_control(key), reason))
+
+
+def note_pruned(header: Dict[str, Any], ids: Set[str]) -> bool:
+    """Keep in a pending document which checkpoints are to be pruned in the bucket, where they are; whether that changed it."""
+    known = set(texts_in(header, PRUNED_KEY))
+    if not header.get(SENT_KEY) or ids <= known:
+        return False
+    header[PRUNED_KEY] = sorted(known | ids)
+    return True
 
 
 class Repository:
@@ -4589,10 +4609,11 @@ class Pruning:
         self.ids = [item["id"] for item in prunable(items, keep_best, keep_latest)]
         self.ids += [checkpoint.id for checkpoint in experiment.checkpoints  # an earlier pruning was killed
                      if checkpoint.pruned and checkpoint.id in archives]
-        self.bytes = sum(archives[item_id].size for item_id in self.ids if item_id in archives)
+        self._sizes = {item_id: archives[item_id].size for item_id in self.ids if item_id in archives}
+        self.bytes = sum(self._sizes.values())
 
-    def run(self, repository: Repository) -> None:
-        """Note it in the document, then remove the archives. Raises DoesNotExist, ReadError, WriteError."""
+    def run(self, repository: Repository) -> Tuple[int, int]:
+        """Note it in the document, then remove the archives; (checkpoints, bytes). Raises DoesNotExist, ReadError, WriteError."""
         noted: Set[str] = set()
 
         def change(document: Dict[str, Any]) -> None:
@@ -4601,10 +4622,12 @@ class Pruning:
             noted.update(item["id"] for item in items if not item.get("path"))
 
         repository.edit(self.experiment.id, change)
-        repository.storage.delete([archive_key("checkpoints", item_id) for item_id in self.ids if item_id in noted])
+        ids = [item_id for item_id in self.ids if item_id in noted]
+        repository.storage.delete([archive_key("checkpoints", item_id) for item_id in ids])
+        return len(ids), sum(self._sizes.get(item_id, 0) for item_id in ids)
 
 
-LEFTOVER_SECONDS = 3600.0  # an archive of no experiment is older: documents are written after their archives
+LEFTOVER_SECONDS = 86400.0  # an archive of no experiment is older: documents are written after their archives
 
 
 class Verification:
@@ -4637,21 +4660,26 @@ class Verification:
 
     def _is_old(self, entry: Entry, experiments: Sequence[Experiment]) -> bool:
         """Whether the document of an archive would be there if there were one, also if a running experiment could not
-        write it yet because of a full disk."""
+        write it yet: because of a full disk, or of a bucket to which it is still uploading."""
         running = self.repository.running()
-        since = [experiment.created.timestamp() for experiment in experiments if experiment.id in running]
-        return entry.modified < min([time.time() + self.storage.clock_skew - LEFTOVER_SECONDS, *since])
+        since = {experiment.id: experiment.created.timestamp() for experiment in experiments if experiment.id in running}
+        limits = [time.time() + self.storage.clock_skew - LEFTOVER_SECONDS, *since.values()]
+        return len(since) == len(running) and entry.modified < min(limits)
 
     def _journals(self) -> None:
         """Note or fold what killed processes left."""
         if not isinstance(self.storage, DiskStorage):
             return
+        for entry, lock in self.storage.leftovers("tmp/"):
+            if self.fix:
+                self.removed.append(entry.key)
+                lock.release()
+            else:
+                self.fault(entry.key, "it belongs to nobody; --fix removes it")
         if self.fix:
-            self.removed += [entry.key for entry, _ in self.storage.leftovers("tmp/")]
             self.repository.fold_abandoned()
         for entry, _ in self.storage.leftovers(JOURNALS):
             self.fault(entry.key, "a killed run left it; with --fix it is folded into its experiment")
-        self._leftovers([entry.key for entry, _ in self.storage.leftovers("tmp/")])
 
     def _leftovers(self, keys: Sequence[str]) -> None:
         """Note or remove what belongs to nobody."""
@@ -4874,10 +4902,11 @@ class DocumentText:
 
     def merge(self, journals: Iterable[bytes], final: Dict[str, Any]) -> bool:
         """Put what journals say and final keys into it; whether that changed it."""
-        is_changed = merge_final_keys(self._header, final)
+        added, pruned = read_journals(journals)
+        is_changed = note_pruned(self._header, pruned - self._ids - added.keys())
+        is_changed = merge_final_keys(self._header, final) or is_changed
         if is_changed:
             self._start = self._encoded_header()
-        added, pruned = read_journals(journals)
         if pruned & self._ids:
             present = json.loads(self._checkpoints)
             if strip_files(present, pruned):
@@ -5621,6 +5650,7 @@ def shrink_archive(storage: DiskStorage, kind: str, item_id: str, check: Callabl
 
 PENDING = os.path.join(".replicate", "pending")
 SENT_KEY = "replicate_sent"     # in a pending document: the bucket has it, so that it is not created again
+PRUNED_KEY = "replicate_pruned"  # likewise: the IDs of checkpoints in the bucket whose files are to go
 REACH_SECONDS = 5.0             # that init() gives an unreachable bucket
 SMALL_UPLOAD_BYTES = 512 << 10  # many files up to this size are uploaded at a time
 FIRST_SEND_PAUSE = 1.0          # between two tries to upload
@@ -5705,9 +5735,10 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
             sizes[key] = source.storage.stat(key).size
         except DoesNotExist:  # uploaded before, or removed
             continue
-    header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY)}
+    header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY, PRUNED_KEY)}
     gone = ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
     stripped: Set[str] = set()
+    started = time.monotonic()
 
     def copy(key: str) -> int:
         try:
@@ -5727,7 +5758,8 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
         known = {item["id"] for item in there.get("checkpoints") or ()}
         new = [item for item in checkpoints if item["id"] not in known]
         there["checkpoints"] = (there.get("checkpoints") or []) + new
-        newly = strip_files(there["checkpoints"], pruned)
+        newly = strip_files(there["checkpoints"], pruned) | strip_files(there["checkpoints"], {
+            item["id"] for item in checkpoints if item.get("pruned") and not item.get("path")})
         stripped.update(newly)
         is_changed = merge_final_keys(there, final_keys(document))
         return DocumentText(there).data() if new or newly or is_changed else None
@@ -5747,21 +5779,26 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
     except ExperimentGone:  # while its archives were uploaded
         target.storage.delete(keys)
         raise
+    if time.monotonic() - started > LEFTOVER_SECONDS / 2:  # `verify --fix` took them for leftovers meanwhile, perhaps
+        for key in sizes:
+            copy(key)
     if stripped:
         target.storage.delete([archive_key("checkpoints", item_id) for item_id in stripped])
     sent.checkpoints += len(checkpoints)
 
 
 def send_pending(pending: Repository, remote: Repository, experiment_id: str, unready: Set[str], finished: bool,
-                 sent: Sent, progress: Callable[[int], None] = lambda count: None, pruned: Container[str] = ()) -> None:
+                 sent: Sent, progress: Callable[[int], None] = lambda count: None, pruned: Optional[Set[str]] = None) -> None:
     """Upload what is pending of an experiment but the unready checkpoints, then remove it here; see send_experiment().
 
     finished: its recording has ended, so that nothing of it stays here. Raises ExperimentGone, once nothing is left of
     it here either, and Unreachable and the like.
     """
     document = pending.load(experiment_id)
+    pruned, noted = set() if pruned is None else pruned, set(texts_in(document, PRUNED_KEY))
+    pruned.update(noted)
     ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]
-    if ready or not document.get(SENT_KEY) or finished and final_keys(document):
+    if ready or not document.get(SENT_KEY) or finished and (final_keys(document) or pruned):
         if experiment_id in unready:
             return
         try:
@@ -5771,6 +5808,7 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
             raise
         sent.experiments += 1
     done = {item["id"] for item in ready}
+    with_files = {item["id"] for item in ready if item.get("path")}
     if finished and not unready:
         pending.remove_experiment(Experiment(document))
         return
@@ -5779,8 +5817,11 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
         if old is None:
             return None
         kept = pending._decode(old, experiment_id)
-        kept["checkpoints"] = [item for item in kept.get("checkpoints") or () if item["id"] not in done]
+        items = kept.get("checkpoints") or ()
+        kept["checkpoints"] = [item for item in items if item["id"] not in done]
         kept[SENT_KEY] = True
+        since = set(texts_in(kept, PRUNED_KEY)) - noted  # pruned while the rest was uploaded
+        kept[PRUNED_KEY] = sorted(since | {item["id"] for item in items if item["id"] in with_files and not item.get("path")})
         return DocumentText(kept).data()
 
     pending.storage.update(document_key(experiment_id), change)
@@ -6124,7 +6165,8 @@ class Recorder:
 
     def start(self, beat: bool = True) -> None:
         """Start the threads and mark the experiment as running (beat: wait for that). Raises WriteError and the like."""
-        self.claim()
+        if self.role != "guest":
+            self.claim()
         _recorders.append(self)
         install_exit_hooks()
         exit_calls.watch()
@@ -6932,19 +6974,36 @@ class Project:
 
     def add_checkpoint(self, experiment_id: str, path: Optional[str], step: Optional[int], metrics: Dict[str, Any],
                        primary_metric: Optional[Tuple[str, str]], quiet: bool) -> Checkpoint:
-        """Add a checkpoint to an experiment that another process records. Raises DoesNotExist, Unreachable, ReadError."""
+        """Add a checkpoint to an experiment that another process records.
+
+        Raises DoesNotExist, Unreachable, ReadError, and WriteError where nothing could be recorded.
+        """
         repository = self._open()
-        try:
-            document = repository.load(experiment_id)
-        except (DoesNotExist, Unreachable):  # what the other process has not uploaded yet
-            if repository.pending is None:
-                raise
-            document = repository.pending.load(experiment_id)
-        experiment = Experiment(document, self)
-        recorder = self._resumed(repository, experiment, False, alone=False, keep=None, role="guest")
-        checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
+        on_disk = repository if repository.storage.has_journals else self.pending()
+        if on_disk is not repository:
+            make_private_folder(on_disk.storage.root)  # type: ignore[attr-defined]
+        with FileLock(on_disk.storage.path("tmp/%s.guest.lock" % experiment_id)):  # type: ignore[attr-defined]
+            experiment = Experiment(self._known_document(repository, experiment_id), self)
+            recorder = self._resumed(repository, experiment, False, alone=False, keep=None, role="guest")
+            checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
         stop_all(None, [recorder])
-        return checkpoint or unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
+        if checkpoint is None or recorder.gone or recorder.document.unwritten:
+            raise WriteError("The checkpoint was not recorded.")
+        return checkpoint
+
+    def _known_document(self, repository: Repository, experiment_id: str) -> Dict[str, Any]:
+        """The document of an experiment, with the checkpoints that wait on this machine to be uploaded."""
+        found: List[Dict[str, Any]] = []
+        areas = [] if repository.storage.has_journals else pending_areas(self.pending())
+        for place in [repository, *areas]:
+            try:
+                found.append(place.load(experiment_id))
+            except (DoesNotExist, Unreachable) as error:
+                failure = error
+        if not found:
+            raise failure
+        items = {item["id"]: item for document in found for item in document.get("checkpoints") or ()}
+        return dict(found[0], checkpoints=sorted(items.values(), key=lambda item: canonical_time(item["created"])))
 
     def _claim_in_bucket(self, recorder: Recorder) -> bool:
         """Open the outcome in the bucket's document; False if a process, here or elsewhere, has just done that."""
@@ -7339,7 +7398,7 @@ def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = N
 # 10  Rendering: tables, show, diff (data in, text out)
 # ------------------------------------------------------------------------------------------------------------------
 
-NARROWEST_COLUMN = 5  # to which a terminal's width cuts down a column of `ls`
+NARROW_COLUMNS = (len("EXPERIMENT"), SHORT_ID, 2)  # down to which columns are cut for a terminal, one step after another
 DIFF_WIDTH = 26
 DIFF_CUT = 50
 SHOW_WIDTH = 17
@@ -7387,8 +7446,9 @@ def wrapped(text: str, width: int) -> List[str]:
 def narrowed(widths: Sequence[int], total: int) -> List[int]:
     """The widths of columns two spaces apart with the widest ones cut down until all of them fit into a total width."""
     narrow = list(widths)
-    while sum(narrow) + 2 * (len(narrow) - 1) > total and max(narrow) > NARROWEST_COLUMN:
-        narrow[narrow.index(max(narrow))] -= 1
+    for least in NARROW_COLUMNS:
+        while sum(narrow) + 2 * (len(narrow) - 1) > total and max(narrow) > least:
+            narrow[narrow.index(max(narrow))] -= 1
     return narrow
 
 
@@ -7471,16 +7531,15 @@ class WideColumn:
         return space + shown if self.is_number else shown + space
 
 
-def wide_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool, cut: bool) -> List[WideColumn]:
-    """The columns of `ls --wide`: what the stacked table has, with one for each param and metric."""
+def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
+    """The columns of `ls --wide`, one for each param and metric of the stacked table, with their ranks."""
     fields = [("id", 5), ("name", 3), ("started", 2), ("status", 5)]
     labels = [("host", 0), ("user", 0), ("code", 0), ("tag", 0)]
     shown = [pair for pair in fields if pair[0] != "name" or any(row.plain("name") for row in rows)]
     shown += [pair for pair in labels if any(row.plain(pair[0]) != rows[0].plain(pair[0]) for row in rows)]
-    params, metrics = listed_params(rows, show_all, lists=True), listed_metrics(rows, show_all)
-    shown += [("params." + name if name in FIELDS or name in metrics else name, 1) for name in params]
-    shown += [("metrics." + name if name in FIELDS or name in params else name, 4) for name in metrics]
-    return [WideColumn(name, rows, now, cut, rank) for name, rank in shown]
+    _, params, metrics = column_groups(rows)
+    shown += [(params[name], 1) for name in listed_params(rows, show_all, lists=True)]
+    return shown + [(metrics[name], 4) for name in listed_metrics(rows, show_all) if name in metrics]
 
 
 def wide_cell(row: Row, name: str, now: datetime.datetime, cut: bool) -> str:
@@ -7517,15 +7576,21 @@ def full_text(row: Row, name: str) -> str:
     return "" if value is None else ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
 
 
-def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
-    """The IDs of the experiments with the best value of a primary metric; none where there is nothing to compare."""
+def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
+    """What the experiments want of a primary metric: "minimize" or "maximize"; None where they do not agree."""
     primaries = [item["primary_metric"] for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
     goals = {primary["goal"] for primary in primaries if primary["name"] == metric}
+    return goals.pop() if len(goals) == 1 else None
+
+
+def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
+    """The IDs of the experiments with the best value of a primary metric; none where there is nothing to compare."""
+    goal = goal_of(rows, metric)
     values = {row.id: row.metrics.get(metric) for row in rows}
     values = {item_id: value for item_id, value in values.items() if _is_number(value) and value == value}
-    if len(goals) != 1 or len(values) < 2:
+    if goal is None or len(values) < 2:
         return set()
-    best = (max if goals == {"maximize"} else min)(values.values())
+    best = (max if goal == "maximize" else min)(values.values())
     return {item_id for item_id, value in values.items() if value == best}
 
 
@@ -7642,7 +7707,8 @@ def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str,
     """The blocks Params and System."""
     return [("Params", [(escape_control(name), format_value(value))
                         for name, value in sorted(experiment.flat_params.items())]),
-            ("System", _facts([("Python version", experiment.python_version), *machine_facts(experiment)]))]
+            ("System", _facts([("Python version", experiment.python_version)] * bool(experiment.python_version) +
+                              machine_facts(experiment)))]
 
 
 def machine_facts(experiment: Experiment) -> List[Tuple[str, str]]:
@@ -8034,6 +8100,588 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
     return lines
 
 
+# -- report: one page for a browser
+
+REPORT_VALUES = 400000       # of all curves in a report
+REPORT_CURVE_VALUES = 1000   # of one
+REPORT_CODE_BYTES = 1 << 20  # of all texts in a report
+REPORT_FILE_BYTES = 64 << 10
+
+
+class ReportCode:
+    """The code of experiments for a report: each text once, and each set of files once."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._known: Dict[str, int] = {}              # the number of a set of files by its digest
+        self._numbers: Dict[Tuple[int, int], Optional[int]] = {}  # that of a text by size and CRC-32; None: not in the report
+        self._left = REPORT_CODE_BYTES
+        self.texts: List[str] = []
+        self.sets: List[List[Tuple[str, Tuple[str, Optional[int]]]]] = []  # (name, (what tells its content, text))
+
+    def number(self, experiment: Experiment) -> Optional[int]:
+        """Which of the sets an experiment saved; None where it cannot be read."""
+        if not experiment.path:
+            return None
+        digest = experiment.code or experiment.id
+        if digest not in self._known:
+            try:
+                files = SavedFiles(self._repository, "experiments", experiment.id)
+                found = [(name, ("%d-%08x" % files.sums[name], self._text(files, name))) for name in sorted(files.sums)]
+            except ReplicateError as error:
+                console.warning("The code of experiment %s is left out: %s" % (experiment.short_id(), error))
+                return None
+            self._known[digest] = len(self.sets)
+            self.sets.append(found)
+        return self._known[digest]
+
+    def _text(self, files: SavedFiles, name: str) -> Optional[int]:
+        sums = files.sums[name]
+        if sums not in self._numbers:
+            self._numbers[sums] = None
+            if sums[0] <= min(REPORT_FILE_BYTES, self._left):
+                data = files.contents([name])[name]
+                if b"\0" not in data:
+                    self._left -= len(data)
+                    self._numbers[sums] = len(self.texts)
+                    self.texts.append("\n".join("\t".join(map(escape_control, line.split("\t"))) for line in
+                                                data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")))
+        return self._numbers[sums]
+
+
+def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
+    """The positions of about so many of the values: the first, the last, and the extremes of every few, gaps too."""
+    if len(values) <= count:
+        return set(range(len(values)))
+    kept = {0, len(values) - 1}
+    for part in range(max(1, count // 2)):
+        places = range(part * len(values) // max(1, count // 2), (part + 1) * len(values) // max(1, count // 2))
+        known = [place for place in places if values[place] is not None]
+        kept.update((min(known, key=values.__getitem__), max(known, key=values.__getitem__)) if known else places[:1])
+    return kept
+
+
+def report_curves(experiment: Experiment, names: Sequence[str], count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
+    """(steps, seconds, {metric: values, None for gaps}) of the metrics that it has, thinned to about so many a metric."""
+    columns = {name: [value if _is_number(value) and abs(value) < 1e300 else None for value in experiment.checkpoints.metrics[name]]
+               for name in names}
+    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    places = sorted(set().union(*(thinned(values, count) for values in columns.values())))
+    chosen = [experiment.checkpoints[place] for place in places]
+    return ([checkpoint.step for checkpoint in chosen],
+            [float("%.6g" % (checkpoint.created - experiment.created).total_seconds()) for checkpoint in chosen],
+            {name: [None if values[place] is None else float("%.5g" % values[place]) for place in places]
+             for name, values in columns.items()})
+
+
+def report_value(value: Any) -> Any:
+    """A value in the table of a report: a number, or text that is safe."""
+    if value is None or type(value) is int or type(value) is float and value - value == 0:
+        return value
+    is_texts = type(value) is list and {type(item) for item in value} == {str}
+    return format_value(", ".join(value) if is_texts else value)
+
+
+def report_data(repository: Repository, experiments: Sequence[Experiment], running: Container[str]) -> Dict[str, Any]:
+    """What the page shows, as JSON has it."""
+    rows = [Row.of(experiment.to_json()) for experiment in experiments]
+    for row in rows:
+        row.running = row.id in running
+    fields, params, metrics = column_groups(rows)
+    names = [*fields, *params.values(), *metrics.values()]
+    recorded = {name for experiment in experiments for checkpoint in experiment.checkpoints for name in checkpoint.metrics}
+    measured = sorted(recorded, key=lambda name: (goal_of(rows, name) is None, name))  # primary metrics first
+    count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # each metric keeps its extremes in the others, too
+    code = ReportCode(repository)
+    steps: Dict[Tuple[int, ...], int] = {}
+    runs = []
+    for row, experiment in zip(rows, experiments):
+        axis, seconds, curves = report_curves(experiment, measured, max(10, min(REPORT_CURVE_VALUES, count)))
+        facts = [("ID", row.id), *experiment_facts(experiment, row.running), *_facts(machine_facts(experiment)),
+                 *[(label, text) for _, block in experiment_blocks(experiment)[:1] for label, text in block]]
+        runs.append({"id": row.id, "name": escape_control(experiment.name or ""), "facts": [fact for fact in facts if fact[1]],
+                     "values": [report_value(row.plain(name)) for name in names], "files": code.number(experiment),
+                     "steps": steps.setdefault(tuple(axis), len(steps)), "seconds": seconds,
+                     "curves": {escape_control(name): values for name, values in curves.items()}})
+    shown = {name for name, _ in wide_names(rows, False)} if rows else set()
+    goals = {column: goal_of(rows, name) for name, column in metrics.items()}
+    clean = [escape_control(name) for name in names]
+    return {"title": plural(len(runs), "experiment") + ", " + full_time(datetime.datetime.now(datetime.timezone.utc)),
+            "columns": [{"name": name, "number": all(_is_number(run["values"][number]) or run["values"][number] is None for run in runs)}
+                        for number, name in enumerate(clean)],
+            "shown": [number for number, name in enumerate(names) if name in shown],
+            "goals": {escape_control(column): goal for column, goal in goals.items() if goal},
+            "params": list(map(escape_control, params.values())), "metrics": list(map(escape_control, measured)),
+            "measured": [escape_control(metrics[name]) for name in measured if name in metrics],
+            "differing": [escape_control(params[name]) for name in listed_params(rows, False)],
+            "runs": runs, "steps": list(steps), "texts": code.texts, "codes": code.sets}
+
+
+def render_report(content: Dict[str, Any]) -> bytes:
+    """The page: nothing of the content is markup, and by its policy the browser runs this script alone and loads nothing."""
+    import base64
+    import hashlib
+    page = REPORT_PAGE
+    for tag in ("style", "script"):
+        text = page.rpartition("<%s>" % tag)[2].partition("</%s>" % tag)[0]
+        page = page.replace(tag.upper() + "_HASH", base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
+    return page.encode().replace(b"REPORT_DATA", encode_json(content, indent=None).replace(b"<", b"\\u003c"), 1)
+
+
+REPORT_PAGE = r'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-STYLE_HASH'; script-src 'sha256-SCRIPT_HASH'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="Replicate">
+<title>Experiments</title>
+<style>
+:root { color-scheme: light dark; --line: #8884; --faint: #777; --back: #fff; --text: #1b1b1b; --mark: #0a7d3b; --bad: #c62828; }
+@media (prefers-color-scheme: dark) { :root { --faint: #999; --back: #16181c; --text: #e4e4e4; --mark: #53d08a; --bad: #ff7b72; } }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; background: var(--back); color: var(--text); }
+h1 { font-size: 1.4rem; margin: 0 0 1rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+.controls { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; margin: .5rem 0; }
+.columns { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: .4rem 0; }
+.scroll { overflow: auto; max-height: 60vh; border: 1px solid var(--line); }
+table { border-collapse: collapse; white-space: nowrap; }
+th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid var(--line); }
+th { position: sticky; top: 0; background: var(--back); }
+th button, td button { all: unset; cursor: pointer; font-weight: bold; }
+td button { color: inherit; font-weight: normal; text-decoration: underline; }
+button:focus-visible, svg:focus-visible { outline: 2px solid currentColor; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.best { color: var(--mark); font-weight: bold; }
+td.best::after { content: " ★"; }
+figure { margin: 0; position: relative; width: min(100%, 40rem); }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--faint); font-size: 12px; }
+svg .axis { stroke: var(--line); }
+svg .curve { fill: none; stroke-width: 1.6; }
+.tip { position: absolute; top: 1.6rem; right: .5rem; padding: .2rem .5rem; background: var(--back); border: 1px solid var(--line);
+       font-size: 12px; white-space: pre; pointer-events: none; }
+.tip:empty { display: none; }
+.key { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dt { color: var(--faint); }
+dd { margin: 0; overflow-wrap: anywhere; }
+pre { overflow: auto; border: 1px solid var(--line); padding: .5rem; }
+.added { color: var(--mark); }
+.removed { color: var(--bad); }
+.faint { color: var(--faint); }
+@media print { .controls, details { display: none; } .scroll { max-height: none; overflow: visible; border: 0; } h2 { break-after: avoid; } }
+</style>
+</head>
+<body>
+<h1 id="title"></h1>
+<main>
+<section id="runs"><h2>Runs</h2></section>
+<section id="curves"><h2>Curves</h2></section>
+<section id="scatter"><h2>Param and metric</h2></section>
+<section id="parallel"><h2>Parallel coordinates</h2></section>
+<section id="facts"><h2>One run</h2></section>
+<section id="code"><h2>Code</h2></section>
+</main>
+<script type="application/json" id="data">REPORT_DATA</script>
+<script>
+"use strict";
+// Everything in `data` comes from a repository that others may write: it becomes text and numbers, never markup.
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.runs;
+const state = {
+  column: null, descending: false, text: "", shown: new Set(data.shown), chosen: new Set(),  // columns by number, runs
+  axis: "step", log: false, smooth: 0,
+};
+const SHOWN_RUNS = 10;  // curves, where none is chosen
+
+function make(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+function draw(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value !== false && value !== null) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter(child => child !== null));
+  return element;
+}
+
+function section(name, ...children) {
+  const place = document.getElementById(name);
+  place.replaceChildren(place.firstElementChild, ...children.filter(child => child !== null));
+}
+
+function choice(label, options, value, change) {
+  const items = options.map(([key, text]) => make("option", { value: key, selected: String(key) === String(value) }, text));
+  return make("label", {}, label + " ", make("select", { change: event => change(event.target.value) }, ...items));
+}
+
+function checkbox(label, checked, change) {
+  const box = make("input", { type: "checkbox", checked, change: event => change(event.target.checked) });
+  return make("label", {}, box, " " + label);
+}
+
+const isMissing = value => value === null || value === undefined;
+const isNumber = value => typeof value === "number";
+const color = number => `hsl(${(number * 137.5) % 360} 65% 50%)`;
+const short = run => run.id.slice(0, 7) + (run.name ? " " + run.name : "");
+
+function show(value) {
+  if (isMissing(value)) return "";
+  if (isNumber(value)) return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5)));
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+// ---- the table
+
+function cellText(run, column) {
+  const value = run.values[column];
+  const name = data.columns[column].name;
+  return name === "id" ? run.id.slice(0, 7) : name === "started" ? String(value).slice(0, 19).replace("T", " ") : show(value);
+}
+
+function visibleRuns() {
+  const text = state.text.toLowerCase();
+  const holds = run => data.columns.some((_, column) => cellText(run, column).toLowerCase().includes(text));
+  const found = runs.filter(run => !text || run.id.startsWith(text) || holds(run));
+  if (state.column === null) return found;
+  const sign = state.descending ? -1 : 1;
+  const rank = value => isMissing(value) || value === "" ? 2 : isNumber(value) ? 0 : 1;  // what is missing comes last
+  return found.sort((one, other) => {
+    const [a, b] = [one.values[state.column], other.values[state.column]];
+    if (rank(a) !== rank(b)) return (rank(a) === 2 || rank(b) === 2 ? 1 : sign) * (rank(a) - rank(b));
+    return sign * (isNumber(a) ? a - b : show(a) < show(b) ? -1 : show(a) > show(b) ? 1 : 0);
+  });
+}
+
+function bestValue(column, found) {
+  const goal = data.goals[data.columns[column].name];
+  const values = found.map(run => run.values[column]).filter(isNumber);
+  const better = (a, b) => (goal === "maximize" ? a > b : a < b) ? a : b;
+  return goal && values.length > 1 ? values.reduce(better) : undefined;
+}
+
+function headCell(column, sort) {
+  const isSorted = state.column === column, { name, number } = data.columns[column];
+  const arrow = isSorted ? (state.descending ? " ▼" : " ▲") : "";
+  const order = isSorted ? (state.descending ? "descending" : "ascending") : false;
+  return make("th", { class: number ? "number" : false, scope: "col", "aria-sort": order }, make("button", { click: sort }, name + arrow));
+}
+
+function bodyCell(run, column, best) {
+  const { name, number } = data.columns[column];
+  const classes = [number ? "number" : "", best !== undefined && run.values[column] === best ? "best" : ""].join(" ").trim();
+  const text = cellText(run, column);
+  return make("td", { class: classes || false },
+    name === "id" ? make("button", { click: () => showFacts(run.number), title: run.id }, text) : text);
+}
+
+function runRow(run, columns, best) {
+  const box = make("input", {
+    type: "checkbox", checked: state.chosen.has(run.number), "aria-label": "choose " + short(run),
+    change: event => { state.chosen[event.target.checked ? "add" : "delete"](run.number); showCharts(); },
+  });
+  return make("tr", {}, make("td", {}, box), ...columns.map((column, place) => bodyCell(run, column, best[place])));
+}
+
+function showRuns() {
+  const table = make("table"), count = make("span", { class: "faint" });
+  let rowOf = new Map(), made = "";  // the rows, and for which columns and best values they were made
+  const fillTable = () => {
+    const found = visibleRuns(), columns = data.columns.map((_, column) => column).filter(column => state.shown.has(column));
+    const best = columns.map(column => bestValue(column, found));
+    if (made !== (made = JSON.stringify([columns, best]))) rowOf = new Map();
+    for (const run of found) if (!rowOf.has(run)) rowOf.set(run, runRow(run, columns, best));
+    const head = columns.map(column => headCell(column, () => { sortBy(column); fillTable(); }));
+    table.replaceChildren(make("thead", {}, make("tr", {}, make("th"), ...head)),
+      make("tbody", {}, ...found.map(run => rowOf.get(run))));
+    count.textContent = found.length === runs.length ? `${runs.length} runs` : `${found.length} of ${runs.length} runs`;
+  };
+  const change = action => event => { action(event); fillTable(); showCharts(); };
+  const chooseNone = () => { state.chosen.clear(); made = ""; };
+  const filter = make("input", {
+    type: "search", placeholder: "Filter", "aria-label": "Filter runs", input: change(event => { state.text = event.target.value; }),
+  });
+  const boxes = data.columns.map((column, number) => checkbox(column.name, state.shown.has(number), checked => {
+    state.shown[checked ? "add" : "delete"](number);
+    fillTable();
+  }));
+  section("runs",
+    make("div", { class: "controls" }, filter, count, make("button", { click: change(chooseNone) }, "Choose none")),
+    make("details", {}, make("summary", {}, "Columns"), make("div", { class: "columns" }, ...boxes)),
+    make("div", { class: "scroll", tabindex: 0 }, table));
+  fillTable();
+}
+
+function sortBy(column) {
+  state.descending = state.column === column ? !state.descending : false;
+  state.column = column;
+}
+
+// ---- charts
+
+function ticks(low, high, count) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map(factor => factor * power).find(candidate => candidate >= rough * 0.999);
+  const found = [];
+  for (let number = Math.ceil(low / step); number * step <= high && found.length < 50; number++) found.push(number * step);
+  return found;
+}
+
+function scale(values, start, end, log = false) {
+  const map = log ? Math.log10 : value => value;
+  let low = Infinity, high = -Infinity;
+  for (const value of values) [low, high] = [Math.min(low, value), Math.max(high, value)];
+  if (!(high > low)) {
+    const half = Math.abs(low) / 2 || 0.5;
+    [low, high] = [low - half, high + half];
+  }
+  const place = value => start + (map(value) - map(low)) / (map(high) - map(low)) * (end - start);
+  const powers = log ? ticks(map(low), map(high), 5).filter(Number.isInteger).map(power => 10 ** power) : [];
+  place.ticks = count => powers.length > 1 ? powers : ticks(low, high, count);
+  return place;
+}
+
+function smoothed(values) {
+  let average = 0, weight = 0;
+  return values.map(value => {
+    if (value === null || !state.smooth) return value;
+    average = state.smooth * average + (1 - state.smooth) * value;
+    weight = state.smooth * weight + (1 - state.smooth);
+    return average / weight;
+  });
+}
+
+function axes(x, y, width, height, left, bottom) {
+  const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, show(text).slice(0, 12));
+  return [draw("path", { class: "axis", d: `M${left} 8V${height - bottom}H${width - 8}`, fill: "none" }),
+    ...y.ticks(5).map(value => label(value, left - 6, y(value) + 4, "end")),
+    ...x.ticks(6).map(value => label(value, x(value), height - bottom + 16, "middle"))];
+}
+
+const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 300, 64, 24];  // of a chart and its margins
+
+function curveOf(run, metric) {
+  const values = smoothed(run.curves[metric]).map(value => value === null || state.log && value <= 0 ? null : value);
+  return { run, xs: state.axis === "step" ? data.steps[run.steps] : run.seconds, values };
+}
+
+function curvePath({ run, xs, values }, x, y) {
+  let path = "", isOpen = false;
+  values.forEach((value, place) => {
+    if (value !== null) path += `${isOpen ? "L" : "M"}${x(xs[place]).toFixed(1)} ${y(value).toFixed(1)}${isOpen ? "" : "h.01"}`;
+    isOpen = value !== null;
+  });
+  return draw("path", { class: "curve", d: path, stroke: color(run.number), "stroke-linecap": "round" });
+}
+
+function nearestValue({ xs, values }, here) {
+  let nearest = null;
+  values.forEach((value, place) => {
+    if (value !== null && (nearest === null || Math.abs(xs[place] - here) < Math.abs(xs[nearest] - here))) nearest = place;
+  });
+  return nearest === null ? null : values[nearest];
+}
+
+function curveChart(metric, chosen) {
+  const series = chosen.filter(run => run.curves[metric]).map(run => curveOf(run, metric));
+  const known = series.flatMap(({ xs, values }) => values.flatMap((value, place) => value === null ? [] : [[xs[place], value]]));
+  const caption = make("figcaption", {}, make("b", {}, metric));
+  if (!known.length) return make("figure", {}, caption, make("p", { class: "faint" }, "No values"));
+  const x = scale(known.map(([value]) => value), LEFT, WIDTH - 12);
+  const y = scale(known.map(([, value]) => value), HEIGHT - BOTTOM, 12, state.log);
+  const places = [...new Set(known.map(([value]) => value))].sort((a, b) => a - b);
+  const cursor = draw("path", { class: "axis" }), tip = make("div", { class: "tip", role: "status" });
+  let at = -1;  // which of the places the cursor is at
+  const point = number => {
+    at = Math.max(0, Math.min(places.length - 1, number));
+    cursor.setAttribute("d", `M${x(places[at])} 8V${HEIGHT - BOTTOM}`);
+    const rows = series.map(curve => [curve.run, nearestValue(curve, places[at])]).filter(([, value]) => value !== null);
+    rows.sort((one, other) => other[1] - one[1]);
+    tip.replaceChildren(`${state.axis} ${show(places[at])}`,
+      ...rows.slice(0, 12).map(([run, value]) => make("div", {}, swatch(run), `${short(run)}  ${show(value)}`)));
+  };
+  const leave = () => { cursor.removeAttribute("d"); tip.replaceChildren(); };
+  const image = draw("svg", {
+    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: 0, role: "img", "aria-label": `${metric} over ${state.axis}; arrow keys show values`,
+    mouseleave: leave, blur: leave,
+    mousemove: event => {
+      const box = image.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * WIDTH;
+      const distance = number => Math.abs(x(places[number]) - wanted);
+      point(places.reduce((nearest, _, number) => distance(number) < distance(nearest) ? number : nearest, 0));
+    },
+    keydown: event => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (step) point(at + step);
+    },
+  }, ...axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM), ...series.map(curve => curvePath(curve, x, y)), cursor);
+  return make("figure", {}, caption, image, tip);
+}
+
+function swatch(run) {
+  const key = make("span", { class: "key" });
+  key.style.background = color(run.number);
+  return key;
+}
+
+function chosenRuns() {
+  const found = visibleRuns();
+  const chosen = found.filter(run => state.chosen.has(run.number));
+  return chosen.length ? chosen : found.slice(0, SHOWN_RUNS);
+}
+
+function showCharts() {
+  const chosen = chosenRuns();
+  const update = change => value => { change(value); showCharts(); };
+  const smooth = make("input", {
+    type: "range", min: 0, max: 0.99, step: 0.01, value: state.smooth, "aria-label": "Smoothing",
+    change: event => { state.smooth = Number(event.target.value); showCharts(); },
+  });
+  section("curves", make("div", { class: "controls" },
+    choice("Over", [["step", "step"], ["seconds", "time in seconds"]], state.axis, update(value => { state.axis = value; })),
+    checkbox("Logarithmic", state.log, update(value => { state.log = value; })), make("label", {}, "Smoothing ", smooth)),
+    make("p", { class: "legend" }, ...chosen.map(run => make("span", {}, swatch(run), short(run) + "  "))),
+    make("div", { class: "charts" }, ...data.metrics.map(metric => curveChart(metric, chosen))));
+  showScatter();
+  showParallel();
+}
+
+function column(name) {
+  return data.columns.findIndex(item => item.name === name);
+}
+
+function position(values, start, end) {  // of numbers on a scale, of anything else by its text
+  if (values.every(value => isNumber(value))) return scale(values, start, end);
+  const texts = [...new Set(values.map(show))].sort();
+  const place = value => start + (texts.indexOf(show(value)) + 0.5) / texts.length * (end - start);
+  place.ticks = () => texts.slice(0, 12);
+  return place;
+}
+
+function showScatter() {
+  const params = data.params, metrics = data.measured;
+  if (!params.length || !metrics.length) return section("scatter", make("p", { class: "faint" }, "No run has a param and a metric."));
+  state.param = state.param ?? params[0];
+  state.metric = state.metric ?? metrics[0];
+  const a = column(state.param), b = column(state.metric);
+  const points = visibleRuns().filter(run => !isMissing(run.values[a]) && isNumber(run.values[b]));
+  const x = position(points.map(run => run.values[a]), LEFT + 8, WIDTH - 12);
+  const y = position(points.map(run => run.values[b]), HEIGHT - BOTTOM - 6, 12);
+  const dots = points.map(run => draw("circle", {
+    cx: x(run.values[a]), cy: y(run.values[b]), r: state.chosen.has(run.number) ? 7 : 4.5, fill: color(run.number),
+    click: () => showFacts(run.number),
+  }, draw("title", {}, `${short(run)}: ${state.param} ${show(run.values[a])}, ${state.metric} ${show(run.values[b])}`)));
+  const options = names => names.map(name => [name, name]);
+  const image = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${state.metric} by ${state.param}` },
+    ...(points.length ? axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM) : []), ...dots);
+  section("scatter", make("div", { class: "controls" },
+    choice("Param", options(params), state.param, value => { state.param = value; showScatter(); }),
+    choice("Metric", options(metrics), state.metric, value => { state.metric = value; showScatter(); })),
+    points.length ? make("figure", {}, image) : make("p", { class: "faint" }, "No run has both."));
+}
+
+function showParallel() {
+  const names = [...data.differing.slice(0, 8), ...data.measured.slice(0, 2)], found = visibleRuns();
+  if (names.length < 2 || !found.length) return section("parallel", make("p", { class: "faint" }, "There is nothing to compare."));
+  const [width, height] = [1000, 320], place = number => 90 + number * (width - 130) / (names.length - 1);
+  const value = (run, number) => run.values[column(names[number])];
+  const scales = names.map((_, number) => position(
+    found.map(run => value(run, number)).filter(item => !isMissing(item)), height - 30, 36));
+  const lines = found.map(run => {
+    let path = "", isOpen = false;
+    names.forEach((_, number) => {
+      const isThere = !isMissing(value(run, number));
+      if (isThere) path += `${isOpen ? "L" : "M"}${place(number)} ${scales[number](value(run, number)).toFixed(1)}`;
+      isOpen = isThere;
+    });
+    const isFaint = state.chosen.size && !state.chosen.has(run.number);
+    return draw("path", { class: "curve", d: path, stroke: color(run.number), "stroke-opacity": isFaint ? 0.12 : 0.75 },
+      draw("title", {}, short(run)));
+  });
+  const marks = names.flatMap((name, number) => [
+    draw("path", { class: "axis", d: `M${place(number)} 36V${height - 30}` }),
+    draw("text", { x: place(number), y: 20, "text-anchor": "middle" }, name.length > 16 ? "…" + name.slice(-15) : name),
+    ...scales[number].ticks(4).map(item => draw("text",
+      { x: place(number) - 4, y: scales[number](item) + 4, "text-anchor": "end" }, show(item).slice(0, 10)))]);
+  section("parallel", draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Params and metrics of each run" },
+    ...lines, ...marks));
+}
+
+// ---- one run, and what differs in the code of two
+
+function showFacts(number) {
+  const list = runs[number].facts.flatMap(([label, text]) => [make("dt", {}, label), make("dd", {}, text)]);
+  const options = runs.map(run => [run.number, short(run)]);
+  section("facts", make("div", { class: "controls" }, choice("Run", options, number, value => showFacts(Number(value)))),
+    make("dl", {}, ...list));
+}
+
+function differingLines(old, now) {  // [mark, line] pairs of a longest common subsequence, or null where that would take long
+  let start = 0, end = 0;
+  while (start < old.length && start < now.length && old[start] === now[start]) start++;
+  while (end < Math.min(old.length, now.length) - start && old[old.length - 1 - end] === now[now.length - 1 - end]) end++;
+  const [a, b] = [old.slice(start, old.length - end), now.slice(start, now.length - end)];
+  if (a.length * b.length > 4e6) return null;
+  const lengths = Array.from({ length: a.length + 1 }, () => new Uint32Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--) {
+    for (let j = b.length - 1; j >= 0; j--) {
+      lengths[i][j] = a[i] === b[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
+    }
+  }
+  const found = old.slice(0, start).map(line => [" ", line]);
+  for (let i = 0, j = 0; i < a.length || j < b.length;) {
+    if (i < a.length && j < b.length && a[i] === b[j]) { found.push([" ", a[i++]]); j++; }
+    else if (i < a.length && (j === b.length || lengths[i + 1][j] >= lengths[i][j + 1])) found.push(["-", a[i++]]);
+    else found.push(["+", b[j++]]);
+  }
+  return [...found, ...old.slice(old.length - end).map(line => [" ", line])];
+}
+
+function fileDifference(name, old, now) {
+  const texts = [old, now].map(number => number === undefined ? "" : number === null ? null : data.texts[number]);
+  const title = make("h3", {}, name + (old === undefined ? " (added)" : now === undefined ? " (removed)" : ""));
+  const lines = texts.includes(null) ? null : differingLines(...texts.map(text => text.split("\n")));
+  if (!lines) return [title, make("p", { class: "faint" }, "It is no text, or too large to show here.")];
+  const isNear = lines.map((_, place) => lines.slice(Math.max(0, place - 3), place + 4).some(([mark]) => mark !== " "));
+  const classes = { "+": "added", "-": "removed", " ": false };
+  const shown = lines.map(([mark, line], place) => isNear[place] ? make("span", { class: classes[mark] }, `${mark}${line}\n`)
+    : isNear[place - 1] ? make("span", { class: "faint" }, "...\n") : null);
+  return [title, make("pre", {}, ...shown)];
+}
+
+function showCode(one, other) {
+  const saved = runs.filter(run => run.files !== null);
+  if (saved.length < 2) return section("code", make("p", { class: "faint" }, "Fewer than two runs saved code that this page holds."));
+  const options = saved.map(run => [run.number, short(run)]);
+  const [old, now] = [one, other].map(number => new Map(data.codes[runs[number].files]));  // name: [content ID, text or null]
+  const names = [...new Set([...old.keys(), ...now.keys()])].sort().filter(name => old.get(name)?.[0] !== now.get(name)?.[0]);
+  section("code", make("div", { class: "controls" },
+    choice("From", options, one, value => showCode(Number(value), other)), choice("to", options, other, value => showCode(one, Number(value)))),
+    ...names.flatMap(name => fileDifference(name, old.get(name)?.[1], now.get(name)?.[1])),
+    names.length ? null : make("p", { class: "faint" }, "No file differs."));
+}
+
+runs.forEach((run, number) => { run.number = number; });
+document.getElementById("title").textContent = data.title;
+showRuns();
+showCharts();
+if (runs.length) showFacts(0);
+const withCode = runs.filter(run => run.files !== null).map(run => run.number);
+showCode(withCode[0], withCode[withCode.length - 1]);
+</script>
+</body>
+</html>
+'''
+
+
 def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
     """`ls --json`, in pieces; names: only these columns."""
     opening = "[\n  "
@@ -8077,9 +8725,9 @@ def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any
 
 def natural_number(text: str) -> int:
     """The type of an option: 0, 1, 2, ..."""
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError("%r is no number such as 3" % text)
-    return int(text[:10])
+    return int(text)
 
 
 def positive_number(text: str) -> int:
@@ -8214,7 +8862,8 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     elif columns:
         say_all(render_wide([WideColumn(name, rows, now, bool(width)) for name in columns], width, paint))
     elif args.wide:
-        say_all(render_wide(wide_columns(rows, now, args.all, bool(width)), width, paint))
+        names = wide_names(rows, args.all)
+        say_all(render_wide([WideColumn(name, rows, now, bool(width), rank) for name, rank in names], width, paint))
     else:
         say_all(render_list(rows, now, args.all, width))
     return 0
@@ -8323,6 +8972,49 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
     size = shutil.get_terminal_size() if is_terminal(sys.stdout) else (80, 21)
     title = metric + (", logarithmic" if args.log else "") + (", smoothed" if args.smooth else "")
     return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, can_encode(sys.stdout, "\u28ff┤"), paint)
+
+
+@command("report", option("ids", nargs="*", metavar="ID", help="Experiments (default: all)"), FILTER,
+         option("-o", "--output", metavar="FILE", help="The page to write (default: report.html)"),
+         usage="[ID...]", epilog="""\
+Make a page of all experiments that completed, to look at or to send:
+  replicate report --filter "status = completed" -o report.html""")
+def report_command(args: argparse.Namespace) -> int:
+    """Write one page with tables, curves and code for a browser
+
+    The page needs no network. It holds the metrics, params, commands and code of the experiments, but not their weights.
+    """
+    path = args.output or "report.html"
+    if not args.output and os.path.lexists(path) and not is_report(path):
+        raise ReplicateError("%s is already there, and is no report. Name another file with -o." % path)
+    repository = opened_project(args).repository
+    chosen = {row.id for row in matching_rows(repository.rows(), args.filter)}
+    experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
+    if args.ids:
+        named = {experiment.id for experiment, _ in repository.find_all(args.ids)}
+        experiments = [experiment for experiment in experiments if experiment.id in named]
+    if not experiments:
+        raise ReplicateError("There are no experiments to report.")
+    page = render_report(report_data(repository, experiments, repository.running()))
+    temporary = "%s.%s" % (path, os.urandom(6).hex())
+    try:
+        with open(temporary, "xb") as file:
+            file.write(page)
+        os.replace(temporary, path)
+    except OSError as error:
+        remove_file(temporary)
+        raise WriteError("%s cannot be written: %s." % (path, short_reason(error))) from error
+    console.info("Wrote %s: %s (%s)" % (path, plural(len(experiments), "experiment"), format_size(len(page))))
+    return 0
+
+
+def is_report(path: str) -> bool:
+    """Whether a file is a page that `report` wrote."""
+    try:
+        with open_regular(path) as file:
+            return b'<meta name="generator" content="Replicate">' in file.read(1000)
+    except (OSError, ReplicateError):
+        return False
 
 
 @command("diff", option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs"), JSON,
@@ -8561,7 +9253,7 @@ def prune_command(args: argparse.Namespace) -> int:
     archives = stored_archives(repository.storage, "checkpoints")
     found = [Pruning(experiment, archives, args.keep_best, args.keep_latest) for experiment in repository.experiments()
              if experiment.id in chosen]
-    prunings = [pruning for pruning in found if pruning.ids]
+    prunings, failed = [pruning for pruning in found if pruning.ids], False
     lines = ["* Experiment %s: %d of %s (%s)" % (
         pruning.experiment.short_id(), len(pruning.ids), plural(len(pruning.experiment.checkpoints), "checkpoint"),
         format_size(pruning.bytes)) for pruning in prunings]
@@ -8579,12 +9271,17 @@ def prune_command(args: argparse.Namespace) -> int:
         if not args.force:
             confirm("You are about to remove the files of these checkpoints, which frees %s. Their metrics stay.\n%s" % (
                 freed, "\n".join(lines)), "Do you want to continue?", "Pass --force to prune without being asked.")
+        done = []
         for pruning in prunings:
-            if not repository.is_running(pruning.experiment.id):  # it may have been resumed meanwhile
-                pruning.run(repository)
-        console.info("Pruned %s of %s: %s freed" % (
-            plural(sum(len(pruning.ids) for pruning in prunings), "checkpoint"), plural(len(prunings), "experiment"), freed))
-    return 0
+            try:
+                if not repository.is_running(pruning.experiment.id):  # it may have been resumed meanwhile
+                    done.append(pruning.run(repository))
+            except ReplicateError as error:
+                console.error(str(error))
+                failed = True
+        console.info("Pruned %s of %s: %s freed" % (plural(sum(count for count, _ in done), "checkpoint"), plural(
+            len(done), "experiment"), format_size(sum(size for _, size in done))))
+    return 1 if failed else 0
 
 
 TAG_EXAMPLES = """\
@@ -8652,17 +9349,18 @@ class Program:
     def run(self) -> int:
         """Its exit code, or minus the number of the signal that ended it. Raises ReplicateError where it cannot start."""
         import subprocess
-        handlers = {getattr(signal, name): self._pass_on for name in self.SIGNALS if hasattr(signal, name)}
-        handlers = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+        handlers: Dict[int, Any] = {getattr(signal, name): self._pass_on for name in self.SIGNALS if hasattr(signal, name)}
         handlers[signal.SIGINT] = lambda number, frame: None
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()
+                    if signal.getsignal(number) != signal.SIG_IGN}
         try:
-            self._process = subprocess.Popen(self._words, cwd=self._directory, env=self._environment)
+            try:
+                self._process = subprocess.Popen(self._words, cwd=self._directory, env=self._environment)
+            except (OSError, ValueError) as error:
+                raise ReplicateError("%s cannot be run: %s." % (self._words[0], short_reason(error))) from error
             for number in self._waiting:
-                self._process.send_signal(number)
+                self._pass_on(number, None)
             return self._process.wait()
-        except (OSError, ValueError) as error:
-            raise ReplicateError("%s cannot be run: %s." % (self._words[0], short_reason(error))) from error
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -8670,8 +9368,11 @@ class Program:
     def _pass_on(self, number: int, frame: Any) -> None:
         if self._process is None:
             self._waiting.append(number)
-        else:
+            return
+        try:
             self._process.send_signal(number)
+        except ProcessLookupError:  # it has just ended
+            pass
 
 
 def read_pair(text: str) -> Tuple[str, Any]:
@@ -8749,9 +9450,9 @@ def checkpoint_command(args: argparse.Namespace) -> int:
         raise ReplicateError("There is no experiment to add to: REPLICATE_EXPERIMENT is not set. Start the program with "
                              "'%s run -- COMMAND'." % program_name())
     project = Project(args.repository, args.project_directory)
-    path = args.path and os.path.abspath(args.path)
+    path = os.path.abspath(args.path) if args.path else args.path
     checkpoint = project.add_checkpoint(experiment_id, path, args.step, dict(args.metric), args.primary, args.quiet)
-    is_whole = (checkpoint.path or not path) and checkpoint.metrics.keys() == dict(args.metric).keys()
+    is_whole = (checkpoint.path or path is None) and checkpoint.metrics.keys() == dict(args.metric).keys()
     return 0 if is_whole else 1
 
 
@@ -8772,6 +9473,14 @@ def rerun_experiment(args: argparse.Namespace) -> int:
     if os.path.lexists(directory):
         raise ReplicateError("%s is already there. Name a new folder with -o." % directory)
     project.checkout(experiment, checkpoint, directory)
+    folder = os.path.join(directory, place)
+    os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.join(directory, os.path.dirname(RERUN_MARK)))
+    with open(os.path.join(directory, RERUN_MARK), "x") as file:
+        file.write(experiment.id + "\n")
+    there = os.path.join(os.path.abspath(project.directory), place, words[0])
+    if "/" in words[0] and not os.path.exists(os.path.join(folder, words[0])) and os.path.exists(there):
+        words[0] = there  # .venv/bin/python, say, which is never saved
     copy = os.path.join(directory, "replicate.py")
     if program_name() != "replicate" and not os.path.lexists(copy):
         shutil.copyfile(os.path.abspath(__file__), copy)
@@ -8779,7 +9488,7 @@ def rerun_experiment(args: argparse.Namespace) -> int:
     environment.update(REPLICATE_REPOSITORY=project.repository.url, REPLICATE_PROJECT_DIRECTORY=os.path.abspath(directory),
                        REPLICATE_JOB="rerun-%s-%s" % (experiment.short_id(), os.urandom(4).hex()))  # so that none is resumed
     console.info("Running in %s:\n  %s" % (directory, " ".join(map(shlex.quote, words))))
-    return exit_status(Program(words, os.path.join(directory, place), environment).run())
+    return exit_status(Program(words, folder, environment).run())
 
 
 def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:

@@ -5,6 +5,7 @@ Run them as the README says; single ones with `pytest -k NAME`.
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import collections.abc
 import concurrent.futures
@@ -7710,7 +7711,7 @@ def test_a_wide_table_marks_the_best_only_where_the_goal_is_clear(project, call)
     assert "*" not in line("maximize", "minimize") and "y" * 30 + "1" in line("maximize", "minimize")
 
 
-@pytest.mark.parametrize("columns", [80, 50])
+@pytest.mark.parametrize("columns", [80, 64, 40])
 def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
     write_repository(project / "repo", *[experiment_document(
         item, params={"learning_rate": rate, "text": "日本語" * 5 + item[0]}, name="a-name-that-is-long", **measured({"val_loss": rate}, (
@@ -7719,6 +7720,7 @@ def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
     assert terminal.wait() == 0
     lines = terminal.output.replace("\r", "").split("\n")
     assert max(map(replicate.display_width, lines)) <= columns
+    assert any(line.startswith("1eeeeee ") for line in lines) == (columns > 59)
     if columns == 80:
         assert lines[0].startswith("EXPERIMENT") and any("learning_" in line and "rate=" not in line for line in lines)
     together = "".join("".join(lines).split())
@@ -8435,6 +8437,44 @@ def test_what_a_killed_run_pruned_stays_pruned(project, training, call):
     assert len(list((project / "repo/checkpoints").iterdir())) == 2
 
 
+def test_what_a_killed_run_pruned_in_a_bucket_goes_with_the_next_upload(bucket, project, training):
+    script = training("""
+        experiment = replicate.init(keep_best=1, quiet=True)
+        def save(losses):
+            for loss in losses:
+                open("model", "w").write("x" * 100)
+                experiment.checkpoint(path="model", metrics={"loss": loss}, primary_metric=("loss", "minimize"), quiet=True)
+        save([5, 4, 6])
+        wait("one")
+        save([3, 7, 2, 8])
+        wait("two")
+        """)
+    script.expect("one")
+    until(lambda: bucket.exists() and len(bucket.checkpoints()) == 3)
+    bucket.proxy.down()
+    script.go()
+    script.expect("two")
+    script.kill()
+    bucket.proxy.up()
+    assert run("push").returncode == 0
+    assert [item["path"] for item in bucket.documents()[0]["checkpoints"]] == [None, None, None, None, None, "model", "model"]
+    assert len([key for key in bucket.keys() if key.startswith("checkpoints/")]) == 2
+
+
+def test_pruning_goes_on_after_an_experiment_that_cannot_be_pruned(project, call, monkeypatch):
+    first, second = run_with_files(project, LOSSES), run_with_files(project, LOSSES)
+    edit = replicate.Repository.edit
+
+    def fail(self, experiment_id, change):
+        if experiment_id == first.id:
+            raise replicate.WriteError("It cannot be written.")
+        edit(self, experiment_id, change)
+    monkeypatch.setattr(replicate.Repository, "edit", fail)
+    code, out, err = call("prune", "--force")
+    assert code == 1 and "It cannot be written." in err and "Pruned 4 checkpoints of 1 experiment:" in err
+    assert steps_with_files(first) == [0, 1, 2, 3, 4, 5] and steps_with_files(second) == [3, 5]
+
+
 @pytest.mark.parametrize("wrong", [{"keep_best": -1}, {"keep_latest": "2"}, {"keep_best": True}])
 def test_keeping_no_number_of_checkpoints_is_an_error(project, wrong):
     with pytest.raises(replicate.ReplicateError, match="keep_best=3"):
@@ -8553,6 +8593,32 @@ def test_what_is_wrong_with_a_checkpoint_of_a_program_is_its_exit_code(project, 
     assert [(item["step"], item["metrics"]) for item in document["checkpoints"]] == [(0, {"loss": 1}), (1, {"loss": "[NaN]"})]
 
 
+def test_checkpoints_that_are_added_at_once_have_steps_of_their_own(project, shell_script):
+    done = run("run", "--", "sh", "-c", 'for i in 1 2 3 4 5 6; do "$PYTHON" "$PROGRAM" checkpoint --metric i=$i & done; wait')
+    (document,) = stored_documents(project / "repo")
+    assert done.returncode == 0 and [item["step"] for item in document["checkpoints"]] == [0, 1, 2, 3, 4, 5]
+    assert sorted(item["metrics"]["i"] for item in document["checkpoints"]) == [1, 2, 3, 4, 5, 6]
+    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --step 123456789012 --path ""; test $? = 1')
+    document = max(stored_documents(project / "repo"), key=lambda item: item["created"])
+    assert done.returncode == 0 and [item["step"] for item in document["checkpoints"]] == [123456789012]
+
+
+def test_a_checkpoint_that_a_full_disk_refuses_is_an_error(project, call, monkeypatch):
+    experiment = replicate.init(quiet=True)
+    experiment.stop()
+    monkeypatch.setenv("REPLICATE_EXPERIMENT", experiment.id)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(replicate.Journal, "append", full)
+
+    def unwritable(*_):
+        raise replicate.WriteError("There is no space.")
+    monkeypatch.setattr(replicate.Repository, "fold", unwritable)
+    code, out, err = call("checkpoint", "--metric", "loss=1")
+    assert code == 1 and "will be lost" in err and "was not recorded" in err
+
+
 def test_ranks_above_0_run_the_program_and_record_nothing(shell_script):
     done = run("run", "--", "./train.sh", "1", env={"RANK": "1", "WORLD_SIZE": "2"})
     assert (done.returncode, done.stdout) == (0, "training with 1\n") and not (shell_script / "repo").exists()
@@ -8565,10 +8631,11 @@ def test_a_program_goes_on_while_its_bucket_is_away(bucket, shell_script):
     assert done.returncode == 0 and bucket.steps() == [0, 1]
     bucket.proxy.down()
     (shell_script / "model.bin").write_bytes(b"step 7")
-    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --path model.bin --step 7')
+    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --path model.bin --step 7; '
+               '"$PYTHON" "$PROGRAM" checkpoint')
     assert done.returncode == 0 and "safe in" in done.stderr
     bucket.proxy.up()
-    assert run("push").returncode == 0 and bucket.steps() == [0, 1, 7]
+    assert run("push").returncode == 0 and bucket.steps() == [0, 1, 7, 8]
 
 
 def test_a_script_is_run_again_with_its_code_and_resumes_nothing(project, training):
@@ -8587,6 +8654,21 @@ def test_a_script_is_run_again_with_its_code_and_resumes_nothing(project, traini
     one, other = sorted(stored_documents(project / "repo"), key=lambda item: item["created"])
     assert other["params"] == one["params"] == {"rate": "a b"} and len(other["checkpoints"]) == len(one["checkpoints"]) == 1
     assert run("rerun", document["id"], "-o", folder).returncode == 1  # it is there
+    sources = replicate.find_sources(str(project), ".")
+    assert "src/train.py" in [source.name for source in sources] and not any("rerun" in source.name for source in sources)
+
+
+def test_a_script_is_run_again_by_the_python_of_the_project(project):
+    (project / "env/bin").mkdir(parents=True)
+    (project / "env/pyvenv.cfg").write_text("")
+    (project / "env/bin/python").symlink_to(sys.executable)
+    (project / "train.py").write_text("import sys; print(sys.executable)\n")
+    write_repository(project / "repo", experiment_document(A, path=".", full_command="env/bin/python train.py"),
+                     experiment_document(B, path=".", full_command="cd new/folder && sh -c pwd"))
+    for item in (A, B):
+        write_archive(project / "repo/experiments" / (item + ".tar.gz"), item, {"train.py": b"print('again')\n"})
+    assert run("rerun", A).stdout == "again\n"
+    assert run("rerun", B, "-o", "other").stdout == "%s/other/new/folder\n" % project
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -8763,6 +8845,197 @@ def test_a_sparkline_is_a_column(project, call):
     assert json.loads(call("ls", "--columns", "~loss", "--json", "-n", "3")[1])[0] == {"~loss": [0, 7, None, 3.5]}
     assert "#" in run("ls", "--columns", "~loss", env={"PYTHONIOENCODING": "ascii"}).stdout
     assert "called 'los'" in call("ls", "--columns", "~los")[2]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A real browser without a window."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if path is None:
+        pytest.skip("chromium is not installed")
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium, project, call):
+    """page(...) makes a report of the project and opens it; what the page complains of fails the test, and so does a request."""
+    opened, wrong = [], []
+
+    def open_report(*arguments, **settings):
+        code, out, err = call("report", *arguments)
+        assert code == 0, err
+        opened.append(chromium.new_page(viewport={"width": 1280, "height": 900}, **settings))
+        opened[-1].on("console", lambda message: wrong.append(message.text))
+        opened[-1].on("pageerror", lambda error: wrong.append(str(error)))
+        opened[-1].on("request", lambda request: request.url.startswith("file:") or wrong.append(request.url))
+        opened[-1].goto("file://%s" % (project / "report.html"))
+        return opened[-1]
+
+    yield open_report
+    for each in opened:
+        each.close()
+    assert wrong == []
+
+
+def column_of(page, title):
+    place = [re.sub(" [▲▼]", "", text) for text in page.locator("thead th").all_inner_texts()].index(title)
+    return [row.locator("td").nth(place).inner_text() for row in page.locator("tbody tr").all()]
+
+
+def test_the_table_of_a_report_sorts_filters_and_marks_the_best(project, page):
+    sweep(project, 5)
+    report = page()
+    assert report.locator("h1").inner_text().startswith("5 experiments, ") and report.locator("tbody tr").count() == 5
+    assert column_of(report, "batch_size") == ["1", "2", "4", "8", "16"]
+    assert report.locator("td.best").all_inner_texts() == ["0.2"]
+    header = report.get_by_role("button", name="val_loss", exact=True)
+    header.click()
+    assert column_of(report, "val_loss") == ["0.2", "0.25", "0.33333", "0.5", "1"]
+    assert report.locator("th[aria-sort=ascending]").inner_text() == "val_loss ▲"
+    report.get_by_role("button", name="val_loss ▲").click()
+    assert column_of(report, "val_loss")[0] == "1" and column_of(report, "id")[0] == "00eeeee"
+    report.get_by_role("button", name="optimizer.name").press("Enter")  # by keyboard
+    assert column_of(report, "optimizer.name") == ["adam", "adam", "adam", "sgd", "sgd"]
+    report.get_by_label("Filter runs").fill("sgd")
+    assert column_of(report, "optimizer.name") == ["sgd", "sgd"] and "2 of 5 runs" in report.inner_text("#runs")
+    assert report.locator("td.best").all_inner_texts() == ["0.25"]
+    report.get_by_text("Columns", exact=True).click()
+    report.get_by_label("seed", exact=True).uncheck()
+    report.get_by_label("accuracy", exact=True).check()
+    titles = report.locator("thead th").all_inner_texts()
+    assert "seed" not in titles and "accuracy" in titles
+
+
+def test_curves_of_a_report_overlay_the_chosen_runs_and_tell_values(project, page):
+    curves_repository(project, [4, 2, 1], [3, "[NaN]", 5], [0, 1, 2])
+    report = page()
+    chart = report.locator("#curves figure", has=report.get_by_text("loss", exact=True))
+    assert report.locator("#curves figcaption").all_inner_texts() == ["loss", "twice"]  # the primary metric first
+    assert chart.locator("path.curve").count() == 3
+    report.get_by_label("choose 0eeeeee").check()
+    report.get_by_label("choose 1eeeeee").check()
+    assert chart.locator("path.curve").count() == 2
+    assert [path.count("M") for path in (line.get_attribute("d") for line in chart.locator("path.curve").all())] == [1, 2]  # a gap
+    chart.locator("svg").hover(position={"x": 75, "y": 60})
+    assert chart.locator(".tip").inner_text().split() == ["step", "0", "0eeeeee", "4", "1eeeeee", "3"]
+    chart.locator("svg").press("ArrowRight")
+    chart.locator("svg").press("ArrowRight")
+    assert chart.locator(".tip").inner_text().split() == ["step", "20", "1eeeeee", "5", "0eeeeee", "1"]
+    before = chart.locator("path.curve").first.get_attribute("d")
+    report.get_by_label("Smoothing").fill("0.5")
+    assert chart.locator("path.curve").first.get_attribute("d") != before
+    report.get_by_label("Logarithmic").check()
+    report.locator("#curves select").select_option("seconds")
+    report.get_by_role("button", name="Choose none").click()
+    assert chart.locator("path.curve").count() == 3 and report.locator("tbody input:checked").count() == 0
+    assert report.locator("#scatter circle").count() == 3
+    report.locator("#scatter select").nth(1).select_option("twice")
+    assert "twice by lr" in report.locator("#scatter svg").get_attribute("aria-label")
+    report.locator("#scatter circle").last.click()
+    assert "2eeeeee" in report.locator("#facts dd").first.inner_text()
+    assert report.locator("#parallel path.curve").count() == 3 and "lr" in report.inner_text("#parallel")
+
+
+def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page, monkeypatch):
+    for number, text in enumerate(("a\nb\nc\n", "a\n<b>B</b>\nc\n", "a\nb\nc\n")):
+        (project / "train.py").write_text(text)
+        (project / "data.bin").write_bytes(b"\0" + text.encode())
+        (project / ("new%d.py" % number)).write_text("new\n")
+        replicate.init(path=".", params={"n": number}, quiet=True).stop()
+        (project / ("new%d.py" % number)).unlink()
+    report = page()
+    first, second, third = [item.id[:7] for item in replicate.experiments.list()]
+    report.locator("#code select").nth(1).select_option(label=second)
+    assert report.locator("#code h3").all_inner_texts() == ["data.bin", "new0.py (removed)", "new1.py (added)", "train.py"]
+    assert report.locator("#code pre").last.inner_text() == " a\n-b\n+<b>B</b>\n c\n \n"
+    assert report.locator("#code .added").last.inner_text() == "+<b>B</b>\n" and "no text" in report.inner_text("#code")
+    report.locator("#code select").nth(1).select_option(label=third)
+    assert report.locator("#code h3").all_inner_texts() == ["new0.py (removed)", "new2.py (added)"]
+    report.locator("tbody button").nth(1).click()
+    assert report.locator("#facts dd").first.inner_text() == replicate.experiments.list()[1].id
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_a_report_of_a_hostile_repository_is_text(project, page, scheme):
+    mark = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>'\"&\u202e\x1b[31m\u2028\ud800"
+    write_repository(project / "repo", *[experiment_document(
+        item, name=mark, user=mark, command=mark, tags=[mark], note=mark, code=mark, git={"commit": mark}, params={
+            mark: mark, "p": [mark], "n": "[NaN]", "__proto__": "x", "constructor": number, "nested": {mark: {mark: 1}}}, checkpoints=[
+            checkpoint_document(hex_id("%xc" % number), metrics={mark: number, "__proto__": number, "toString": 1}, primary=(mark, "minimize"))])
+        for number, item in enumerate((A, B))])
+    report = page(color_scheme=scheme)
+    assert report.evaluate("window.hacked") is None and report.locator("img").count() == 0 and report.locator("script").count() == 2
+    assert report.locator("tbody tr").count() == 2 and "</script><script>" in report.inner_text("#facts")
+    assert "\u202e" not in report.content() and "\\u202e" in report.inner_text("#facts")
+    back = report.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_a_report_of_many_runs_is_small_and_keeps_extremes(project, call):
+    for number in range(40):
+        values = [0.123456789] * 3000
+        values[1234] = 99.5
+        items = [checkpoint_document("%064x" % (number * 10000 + step), step=step, metrics={"loss": value, "other": step / 7})
+                 for step, value in enumerate(values)]
+        write_repository(project / "repo", experiment_document(hex_id("%02xe" % number), checkpoints=items))
+    assert call("report", "-o", "small.html")[0] == 0
+    text = (project / "small.html").read_text()
+    assert len(text) < 3 << 20
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert len(data["runs"]) == 40 and len(data["steps"]) == 1
+    for run_data in data["runs"]:
+        values = run_data["curves"]["loss"]
+        assert max(values) == 99.5 and len(values) == len(run_data["seconds"]) == len(data["steps"][run_data["steps"]]) <= 4010
+        assert data["steps"][run_data["steps"]][values.index(99.5)] == 1234
+
+
+def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, project, call):
+    for number in range(3):
+        (project / "train.py").write_text("print(%d)\n" % number)
+        replicate.init(path="train.py", params={"n": number}, quiet=True).stop()
+    first, second, third = replicate.experiments.list()
+
+    def reported(*arguments):
+        code, out, err = call("report", *arguments)
+        assert code == 0, err
+        text = (project / "report.html").read_text()
+        data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+        assert data["texts"] == ["print(%d)\n" % run_data["values"][[column["name"] for column in data["columns"]].index("n")]
+                                 for run_data in data["runs"]]
+        return [run_data["id"] for run_data in data["runs"]]
+
+    assert reported() == [first.id, second.id, third.id] and reported("-f", "n > 0") == [second.id, third.id]
+    assert reported(second.id) == [second.id]
+    assert call("report", "-f", "n > 9")[0] == 1 and call("report", "abc")[0] == 1
+    (project / "report.html").write_text("mine")
+    code, out, err = call("report")
+    assert code == 1 and "is no report" in err and (project / "report.html").read_text() == "mine"
+    assert call("report", "-o", "report.html")[0] == 0 and call("report", "-o", "missing/x.html")[0] == 1
+    assert not list(project.glob("*.html.*"))
+
+
+def test_the_policy_of_a_report_names_its_own_script_alone(project, call):
+    sweep(project, 2)
+    call("report")
+    text = (project / "report.html").read_text()
+    policy = re.search('Content-Security-Policy" content="(.*?)"', text).group(1)
+    for tag in ("style", "script"):
+        content = text.rpartition("<%s>" % tag)[2].partition("</%s>" % tag)[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert "%s-src 'sha256-%s'" % (tag, digest) in policy
+    assert policy.startswith("default-src 'none';") and not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert "innerHTML" not in text and "eval(" not in text
+
+
+@pytest.mark.parametrize("values, count, kept", [
+    ([1, 2, 3], 5, {0, 1, 2}), ([0, 9, 0, 0, -9, 0, 0, 0], 2, {0, 1, 4, 7}), ([None] * 9, 2, {0, 8}),
+    ([0, None, 0, 0, 5, 0, 0, 0, 0, 1], 4, {0, 4, 5, 9})])
+def test_long_curves_keep_their_ends_and_extremes(values, count, kept):
+    assert replicate.thinned(values, count) >= kept and len(replicate.thinned(values, count)) <= count + 2
 
 
 @pytest.mark.parametrize("arguments", [
