@@ -85,7 +85,7 @@ if not TYPE_CHECKING:
         globals()[_name] = _LazyModule(_name)
 
 __version__ = "1.0.0"
-__all__ = ["init", "experiments", "Project", "Experiment", "Checkpoint", "ExperimentList", "CheckpointList",
+__all__ = ["init", "experiments", "keras_callback", "lightning_callback", "transformers_callback", "Project", "Experiment", "Checkpoint", "ExperimentList", "CheckpointList",
            "ReplicateError", "DoesNotExist", "ConfigNotFound", "ReadError", "WriteError",
            "RepositoryConfigurationError", "IncompatibleRepositoryVersion", "CorruptedRepositorySpec"]
 
@@ -1024,8 +1024,7 @@ class Experiment:
     def _repr_html_(self) -> str:
         rows = [("ID", self.id), ("Created", full_time(self.created)), ("Host", self.host or ""),
                 ("User", self.user or ""), ("Command", self.full_command or "")]
-        return (html_table(("Experiment", ""), rows) + html_table(("Param", "Value"), sorted(self.flat_params.items())) +
-                self.checkpoints._repr_html_())
+        return html_table(("Experiment", ""), rows) + html_list([self], show_all=True) + self.checkpoints._repr_html_()
 
 
 # Keys of a document beyond the published format may be anything where others wrote them.
@@ -1090,10 +1089,7 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
         except ImportError as error:
             raise ReplicateError("to_dataframe() needs pandas: install it with 'pip install pandas'. "
                                  "Everything else works without it.") from error
-        rows = [Row.of(experiment.to_json()) for experiment in self]
-        running = {item_id for project in {experiment.project for experiment in self} for item_id in project.running()}
-        for row in rows:
-            row.running = row.id in running
+        rows = rows_of(self)
         return pandas.DataFrame({name: [row.created if name == "started" else row.plain(name) for row in rows]
                                  for name in column_names(rows)})
 
@@ -1107,14 +1103,28 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
         return ExperimentList(found) if isinstance(index, slice) else found
 
     def _repr_html_(self) -> str:
-        params = sorted({name for experiment in self for name in experiment.flat_params})
-        rows = []
-        for experiment in self:
-            best, latest, values = experiment.best(), experiment.latest(), experiment.flat_params
-            rows.append([experiment.short_id(), full_time(experiment.created),
-                         repr(best) if best else "", repr(latest) if latest else ""] +
-                        [values.get(name, "") for name in params])
-        return html_table(["Experiment", "Started", "Best", "Latest"] + params, rows)
+        return html_list(self, show_all=False)
+
+
+def rows_of(experiments: Sequence[Experiment]) -> List[Row]:
+    """The rows of experiments of one or several projects."""
+    running = {item_id for project in {experiment.project for experiment in experiments} - {None} for item_id in project.running()}
+    rows = []
+    for experiment in experiments:
+        rows.append(Row.of(experiment.to_json()))
+        rows[-1].running, rows[-1].checkpoints = experiment.id in running, experiment.checkpoints
+    return rows
+
+
+def html_list(experiments: Sequence[Experiment], show_all: bool) -> str:
+    """`ls --wide` for a notebook, with a sparkline of each primary metric."""
+    rows = rows_of(experiments)
+    if not rows:
+        return html_table(["No experiments"], [])
+    primary = sorted({row.summary["primary_metric"] for row in rows} - {None})
+    names = [name for name, _ in wide_names(rows, show_all)] + ["~" + name for name in primary]
+    columns = [WideColumn(name, rows, datetime.datetime.now(datetime.timezone.utc), cut=True) for name in names]
+    return html_table([column.title for column in columns], zip(*[column.texts for column in columns]))
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -7394,6 +7404,183 @@ def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = N
     return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path}, InertProject())
 
 
+# -- callbacks of training frameworks, which are imported only where one of these functions is called
+
+def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
+                   primary_metric: Optional[Tuple[str, str]] = None, save_freq: Union[str, int] = "epoch",
+                   save_weights_only: bool = False, path: Optional[str] = ".", **settings: Any) -> Any:
+    """A callback for Keras 3's fit() that records it as an experiment, with a checkpoint after each epoch.
+
+    filepath: where the model is saved for its checkpoint, as Keras wants it (*.keras, or *.weights.h5 with
+    save_weights_only); None: it is not. params are added to those of the optimizer and of fit(). primary_metric: (name,
+    "minimize" or "maximize"), by default val_loss, or loss without validation. save_freq: "epoch", or a number of batches.
+    path and settings are for init(): name=, keep_best= and the like. Raises ReplicateError without Keras.
+    """
+    keras = framework("keras")
+
+    class ReplicateCallback(keras.callbacks.Callback):  # type: ignore[misc,name-defined]
+        def on_train_begin(self, logs: Any = None) -> None:
+            optimizer = getattr(self.model, "optimizer", None)
+            known = {"epochs": self.params.get("epochs"), "optimizer": optimizer.get_config() if optimizer else None}
+            self.batches = 0
+            self.experiment = init(path, merged_params(known, params), **settings)
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.batches += 1
+            if save_freq != "epoch" and self.batches % int(save_freq) == 0:
+                self.record(self.batches, logs)
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            if save_freq == "epoch":
+                self.record(epoch, logs)
+
+        def on_train_end(self, logs: Any = None) -> None:
+            self.experiment.stop()
+
+        def record(self, step: int, logs: Any) -> None:
+            def save(place: str) -> None:
+                (self.model.save_weights if save_weights_only else self.model.save)(place, overwrite=True)
+
+            metrics = number_metrics(logs)
+            saved = saved_model(save, filepath) if filepath and not isinstance(self.experiment.project, InertProject) else None
+            self.experiment.checkpoint(saved, step, metrics, primary_metric or default_primary(metrics, "val_loss"), quiet=True)
+
+    return ReplicateCallback()
+
+
+def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = None,
+                       primary_metric: Optional[Tuple[str, str]] = None, period: int = 1, save_weights_only: bool = False,
+                       path: Optional[str] = ".", **settings: Any) -> Any:
+    """A callback for the Trainer of Lightning 2 that records fit() as an experiment, with a checkpoint every `period` epochs.
+
+    params are added to the module's hparams; otherwise as keras_callback(). Raises ReplicateError without Lightning.
+    """
+    lightning = framework("lightning.pytorch", "pytorch_lightning")
+
+    class ReplicateCallback(lightning.Callback):  # type: ignore[misc,name-defined]
+        experiment: Optional[Experiment] = None
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            known = dict({"max_epochs": trainer.max_epochs}, **getattr(pl_module, "hparams", {}))
+            if trainer.is_global_zero:
+                self.experiment = init(path, merged_params(known, params), **settings)
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if (trainer.current_epoch + 1) % period:
+                return
+            saved = saved_model(lambda place: trainer.save_checkpoint(place, save_weights_only), filepath) if filepath else None
+            if self.experiment:  # every process has to save, and one records
+                metrics = number_metrics(trainer.callback_metrics)
+                self.experiment.checkpoint(saved, trainer.current_epoch, metrics,
+                                           primary_metric or default_primary(metrics, "val_loss"), quiet=True)
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            if self.experiment:
+                self.experiment.stop()
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            if self.experiment:
+                self.experiment.project.stop(self.experiment, exception)
+
+    return ReplicateCallback()
+
+
+def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str, str]] = None, path: Optional[str] = ".",
+                          **settings: Any) -> Any:
+    """A callback for the Trainer of Transformers that records train() as an experiment: a checkpoint with the metrics each
+    time it logs, and one with the files each time it saves.
+
+    params are added to the TrainingArguments; the output directory has to lie in the project. primary_metric defaults to
+    metric_for_best_model, eval_loss or loss. Raises ReplicateError without Transformers.
+    """
+    transformers = framework("transformers")
+
+    class ReplicateCallback(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+        experiment: Optional[Experiment] = None
+        latest: Dict[str, Any] = {}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            known = {name: value for name, value in args.to_dict().items()
+                     if value is not None and not name.endswith(("_dir", "_token")) and name != "run_name"}
+            if state.is_world_process_zero:
+                self.experiment = init(path, merged_params(known, params), **settings)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            self.latest = dict(self.latest, **number_metrics(logs))
+            self.record(None, args, state, number_metrics(logs))
+
+        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            folder = os.path.join(args.output_dir, "checkpoint-%d" % state.global_step)
+            self.record(os.path.abspath(folder), args, state, self.latest)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if self.experiment:
+                self.experiment.stop()
+
+        def record(self, saved: Optional[str], args: Any, state: Any, metrics: Dict[str, Any]) -> None:
+            best, strategy = args.metric_for_best_model, getattr(args, "eval_strategy", "no")
+            name = best if not best or best.startswith("eval_") or best in self.latest else "eval_" + best
+            evaluates = getattr(strategy, "value", strategy) != "no"
+            chosen = (name, "maximize" if args.greater_is_better else "minimize") if name else (
+                "eval_loss" if evaluates else "loss", "minimize")
+            if self.experiment:
+                self.experiment.checkpoint(saved, state.global_step, metrics, primary_metric or chosen, quiet=True)
+
+    return ReplicateCallback()
+
+
+def framework(*names: str) -> Any:
+    """The first of these modules that there is. Raises ReplicateError where none is installed."""
+    import importlib
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            failure = error
+    package = names[0].partition(".")[0]
+    raise ReplicateError("This callback needs %s: install it with 'pip install %s'." % (package, package)) from failure
+
+
+def merged_params(known: Dict[str, Any], given: Any) -> Dict[str, Any]:
+    """What a framework has set, and over it what the caller gives. Raises ArgumentError where that is no mapping."""
+    fields = {} if given is None else fields_of(given)
+    if fields is None:
+        raise ArgumentError("params must be a dict or the like, not %s." % type(given).__name__)
+
+    def that_is_set(values: Dict[str, Any]) -> Dict[str, Any]:
+        return {name: that_is_set(value) if isinstance(value, dict) else value for name, value in values.items() if value is not None}
+
+    return dict(that_is_set(known), **{key_text(key): fields[key] for key in fields})
+
+
+def number_metrics(logs: Any) -> Dict[str, Any]:
+    """Those of a framework's metrics that are numbers."""
+    found = {}
+    for name, value in (logs or {}).items():
+        try:
+            value = plain_value(value)
+        except Exception:  # somebody else's object
+            continue
+        found.update({str(name): value} if _is_number(value) else {})
+    return found
+
+
+def default_primary(metrics: Dict[str, Any], name: str) -> Optional[Tuple[str, str]]:
+    """The loss that a framework is expected to report, of the validation if there is one."""
+    return next(((loss, "minimize") for loss in (name, "loss", "train_loss") if loss in metrics), None)
+
+
+def saved_model(save: Callable[[str], Any], filepath: str) -> Optional[str]:
+    """filepath (absolute), after saving a model there; None with a message where that fails."""
+    place = os.path.abspath(filepath)
+    try:
+        save(place)
+        return place
+    except Exception as error:  # recording must never break training
+        console.error("The model could not be saved as %s: %s" % (filepath, short_reason(error)))
+        return None
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 10  Rendering: tables, show, diff (data in, text out)
 # ------------------------------------------------------------------------------------------------------------------
@@ -7548,7 +7735,7 @@ def wide_cell(row: Row, name: str, now: datetime.datetime, cut: bool) -> str:
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
     if name[:1] == "~":
-        return sparkline(value)
+        return sparkline(value, *(() if can_encode(sys.stdout, "▁█") else ("_.:-=+*#",)))
     if name == "duration" and value is not None:
         return str(datetime.timedelta(seconds=round(value)))
     if name == "id" or name == "commit" and row.is_label(name):
@@ -7559,9 +7746,8 @@ def wide_cell(row: Row, name: str, now: datetime.datetime, cut: bool) -> str:
 SPARK_WIDTH = 16  # characters of a sparkline
 
 
-def sparkline(values: Sequence[Optional[float]]) -> str:
+def sparkline(values: Sequence[Optional[float]], marks: str = "▁▂▃▄▅▆▇█") -> str:
     """A curve on one line, a space where it has a gap; of many values the last of every few."""
-    marks = "▁▂▃▄▅▆▇█" if can_encode(sys.stdout, "▁█") else "_.:-=+*#"
     if len(values) > SPARK_WIDTH:
         values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
     chosen = [value if value is not None and value - value == 0 else None for value in values]

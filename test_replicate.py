@@ -9038,6 +9038,158 @@ def test_long_curves_keep_their_ends_and_extremes(values, count, kept):
     assert replicate.thinned(values, count) >= kept and len(replicate.thinned(values, count)) <= count + 2
 
 
+# -- callbacks: each test needs its framework, which .ci/run installs where it can
+
+@pytest.fixture
+def keras(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    return pytest.importorskip("keras", reason="keras is not installed")
+
+
+KERAS = """
+import numpy, replicate, keras
+x = numpy.random.rand(64, 4)
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+model.compile("adam", "mse", metrics=["mae"])
+model.fit(x, x.sum(1), batch_size=16, epochs=4, verbose=0, validation_split=0.25, callbacks=[replicate.keras_callback(%s)])
+"""
+
+
+@pytest.mark.parametrize("arguments, steps, path, name", [
+    ("params={'units': 3}, path=None, keep_best=1, name='k'", [0, 1, 2, 3], "model.keras", "val_loss"),
+    ("'w.weights.h5', {'units': 3}, ('mae', 'minimize'), 2, True, path=None", [2, 4, 6, 8, 10, 12], "w.weights.h5", "mae"),
+    ("None, path=None", [0, 1, 2, 3], None, "val_loss"), ("'model.nonsense', path=None", [0, 1, 2, 3], None, "val_loss")])
+def test_keras_records_a_fit(project, keras, arguments, steps, path, name):
+    done = run_script(KERAS % arguments)
+    (document,) = stored_documents(project / "repo")
+    assert document["outcome"]["status"] == "completed" and document["params"]["epochs"] == 4
+    assert document["params"]["optimizer"]["name"] == "adam" and None not in document["params"]["optimizer"].values()
+    assert [item["step"] for item in document["checkpoints"]] == steps
+    assert {item["primary_metric"]["name"] for item in document["checkpoints"]} == {name}
+    assert {"loss", "mae"} <= document["checkpoints"][0]["metrics"].keys()
+    assert document["checkpoints"][-1]["path"] == path and ("could not be saved" in done.stderr) == ("nonsense" in arguments)
+    if "keep_best" in arguments:
+        assert document["params"]["units"] == 3 and document["name"] == "k"
+        assert [item["path"] for item in document["checkpoints"]].count(path) <= 2
+        (project / "again.keras").write_bytes(replicate.experiments.list()[0].latest().open(path).read())
+        assert keras.models.load_model(str(project / "again.keras")).count_params() == 19
+
+
+def test_a_keras_fit_that_fails_has_failed(project, keras):
+    done = run_script(KERAS % "path=None), keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: 1 / 0", check=False)
+    (document,) = stored_documents(project / "repo")
+    assert done.returncode == 1 and document["outcome"]["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_keras_records_process_0_alone(project, keras):
+    run_script(KERAS % "path=None", env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert not (project / "repo").exists() and not (project / "model.keras").exists()
+
+
+LIGHTNING = """
+import torch, replicate, lightning.pytorch as L
+class Model(L.LightningModule):
+    def __init__(self, width=4, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Linear(width, 1)
+    def training_step(self, batch, index):
+        loss = ((self.net(batch[0]) - batch[1]) ** 2).mean()
+        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        return loss
+    def validation_step(self, batch, index):
+        if %(fails)r and self.current_epoch == 1: raise ValueError("bad batch")
+        self.log("val_loss", ((self.net(batch[0]) - batch[1]) ** 2).mean())
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(32, 4), torch.rand(32, 1)), batch_size=8)
+L.Trainer(max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+          callbacks=[replicate.lightning_callback(%(arguments)s)]).fit(Model(), data, %(validation)s)
+"""
+
+
+@pytest.mark.parametrize("arguments, validation, fails, steps, name, status", [
+    ("path=None, params={'lr': 0.2}", "data", False, [0, 1, 2, 3], "val_loss", "completed"),
+    ("'m.pth', None, ('train_loss', 'minimize'), 2, True, path=None", "None", False, [1, 3], "train_loss", "completed"),
+    ("None, path=None", "data", True, [0], "val_loss", "failed")])
+def test_lightning_records_a_fit(project, arguments, validation, fails, steps, name, status):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    run_script(LIGHTNING % {"arguments": arguments, "validation": validation, "fails": fails}, check=not fails)
+    (document,) = stored_documents(project / "repo")
+    assert document["outcome"]["status"] == status and document["params"]["width"] == 4 and document["params"]["max_epochs"] == 4
+    assert document["params"]["lr"] == (0.2 if "0.2" in arguments else 0.1)
+    assert [item["step"] for item in document["checkpoints"]] == steps
+    for item in document["checkpoints"]:
+        assert item["primary_metric"]["name"] == name and name in item["metrics"]
+        assert item["path"] == (None if arguments.startswith("None") else "m.pth" if "m.pth" in arguments else "model.ckpt")
+    if not fails:
+        import torch
+        saved = torch.load(replicate.experiments.list()[0].latest().open(item["path"]), weights_only=False)
+        assert "net.weight" in saved["state_dict"] and ("optimizer_states" in saved) == ("m.pth" not in arguments)
+
+
+TRANSFORMERS = """
+import torch, replicate, transformers
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+    def forward(self, x=None, labels=None):
+        out = self.net(x)
+        return {"loss": ((out - labels) ** 2).mean(), "logits": out}
+data = [{"x": torch.rand(4), "labels": torch.rand(1)} for _ in range(32)]
+arguments = transformers.TrainingArguments("out", num_train_epochs=3, per_device_train_batch_size=8, logging_steps=2, report_to=[],
+    save_strategy="epoch", disable_tqdm=True, use_cpu=True, **%(settings)r)
+transformers.Trainer(Model(), arguments, train_dataset=data, eval_dataset=data,
+                     callbacks=[replicate.transformers_callback(path=None, params={"mine": 1}, keep_best=1)]).train()
+"""
+
+
+@pytest.mark.parametrize("settings, name, goal", [
+    ({"eval_strategy": "epoch"}, "eval_loss", "minimize"), ({}, "loss", "minimize"),
+    ({"eval_strategy": "epoch", "metric_for_best_model": "runtime", "greater_is_better": True}, "eval_runtime", "maximize")])
+def test_transformers_records_a_training(project, settings, name, goal):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("torch", reason="torch is not installed")
+    run_script(TRANSFORMERS % {"settings": settings})
+    (document,) = stored_documents(project / "repo")
+    assert document["outcome"]["status"] == "completed" and document["params"]["mine"] == 1
+    assert document["params"]["learning_rate"] == 5e-05 and not [key for key in document["params"] if key.endswith(("_dir", "_token"))]
+    assert {(item["primary_metric"]["name"], item["primary_metric"]["goal"]) for item in document["checkpoints"]} == {(name, goal)}
+    saved = [item for item in document["checkpoints"] if item["path"] or item.get("pruned")]
+    assert [item["step"] for item in saved] == [4, 8, 12] and saved[-1]["path"] == "out/checkpoint-12"
+    assert 1 <= len([item for item in saved if item["path"]]) <= 2 and name in saved[-1]["metrics"]
+    assert any("train_runtime" in item["metrics"] for item in document["checkpoints"])
+    experiment = replicate.experiments.list()[0]
+    assert experiment.checkpoints[[item["id"] for item in document["checkpoints"]].index(saved[-1]["id"])].open(
+        "out/checkpoint-12/model.safetensors").read(8)
+
+
+@pytest.mark.parametrize("framework", ["keras", "lightning", "transformers"])
+def test_without_its_framework_a_callback_says_so(project, framework):
+    done = run_script("import sys, replicate\nsys.modules.update(dict.fromkeys(['keras', 'lightning', 'pytorch_lightning', 'transformers']))\n"
+                      "replicate.%s_callback()" % framework, check=False)
+    assert done.returncode == 1 and "pip install %s" % framework in done.stderr
+
+
+def test_a_notebook_shows_tables(project):
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    cells = ["import replicate\nfor lr in (0.1, 0.2):\n"
+             "    with replicate.init(params={'lr': lr, 'same': 1, 'net': {'<b>': lr}}, quiet=True) as experiment:\n"
+             "        for step in range(4):\n"
+             "            experiment.checkpoint(metrics={'loss': step * lr}, primary_metric=('loss', 'maximize'), quiet=True)",
+             "replicate.experiments.list()", "experiment", "experiment.checkpoints"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(project)}}).execute()
+    listed, one, checkpoints = [cell["outputs"][0]["data"]["text/html"] for cell in notebook["cells"][1:]]
+    head = re.findall("<th>(.*?)</th>", listed)
+    assert head == ["ID", "STARTED", "STATUS", "lr", "net.&lt;b&gt;", "loss ", "~loss"]
+    assert listed.count("<tr>") == 3 and "▁▃▆█" in listed and "0.6*" in listed and "0.3 " in listed
+    assert "same" in one and "▁▃▆█" in one and one.count("<table>") == 3 and checkpoints.count("<tr>") == 5
+
+
 @pytest.mark.parametrize("arguments", [
     ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
     ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff"], ["diff", "a", "b", "c", "--code"], ["diff", "a", "b", "--path", "x"],
