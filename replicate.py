@@ -11,24 +11,27 @@ In a training script::
     experiment = replicate.init(path=".", params={"learning_rate": 0.01})
     experiment.checkpoint(path="model.pth", metrics={"loss": 0.1}, primary_metric=("loss", "minimize"))
 
-On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``checkout``, ``rm``, ``help``).
+On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``plot``, ``report``, ``checkout``, ``help``).
 
 Sections, each of which depends only on those above it:
 
      0  imports and constants             6  archives: ignore rules, pack, unpack
      1  errors and the console            7  repository: documents, journals, rows, checkout
      2  values: JSON, times, short forms  8  recorder: journal, uploads, signals
-     3  model: Experiment, lists, plots   9  library: Project, init, experiments
-     4  filters and sorting              10  rendering: tables, show, diff (data in, text out)
+     3  model: Experiment, lists, plots   9  library: Project, init, experiments, callbacks
+     4  filters and sorting              10  rendering: tables, show, diff, curves, report (data in, text out)
      5  configuration, threads, storage  11  commands, parser, main
 
-Five journeys lead through them:
+Seven journeys lead through them:
 
     record      init() and Project.create() or resume() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
                 thread folds that into the document, another compresses, and uploads to a bucket [8]
     list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
     show, diff  the commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment(),
                 render_diff() [10]
+    plot,       plot_command(), report_command() [11], Experiment [3], render_plot(), report_data() and render_report() [10]
+    report
+    keep        prune_command(), verify_command() [11], prunable() [3], Pruning, Usage, Verification [7]; Recorder._prune() [8]
     check out   checkout_command() [11], Project.checkout() [9], Checkout [7], Archive and TarReader [6]
     push        push_command() [11], send_abandoned() and send_experiment() [8], Storage [5]
 """
@@ -85,9 +88,10 @@ if not TYPE_CHECKING:
         globals()[_name] = _LazyModule(_name)
 
 __version__ = "1.0.0"
-__all__ = ["init", "experiments", "keras_callback", "lightning_callback", "transformers_callback", "Project", "Experiment", "Checkpoint", "ExperimentList", "CheckpointList",
-           "ReplicateError", "DoesNotExist", "ConfigNotFound", "ReadError", "WriteError",
-           "RepositoryConfigurationError", "IncompatibleRepositoryVersion", "CorruptedRepositorySpec"]
+__all__ = ["init", "experiments", "keras_callback", "lightning_callback", "transformers_callback", "Project", "Experiment",
+           "Checkpoint", "ExperimentList", "CheckpointList", "ReplicateError", "DoesNotExist", "ConfigNotFound",
+           "ReadError", "WriteError", "RepositoryConfigurationError", "IncompatibleRepositoryVersion",
+           "CorruptedRepositorySpec"]
 
 HEARTBEAT_INTERVAL = 10.0        # seconds between two heartbeats of a running experiment
 HEARTBEAT_TIMEOUT = 30.0         # seconds after which a silent experiment counts as stopped
@@ -1108,7 +1112,8 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
 
 def rows_of(experiments: Sequence[Experiment]) -> List[Row]:
     """The rows of experiments of one or several projects."""
-    running = {item_id for project in {experiment.project for experiment in experiments} - {None} for item_id in project.running()}
+    projects = {experiment.project for experiment in experiments} - {None}
+    running = {item_id for project in projects for item_id in project.running()}
     rows = []
     for experiment in experiments:
         rows.append(Row.of(experiment.to_json()))
@@ -4623,7 +4628,10 @@ class Pruning:
         self.bytes = sum(self._sizes.values())
 
     def run(self, repository: Repository) -> Tuple[int, int]:
-        """Note it in the document, then remove the archives; (checkpoints, bytes). Raises DoesNotExist, ReadError, WriteError."""
+        """Note it in the document, then remove the archives; (checkpoints, bytes) removed.
+
+        Raises DoesNotExist, ReadError, WriteError.
+        """
         noted: Set[str] = set()
 
         def change(document: Dict[str, Any]) -> None:
@@ -4661,7 +4669,8 @@ class Verification:
         self._leftovers([archive_key("experiments", item_id) for item_id, entry in stored_archives(
             self.storage, "experiments").items() if item_id not in present and self._is_old(entry, experiments)])
         if len(experiments) == len(present):  # else the archive may belong to one that cannot be read
-            known = {checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints if not checkpoint.pruned}
+            known = {checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints
+                     if not checkpoint.pruned}
             self._leftovers([archive_key("checkpoints", item_id) for item_id, entry in stored_archives(
                 self.storage, "checkpoints").items() if item_id not in known and self._is_old(entry, experiments)])
         self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
@@ -7548,7 +7557,8 @@ def merged_params(known: Dict[str, Any], given: Any) -> Dict[str, Any]:
         raise ArgumentError("params must be a dict or the like, not %s." % type(given).__name__)
 
     def that_is_set(values: Dict[str, Any]) -> Dict[str, Any]:
-        return {name: that_is_set(value) if isinstance(value, dict) else value for name, value in values.items() if value is not None}
+        return {name: that_is_set(value) if isinstance(value, dict) else value
+                for name, value in values.items() if value is not None}
 
     return dict(that_is_set(known), **{key_text(key): fields[key] for key in fields})
 
@@ -7764,8 +7774,8 @@ def full_text(row: Row, name: str) -> str:
 
 def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
     """What the experiments want of a primary metric: "minimize" or "maximize"; None where they do not agree."""
-    primaries = [item["primary_metric"] for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
-    goals = {primary["goal"] for primary in primaries if primary["name"] == metric}
+    items = [item for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
+    goals = {item["primary_metric"]["goal"] for item in items if item["primary_metric"]["name"] == metric}
     return goals.pop() if len(goals) == 1 else None
 
 
@@ -8347,10 +8357,11 @@ def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
     return kept
 
 
-def report_curves(experiment: Experiment, names: Sequence[str], count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
+def report_curves(experiment: Experiment, names: Sequence[str],
+                  count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
     """(steps, seconds, {metric: values, None for gaps}) of the metrics that it has, thinned to about so many a metric."""
-    columns = {name: [value if _is_number(value) and abs(value) < 1e300 else None for value in experiment.checkpoints.metrics[name]]
-               for name in names}
+    found = experiment.checkpoints.metrics
+    columns = {name: [value if _is_number(value) and abs(value) < 1e300 else None for value in found[name]] for name in names}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     places = sorted(set().union(*(thinned(values, count) for values in columns.values())))
     chosen = [experiment.checkpoints[place] for place in places]
@@ -8393,7 +8404,7 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
     goals = {column: goal_of(rows, name) for name, column in metrics.items()}
     clean = [escape_control(name) for name in names]
     return {"title": plural(len(runs), "experiment") + ", " + full_time(datetime.datetime.now(datetime.timezone.utc)),
-            "columns": [{"name": name, "number": all(_is_number(run["values"][number]) or run["values"][number] is None for run in runs)}
+            "columns": [{"name": name, "number": {type(run["values"][number]) for run in runs} <= {int, float, type(None)}}
                         for number, name in enumerate(clean)],
             "shown": [number for number, name in enumerate(names) if name in shown],
             "goals": {escape_control(column): goal for column, goal in goals.items() if goal},
@@ -8451,11 +8462,9 @@ svg .curve { fill: none; stroke-width: 1.6; }
 .tip:empty { display: none; }
 .key { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
-dt { color: var(--faint); }
-dd { margin: 0; overflow-wrap: anywhere; }
+dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 pre { overflow: auto; border: 1px solid var(--line); padding: .5rem; }
-.added { color: var(--mark); }
-.removed { color: var(--bad); }
+.added { color: var(--mark); } .removed { color: var(--bad); }
 .faint { color: var(--faint); }
 @media print { .controls, details { display: none; } .scroll { max-height: none; overflow: visible; border: 0; } h2 { break-after: avoid; } }
 </style>
@@ -8558,7 +8567,8 @@ function headCell(column, sort) {
   const isSorted = state.column === column, { name, number } = data.columns[column];
   const arrow = isSorted ? (state.descending ? " ▼" : " ▲") : "";
   const order = isSorted ? (state.descending ? "descending" : "ascending") : false;
-  return make("th", { class: number ? "number" : false, scope: "col", "aria-sort": order }, make("button", { click: sort }, name + arrow));
+  const button = make("button", { click: sort }, name + arrow);
+  return make("th", { class: number ? "number" : false, scope: "col", "aria-sort": order }, button);
 }
 
 function bodyCell(run, column, best) {
@@ -8850,7 +8860,8 @@ function showCode(one, other) {
   const [old, now] = [one, other].map(number => new Map(data.codes[runs[number].files]));  // name: [content ID, text or null]
   const names = [...new Set([...old.keys(), ...now.keys()])].sort().filter(name => old.get(name)?.[0] !== now.get(name)?.[0]);
   section("code", make("div", { class: "controls" },
-    choice("From", options, one, value => showCode(Number(value), other)), choice("to", options, other, value => showCode(one, Number(value)))),
+    choice("From", options, one, value => showCode(Number(value), other)),
+    choice("to", options, other, value => showCode(one, Number(value)))),
     ...names.flatMap(name => fileDifference(name, old.get(name)?.[1], now.get(name)?.[1])),
     names.length ? null : make("p", { class: "faint" }, "No file differs."));
 }
@@ -9157,7 +9168,8 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
         raise ReplicateError("There is nothing to plot: %r has no values%s." % (metric, " above 0" if args.log else ""))
     size = shutil.get_terminal_size() if is_terminal(sys.stdout) else (80, 21)
     title = metric + (", logarithmic" if args.log else "") + (", smoothed" if args.smooth else "")
-    return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, can_encode(sys.stdout, "\u28ff┤"), paint)
+    braille = can_encode(sys.stdout, "\u28ff┤")
+    return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, braille, paint)
 
 
 @command("report", option("ids", nargs="*", metavar="ID", help="Experiments (default: all)"), FILTER,
@@ -9577,7 +9589,8 @@ def read_primary(text: str) -> Tuple[str, str]:
     return name, goal
 
 
-@command("run", option("--param", action="append", default=[], type=read_pair, metavar="NAME=VALUE", help="A hyperparameter, repeatable"),
+@command("run", option("--param", action="append", default=[], type=read_pair, metavar="NAME=VALUE",
+                       help="A hyperparameter, repeatable"),
          option("--path", help="The file or directory of code to save (default: none)"),
          option("--name", help="A name for the experiment"),
          option("--tag", action="append", default=[], help="A tag, repeatable"),
@@ -9694,7 +9707,8 @@ def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
     if not words:
         refuse("its command is not known")
     if any("***" in word for word in words):
-        refuse("its command holds a secret that was not recorded. Check it out and run it yourself: %s" % experiment.full_command)
+        refuse("its command holds a secret that was not recorded. Check it out and run it yourself: %s" %
+               experiment.full_command)
     if os.path.isabs(place) or os.pardir in place.split("/"):
         refuse("it ran in %s, outside the project directory" % place)
     if words[0].endswith(".py"):  # as the peer records it
