@@ -10088,7 +10088,7 @@ def completions(words: Sequence[str]) -> List[str]:
         found = list(COMMANDS)
     else:
         found = [choice for names, settings in chosen.options if names[0][0] != "-" for choice in settings.get("choices", ())]
-        if ID in chosen.options or any(names[0] in ("id", "ids") for names, _ in chosen.options):
+        if any(names[0] in ("id", "ids") for names, _ in chosen.options):
             found = item_names(rows_to_complete(before), current, chosen.name != "tag")
     return [text for text in dict.fromkeys(found) if text.startswith(current) and re.fullmatch(r"[A-Za-z0-9_.-]+", text)]
 
