@@ -6920,6 +6920,7 @@ class Project:
             import copy
             repository.pending, lock = own_pending_area(self.pending(), experiment.id)
             remote = Repository(repository.url, copy.copy(repository.storage))  # stopping sets its deadline
+            remote.storage.deadline = None
             recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock, keep,
                                 role)
         self._recorders[experiment.id] = recorder
@@ -6997,32 +6998,40 @@ class Project:
 
         Raises DoesNotExist, Unreachable, ReadError, and WriteError where nothing could be recorded.
         """
+        import copy
         repository = self._open()
         on_disk = repository if repository.storage.has_journals else self.pending()
         if on_disk is not repository:
             make_private_folder(on_disk.storage.root)  # type: ignore[attr-defined]
+            repository.storage = copy.copy(repository.storage)
+            repository.storage.deadline = time.monotonic() + REACH_SECONDS + JOIN_SECONDS  # training waits for this
         with FileLock(on_disk.storage.path("tmp/%s.guest.lock" % experiment_id)):  # type: ignore[attr-defined]
-            experiment = Experiment(self._known_document(repository, experiment_id), self)
+            document, is_reached = self._known_document(repository, experiment_id)
+            experiment = Experiment(document, self)
             recorder = self._resumed(repository, experiment, False, alone=False, keep=None, role="guest")
             checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
-        stop_all(None, [recorder])
+        stop_all(None if is_reached else 0.0, [recorder])
         if checkpoint is None or recorder.gone or recorder.document.unwritten:
             raise WriteError("The checkpoint was not recorded.")
         return checkpoint
 
-    def _known_document(self, repository: Repository, experiment_id: str) -> Dict[str, Any]:
-        """The document of an experiment, with the checkpoints that wait on this machine to be uploaded."""
+    def _known_document(self, repository: Repository, experiment_id: str) -> Tuple[Dict[str, Any], bool]:
+        """The document of an experiment, with the checkpoints that wait on this machine to be uploaded; whether the
+        repository could be reached.
+        """
         found: List[Dict[str, Any]] = []
+        is_reached = True
         areas = [] if repository.storage.has_journals else pending_areas(self.pending())
         for place in [repository, *areas]:
             try:
                 found.append(place.load(experiment_id))
             except (DoesNotExist, Unreachable) as error:
                 failure = error
+                is_reached = is_reached and not isinstance(error, Unreachable)
         if not found:
             raise failure
         items = {item["id"]: item for document in found for item in document.get("checkpoints") or ()}
-        return dict(found[0], checkpoints=sorted(items.values(), key=lambda item: canonical_time(item["created"])))
+        return dict(found[0], checkpoints=sorted(items.values(), key=lambda item: canonical_time(item["created"]))), is_reached
 
     def _claim_in_bucket(self, recorder: Recorder) -> bool:
         """Open the outcome in the bucket's document; False if a process, here or elsewhere, has just done that."""
@@ -8139,6 +8148,7 @@ def quoted_name(name: str, spaces: bool = False) -> str:
 # -- curves in characters
 
 SMOOTHING = 0.6  # weight of what was before in an exponential moving average, as TensorBoard has it
+TINY = 1e-290    # smaller differences are none
 CURVES = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -8154,7 +8164,7 @@ class Curve:
             x = (checkpoint.step if axis == "step" else (checkpoint.created - experiment.created).total_seconds()
                  if axis == "time" else metrics.get(axis))
             y = metrics.get(metric)
-            if not (_is_number(x) and _is_number(y) and abs(x) < 1e300 and abs(y) < 1e300 and (y > 0 or not log)):
+            if not (_is_number(x) and _is_number(y) and abs(x) < 1e300 and abs(y) < 1e300 and (y > TINY or not log)):
                 self.points.append(None)
                 continue
             if smooth:
@@ -8175,8 +8185,9 @@ class Scale:
         import math
         self._map = math.log10 if log else float
         low, high = min(values), max(values)
-        if high - low < 1e-290:
-            low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+        if high - low < TINY:
+            half = abs(low) / 2 if abs(low) > TINY else 0.5
+            low, high = (low / 2, high * 2) if log else (low - half, high + half)
         self._low, self._size = self._map(low), size
         self._span = self._map(high) - self._low or 1.0
         self.is_log, self.low, self.high = log, low, high
