@@ -4666,24 +4666,29 @@ class Verification:
         self._journals()
         experiments = self.repository.experiments(self.fault)
         present = {entry.name[:-5] for entry in self.storage.list(EXPERIMENTS)}
-        self._leftovers([archive_key("experiments", item_id) for item_id, entry in stored_archives(
-            self.storage, "experiments").items() if item_id not in present and self._is_old(entry, experiments)])
+        limit = self._age_limit(experiments)
+
+        def unowned(kind: str, owned: Container[str]) -> List[str]:
+            return [archive_key(kind, item_id) for item_id, entry in stored_archives(self.storage, kind).items()
+                    if item_id not in owned and entry.modified < limit]
+
+        self._leftovers(unowned("experiments", present))
         if len(experiments) == len(present):  # else the archive may belong to one that cannot be read
-            known = {checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints
-                     if not checkpoint.pruned}
-            self._leftovers([archive_key("checkpoints", item_id) for item_id, entry in stored_archives(
-                self.storage, "checkpoints").items() if item_id not in known and self._is_old(entry, experiments)])
+            self._leftovers(unowned("checkpoints", {
+                checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints if not checkpoint.pruned}))
         self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
                          if entry.name[:-5] not in present and not self.repository._is_recent(entry)])
         return [place for experiment in experiments for place in archives_of(experiment)]
 
-    def _is_old(self, entry: Entry, experiments: Sequence[Experiment]) -> bool:
-        """Whether the document of an archive would be there if there were one, also if a running experiment could not
-        write it yet: because of a full disk, or of a bucket to which it is still uploading."""
+    def _age_limit(self, experiments: Sequence[Experiment]) -> float:
+        """Since when an archive may belong to somebody who has not written its document yet, in seconds since the epoch:
+        a running experiment may wait for space on a full disk, or still be uploading.
+        """
         running = self.repository.running()
-        since = {experiment.id: experiment.created.timestamp() for experiment in experiments if experiment.id in running}
-        limits = [time.time() + self.storage.clock_skew - LEFTOVER_SECONDS, *since.values()]
-        return len(since) == len(running) and entry.modified < min(limits)
+        since = [experiment.created.timestamp() for experiment in experiments if experiment.id in running]
+        if len(since) < len(running):
+            return 0.0
+        return min([time.time() + self.storage.clock_skew - LEFTOVER_SECONDS, *since])
 
     def _journals(self) -> None:
         """Note or fold what killed processes left."""
