@@ -7774,7 +7774,7 @@ def sparkline(values: Sequence[Optional[float]], marks: str = "▁▂▃▄▅�
     """A curve on one line, a space where it has a gap; of many values the last of every few."""
     if len(values) > SPARK_WIDTH:
         values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
-    chosen = [value if value is not None and value - value == 0 else None for value in values]
+    chosen = [value if value is not None and abs(value) < 1e300 else None for value in values]
     known = [value for value in chosen if value is not None]
     scale = Scale(known, len(marks)) if known else None
     return "".join(" " if value is None or scale is None else marks[scale.position(value)] for value in chosen)
