@@ -4661,8 +4661,8 @@ class Verification:
         """Note what is wrong with an object."""
         self.faults.append((key, reason))
 
-    def run(self) -> List[Tuple[str, str, Experiment]]:
-        """Look at all but the archives that belong to somebody, which are returned: (kind, ID, its experiment)."""
+    def run(self) -> Tuple[int, List[Tuple[str, str, Experiment]]]:
+        """Look at all but the archives that belong to somebody; (how many experiments there are, those archives)."""
         self._journals()
         experiments = self.repository.experiments(self.fault)
         present = {entry.name[:-5] for entry in self.storage.list(EXPERIMENTS)}
@@ -4678,7 +4678,7 @@ class Verification:
                 checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints if not checkpoint.pruned}))
         self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
                          if entry.name[:-5] not in present and not self.repository._is_recent(entry)])
-        return [place for experiment in experiments for place in archives_of(experiment)]
+        return len(present), [place for experiment in experiments for place in archives_of(experiment)]
 
     def _age_limit(self, experiments: Sequence[Experiment]) -> float:
         """Since when an archive may belong to somebody who has not written its document yet, in seconds since the epoch:
@@ -9430,10 +9430,12 @@ def verify_command(args: argparse.Namespace) -> int:
     repository = opened_project(args, fold=False).repository
     verification = Verification(repository, args.fix)
     if args.ids:
-        places = [place for experiment, checkpoint in repository.find_all(args.ids) for place in archives_of(experiment)
+        found = repository.find_all(args.ids)
+        places = [place for experiment, checkpoint in found for place in archives_of(experiment)
                   if checkpoint is None or place[1] == checkpoint.id]
+        count = len({experiment.id for experiment, _ in found})
     else:
-        places = verification.run()
+        count, places = verification.run()
     verification.check_archives(places)
     if args.json:
         say_json([shown_json([{"key": key, "fault": reason} for key, reason in verification.faults]) + "\n"])
@@ -9441,8 +9443,9 @@ def verify_command(args: argparse.Namespace) -> int:
         say("".join("%s: %s\n" % (escape_control(key), escape_control(reason)) for key, reason in verification.faults))
     if verification.removed:
         console.info("Removed %s" % plural(len(verification.removed), "leftover"))
-    console.info("Verified %s: %s" % (plural(len(places), "archive"), plural(len(verification.faults), "fault")
-                                      if verification.faults else "no faults"))
+    console.info("Verified %s and %s: %s" % (
+        plural(count, "experiment"), plural(len(places), "archive"),
+        plural(len(verification.faults), "fault") if verification.faults else "no faults"))
     return 1 if verification.faults else 0
 
 

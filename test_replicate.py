@@ -8765,7 +8765,7 @@ def test_scales_of_curves_have_round_numbers(project, call, flags, first, last, 
 def drawn(project, call, values, *flags):
     """The columns in which a curve of these values has dots, as a string of # and spaces."""
     curves_repository(project, values)
-    lines = [re.split("[┤│]", line, 1)[1][:-1] for line in call("plot", *flags)[1].split("\n") if re.match(" *[0-9.e+-]*[┤│]", line)]
+    lines = [re.split("[┤│]", line, maxsplit=1)[1][:-1] for line in call("plot", *flags)[1].split("\n") if re.match(" *[0-9.e+-]*[┤│]", line)]
     width = max(map(len, lines))
     return "".join("#" if any(line.ljust(width)[column] >= "\u2800" for line in lines) else " " for column in range(width)).strip()
 
