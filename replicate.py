@@ -199,9 +199,7 @@ def write_text(stream: Optional[TextIO], text: str) -> None:
         return
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        try:
-            text.encode(encoding)  # writing it would not tell: stderr escapes what it cannot encode
-        except UnicodeEncodeError:
+        if not can_encode(stream, text):  # writing it would not tell: stderr escapes what it cannot encode
             plain = text.replace("═══╡", "===|").replace("   │", "   |")
             text = plain.encode(encoding, "backslashreplace").decode(encoding)
         stream.write(text)
@@ -1093,7 +1091,7 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
         except ImportError as error:
             raise ReplicateError("to_dataframe() needs pandas: install it with 'pip install pandas'. "
                                  "Everything else works without it.") from error
-        rows = rows_of(self)
+        rows = rows_of(self, running_of(self))
         return pandas.DataFrame({name: [row.created if name == "started" else row.plain(name) for row in rows]
                                  for name in column_names(rows)})
 
@@ -1110,10 +1108,14 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
         return html_list(self, show_all=False)
 
 
-def rows_of(experiments: Sequence[Experiment]) -> List[Row]:
-    """The rows of experiments of one or several projects."""
+def running_of(experiments: Sequence[Experiment]) -> Set[str]:
+    """The IDs of what is running in the projects of these experiments."""
     projects = {experiment.project for experiment in experiments} - {None}
-    running = {item_id for project in projects for item_id in project.running()}
+    return {item_id for project in projects for item_id in project.running()}
+
+
+def rows_of(experiments: Sequence[Experiment], running: Container[str]) -> List[Row]:
+    """The rows of experiments, with all of their checkpoints; running: the IDs of what is."""
     rows = []
     for experiment in experiments:
         rows.append(Row.of(experiment.to_json()))
@@ -1123,7 +1125,7 @@ def rows_of(experiments: Sequence[Experiment]) -> List[Row]:
 
 def html_list(experiments: Sequence[Experiment], show_all: bool) -> str:
     """`ls --wide` for a notebook, with a sparkline of each primary metric."""
-    rows = rows_of(experiments)
+    rows = rows_of(experiments, running_of(experiments))
     if not rows:
         return html_table(["No experiments"], [])
     primary = sorted({row.summary["primary_metric"] for row in rows} - {None})
@@ -4710,7 +4712,8 @@ class Verification:
         if self.fix:
             self.storage.delete(keys)
             self.removed += keys
-        for key in () if self.fix else keys:
+            return
+        for key in keys:
             self.fault(key, "it belongs to nobody; --fix removes it")
 
     def check_archives(self, places: Sequence[Tuple[str, str, Experiment]]) -> None:
@@ -5541,12 +5544,17 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
 def ending_of_program(status: int) -> Dict[str, str]:
     """The outcome of a program by its exit code, or minus the number of the signal that ended it, as subprocess has it."""
     if status >= 0 or -status in (signal.SIGINT, signal.SIGTERM):
-        return ending(SystemExit(status if status >= 0 else 128 - status))
+        return ending(SystemExit(exit_status(status)))
     try:
         name = signal.Signals(-status).name
     except ValueError:
         name = "signal %d" % -status
     return dict(ending(), status="failed", error="ended by " + name)
+
+
+def exit_status(status: int) -> int:
+    """What a shell calls the exit code of a program that subprocess says this of."""
+    return status if status >= 0 else 128 - status
 
 
 def user_name() -> Optional[str]:
@@ -6303,7 +6311,7 @@ class Recorder:
             exit_calls.ignore()
         for saving in self._saving:
             saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        final = {"outcome": outcome} if self.role in ("script", "runner") else {}
+        final = {"outcome": outcome} if self.role != "guest" else {}
         self.experiment._document.update(final)
         self.fold(dict(final, imported_packages=imported_packages()) if self.role == "script" else final)
         if self.document.unwritten:
@@ -7725,8 +7733,9 @@ class WideColumn:
         self.rank = rank  # the lowest is left out first
         is_field = name in FIELDS or all(row.is_label(name) for row in rows)
         self.title = name.upper() if is_field else format_cell(name) if cut else escape_control(name)
-        self.is_number = {type(row.plain(name)) for row in rows} <= {int, float, type(None)}
-        self.texts = [wide_cell(row, name, now, cut) for row in rows]
+        values = [row.plain(name) for row in rows]
+        self.is_number = set(map(type, values)) <= {int, float, type(None)}
+        self.texts = [wide_cell(row, name, value, now, cut) for row, value in zip(rows, values)]
         best = best_rows(rows, name[len("metrics."):] if name.startswith("metrics.") else name)
         self.is_best = [row.id in best for row in rows]
         if best:
@@ -7753,9 +7762,8 @@ def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
     return shown + [(metrics[name], 4) for name in listed_metrics(rows, show_all) if name in metrics]
 
 
-def wide_cell(row: Row, name: str, now: datetime.datetime, cut: bool) -> str:
-    """What `ls --wide` shows of an experiment in a column; cut: at most 20 characters."""
-    value = row.plain(name)
+def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool) -> str:
+    """What `ls --wide` shows of an experiment in a column, which is plain() there; cut: at most 20 characters."""
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
     if name[:1] == "~":
@@ -7764,7 +7772,8 @@ def wide_cell(row: Row, name: str, now: datetime.datetime, cut: bool) -> str:
         return str(datetime.timedelta(seconds=round(value)))
     if name == "id" or name == "commit" and row.is_label(name):
         return escape_control(value or "")[:SHORT_ID]
-    return format_cell(value) if type(value) is float else (format_cell if cut else escape_control)(full_text(row, name))
+    return format_cell(value) if type(value) is float else (format_cell if cut else escape_control)(
+        full_text(row, name, value))
 
 
 SPARK_WIDTH = 16  # characters of a sparkline
@@ -7780,9 +7789,8 @@ def sparkline(values: Sequence[Optional[float]], marks: str = "▁▂▃▄▅�
     return "".join(" " if value is None or scale is None else marks[scale.position(value)] for value in chosen)
 
 
-def full_text(row: Row, name: str) -> str:
-    """What a column holds as text, uncut."""
-    value = row.plain(name)
+def full_text(row: Row, name: str, value: Any) -> str:
+    """What a column holds, which is plain() there, as text, uncut."""
     return "" if value is None else ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
 
 
@@ -7796,9 +7804,11 @@ def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
 def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
     """The IDs of the experiments with the best value of a primary metric; none where there is nothing to compare."""
     goal = goal_of(rows, metric)
+    if goal is None:
+        return set()
     values = {row.id: row.metrics.get(metric) for row in rows}
     values = {item_id: value for item_id, value in values.items() if _is_number(value) and value == value}
-    if goal is None or len(values) < 2:
+    if len(values) < 2:
         return set()
     best = (max if goal == "maximize" else min)(values.values())
     return {item_id for item_id, value in values.items() if value == best}
@@ -7856,7 +7866,8 @@ def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
 
     yield line((name, True) for name in names)
     for row in rows:
-        yield line((full_text(row, name), not _is_number(row.plain(name))) for name in names)
+        values = [(name, row.plain(name)) for name in names]
+        yield line((full_text(row, name, value), not _is_number(value)) for name, value in values)
 
 
 def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> List[str]:
@@ -8397,9 +8408,7 @@ def report_value(value: Any) -> Any:
 
 def report_data(repository: Repository, experiments: Sequence[Experiment], running: Container[str]) -> Dict[str, Any]:
     """What the page shows, as JSON has it."""
-    rows = [Row.of(experiment.to_json()) for experiment in experiments]
-    for row in rows:
-        row.running = row.id in running
+    rows = rows_of(experiments, running)
     fields, params, metrics = column_groups(rows)
     names = [*fields, *params.values(), *metrics.values()]
     recorded = {name for experiment in experiments for checkpoint in experiment.checkpoints for name in checkpoint.metrics}
@@ -9643,11 +9652,6 @@ def run_command(args: argparse.Namespace) -> int:
     finally:
         project.end(experiment, outcome)
     return exit_status(status)
-
-
-def exit_status(status: int) -> int:
-    """What a shell calls the exit code of a program that subprocess says this of."""
-    return status if status >= 0 else 128 - status
 
 
 @command("checkpoint", option("--path", help="The file or directory to save (default: none)"),
