@@ -10244,7 +10244,7 @@ def test_the_first_command_of_the_readme_is_the_demo_and_the_second_runs_the_tes
 
 def test_the_training_script_of_the_readme_runs_and_the_library_example_reads_what_it_recorded(tmp_path):
     pytest.importorskip("sklearn")
-    training, _, _, reading = readme_blocks("python")
+    training, *_, reading = readme_blocks("python")
     directory = tmp_path / "project"
     shutil.copy(str(PROGRAM), str(directory))
     for name, source in (("train.py", training), ("again.py", training.replace("0.001", "0.01"))):
