@@ -1181,7 +1181,8 @@ def test_configurations_that_are_read(project, text, url):
     ("repository: my-bucket\n", ["file://"]), ("repository: http://x\n", ["http://x", "file://"]),
     ("repository: 'file://'\n", ["directory"]), ("[" * 20000, ["YAML"]), ("repository: !!bool x\n", []),
     ("repository: !!timestamp x\n", []), ("repository: !!int ''\n", []), ("repository: !!python/object:os.system x\n", []),
-    ("repository: \x07\n", []), ("? [a, b]\n: c\n", []), ("repository: ftp://x\n", ["file://", "s3://", "gs://"])])
+    ("repository: \x07\n", []), ("? [a, b]\n: c\n", []), ("repository: ftp://x\n", ["file://", "s3://", "gs://"])],
+    ids=lambda value: str(value)[:40])
 def test_configurations_that_are_refused(project, text, words):
     write_config(project, text)
     with pytest.raises(replicate.RepositoryConfigurationError) as caught:
