@@ -7476,17 +7476,17 @@ def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = N
     return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path}, InertProject())
 
 
-# -- callbacks of training frameworks, which are imported only where one of these functions is called
+# -- callbacks for training frameworks; each function imports its own when it is called
 
 def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
                    primary_metric: Optional[Tuple[str, str]] = None, save_freq: Union[str, int] = "epoch",
                    save_weights_only: bool = False, path: Optional[str] = ".", **settings: Any) -> Any:
-    """A callback for Keras 3's fit() that records it as an experiment, with a checkpoint after each epoch.
+    """A callback for Keras 3 that records fit() as an experiment, with a checkpoint after each epoch.
 
-    filepath: where the model is saved for its checkpoint, as Keras wants it (*.keras, or *.weights.h5 with
-    save_weights_only); None: it is not. params are added to those of the optimizer and of fit(). primary_metric: (name,
-    "minimize" or "maximize"), by default val_loss, or loss without validation. save_freq: "epoch", or a number of batches.
-    path and settings are for init(): name=, keep_best= and the like. Raises ReplicateError without Keras.
+    filepath: where to save the model for each checkpoint, as Keras names it (*.keras, or *.weights.h5 with
+    save_weights_only); None: record only metrics. params are added to those of the optimizer and of fit(). primary_metric:
+    (name, "minimize" or "maximize"), by default val_loss, or loss without validation. save_freq: "epoch", or a number of
+    batches. path and settings (name=, keep_best= and so on) are for init(). Raises ReplicateError if Keras is not installed.
     """
     keras = framework("keras")
 
@@ -7514,8 +7514,8 @@ def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
                 (self.model.save_weights if save_weights_only else self.model.save)(place, overwrite=True)
 
             metrics = number_metrics(logs)
-            saved = saved_model(save, filepath) if filepath and not isinstance(self.experiment.project, InertProject) else None
-            self.experiment.checkpoint(saved, step, metrics, primary_metric or default_primary(metrics, "val_loss"), quiet=True)
+            saved = None if isinstance(self.experiment.project, InertProject) else saved_model(save, filepath)
+            self.experiment.checkpoint(saved, step, metrics, primary_metric or default_primary(metrics), quiet=True)
 
     return ReplicateCallback()
 
@@ -7525,7 +7525,8 @@ def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = Non
                        path: Optional[str] = ".", **settings: Any) -> Any:
     """A callback for the Trainer of Lightning 2 that records fit() as an experiment, with a checkpoint every `period` epochs.
 
-    params are added to the module's hparams; otherwise as keras_callback(). Raises ReplicateError without Lightning.
+    params are added to the module's hparams; the other arguments are those of keras_callback(). Raises ReplicateError if
+    Lightning is not installed.
     """
     lightning = framework("lightning.pytorch", "pytorch_lightning")
 
@@ -7540,11 +7541,11 @@ def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = Non
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             if (trainer.current_epoch + 1) % period:
                 return
-            saved = saved_model(lambda place: trainer.save_checkpoint(place, save_weights_only), filepath) if filepath else None
-            if self.experiment:  # every process has to save, and one records
+            saved = saved_model(lambda place: trainer.save_checkpoint(place, save_weights_only), filepath)
+            if self.experiment:  # Lightning needs every process to save; one records
                 metrics = number_metrics(trainer.callback_metrics)
-                self.experiment.checkpoint(saved, trainer.current_epoch, metrics,
-                                           primary_metric or default_primary(metrics, "val_loss"), quiet=True)
+                self.experiment.checkpoint(saved, trainer.current_epoch, metrics, primary_metric or default_primary(metrics),
+                                           quiet=True)
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
             if self.experiment:
@@ -7562,8 +7563,8 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
     """A callback for the Trainer of Transformers that records train() as an experiment: a checkpoint with the metrics each
     time it logs, and one with the files each time it saves.
 
-    params are added to the TrainingArguments; the output directory has to lie in the project. primary_metric defaults to
-    metric_for_best_model, eval_loss or loss. Raises ReplicateError without Transformers.
+    params are added to the TrainingArguments. The output directory must be inside the project. primary_metric defaults to
+    metric_for_best_model, else eval_loss, or loss without evaluation. Raises ReplicateError if Transformers is not installed.
     """
     transformers = framework("transformers")
 
@@ -7573,7 +7574,7 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             known = {name: value for name, value in args.to_dict().items()
-                     if value is not None and not name.endswith(("_dir", "_token")) and name != "run_name"}
+                     if not name.endswith(("_dir", "_token")) and name != "run_name"}
             if state.is_world_process_zero:
                 self.experiment = init(path, merged_params(known, params), **settings)
 
@@ -7590,19 +7591,23 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
                 self.experiment.stop()
 
         def record(self, saved: Optional[str], args: Any, state: Any, metrics: Dict[str, Any]) -> None:
-            best, strategy = args.metric_for_best_model, getattr(args, "eval_strategy", "no")
-            name = best if not best or best.startswith("eval_") or best in self.latest else "eval_" + best
-            evaluates = getattr(strategy, "value", strategy) != "no"
-            chosen = (name, "maximize" if args.greater_is_better else "minimize") if name else (
-                "eval_loss" if evaluates else "loss", "minimize")
             if self.experiment:
-                self.experiment.checkpoint(saved, state.global_step, metrics, primary_metric or chosen, quiet=True)
+                self.experiment.checkpoint(saved, state.global_step, metrics, primary_metric or self.default(args), quiet=True)
+
+        def default(self, args: Any) -> Tuple[str, str]:
+            name = args.metric_for_best_model
+            if not name:
+                strategy = getattr(args, "eval_strategy", "no")
+                return "loss" if getattr(strategy, "value", strategy) == "no" else "eval_loss", "minimize"
+            if not name.startswith("eval_") and name not in self.latest:
+                name = "eval_" + name
+            return name, "maximize" if args.greater_is_better else "minimize"
 
     return ReplicateCallback()
 
 
 def framework(*names: str) -> Any:
-    """The first of these modules that there is. Raises ReplicateError where none is installed."""
+    """The first of these modules that can be imported. Raises ReplicateError if none can."""
     import importlib
     for name in names:
         try:
@@ -7614,37 +7619,40 @@ def framework(*names: str) -> Any:
 
 
 def merged_params(known: Dict[str, Any], given: Any) -> Dict[str, Any]:
-    """What a framework has set, and over it what the caller gives. Raises ArgumentError where that is no mapping."""
+    """The params that a framework knows, without those that are None, updated with the caller's. Raises ArgumentError."""
     fields = {} if given is None else fields_of(given)
     if fields is None:
-        raise ArgumentError("params must be a dict or the like, not %s." % type(given).__name__)
+        raise ArgumentError("params must be a dict, a namespace or a dataclass object, not %s." % type(given).__name__)
 
-    def that_is_set(values: Dict[str, Any]) -> Dict[str, Any]:
-        return {name: that_is_set(value) if isinstance(value, dict) else value
+    def without_none(values: Dict[str, Any]) -> Dict[str, Any]:
+        return {name: without_none(value) if isinstance(value, dict) else value
                 for name, value in values.items() if value is not None}
 
-    return dict(that_is_set(known), **{key_text(key): fields[key] for key in fields})
+    return dict(without_none(known), **{key_text(key): value for key, value in fields.items()})
 
 
 def number_metrics(logs: Any) -> Dict[str, Any]:
-    """Those of a framework's metrics that are numbers."""
+    """The metrics of a framework that are numbers."""
     found = {}
     for name, value in (logs or {}).items():
         try:
             value = plain_value(value)
         except Exception:  # somebody else's object
             continue
-        found.update({str(name): value} if _is_number(value) else {})
+        if _is_number(value):
+            found[str(name)] = value
     return found
 
 
-def default_primary(metrics: Dict[str, Any], name: str) -> Optional[Tuple[str, str]]:
-    """The loss that a framework is expected to report, of the validation if there is one."""
-    return next(((loss, "minimize") for loss in (name, "loss", "train_loss") if loss in metrics), None)
+def default_primary(metrics: Dict[str, Any]) -> Optional[Tuple[str, str]]:
+    """The loss to minimize: that of the validation if there is one; None without a loss."""
+    return next(((name, "minimize") for name in ("val_loss", "loss", "train_loss") if name in metrics), None)
 
 
-def saved_model(save: Callable[[str], Any], filepath: str) -> Optional[str]:
-    """filepath (absolute), after saving a model there; None with a message where that fails."""
+def saved_model(save: Callable[[str], Any], filepath: Optional[str]) -> Optional[str]:
+    """The absolute filepath, after saving a model there; None without a filepath, or with a message if saving fails."""
+    if not filepath:
+        return None
     place = os.path.abspath(filepath)
     try:
         save(place)
