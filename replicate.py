@@ -6833,8 +6833,8 @@ class ArgumentError(ReplicateError, TypeError, ValueError):
 class Project:
     """A project directory and its repository.
 
-    repository is a URL, directory a path; either defaults to what the command line would use, which the project looks
-    for when it is first used. Raises RepositoryConfigurationError, ConfigNotFound.
+    repository is a URL, directory a path; either defaults to what the command line would find when the project is first
+    used. Raises RepositoryConfigurationError, ConfigNotFound.
     """
 
     def __init__(self, repository: Optional[str] = None, directory: Optional[str] = None) -> None:
@@ -6869,7 +6869,7 @@ class Project:
         return self._repository
 
     def open_repository(self) -> Repository:
-        """A new object for the repository, whose version is not checked yet. Raises ConfigNotFound."""
+        """Open the repository without checking its version. Raises ConfigNotFound if there is none."""
         location = self.location
         if location.url is None:
             raise ConfigNotFound(NO_REPOSITORY % (DEFAULT_STORAGE, location.directory))
@@ -7108,12 +7108,12 @@ def merged_document(documents: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 
 
 def normal_path(path: str) -> str:
-    """A path as typed, in the form that archives have: relative, with forward slashes, without './'."""
+    """A path that a user typed, as archives store it: with forward slashes, without './'."""
     return os.path.normpath(str(path)).replace(os.sep, "/")
 
 
 def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any) -> Checkpoint:
-    """A checkpoint in memory only."""
+    """Add a checkpoint to an experiment in memory only."""
     last = experiment.checkpoints[-1]._document if experiment.checkpoints else None
     item = new_checkpoint(str(path) if path else None, _valid_step(step, last, []), _valid_metrics(metrics, []),
                           _valid_primary(primary_metric, []), last["created"] if last else "")
@@ -7314,7 +7314,7 @@ class InertProject:
         return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
     def stop(self, experiment: Experiment, error: Optional[BaseException] = None) -> None:
-        """Nothing to stop."""
+        """Do nothing."""
 
     refresh = delete = stop
 
@@ -7427,7 +7427,7 @@ def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool
 
 
 def checked_keep(keep_best: Any, keep_latest: Any) -> Optional[Tuple[int, int]]:
-    """How many of the best and of the latest checkpoints keep their files; None: all do. Raises ArgumentError."""
+    """How many of the best and of the latest checkpoints keep their files, or None if all do. Raises ArgumentError."""
     if keep_best is None and keep_latest is None:
         return None
     keep = 1 if keep_best is None else keep_best, 1 if keep_latest is None else keep_latest
