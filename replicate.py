@@ -6942,7 +6942,8 @@ class Project:
             return
         in_flight = sys.exc_info()[1]
         stop_all(None, [recorder], outcome or ending(error))
-        if in_flight is not None and error is None and outcome is None:  # in `finally:`, say: its end shows if it failed
+        if in_flight is not None and error is None and outcome is None:
+            # stopped in `finally:`, say: only the end of the process shows whether the exception ends it
             _stopped_in_flight.append((recorder, type(in_flight), id(in_flight)))
 
     def refresh(self, experiment: Experiment) -> None:
