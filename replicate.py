@@ -7511,11 +7511,10 @@ def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
             self.experiment.stop()
 
         def record(self, step: int, logs: Any) -> None:
-            def save(place: str) -> None:
-                (self.model.save_weights if save_weights_only else self.model.save)(place, overwrite=True)
-
-            metrics = number_metrics(logs)
-            saved = None if isinstance(self.experiment.project, InertProject) else saved_model(save, filepath)
+            save = self.model.save_weights if save_weights_only else self.model.save
+            metrics, saved = number_metrics(logs), None
+            if not isinstance(self.experiment.project, InertProject):
+                saved = saved_model(lambda place: save(place, overwrite=True), filepath)
             self.experiment.checkpoint(saved, step, metrics, primary_metric or default_primary(metrics), quiet=True)
 
     return ReplicateCallback()
