@@ -24,8 +24,8 @@ Sections, each of which depends only on those above it:
 
 Seven journeys lead through them:
 
-    record      init() and Project.create() or resume() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
-                thread folds that into the document, another compresses, and uploads to a bucket [8]
+    record      create_experiment() or resume_experiment() [9], Recorder: checkpoint() packs files [6] and appends to a
+                journal, a thread folds that into the document, another compresses, and uploads to a bucket [8]
     list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
     show, diff  the commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment(),
                 render_diff() [10]
@@ -6145,6 +6145,17 @@ ROLES = ("script", "runner", "guest")
 that a runner records (`replicate checkpoint`), which ends when the program does."""
 
 
+class RecordingSettings:
+    """How a process records an experiment."""
+
+    def __init__(self, heartbeat: bool = True, keep: Optional[Tuple[int, int]] = None, role: str = "script",
+                 program: Sequence[str] = ()) -> None:
+        self.heartbeat = heartbeat  # mark the experiment as running
+        self.keep = keep            # the files of this many of the best and of the latest checkpoints; None: of all
+        self.role = role            # of this process: see ROLES
+        self.program = program      # the command line that a runner runs
+
+
 class Recorder:
     """Records one experiment of this process into a repository on disk: the user's own, or the pending area.
 
@@ -6154,17 +6165,15 @@ class Recorder:
     longer than it means to.
     """
 
-    def __init__(self, repository: Repository, experiment: Experiment, directory: str, heartbeat: bool = True,
-                 remote: Optional[Repository] = None, prepared: bool = True, lock: Optional[FileLock] = None,
-                 keep: Optional[Tuple[int, int]] = None, role: str = "script") -> None:
+    def __init__(self, repository: Repository, experiment: Experiment, directory: str, settings: RecordingSettings,
+                 remote: Optional[Repository] = None, prepared: bool = True, lock: Optional[FileLock] = None) -> None:
         self.repository = repository
         self.target = remote or repository
         self.storage: DiskStorage = repository.storage  # type: ignore[assignment]
         self.experiment = experiment
         self.directory = directory
-        self.heartbeat = heartbeat
-        self.role = role                              # of this process: see ROLES
-        self.keep = keep                              # the files of how many of the best and latest checkpoints
+        self.settings = settings
+        self.heartbeat, self.role, self.keep = settings.heartbeat, settings.role, settings.keep
         self.pruned: Set[str] = set()                 # the IDs of those whose files were not kept
         self.pid = os.getpid()
         self.gone = False                             # the experiment was removed
@@ -6813,23 +6822,19 @@ def install_exit_hooks() -> None:
 # 9  Library: Project, init, experiments
 # ------------------------------------------------------------------------------------------------------------------
 
-HOW_TO_START = ("There is no replicate.yaml and no %s in %%s or above it. Record a first run with replicate.init() in "
-                "a script, see how it looks with 'replicate demo', or name a repository with -R." % DEFAULT_STORAGE)
-RANK_SIZES = {"RANK": ("WORLD_SIZE",), "LOCAL_RANK": ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
-              "SLURM_PROCID": ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
-              "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",)}  # where each launcher says how many processes there are
-RANK_VARIABLES = tuple(RANK_SIZES)
+NO_REPOSITORY = ("There is no replicate.yaml and no %s in %s or above it. Record a first run with replicate.init() in "
+                 "a script, see how it looks with 'replicate demo', or name a repository with -R.")
 
 
 class ArgumentError(ReplicateError, TypeError, ValueError):
-    """An argument of init() or create() is of the wrong type or value."""
+    """An argument of init() or create() has the wrong type or value."""
 
 
 class Project:
     """A project directory and its repository.
 
-    repository is a URL, directory a path; either defaults to what the command line would use, which the project looks
-    for when it is first used. Raises RepositoryConfigurationError, ConfigNotFound.
+    repository is a URL, directory a path; either defaults to what the command line would find when the project is first
+    used. Raises RepositoryConfigurationError, ConfigNotFound.
     """
 
     def __init__(self, repository: Optional[str] = None, directory: Optional[str] = None) -> None:
@@ -6837,112 +6842,73 @@ class Project:
             raise ConfigNotFound("There is no directory %s." % directory)
         self._arguments = (absolute_url(repository, os.getcwd()) if repository else None,
                            None if directory is None else os.path.abspath(directory))
-        self._found: Optional[Location] = None
+        self._location: Optional[Location] = None
         self._repository: Optional[Repository] = None
-        self._recorders: Dict[str, Recorder] = {}
+        self.recorders = Recorders(self)
         self.experiments = ExperimentCollection(lambda: self)
 
     @property
-    def _location(self) -> Location:
-        if self._found is None or self._found.url is None:  # a configuration may come later
-            self._found = find_location(*self._arguments)
-        return self._found
+    def location(self) -> Location:
+        """Where the project and its repository are."""
+        if self._location is None or self._location.url is None:  # a configuration may come later
+            self._location = find_location(*self._arguments)
+        return self._location
 
     @property
     def directory(self) -> str:
         """The project directory (absolute)."""
-        return self._location.directory
+        return self.location.directory
 
     @property
     def repository(self) -> Repository:
-        """The repository, checked to be readable. Raises ConfigNotFound where there is none, and ReadError."""
+        """The repository. Raises ConfigNotFound if there is none, ReadError if it cannot be read."""
         if self._repository is None:
-            repository = self._open()
+            repository = self.open_repository()
             repository.check_version()
             self._repository = repository
         return self._repository
 
-    def _open(self) -> Repository:
-        location = self._location
+    def open_repository(self) -> Repository:
+        """Open the repository without checking its version. Raises ConfigNotFound if there is none."""
+        location = self.location
         if location.url is None:
-            raise ConfigNotFound(HOW_TO_START % location.directory)
+            raise ConfigNotFound(NO_REPOSITORY % (DEFAULT_STORAGE, location.directory))
         repository = Repository(location.url)
         if not repository.storage.has_journals:
             pending = self.pending()
             repository.pending = pending if os.path.isdir(pending.storage.root) else None  # type: ignore[attr-defined]
         return repository
 
+    def prepare(self) -> bool:
+        """Prepare the repository for recording, a new .replicate/storage if there is none; False if a bucket does not answer.
+
+        Raises ReplicateError if the repository cannot be used.
+        """
+        location = self.location
+        if location.url is None:
+            location.url = "file://" + os.path.join(location.directory, DEFAULT_STORAGE)
+        self._repository = self.open_repository()
+        return prepare_in_time(self._repository)
+
     def pending(self) -> Repository:
         """The pending area for this repository."""
-        return pending_repository(self.directory, self._location.url or "")
+        return pending_repository(self.directory, self.location.url or "")
 
-    def create(self, path: Optional[str], params: Any, heartbeat: bool, quiet: bool,
-               keep: Optional[Tuple[int, int]] = None, program: Sequence[str] = (), **labels: Any) -> Experiment:
-        """Create and start an experiment. Raises ArgumentError, and what makes a repository useless.
+    def waiting(self, experiment_id: str) -> List[Dict[str, Any]]:
+        """The documents of an experiment in the pending areas, with the checkpoints that wait to be uploaded."""
+        found = []
+        for area in pending_areas(self.pending()):
+            try:
+                found.append(area.load(experiment_id))
+            except DoesNotExist:
+                continue
+        return found
 
-        keep: see checked_keep(); program: another one that is to be recorded; labels: see checked_labels().
-        """
-        location = self._location
-        unknown: List[str] = []
-        try:
-            labels = checked_labels(**labels)
-            values = checked_params(params, unknown)
-            saved = None if path is None else relative_path(path, location.directory)
-            sources = find_sources(location.directory, saved, self._excluded()) if saved else []
-        except (TypeError, ValueError) as error:
-            raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
-        warn_of_params(values, unknown)
-        if saved and not sources:
-            console.warning("init() saves no files: path %r is empty, or everything in it is ignored." % saved)
-            saved = None
-        facts = MachineFacts(location.directory)
-        is_new = location.url is None
-        if is_new:
-            location.url = "file://" + os.path.join(location.directory, DEFAULT_STORAGE)
-            self._found = location
-        repository = self._repository = self._open()
-        prepared = prepare_in_time(repository)
-        experiment = Experiment(new_document(location, saved, values, heartbeat, program), self)
-        recorder = self._recorder(repository, experiment, heartbeat, prepared, keep, "runner" if program else "script")
-        try:
-            large = False
-            if saved:
-                warn_if_code_is_large(sources)
-                warn_if_disk_is_low(self.directory, sum(source.size for source in sources), set())
-                table, large = save_archive(recorder.storage, "experiments", experiment.id, sources)
-                experiment._document["code"] = code_digest({name: (size, crc or 0) for name, _, size, crc in table.files})
-            experiment._document.update(labels, **facts.keys())
-            recorder.repository.create(experiment._document)
-            if large:
-                recorder.worker.pack_later("experiments", experiment.id)
-            recorder.start(beat=prepared)
-        except BaseException:
-            recorder.abandon()
-            recorder.storage.remove(document_key(experiment.id))
-            raise
-        if is_new or not quiet:
-            _announce_recording(experiment, repository.url, is_new, sources)
-        return experiment
-
-    def _recorder(self, repository: Repository, experiment: Experiment, heartbeat: bool, prepared: bool,
-                  keep: Optional[Tuple[int, int]], role: str = "script") -> Recorder:
-        """A recorder into the repository, through the pending area where it is a bucket. Raises WriteError."""
-        if repository.storage.has_journals:
-            recorder = Recorder(repository, experiment, self.directory, heartbeat, keep=keep, role=role)
-        else:
-            import copy
-            repository.pending, lock = own_pending_area(self.pending(), experiment.id)
-            remote = Repository(repository.url, copy.copy(repository.storage))  # stopping sets its deadline
-            remote.storage.deadline = None
-            recorder = Recorder(repository.pending, experiment, self.directory, heartbeat, remote, prepared, lock, keep,
-                                role)
-        self._recorders[experiment.id] = recorder
-        return recorder
-
-    def _excluded(self) -> List[str]:
-        """The directory that must not be packed: the repository itself, which may lie in the project."""
-        url = self._location.url or ""
-        return [url[len("file://"):]] if url.startswith("file://") else []
+    def files_to_save(self, path: str, warn: Callable[[str], None] = console.warning) -> List[Source]:
+        """The files to save at a path as relative_path() returns it, without those of the repository: see find_sources()."""
+        url = self.location.url or ""
+        excluded = [url[len("file://"):]] if url.startswith("file://") else []
+        return find_sources(self.directory, path, excluded, warn)
 
     # -- what Experiment and Checkpoint ask of their project: see their methods of the same names
 
@@ -6951,10 +6917,9 @@ class Project:
         """See Experiment.checkpoint."""
         while not termination.ending:
             try:
-                recorder = self._resume(experiment)
+                recorder = self.recorders.ready(experiment)
             except Exception as error:  # recording must never break training
-                console.error("Nothing can be recorded for experiment %s: %s." % (experiment.short_id(),
-                                                                                 _problem(error)))
+                console.error("Experiment %s cannot be recorded: %s." % (experiment.short_id(), _problem(error)))
                 break
             if recorder.gone:
                 recorder.report_gone()
@@ -6965,203 +6930,30 @@ class Project:
                 return checkpoint
         return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
-    def _resume(self, experiment: Experiment) -> Recorder:
-        """The recorder of an experiment, one in each process; it goes on with one that is in the repository already."""
-        known = self._recorders.get(experiment.id)
-        if known and (known.gone or known.pid != os.getpid() or not known.closed):
-            return known
-        with _resuming:
-            active = active_recorder((self.repository.url, experiment.id))
-            if active is None:
-                return self._resumed(self.repository, experiment, known.heartbeat if known else True, alone=False,
-                                     keep=known.keep if known else None)
-            self._recorders[experiment.id] = active
-            return active
+    def stop(self, experiment: Experiment, error: Optional[BaseException] = None,
+             outcome: Optional[Dict[str, str]] = None) -> None:
+        """See Experiment.stop; error is the exception that ends the experiment, or outcome tells how it ended.
 
-    def _resumed(self, repository: Repository, experiment: Experiment, heartbeat: bool, alone: bool,
-                 keep: Optional[Tuple[int, int]], role: str = "script") -> Recorder:
-        """A recorder that goes on with an experiment; alone: raises ReplicateError if another process records it."""
-        sent = {}
-        try:
-            document = repository.load(experiment.id)
-            sent = {SENT_KEY: True}
-        except Unreachable:  # it is in memory, and the pending area takes what is new
-            document = experiment._document
-        except DoesNotExist:
-            if repository.pending is None:
-                raise
-            document = repository.pending.load(experiment.id)
-        recorder = self._recorder(repository, experiment, heartbeat, True, keep, role)
-        if alone and not (self._claim_in_bucket(recorder) if recorder.worker.remote else recorder.claim()):
-            recorder.worker.release()
-            del self._recorders[experiment.id]
-            raise being_recorded(experiment)
-        if recorder.repository is not repository:
-            header = DocumentText(dict(document, checkpoints=[], **sent)).data()
-            recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
-        recorder.start()
-        if heartbeat:
-            experiment._document["outcome"] = opening()
-            recorder.fold({"outcome": experiment._document["outcome"]})
-        return recorder
-
-    def add_checkpoint(self, experiment_id: str, path: Optional[str], step: Optional[int], metrics: Dict[str, Any],
-                       primary_metric: Optional[Tuple[str, str]], quiet: bool) -> Checkpoint:
-        """Add a checkpoint to an experiment that another process records.
-
-        Raises DoesNotExist, Unreachable, ReadError, and WriteError where nothing could be recorded.
+        If another process records the experiment, only its heartbeat is removed.
         """
-        import copy
-        repository = self._open()
-        on_disk = repository if repository.storage.has_journals else self.pending()
-        if on_disk is not repository:
-            make_private_folder(on_disk.storage.root)  # type: ignore[attr-defined]
-            repository.storage = copy.copy(repository.storage)
-            repository.storage.deadline = time.monotonic() + REACH_SECONDS + JOIN_SECONDS  # training waits for this
-        with FileLock(on_disk.storage.path("tmp/%s.guest.lock" % experiment_id)):  # type: ignore[attr-defined]
-            document, is_reached = self._known_document(repository, experiment_id)
-            experiment = Experiment(document, self)
-            recorder = self._resumed(repository, experiment, False, alone=False, keep=None, role="guest")
-            checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
-        stop_all(None if is_reached else 0.0, [recorder])
-        if checkpoint is None or recorder.gone or recorder.document.unwritten:
-            raise WriteError("The checkpoint was not recorded.")
-        return checkpoint
-
-    def _known_document(self, repository: Repository, experiment_id: str) -> Tuple[Dict[str, Any], bool]:
-        """The document of an experiment, with the checkpoints that wait on this machine to be uploaded; whether the
-        repository could be reached.
-        """
-        found: List[Dict[str, Any]] = []
-        is_reached = True
-        areas = [] if repository.storage.has_journals else pending_areas(self.pending())
-        for place in [repository, *areas]:
-            try:
-                found.append(place.load(experiment_id))
-            except (DoesNotExist, Unreachable) as error:
-                failure = error
-                is_reached = is_reached and not isinstance(error, Unreachable)
-        if not found:
-            raise failure
-        items = {item["id"]: item for document in found for item in document.get("checkpoints") or ()}
-        return dict(found[0], checkpoints=sorted(items.values(), key=lambda item: canonical_time(item["created"]))), is_reached
-
-    def _claim_in_bucket(self, recorder: Recorder) -> bool:
-        """Open the outcome in the bucket's document; False if a process, here or elsewhere, has just done that."""
-        def change(document: Dict[str, Any]) -> None:
-            outcome = outcome_of(document)
-            age = time.time() - parse_time(outcome["time"]).timestamp() if outcome.get("status") == OPEN else float("inf")
-            if age < HEARTBEAT_TIMEOUT:
-                raise being_recorded(recorder.experiment)
-            document["outcome"] = opening()
-
-        if recorder.repository.url != self.pending().url:  # the pending area has an owner
-            return False
-        try:
-            recorder.target.edit(recorder.experiment.id, change)
-        except DoesNotExist:  # it has not been uploaded yet
-            pass
-        return True
-
-    def resumable(self, which: str, also_running: bool = False) -> Optional[Experiment]:
-        """The experiment of that ID or name; for "auto" the last one of this job, or else of this command, if it did
-        not complete, or None.
-
-        also_running: it may be recorded by another process now. Raises DoesNotExist, ReadError.
-        """
-        if which != "auto":
-            return self.experiments.get(which)
-        if self._location.url is None:
-            return None
-        try:
-            self.repository.fold_abandoned()
-            rows = self.repository.rows()
-        except NoBucket:
-            return None
-        except Unreachable as error:
-            console.warning("%s. What ran before is not known, so a new experiment starts." % _problem(error))
-            return None
-        job, command = current_job(), masked_command(program_arguments(self.directory))
-        for row in reversed(rows):
-            if (row.summary.get("job") == job if job else row.summary.get("command") == command) and (
-                    also_running or not row.running):
-                unfinished = row.status not in ("completed", "stopped")  # "stopped": nobody knows how
-                return self.experiments.get(row.id) if unfinished else None
-        return None
-
-    def resume(self, which: str, path: Optional[str], params: Any, heartbeat: bool, quiet: bool,
-               keep: Optional[Tuple[int, int]] = None) -> Optional[Experiment]:
-        """Go on with the experiment that resumable() finds, if there is one. Raises ArgumentError, and ReplicateError
-        where another process records it.
-        """
-        if not isinstance(which, str) or not which:
-            raise ArgumentError("init(): resume must be an ID, a name or 'auto', not %r." % (which,))
-        experiment = self.resumable(which)
-        if experiment is None:
-            return None
-        try:
-            check_same_params(experiment, checked_params(params, []))
-            saved = None if path is None else relative_path(path, self.directory)
-            sources = find_sources(self.directory, saved, self._excluded()) if saved else []
-        except (TypeError, ValueError) as error:
-            raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
-        self.repository.fold_abandoned()
-        if self.is_running(experiment):
-            raise being_recorded(experiment)
-        self.refresh(experiment)
-        if saved:
-            self._warn_of_changed_code(experiment, sources)
-        with _resuming:
-            self._resumed(self.repository, experiment, heartbeat, alone=True, keep=keep)
-        if not quiet:
-            last = experiment.latest()
-            console.info("Resuming experiment %s in %s%s" % (experiment.short_id(), self.repository.url, " after checkpoint "
-                                                             "%s (step %d)" % (last.short_id(), last.step) if last else ""))
-        return experiment
-
-    def _warn_of_changed_code(self, experiment: Experiment, sources: Sequence[Source]) -> None:
-        try:
-            names = changed_names(self.saved_files(experiment), PresentFiles(sources))
-        except ReplicateError as error:
-            console.debug(str(error))
-            return
-        if names:
-            more = " and %d more" % (len(names) - 5) if len(names) > 5 else ""
-            console.warning("The code has changed since experiment %s started: %s%s. The code saved then stays; see what "
-                            "changed with '%s diff %s'." % (experiment.short_id(), ", ".join(names[:5]), more,
-                                                            program_name(), experiment.short_id()))
-
-    def stop(self, experiment: Experiment, error: Optional[BaseException] = None) -> None:
-        """See Experiment.stop; error is what ends the experiment. If another process runs the experiment, only its heartbeat is removed."""
-        recorder = self._recorders.get(experiment.id)
-        if recorder is not None:
-            flying = sys.exc_info()[1]
-            stop_all(None, [recorder], ending(error))
-            if flying is not None and error is None:  # in `finally:`, say: only the end of the process tells how this ends
-                _stopped_in_flight.append((recorder, type(flying), id(flying)))
-        else:
+        recorder = self.recorders.find(experiment)
+        if recorder is None:
             self.repository.storage.delete([heartbeat_key(experiment.id)])
-
-    def end(self, experiment: Experiment, outcome: Dict[str, str]) -> None:
-        """Stop recording a program that has ended so."""
-        stop_all(None, [self._recorders[experiment.id]], outcome)
+            return
+        in_flight = sys.exc_info()[1]
+        stop_all(None, [recorder], outcome or ending(error))
+        if in_flight is not None and error is None and outcome is None:
+            # stopped in `finally:`, say: only the end of the process shows whether the exception ends it
+            _stopped_in_flight.append((recorder, type(in_flight), id(in_flight)))
 
     def refresh(self, experiment: Experiment) -> None:
         """See Experiment.refresh."""
-        document = self.repository.load(experiment.id)
-        if self.repository.pending is not None:
-            try:
-                waiting = self.repository.pending.load(experiment.id).get("checkpoints") or []
-            except DoesNotExist:
-                waiting = []
-            known = {item["id"] for item in document.get("checkpoints") or ()}
-            document["checkpoints"] = (document.get("checkpoints") or []) + [
-                item for item in waiting if item["id"] not in known]
-        experiment._replace(document)
+        waiting = self.waiting(experiment.id)  # first: it may be uploaded meanwhile
+        experiment._replace(merged_document([self.repository.load(experiment.id), *waiting]))
 
     def delete(self, experiment: Experiment) -> None:
         """See Experiment.delete."""
-        recorder = self._recorders.get(experiment.id)
+        recorder = self.recorders.find(experiment)
         if recorder is not None:
             if recorder in _recorders:
                 _recorders.remove(recorder)
@@ -7184,31 +6976,11 @@ class Project:
         """See Checkpoint.open."""
         return self.repository.open_file(experiment, checkpoint, normal_path(path))
 
-    def saved_files(self, item: Union[Experiment, Checkpoint]) -> Any:
-        """The files that an experiment or checkpoint saved, to be compared. Raises DoesNotExist, ReadError."""
-        if isinstance(item, Checkpoint) and item.pruned:
-            raise DoesNotExist(pruned_files(item))
-        if not item.path:
-            return PresentFiles(())
-        return SavedFiles(self.repository, "experiments" if isinstance(item, Experiment) else "checkpoints", item.id)
-
-    def present_files(self, item: Union[Experiment, Checkpoint]) -> PresentFiles:
-        """The files that would be saved now where an experiment or checkpoint saved its own. Raises DoesNotExist."""
-        if isinstance(item, Checkpoint) and item.pruned:
-            raise DoesNotExist(pruned_files(item))
-        if not item.path:
-            raise DoesNotExist("There is nothing to compare the project directory with: %s saved no files." %
-                               item.short_id())
-        try:
-            return PresentFiles(find_sources(self.directory, normal_path(item.path), self._excluded(), console.debug))
-        except ValueError as error:
-            raise DoesNotExist("The project directory cannot be compared: %s." % error) from error
-
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False,
                  approve: Callable[[List[str]], None] = lambda names: None) -> List[str]:
-        """Copy files into a directory and return their names. approve() gets the names of files that would be replaced
-        by other content, and raises an exception to stop.
+        """Copy files into a directory and return their names. approve() gets the names of existing files whose content
+        would change, and raises an exception to prevent that.
 
         Raises DoesNotExist, ReadError, WriteError.
         """
@@ -7229,28 +7001,120 @@ class Project:
             return sorted(checkout.files)
 
 
+class Recorders:
+    """The recorders that a project has in this process, one for each experiment; stopped ones stay."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+        self._known: Dict[str, Recorder] = {}
+
+    def find(self, experiment: Experiment) -> Optional[Recorder]:
+        """The recorder of an experiment, or None if this project has not recorded it."""
+        return self._known.get(experiment.id)
+
+    def add(self, repository: Repository, experiment: Experiment, settings: RecordingSettings, prepared: bool) -> Recorder:
+        """Make a recorder that writes to a repository on disk, or to the pending area of a bucket. Raises WriteError.
+
+        prepared: the repository answered prepare_in_time().
+        """
+        directory = self._project.directory
+        if repository.storage.has_journals:
+            recorder = Recorder(repository, experiment, directory, settings)
+        else:
+            import copy
+            repository.pending, lock = own_pending_area(self._project.pending(), experiment.id)
+            remote = Repository(repository.url, copy.copy(repository.storage))  # stopping sets its deadline
+            remote.storage.deadline = None
+            recorder = Recorder(repository.pending, experiment, directory, settings, remote, prepared, lock)
+        self._known[experiment.id] = recorder
+        return recorder
+
+    def ready(self, experiment: Experiment) -> Recorder:
+        """The recorder for an experiment's next checkpoint; resumes an experiment that this process does not record."""
+        known = self.find(experiment)
+        if known and (known.gone or known.pid != os.getpid() or not known.closed):
+            return known
+        with _resuming:
+            repository = self._project.repository
+            active = active_recorder((repository.url, experiment.id))  # another project's, perhaps
+            if active is None:
+                return self.resume(repository, experiment, known.settings if known else RecordingSettings())
+            self._known[experiment.id] = active
+            return active
+
+    def resume(self, repository: Repository, experiment: Experiment, settings: RecordingSettings,
+               alone: bool = False) -> Recorder:
+        """Start a recorder for an experiment in the repository.
+
+        alone: raise ReplicateError if another process records it. Raises DoesNotExist, ReadError, WriteError.
+        """
+        sent = {}
+        try:
+            document = repository.load(experiment.id)
+            sent = {SENT_KEY: True}
+        except Unreachable:  # it is in memory, and new checkpoints go to the pending area
+            document = experiment._document
+        except DoesNotExist:
+            if repository.pending is None:
+                raise
+            document = repository.pending.load(experiment.id)
+        recorder = self.add(repository, experiment, settings, prepared=True)
+        if alone:
+            try:
+                self._claim(recorder)
+            except ReplicateError:
+                recorder.worker.release()
+                del self._known[experiment.id]
+                raise
+        if recorder.repository is not repository:
+            header = DocumentText(dict(document, checkpoints=[], **sent)).data()
+            recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
+        recorder.start()
+        if settings.heartbeat:
+            experiment._document["outcome"] = opening()
+            recorder.fold({"outcome": experiment._document["outcome"]})
+        return recorder
+
+    def _claim(self, recorder: Recorder) -> None:
+        """Keep other processes from resuming the experiment; raises ReplicateError if one records it already."""
+        def reopen(document: Dict[str, Any]) -> None:
+            outcome = outcome_of(document)
+            if outcome.get("status") == OPEN:
+                if time.time() - parse_time(outcome["time"]).timestamp() < HEARTBEAT_TIMEOUT:
+                    raise being_recorded(recorder.experiment)
+            document["outcome"] = opening()
+
+        if not recorder.worker.remote:
+            if not recorder.claim():
+                raise being_recorded(recorder.experiment)
+            return
+        if recorder.repository.url != self._project.pending().url:  # another process of this machine has the pending area
+            raise being_recorded(recorder.experiment)
+        try:
+            recorder.target.edit(recorder.experiment.id, reopen)
+        except DoesNotExist:  # it has not been uploaded yet
+            pass
+
+
 def being_recorded(experiment: Experiment) -> ReplicateError:
-    """The error of a second process that wants to go on with an experiment."""
+    """The error for a process that tries to resume an experiment while another one records it."""
     return ReplicateError("Experiment %s is being recorded by another process, so it cannot be resumed here. If that process "
                           "was killed, try again in %d seconds." % (experiment.short_id(), HEARTBEAT_TIMEOUT))
 
 
-def _announce_recording(experiment: Experiment, url: str, is_new: bool, sources: Sequence[Source]) -> None:
-    """Say once where the experiment is recorded."""
-    notes = ["a new repository: there is no replicate.yaml here"] if is_new else []
-    if sources:
-        notes.append("saved %s" % (sources[0].name if len(sources) == 1 else plural(len(sources), "file")))
-    console.info("Recording experiment %s in %s%s" % (experiment.short_id(), url,
-                                                      " (%s)" % "; ".join(notes) if notes else ""))
+def merged_document(documents: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """The first of an experiment's documents, with the checkpoints of all, oldest first."""
+    items = {item["id"]: item for document in documents for item in document.get("checkpoints") or ()}
+    return dict(documents[0], checkpoints=sorted(items.values(), key=lambda item: canonical_time(item["created"])))
 
 
 def normal_path(path: str) -> str:
-    """A path as typed, in the form that archives have: relative, with forward slashes, without './'."""
+    """A path that a user typed, as archives store it: with forward slashes, without './'."""
     return os.path.normpath(str(path)).replace(os.sep, "/")
 
 
 def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any) -> Checkpoint:
-    """A checkpoint in memory only."""
+    """Add a checkpoint to an experiment in memory only."""
     last = experiment.checkpoints[-1]._document if experiment.checkpoints else None
     item = new_checkpoint(str(path) if path else None, _valid_step(step, last, []), _valid_metrics(metrics, []),
                           _valid_primary(primary_metric, []), last["created"] if last else "")
@@ -7259,10 +7123,188 @@ def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics:
     return checkpoint
 
 
+# -- creating and resuming experiments
+
+def create_experiment(project: Project, path: Optional[str], params: Any, settings: RecordingSettings, quiet: bool,
+                      **labels: Any) -> Experiment:
+    """Create an experiment and start to record it. labels: see checked_labels().
+
+    Raises ArgumentError, and ReplicateError if the repository cannot be used.
+    """
+    unknown: List[str] = []
+    try:
+        labels = checked_labels(**labels)
+        values = checked_params(params, unknown)
+        saved = None if path is None else relative_path(path, project.directory)
+        sources = project.files_to_save(saved) if saved else []
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
+    warn_of_params(values, unknown)
+    if saved and not sources:
+        console.warning("init() saves no files: path %r is empty, or everything in it is ignored." % saved)
+        saved = None
+    facts = MachineFacts(project.directory)
+    is_new = project.location.url is None
+    prepared = project.prepare()
+    experiment = Experiment(new_document(project.location, saved, values, settings.heartbeat, settings.program), project)
+    recorder = project.recorders.add(project.repository, experiment, settings, prepared)
+    try:
+        if sources:
+            _save_code(recorder, sources)
+        experiment._document.update(labels, **facts.keys())
+        recorder.repository.create(experiment._document)
+        recorder.start(beat=prepared)
+    except BaseException:
+        recorder.abandon()
+        recorder.storage.remove(document_key(experiment.id))
+        raise
+    if is_new or not quiet:
+        _announce_recording(experiment, project.repository.url, is_new, sources)
+    return experiment
+
+
+def _save_code(recorder: Recorder, sources: Sequence[Source]) -> None:
+    """Save the code of an experiment, and note its digest in the document. Raises WriteError."""
+    experiment = recorder.experiment
+    warn_if_code_is_large(sources)
+    warn_if_disk_is_low(recorder.directory, sum(source.size for source in sources), set())
+    table, large = save_archive(recorder.storage, "experiments", experiment.id, sources)
+    experiment._document["code"] = code_digest({name: (size, crc or 0) for name, _, size, crc in table.files})
+    if large:
+        recorder.worker.pack_later("experiments", experiment.id)
+
+
+def _announce_recording(experiment: Experiment, url: str, is_new: bool, sources: Sequence[Source]) -> None:
+    """Say where the experiment is recorded."""
+    notes = ["a new repository: there is no replicate.yaml here"] if is_new else []
+    if sources:
+        notes.append("saved %s" % (sources[0].name if len(sources) == 1 else plural(len(sources), "file")))
+    console.info("Recording experiment %s in %s%s" % (experiment.short_id(), url,
+                                                      " (%s)" % "; ".join(notes) if notes else ""))
+
+
+def resume_experiment(project: Project, which: str, path: Optional[str], params: Any, settings: RecordingSettings,
+                      quiet: bool) -> Optional[Experiment]:
+    """Go on recording the experiment that resumable_experiment() finds; None if there is none.
+
+    Raises ArgumentError, and ReplicateError if another process records it.
+    """
+    if not isinstance(which, str) or not which:
+        raise ArgumentError("init(): resume must be an ID, a name or 'auto', not %r." % (which,))
+    experiment = resumable_experiment(project, which)
+    if experiment is None:
+        return None
+    try:
+        check_same_params(experiment, checked_params(params, []))
+        sources = [] if path is None else project.files_to_save(relative_path(path, project.directory))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
+    if project.is_running(experiment):
+        raise being_recorded(experiment)
+    project.refresh(experiment)
+    if path is not None:
+        _warn_of_changed_code(experiment, sources)
+    with _resuming:
+        project.recorders.resume(project.repository, experiment, settings, alone=True)
+    if not quiet:
+        last = experiment.latest()
+        console.info("Resuming experiment %s in %s%s" % (experiment.short_id(), project.repository.url, " after checkpoint "
+                                                         "%s (step %d)" % (last.short_id(), last.step) if last else ""))
+    return experiment
+
+
+def resumable_experiment(project: Project, which: str, also_running: bool = False) -> Optional[Experiment]:
+    """The experiment of that ID or name; for "auto" the last one of this job, or without a job the last one of this
+    command, or None if there is none or it completed.
+
+    also_running: consider experiments that are running, too. Raises DoesNotExist, ReadError.
+    """
+    if which != "auto":
+        project.repository.fold_abandoned()
+        return project.experiments.get(which)
+    if project.location.url is None:
+        return None
+    try:
+        project.repository.fold_abandoned()
+        rows = project.repository.rows()
+    except NoBucket:
+        return None
+    except Unreachable as error:
+        console.warning("%s. Earlier runs cannot be looked up, so a new experiment starts." % _problem(error))
+        return None
+    job = current_job()
+    key, value = ("job", job) if job else ("command", masked_command(program_arguments(project.directory)))
+    matching = [row for row in rows if row.summary.get(key) == value and (also_running or not row.running)]
+    if not matching or matching[-1].status in ("completed", "stopped"):  # "stopped": it may have completed
+        return None
+    return project.experiments.get(matching[-1].id)
+
+
+def _warn_of_changed_code(experiment: Experiment, sources: Sequence[Source]) -> None:
+    """Warn if the code to save differs from the code that an experiment saved."""
+    try:
+        names = changed_names(saved_files(experiment.project, experiment), PresentFiles(sources))
+    except ReplicateError as error:
+        console.debug(str(error))
+        return
+    if names:
+        more = " and %d more" % (len(names) - 5) if len(names) > 5 else ""
+        console.warning("The code has changed since experiment %s started: %s%s. The experiment keeps the code that it saved; "
+                        "see the changes with '%s diff %s'." % (experiment.short_id(), ", ".join(names[:5]), more,
+                                                                program_name(), experiment.short_id()))
+
+
+def saved_files(project: Project, item: Union[Experiment, Checkpoint]) -> Any:
+    """The files that an experiment or checkpoint saved, to be compared. Raises DoesNotExist, ReadError."""
+    if isinstance(item, Checkpoint) and item.pruned:
+        raise DoesNotExist(pruned_files(item))
+    if not item.path:
+        return PresentFiles(())
+    return SavedFiles(project.repository, "experiments" if isinstance(item, Experiment) else "checkpoints", item.id)
+
+
+def present_files(project: Project, item: Union[Experiment, Checkpoint]) -> PresentFiles:
+    """The present files at the path that an experiment or checkpoint saved, to be compared. Raises DoesNotExist."""
+    if not item.path:
+        raise DoesNotExist("There is nothing to compare the project directory with: %s saved no files." % item.short_id())
+    try:
+        return PresentFiles(project.files_to_save(normal_path(item.path), console.debug))
+    except ValueError as error:
+        raise DoesNotExist("The project directory cannot be compared: %s." % error) from error
+
+
+def add_checkpoint(project: Project, experiment_id: str, path: Optional[str], step: Optional[int], metrics: Dict[str, Any],
+                   primary_metric: Optional[Tuple[str, str]], quiet: bool) -> Checkpoint:
+    """Add a checkpoint to an experiment that another process records.
+
+    Raises DoesNotExist, Unreachable, ReadError, and WriteError if the checkpoint was not recorded.
+    """
+    repository = on_disk = project.open_repository()
+    if not repository.storage.has_journals:
+        on_disk = project.pending()
+        make_private_folder(on_disk.storage.root)  # type: ignore[attr-defined]
+        repository.storage.deadline = time.monotonic() + REACH_SECONDS + JOIN_SECONDS  # training waits for this
+    with FileLock(on_disk.storage.path("tmp/%s.guest.lock" % experiment_id)):  # type: ignore[attr-defined]
+        documents, is_reached = project.waiting(experiment_id), True
+        try:
+            documents.insert(0, repository.load(experiment_id))
+        except (DoesNotExist, Unreachable) as error:
+            if not documents:
+                raise
+            is_reached = not isinstance(error, Unreachable)
+        experiment = Experiment(merged_document(documents), project)
+        recorder = project.recorders.resume(repository, experiment, RecordingSettings(heartbeat=False, role="guest"))
+        checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
+    stop_all(None if is_reached else 0.0, [recorder])
+    if checkpoint is None or recorder.gone or recorder.document.unwritten:
+        raise WriteError("The checkpoint was not recorded.")
+    return checkpoint
+
+
 class InertProject:
     """The project of an experiment that records nothing, in every process of a distributed job but the first.
 
-    project is where the experiment is kept if that process resumes it: its files can be read.
+    project: where to read the files of an experiment that the first process resumes.
     """
 
     def __init__(self, project: Optional[Project] = None) -> None:
@@ -7273,7 +7315,7 @@ class InertProject:
         return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
     def stop(self, experiment: Experiment, error: Optional[BaseException] = None) -> None:
-        """Nothing to stop."""
+        """Do nothing."""
 
     refresh = delete = stop
 
@@ -7303,41 +7345,38 @@ class ExperimentCollection:
                quiet: bool = False, *, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
                note: Optional[str] = None, keep_best: Optional[int] = None,
                keep_latest: Optional[int] = None) -> Experiment:
-        """Create and start an experiment, as init() does, and let other experiments of this process go on."""
+        """Create and start an experiment, as init() does, without stopping the other experiments of this process."""
         if is_secondary_process():
             return inert_experiment(path, params)
-        return self._find_project().create(path, params, not disable_heartbeat, quiet, checked_keep(keep_best, keep_latest),
-                                           name=name, tags=tags, note=note)
+        settings = RecordingSettings(not disable_heartbeat, checked_keep(keep_best, keep_latest))
+        return create_experiment(self._find_project(), path, params, settings, quiet, name=name, tags=tags, note=note)
 
     def get(self, experiment_id: str) -> Experiment:
-        """The experiment of that name, or whose ID starts so. Raises DoesNotExist if there is none or several."""
+        """The experiment of that name, or whose ID starts with it. Raises DoesNotExist if none or several match."""
         if not isinstance(experiment_id, str):
             raise ArgumentError("experiments.get(): the ID must be a string, not %s." % type(experiment_id).__name__)
         project = self._find_project()
-        names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS)
-                 if experiment_id and entry.name.startswith(experiment_id) and entry.name.endswith(".json")]
-        names = [experiment_id] if experiment_id in names else [name for name in names if is_id(name)]
         if experiment_id and not is_id(experiment_id):
-            return self._get_named(project, experiment_id)
-        if not names:
+            experiment, _ = project.repository.find(experiment_id)
+            experiment.project = project
+            return experiment
+        names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS) if entry.name.endswith(".json")]
+        ids = [name for name in names if experiment_id and name.startswith(experiment_id) and is_id(name)]
+        if not ids:
             raise DoesNotExist("Experiment not found: %s" % (experiment_id or "the ID is empty"))
-        if len(names) > 1:
-            raise DoesNotExist("The ID %s is ambiguous: %d experiments start with it." % (experiment_id, len(names)))
+        if len(ids) > 1 and experiment_id not in ids:
+            raise DoesNotExist("The ID %s is ambiguous: the IDs of %d experiments start with it." % (experiment_id, len(ids)))
+        found = experiment_id if experiment_id in ids else ids[0]
         try:
-            return Experiment(project.repository.load(names[0]), project)
+            return Experiment(project.repository.load(found), project)
         except ReadError as error:
             raise ReadError("The document of experiment %s cannot be read: %s." % (
-                names[0][:SHORT_ID], str(error).rstrip("."))) from error
-
-    def _get_named(self, project: Project, name: str) -> Experiment:
-        experiment, _ = project.repository.find(name)
-        experiment.project = project
-        return experiment
+                found[:SHORT_ID], str(error).rstrip("."))) from error
 
     def list(self, filter: Optional[Callable[[Experiment], bool]] = None) -> ExperimentList:
         """All experiments, or those for which filter(experiment) is true; oldest first."""
         if filter is not None and not callable(filter):
-            raise ArgumentError("experiments.list(): filter must be a function of an experiment.")
+            raise ArgumentError("experiments.list(): filter must be a function that takes an experiment.")
         project = self._find_project()
         found, failed = ExperimentList(), []
         for experiment in project.repository.experiments():
@@ -7349,7 +7388,7 @@ class ExperimentCollection:
                 failed.append("%s (%s: %s)" % (experiment.short_id(), type(error).__name__, short_reason(error)))
         if failed:
             more = " and %d more" % (len(failed) - 3) if len(failed) > 3 else ""
-            console.warning("experiments.list(): the filter failed for %s, left out: %s%s" % (
+            console.warning("experiments.list(): left out %s for which the filter failed: %s%s" % (
                 plural(len(failed), "experiment"), ", ".join(failed[:3]), more))
         return found
 
@@ -7361,35 +7400,35 @@ def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool
          quiet: bool = False, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
          note: Optional[str] = None, resume: Optional[str] = None, keep_best: Optional[int] = None,
          keep_latest: Optional[int] = None) -> Experiment:
-    """Create and start an experiment, and stop one that this process started before.
+    """Create and start an experiment, and stop those that this process started before.
 
     path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
     the hyperparameters: a dict or other mapping, an argparse.Namespace or a dataclass object. disable_heartbeat: do not
     mark it as running. debug: print more; quiet: print less. name, tags (a list of words) and note are for people;
-    `replicate tag` changes them later, and a name can be given wherever an ID is.
+    `replicate tag` changes them later, and commands take a name in place of an ID.
 
-    resume: the ID or name of an experiment to go on with, or "auto": the last one of this job (SLURM_JOB_ID,
-    REPLICATE_JOB), or else of the same command, unless it completed or still runs. Its steps count on, its code and labels
-    stay, and params must be the same as then.
+    resume: the ID or name of an experiment to go on with, or "auto" for the last one of this job (SLURM_JOB_ID,
+    REPLICATE_JOB), or without a job the last one of this command, unless it completed or is still running. Its steps count
+    on, its code and labels stay, and params must be the same as before.
 
-    keep_best, keep_latest: keep the files of so many of the best checkpoints, by the primary metric, and of the latest ones;
-    1 is meant where only the other is given. Of all other checkpoints only the metrics are kept.
-    Raises ArgumentError for wrong arguments, RepositoryConfigurationError, WriteError and the like for a repository
-    that can never work.
+    keep_best, keep_latest: keep the files of this many of the best checkpoints, by the primary metric, and of the latest
+    ones; if only one is given, the other is 1. All other checkpoints keep only their metrics.
+    Raises ArgumentError for wrong arguments; RepositoryConfigurationError, WriteError and other ReplicateErrors for a
+    repository that cannot be used.
     """
     if debug:
         console.verbose = True
     if is_secondary_process():
         return inert_experiment(path, params, resume)
-    keep = checked_keep(keep_best, keep_latest)
+    settings = RecordingSettings(not disable_heartbeat, checked_keep(keep_best, keep_latest))
     stop_all()
     project = Project()
-    resumed = None if resume is None else project.resume(resume, path, params, not disable_heartbeat, quiet, keep)
-    return resumed or project.create(path, params, not disable_heartbeat, quiet, keep, name=name, tags=tags, note=note)
+    resumed = None if resume is None else resume_experiment(project, resume, path, params, settings, quiet)
+    return resumed or create_experiment(project, path, params, settings, quiet, name=name, tags=tags, note=note)
 
 
 def checked_keep(keep_best: Any, keep_latest: Any) -> Optional[Tuple[int, int]]:
-    """How many of the best and of the latest checkpoints keep their files; None: all do. Raises ArgumentError."""
+    """How many of the best and of the latest checkpoints keep their files, or None if all do. Raises ArgumentError."""
     if keep_best is None and keep_latest is None:
         return None
     keep = 1 if keep_best is None else keep_best, 1 if keep_latest is None else keep_latest
@@ -7398,8 +7437,14 @@ def checked_keep(keep_best: Any, keep_latest: Any) -> Optional[Tuple[int, int]]:
     return keep
 
 
+RANK_SIZES = {"RANK": ("WORLD_SIZE",), "LOCAL_RANK": ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+              "SLURM_PROCID": ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
+              "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",)}  # the variables in which launchers say how many processes run
+_announced: Set[str] = set()  # the rank variables that is_secondary_process() has mentioned
+
+
 def is_secondary_process() -> bool:
-    """Whether this is a process of a distributed job other than the first, and is not to record; says so once."""
+    """Whether this process of a distributed job is not the first, and so records nothing; says so once."""
     def number(variable: str) -> int:
         text = os.environ.get(variable, "")
         return int(text) if text.isdecimal() else 0
@@ -7410,20 +7455,17 @@ def is_secondary_process() -> bool:
         if number(rank) > 0 and any(number(size) > 1 for size in sizes):
             if rank not in _announced:
                 _announced.add(rank)
-                console.warning("%s=%d: this process records nothing, process 0 of the job does. "
+                console.warning("%s=%d: this process records nothing; process 0 of the job does. "
                                 "To record every process, set REPLICATE_ALL_RANKS=1." % (rank, number(rank)))
             return True
     return False
 
 
-_announced: Set[str] = set()  # the variables of which is_secondary_process() has spoken
-
-
 def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = None) -> Experiment:
-    """An experiment that records nothing; with the checkpoints that there are, if process 0 resumes it."""
+    """An experiment that records nothing; it has the checkpoints of the one that process 0 resumes, if it does."""
     project = Project()
     try:
-        resumed = project.resumable(resume, also_running=True) if resume else None
+        resumed = resumable_experiment(project, resume, also_running=True) if resume else None
         if resumed is not None:
             return Experiment(resumed._document, InertProject(project))
     except ReplicateError as error:
@@ -7435,17 +7477,17 @@ def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = N
     return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path}, InertProject())
 
 
-# -- callbacks of training frameworks, which are imported only where one of these functions is called
+# -- callbacks for training frameworks; each function imports its own when it is called
 
 def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
                    primary_metric: Optional[Tuple[str, str]] = None, save_freq: Union[str, int] = "epoch",
                    save_weights_only: bool = False, path: Optional[str] = ".", **settings: Any) -> Any:
-    """A callback for Keras 3's fit() that records it as an experiment, with a checkpoint after each epoch.
+    """A callback for Keras 3 that records fit() as an experiment, with a checkpoint after each epoch.
 
-    filepath: where the model is saved for its checkpoint, as Keras wants it (*.keras, or *.weights.h5 with
-    save_weights_only); None: it is not. params are added to those of the optimizer and of fit(). primary_metric: (name,
-    "minimize" or "maximize"), by default val_loss, or loss without validation. save_freq: "epoch", or a number of batches.
-    path and settings are for init(): name=, keep_best= and the like. Raises ReplicateError without Keras.
+    filepath: where to save the model for each checkpoint, as Keras names it (*.keras, or *.weights.h5 with
+    save_weights_only); None: record only metrics. params are added to those of the optimizer and of fit(). primary_metric:
+    (name, "minimize" or "maximize"), by default val_loss, or loss without validation. save_freq: "epoch", or a number of
+    batches. path and settings (name=, keep_best= and so on) are for init(). Raises ReplicateError if Keras is not installed.
     """
     keras = framework("keras")
 
@@ -7469,12 +7511,11 @@ def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
             self.experiment.stop()
 
         def record(self, step: int, logs: Any) -> None:
-            def save(place: str) -> None:
-                (self.model.save_weights if save_weights_only else self.model.save)(place, overwrite=True)
-
-            metrics = number_metrics(logs)
-            saved = saved_model(save, filepath) if filepath and not isinstance(self.experiment.project, InertProject) else None
-            self.experiment.checkpoint(saved, step, metrics, primary_metric or default_primary(metrics, "val_loss"), quiet=True)
+            save = self.model.save_weights if save_weights_only else self.model.save
+            metrics, saved = number_metrics(logs), None
+            if not isinstance(self.experiment.project, InertProject):
+                saved = saved_model(lambda place: save(place, overwrite=True), filepath)
+            self.experiment.checkpoint(saved, step, metrics, primary_metric or default_primary(metrics), quiet=True)
 
     return ReplicateCallback()
 
@@ -7484,7 +7525,8 @@ def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = Non
                        path: Optional[str] = ".", **settings: Any) -> Any:
     """A callback for the Trainer of Lightning 2 that records fit() as an experiment, with a checkpoint every `period` epochs.
 
-    params are added to the module's hparams; otherwise as keras_callback(). Raises ReplicateError without Lightning.
+    params are added to the module's hparams; the other arguments are those of keras_callback(). Raises ReplicateError if
+    Lightning is not installed.
     """
     lightning = framework("lightning.pytorch", "pytorch_lightning")
 
@@ -7499,11 +7541,11 @@ def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = Non
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             if (trainer.current_epoch + 1) % period:
                 return
-            saved = saved_model(lambda place: trainer.save_checkpoint(place, save_weights_only), filepath) if filepath else None
-            if self.experiment:  # every process has to save, and one records
+            saved = saved_model(lambda place: trainer.save_checkpoint(place, save_weights_only), filepath)
+            if self.experiment:  # Lightning needs every process to save; one records
                 metrics = number_metrics(trainer.callback_metrics)
-                self.experiment.checkpoint(saved, trainer.current_epoch, metrics,
-                                           primary_metric or default_primary(metrics, "val_loss"), quiet=True)
+                self.experiment.checkpoint(saved, trainer.current_epoch, metrics, primary_metric or default_primary(metrics),
+                                           quiet=True)
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
             if self.experiment:
@@ -7521,8 +7563,8 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
     """A callback for the Trainer of Transformers that records train() as an experiment: a checkpoint with the metrics each
     time it logs, and one with the files each time it saves.
 
-    params are added to the TrainingArguments; the output directory has to lie in the project. primary_metric defaults to
-    metric_for_best_model, eval_loss or loss. Raises ReplicateError without Transformers.
+    params are added to the TrainingArguments. The output directory must be inside the project. primary_metric defaults to
+    metric_for_best_model, else eval_loss, or loss without evaluation. Raises ReplicateError if Transformers is not installed.
     """
     transformers = framework("transformers")
 
@@ -7532,7 +7574,7 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             known = {name: value for name, value in args.to_dict().items()
-                     if value is not None and not name.endswith(("_dir", "_token")) and name != "run_name"}
+                     if not name.endswith(("_dir", "_token")) and name != "run_name"}
             if state.is_world_process_zero:
                 self.experiment = init(path, merged_params(known, params), **settings)
 
@@ -7549,19 +7591,23 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
                 self.experiment.stop()
 
         def record(self, saved: Optional[str], args: Any, state: Any, metrics: Dict[str, Any]) -> None:
-            best, strategy = args.metric_for_best_model, getattr(args, "eval_strategy", "no")
-            name = best if not best or best.startswith("eval_") or best in self.latest else "eval_" + best
-            evaluates = getattr(strategy, "value", strategy) != "no"
-            chosen = (name, "maximize" if args.greater_is_better else "minimize") if name else (
-                "eval_loss" if evaluates else "loss", "minimize")
             if self.experiment:
-                self.experiment.checkpoint(saved, state.global_step, metrics, primary_metric or chosen, quiet=True)
+                self.experiment.checkpoint(saved, state.global_step, metrics, primary_metric or self.default(args), quiet=True)
+
+        def default(self, args: Any) -> Tuple[str, str]:
+            name = args.metric_for_best_model
+            if not name:
+                strategy = getattr(args, "eval_strategy", "no")
+                return "loss" if getattr(strategy, "value", strategy) == "no" else "eval_loss", "minimize"
+            if not name.startswith("eval_") and name not in self.latest:
+                name = "eval_" + name
+            return name, "maximize" if args.greater_is_better else "minimize"
 
     return ReplicateCallback()
 
 
 def framework(*names: str) -> Any:
-    """The first of these modules that there is. Raises ReplicateError where none is installed."""
+    """The first of these modules that can be imported. Raises ReplicateError if none can."""
     import importlib
     for name in names:
         try:
@@ -7573,37 +7619,40 @@ def framework(*names: str) -> Any:
 
 
 def merged_params(known: Dict[str, Any], given: Any) -> Dict[str, Any]:
-    """What a framework has set, and over it what the caller gives. Raises ArgumentError where that is no mapping."""
+    """The params that a framework knows, without those that are None, updated with the caller's. Raises ArgumentError."""
     fields = {} if given is None else fields_of(given)
     if fields is None:
-        raise ArgumentError("params must be a dict or the like, not %s." % type(given).__name__)
+        raise ArgumentError("params must be a dict, a namespace or a dataclass object, not %s." % type(given).__name__)
 
-    def that_is_set(values: Dict[str, Any]) -> Dict[str, Any]:
-        return {name: that_is_set(value) if isinstance(value, dict) else value
+    def without_none(values: Dict[str, Any]) -> Dict[str, Any]:
+        return {name: without_none(value) if isinstance(value, dict) else value
                 for name, value in values.items() if value is not None}
 
-    return dict(that_is_set(known), **{key_text(key): fields[key] for key in fields})
+    return dict(without_none(known), **{key_text(key): value for key, value in fields.items()})
 
 
 def number_metrics(logs: Any) -> Dict[str, Any]:
-    """Those of a framework's metrics that are numbers."""
+    """The metrics of a framework that are numbers."""
     found = {}
     for name, value in (logs or {}).items():
         try:
             value = plain_value(value)
         except Exception:  # somebody else's object
             continue
-        found.update({str(name): value} if _is_number(value) else {})
+        if _is_number(value):
+            found[str(name)] = value
     return found
 
 
-def default_primary(metrics: Dict[str, Any], name: str) -> Optional[Tuple[str, str]]:
-    """The loss that a framework is expected to report, of the validation if there is one."""
-    return next(((loss, "minimize") for loss in (name, "loss", "train_loss") if loss in metrics), None)
+def default_primary(metrics: Dict[str, Any]) -> Optional[Tuple[str, str]]:
+    """The loss to minimize: that of the validation if there is one; None without a loss."""
+    return next(((name, "minimize") for name in ("val_loss", "loss", "train_loss") if name in metrics), None)
 
 
-def saved_model(save: Callable[[str], Any], filepath: str) -> Optional[str]:
-    """filepath (absolute), after saving a model there; None with a message where that fails."""
+def saved_model(save: Callable[[str], Any], filepath: Optional[str]) -> Optional[str]:
+    """The absolute filepath, after saving a model there; None without a filepath, or with a message if saving fails."""
+    if not filepath:
+        return None
     place = os.path.abspath(filepath)
     try:
         save(place)
@@ -9295,9 +9344,9 @@ def is_below(paths: Optional[Sequence[str]]) -> Callable[[str], bool]:
 
 def file_sets(project: Project, items: Sequence[Any]) -> List[Any]:
     """The files of experiments or checkpoints (None: without files); after a single one, those that are there now."""
-    opened = {item.id: project.saved_files(item) for item in items if item}
+    opened = {item.id: saved_files(project, item) for item in items if item}
     sets = [opened[item.id] if item else PresentFiles(()) for item in items]
-    return sets if len(items) > 1 else sets + [project.present_files(items[0])]
+    return sets if len(items) > 1 else sets + [present_files(project, items[0])]
 
 
 def compared_files(project: Project, items: Sequence[Any]) -> Dict[str, List[Any]]:
@@ -9641,8 +9690,9 @@ def run_command(args: argparse.Namespace) -> int:
     if is_secondary_process():
         return exit_status(Program(args.program, os.getcwd(), dict(os.environ)).run())
     project = Project(args.repository, args.project_directory)
-    experiment = project.create(args.path and os.path.abspath(args.path), dict(args.param), True, False,
-                                program=args.program, name=args.name, tags=args.tag)
+    settings = RecordingSettings(role="runner", program=args.program)
+    experiment = create_experiment(project, args.path and os.path.abspath(args.path), dict(args.param), settings, False,
+                                   name=args.name, tags=args.tag)
     environment = dict(os.environ, REPLICATE_EXPERIMENT=experiment.id, REPLICATE_REPOSITORY=project.repository.url,
                        REPLICATE_PROJECT_DIRECTORY=project.directory)
     outcome = dict(ending(), status="failed", error="it could not be started")
@@ -9650,7 +9700,7 @@ def run_command(args: argparse.Namespace) -> int:
         status = Program(args.program, os.getcwd(), environment).run()
         outcome = ending_of_program(status)
     finally:
-        project.end(experiment, outcome)
+        project.stop(experiment, outcome=outcome)
     return exit_status(status)
 
 
@@ -9673,7 +9723,7 @@ def checkpoint_command(args: argparse.Namespace) -> int:
                              "'%s run -- COMMAND'." % program_name())
     project = Project(args.repository, args.project_directory)
     path = os.path.abspath(args.path) if args.path else args.path
-    checkpoint = project.add_checkpoint(experiment_id, path, args.step, dict(args.metric), args.primary, args.quiet)
+    checkpoint = add_checkpoint(project, experiment_id, path, args.step, dict(args.metric), args.primary, args.quiet)
     is_whole = (checkpoint.path or path is None) and checkpoint.metrics.keys() == dict(args.metric).keys()
     return 0 if is_whole else 1
 
@@ -9757,7 +9807,7 @@ def push_command(args: argparse.Namespace) -> int:
         source = Repository(absolute_url(args.source, os.getcwd()))
         if not source.check_version():
             raise DoesNotExist("There is no repository at %s." % source.url)
-        copy_experiments(source, project._open(), args.ids, sent)
+        copy_experiments(source, project.open_repository(), args.ids, sent)
         console.info("Copied %s from %s to %s" % (sent, source.url, project.repository.url))
         return 0
     pending = project.pending()
@@ -9851,7 +9901,7 @@ def demo_command(args: argparse.Namespace) -> int:
         raise WriteError("The demo cannot be created in %s: %s." % (directory, short_reason(error))) from error
     os.makedirs(os.path.join(directory, DEFAULT_STORAGE))
     environment = {name: value for name, value in os.environ.items()
-                   if name not in RANK_VARIABLES + ("REPLICATE_REPOSITORY", "REPLICATE_PROJECT_DIRECTORY", "PYTHONPATH")}
+                   if name not in (*RANK_SIZES, "REPLICATE_REPOSITORY", "REPLICATE_PROJECT_DIRECTORY", "PYTHONPATH")}
     for arguments in DEMO_RUNS:
         console.info("python train.py %s" % " ".join(arguments))
         run = subprocess.run([sys.executable, "train.py", *arguments], cwd=directory, env=environment)
@@ -10120,7 +10170,7 @@ def rows_to_complete(words: Sequence[str]) -> List[Row]:
     """The rows of the repository that these words name; of a bucket, those that were listed before."""
     values = {name: words[number + 1] for number, name in enumerate(words[:-1])}
     project = Project(values.get("-R", values.get("--repository")), values.get("-D", values.get("--project-directory")))
-    url = project._location.url or ""
+    url = project.location.url or ""
     return project.repository.rows() if url.startswith("file://") else RowCache(url).rows()
 
 

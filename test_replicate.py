@@ -6652,7 +6652,7 @@ def test_an_experiment_for_which_the_filter_fails_is_left_out_with_one_warning(r
 
 
 def plural_of(count):
-    return "1 experiment," if count == 1 else "%d experiments," % count
+    return "left out 1 experiment for" if count == 1 else "left out %d experiments for" % count
 
 
 def test_empty_texts_of_the_peer_are_none(repo):
