@@ -8904,16 +8904,6 @@ showCode(withCode[0], withCode[withCode.length - 1]);
 '''
 
 
-def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
-    """`ls --json`, in pieces; names: only these columns."""
-    opening = "[\n  "
-    for row in rows:
-        item = {name: row.plain(name) for name in names} if names else row.to_json()
-        yield opening + shown_json(item).replace("\n", "\n  ")
-        opening = ",\n  "
-    yield "\n]\n" if rows else "[]\n"
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # 11  Commands, parser, main
 # ------------------------------------------------------------------------------------------------------------------
@@ -9023,8 +9013,9 @@ def say(text: str) -> None:
     write_text(sys.stdout, text)
 
 
-def say_json(text: str) -> None:
-    """Print JSON to stdout; characters that its encoding lacks become JSON escapes."""
+def say_json(value: Any) -> None:
+    """Print a value as JSON to stdout; characters that its encoding lacks become JSON escapes."""
+    text = shown_json(value) + "\n"
     if not can_encode(sys.stdout, text):
         text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
     say(text)
@@ -9068,7 +9059,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
             row.checkpoints = Experiment(repository.load(row.id)).checkpoints
     now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
     if args.json:
-        say_json("".join(render_json_list(rows, columns)))
+        say_json([{name: row.plain(name) for name in columns} if columns else row.to_json() for row in rows])
     elif args.csv:
         say("".join(render_csv(rows, columns or column_names(rows))))
     elif args.quiet:
@@ -9117,7 +9108,7 @@ def show_command(args: argparse.Namespace) -> int:
     repository = open_project(args).repository
     experiment, checkpoint = repository.find(args.id)
     if args.json:
-        say_json(shown_json((checkpoint or experiment).to_json()) + "\n")
+        say_json((checkpoint or experiment).to_json())
         return 0
     running = repository.is_running(experiment.id)
     hidden = len(experiment.python_packages) - len(shown_packages(experiment, args.all))
@@ -9273,7 +9264,7 @@ def diff_command(args: argparse.Namespace) -> int:
         changes = [(name, change) for items in (experiments, checkpoints) if any(items)
                    for name, (_, change) in compared_files(project, items).items()]
         if args.json:
-            say_json(shown_json({name: change.to_json() for name, change in changes}) + "\n")
+            say_json({name: change.to_json() for name, change in changes})
         else:
             since = (checkpoints[0] or experiments[0]).short_id()
             rows = [(escape_control(name), change_text(change)) for name, change in changes]
@@ -9283,7 +9274,7 @@ def diff_command(args: argparse.Namespace) -> int:
         differences = Differences(sides, compared_files(project, experiments),
                                   compared_files(project, [side.checkpoint for side in sides]))
         if args.json:
-            say_json(shown_json(differences.to_json()) + "\n")
+            say_json(differences.to_json())
         else:
             say(render_diff(differences, paint))
     return 0
@@ -9410,8 +9401,7 @@ def du_command(args: argparse.Namespace) -> int:
     if args.json:
         found = [{"id": row.id, "code": usage.code[row.id], "weights": usage.weights[row.id], "total": usage.total(row.id)}
                  for row in rows]
-        say_json(shown_json({"experiments": found, "total": sum(item["total"] for item in found),
-                             "unowned": sum(usage.unowned)}) + "\n")
+        say_json({"experiments": found, "total": sum(item["total"] for item in found), "unowned": sum(usage.unowned)})
         return 0
     if rows:
         say("".join(render_usage(rows, usage, datetime.datetime.now(datetime.timezone.utc))))
@@ -9451,7 +9441,7 @@ def verify_command(args: argparse.Namespace) -> int:
         count, places = verification.run()
     verification.check_archives(places)
     if args.json:
-        say_json(shown_json([{"key": key, "fault": reason} for key, reason in verification.faults]) + "\n")
+        say_json([{"key": key, "fault": reason} for key, reason in verification.faults])
     else:
         say("".join("%s: %s\n" % (escape_control(key), escape_control(reason)) for key, reason in verification.faults))
     if verification.removed:
@@ -9490,8 +9480,8 @@ def prune_command(args: argparse.Namespace) -> int:
         format_size(pruning.bytes)) for pruning in prunings]
     freed = format_size(sum(pruning.bytes for pruning in prunings))
     if args.json:
-        say_json(shown_json([{"id": pruning.experiment.id, "checkpoints": pruning.ids, "bytes": pruning.bytes}
-                             for pruning in prunings]) + "\n")
+        say_json([{"id": pruning.experiment.id, "checkpoints": pruning.ids, "bytes": pruning.bytes}
+                  for pruning in prunings])
     elif args.dry_run:
         say("".join(line + "\n" for line in lines))
     if not prunings:
@@ -10019,7 +10009,7 @@ def analytics_command(args: argparse.Namespace) -> int:
     else:
         state = "on, and sent to " + analytics.url
     say("Analytics are %s.\nAn example of an event:\n" % escape_control(state))
-    say_json(shown_json(analytics.event("ls")) + "\n")
+    say_json(analytics.event("ls"))
     return 0
 
 
@@ -10043,7 +10033,7 @@ def feedback_command(args: argparse.Namespace) -> int:
         console.info("Thank you!")
     else:
         console.info("Nothing was sent: REPLICATE_FEEDBACK_URL is not set. Set it and run this again, or pass this on:")
-        say_json(shown_json(content) + "\n")
+        say_json(content)
     return 0
 
 

@@ -892,7 +892,7 @@ def use_or_refuse(data):
     experiment = replicate.Experiment(document)
     row = replicate.Row.of(document)
     replicate.encode_json(experiment.to_json())
-    shown = json.loads("".join(replicate.render_json_list([row])))[0]
+    shown = json.loads(replicate.shown_json(row.to_json()))
     assert shown["id"] == document["id"] and list(shown)[-1] == "running"
     experiment._repr_html_()
     [repr(experiment.checkpoints), repr(experiment), experiment.duration, experiment.replicate_version]
