@@ -9559,7 +9559,7 @@ def tag_command(args: argparse.Namespace) -> int:
 def run_program(words: Sequence[str], directory: str, environment: Dict[str, str]) -> int:
     """Run another program on this terminal; return its exit code, or minus the number of the signal that ended it.
 
-    Passes on the signals with which schedulers warn and end a job; Ctrl-C reaches the program without our help.
+    Passes on the signals with which schedulers warn and end a job; the terminal sends Ctrl-C to the program itself.
     Raises ReplicateError if it cannot start.
     """
     import subprocess
@@ -9809,7 +9809,7 @@ def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[
 # -- demo
 
 DEMO_SCRIPT = '''\
-"""A character model of Python source, in plain Python: how likely is each letter after the few before it?"""
+"""A language model of letters, in plain Python: how likely is each letter after the few before it?"""
 import collections
 import json
 import math
@@ -9828,7 +9828,7 @@ for step in range(3):
     for i in range(split * step // 3, split * (step + 1) // 3):  # train on another third
         counts[text[max(0, i - order):i]][text[i]] += 1
     loss = 0.0
-    for i in range(split, len(text)):  # test on the last tenth: the loss is in bits a letter
+    for i in range(split, len(text)):  # test on the last tenth: the loss is in bits per letter
         seen = counts.get(text[i - order:i], {})
         loss -= math.log2((seen.get(text[i], 0) + smoothing) / (sum(seen.values()) + smoothing * len(letters)))
     with open("model.json", "w") as file:
@@ -9908,8 +9908,10 @@ class Analytics:
     def switch(self, enabled: bool) -> None:
         """Switch analytics on or off. Raises WriteError."""
         import uuid
-        settings = dict({"anonymous_id": str(uuid.uuid4())}, **self.settings())
-        self._write("settings.json", dict(settings, analytics_enabled=enabled))
+        settings = self.settings()
+        settings.setdefault("anonymous_id", str(uuid.uuid4()))
+        settings["analytics_enabled"] = enabled
+        self._write("settings.json", settings)
 
     def event(self, command_name: str) -> Dict[str, Any]:
         """Return one event, which is all that is ever sent."""
@@ -9948,10 +9950,10 @@ class Analytics:
 
     def _send_in_background(self, events: Sequence[Dict[str, Any]]) -> None:
         import subprocess
-        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--send-analytics"], start_new_session=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with process.stdin:  # type: ignore[union-attr]
-            process.stdin.write(encode_json(events))  # type: ignore[union-attr]
+        process: Any = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--send-analytics"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        with process.stdin:
+            process.stdin.write(encode_json(events))
 
     def _read(self, name: str) -> Any:
         try:
