@@ -9458,11 +9458,10 @@ def verify_command(args: argparse.Namespace) -> int:
                 help="Also keep the files of the latest N checkpoints (default: 1)"), FILTER,
          option("--dry-run", action="store_true", help="Only print what would be pruned"), JSON,
          option("--force", action="store_true", help="Prune without interactive prompt"), epilog="""\
-Keep the weights of the three best checkpoints of each experiment, and of its
-latest:
+Keep the weights of each experiment's three best checkpoints and its latest:
   replicate prune --keep-best 3
 See how much removing all weights of failed experiments would free:
-  replicate prune --keep-best 0 --keep-latest 0 --filter "status = failed" --dry-run""")
+  replicate prune --keep-best 0 --keep-latest 0 -f "status = failed" --dry-run""")
 def prune_command(args: argparse.Namespace) -> int:
     """Remove the files of all but the best and latest checkpoints
 

@@ -8837,7 +8837,7 @@ def test_without_a_primary_metric_the_metric_is_to_be_named(project, call):
     write_repository(project / "repo", experiment_document(A, **measured({"a": 1})))
     assert call("plot")[0] == 0
     write_repository(project / "repo", experiment_document(A, **measured({"a": 1, "b": 2})))
-    assert "Name one with -m: 'a', 'b'" in call("plot")[2] and call("plot", "-m", "b")[0] == 0
+    assert "Choose a metric with -m: 'a', 'b'" in call("plot")[2] and call("plot", "-m", "b")[0] == 0
 
 
 @hypothesis.given(st.lists(st.one_of(st.floats(), st.integers(-2 ** 1000, 2 ** 1000), st.none(), st.text(max_size=3)), min_size=1, max_size=20),
