@@ -9026,7 +9026,7 @@ def paint(text: str, style: str) -> str:
     return console.colored(text, style, sys.stdout)
 
 
-def open_project(args: argparse.Namespace, fold: bool = True) -> Project:
+def opened_project(args: argparse.Namespace, fold: bool = True) -> Project:
     """Return the project that the flags name, after folding the journals of killed runs.
 
     Raises ReadError if -R or REPLICATE_REPOSITORY names a folder that does not exist.
@@ -9048,7 +9048,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     if len(forms) > 1:
         raise UsageError("%s cannot be used with %s." % (forms[0], forms[1]))
     name, descending = parse_sort("started" if args.sort is None else args.sort)
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     columns = args.columns or ()
     rows = matching_rows(repository.rows(), args.filter, [name, *(column.lstrip("~") for column in columns)])
     rows = sort_rows([row for row in rows if row.running or not only_running], name, descending)
@@ -9105,7 +9105,7 @@ def ps_command(args: argparse.Namespace) -> int:
                                   "the program imported)"), usage="<experiment or checkpoint ID> [flags]")
 def show_command(args: argparse.Namespace) -> int:
     """View information about an experiment or checkpoint"""
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     experiment, checkpoint = repository.find(args.id)
     if args.json:
         say_json((checkpoint or experiment).to_json())
@@ -9143,7 +9143,7 @@ def plot_command(args: argparse.Namespace) -> int:
     """Draw curves of a metric in the terminal"""
     if args.watch and not is_terminal(sys.stdout):
         raise UsageError("--watch needs a terminal.")
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     while True:
         experiments, running = experiments_to_plot(repository, args)
         say(("\x1b[H\x1b[J" if args.watch else "") + "".join(plotted(experiments, args)))
@@ -9198,7 +9198,7 @@ def report_command(args: argparse.Namespace) -> int:
     path = args.output or "report.html"
     if not args.output and os.path.lexists(path) and not is_report(path):
         raise ReplicateError("%s already exists and is not a report. Choose another file with -o." % path)
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     chosen = {row.id for row in matching_rows(repository.rows(), args.filter)}
     experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
     if args.ids:
@@ -9254,7 +9254,7 @@ def diff_command(args: argparse.Namespace) -> int:
         raise UsageError("--code compares one or two IDs, and cannot be used with --json.")
     if args.path and not args.code:
         raise UsageError("--path needs --code.")
-    project = open_project(args)
+    project = opened_project(args)
     found = project.repository.find_all(args.ids)
     experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
     if args.code:
@@ -9331,7 +9331,7 @@ def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint
          usage="<experiment or checkpoint ID> [flags]")
 def checkout_command(args: argparse.Namespace) -> int:
     """Copy files from an experiment or checkpoint into the project directory"""
-    project = open_project(args)
+    project = opened_project(args)
     experiment, checkpoint = project.repository.find(args.id)
     if checkpoint is None:
         checkpoint = chosen_checkpoint(experiment, "Checking out")
@@ -9366,7 +9366,7 @@ def rm_command(args: argparse.Namespace) -> int:
 
     To remove experiments or checkpoints, pass any number of IDs (or prefixes).
     """
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     found = repository.find_all(args.ids)
     experiments = {experiment.id: experiment for experiment, checkpoint in found if checkpoint is None}
     checkpoints = {checkpoint.id: (experiment, checkpoint) for experiment, checkpoint in found
@@ -9394,7 +9394,7 @@ Show how much space the failed experiments take:
   replicate du --filter "status = failed\"""")
 def du_command(args: argparse.Namespace) -> int:
     """Show how much space each experiment takes"""
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     rows = repository.rows()
     usage = Usage(repository.storage, rows)
     rows = sorted(matching_rows(rows, args.filter), key=lambda row: usage.total(row.id), reverse=True)
@@ -9430,7 +9430,7 @@ def verify_command(args: argparse.Namespace) -> int:
     """
     if args.fix and args.ids:
         raise UsageError("--fix works on the whole repository, and cannot be used with IDs.")
-    repository = open_project(args, fold=False).repository
+    repository = opened_project(args, fold=False).repository
     verification = Verification(repository, args.fix)
     if args.ids:
         found = repository.find_all(args.ids)
@@ -9468,7 +9468,7 @@ def prune_command(args: argparse.Namespace) -> int:
     Metrics, params and code stay, and running experiments are left alone. The
     primary metric tells which checkpoints are best; without one, the latest are.
     """
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     chosen = {row.id for row in matching_rows(repository.rows(), args.filter) if not row.running}
     archives = stored_archives(repository.storage, "checkpoints")
     found = [Pruning(experiment, archives, args.keep_best, args.keep_latest) for experiment in repository.experiments()
@@ -9531,7 +9531,7 @@ def tag_command(args: argparse.Namespace) -> int:
         labels = checked_labels(given.get("name") or None, added, given.get("note"))
     except ValueError as error:
         raise UsageError("%s." % error) from error
-    repository = open_project(args).repository
+    repository = opened_project(args).repository
     experiment, checkpoint = repository.find(args.id)
     if checkpoint:
         raise ReplicateError("%s is a checkpoint, and only experiments have tags. Tag its experiment instead: %s." % (
@@ -9683,7 +9683,7 @@ def rerun_experiment(args: argparse.Namespace) -> int:
     first if somebody else wrote them. With a checkpoint ID, checks out the files of
     the checkpoint too. The same repository records the new run.
     """
-    project = open_project(args)
+    project = opened_project(args)
     experiment, checkpoint = project.repository.find(args.id)
     directory = args.output_directory or new_directory("rerun-" + experiment.short_id())
     place, words = words_to_rerun(experiment)
