@@ -8953,16 +8953,6 @@ showCode(withCode[0], withCode[withCode.length - 1]);
 '''
 
 
-def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
-    """`ls --json`, in pieces; names: only these columns."""
-    opening = "[\n  "
-    for row in rows:
-        item = {name: row.plain(name) for name in names} if names else row.to_json()
-        yield opening + shown_json(item).replace("\n", "\n  ")
-        opening = ",\n  "
-    yield "\n]\n" if rows else "[]\n"
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # 11  Commands, parser, main
 # ------------------------------------------------------------------------------------------------------------------
@@ -8971,9 +8961,9 @@ def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator
 class Command:
     """A subcommand: its function, whose docstring is the help text, and its options."""
 
-    def __init__(self, name: str, run: Callable[[argparse.Namespace], int], aliases: Sequence[str], options: Options,
-                 usage: str, epilog: str) -> None:
-        self.name, self.run, self.aliases, self.options = name, run, aliases, options
+    def __init__(self, name: str, run: Callable[[argparse.Namespace], int], options: Options, aliases: Sequence[str] = (),
+                 usage: str = "[flags]", epilog: str = "") -> None:
+        self.name, self.run, self.options, self.aliases = name, run, options, aliases
         self.usage, self.epilog = usage, epilog
         self.description = (run.__doc__ or "").replace("\n    ", "\n").strip()
 
@@ -8981,86 +8971,87 @@ class Command:
 COMMANDS: Dict[str, Command] = {}
 
 
-def command(name: str, *options: Any, aliases: Sequence[str] = (), usage: str = "", epilog: str = "") -> Callable:
-    """Register a function as a subcommand."""
+def command(name: str, *options: Any, **settings: Any) -> Callable:
+    """Register a function as a subcommand; settings are further arguments of Command."""
     def register(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-        COMMANDS[name] = Command(name, run, aliases, options, usage, epilog)
+        COMMANDS[name] = Command(name, run, options, **settings)
         return run
     return register
 
 
 def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
-    """The arguments for one call of argparse's add_argument."""
+    """Return the arguments for one call of argparse's add_argument."""
     return names, settings
 
 
 def natural_number(text: str) -> int:
-    """The type of an option: 0, 1, 2, ..."""
+    """Parse an option's 0, 1, 2, ..."""
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError("%r is no number such as 3" % text)
+        raise argparse.ArgumentTypeError("%r is not a whole number" % text)
     return int(text)
 
 
 def positive_number(text: str) -> int:
-    """The type of an option: 1, 2, ..."""
+    """Parse an option's 1, 2, ..."""
     number = natural_number(text)
     if not number:
-        raise argparse.ArgumentTypeError("%r is no positive number" % text)
+        raise argparse.ArgumentTypeError("%r is not a positive number" % text)
     return number
 
 
 def read_columns(text: str) -> List[str]:
-    """The type of --columns."""
+    """Parse the value of --columns."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise argparse.ArgumentTypeError("%r is no list of names such as id,started,loss" % text)
+        raise argparse.ArgumentTypeError("%r is not a list of names such as id,started,loss" % text)
     return names
 
 
 GLOBAL_OPTIONS: Options = (
     option("-h", "--help", action="store_true", help="Show this help"),
     option("--color", type=str.lower, choices=("true", "1", "yes", "always", "false", "0", "no", "never"),
-           metavar="true|false", help="Display color in output (default: on a terminal, without NO_COLOR)"),
-    option("--no-color", dest="color", action="store_const", const="false", help="The same as --color=false"),
+           metavar="true|false", help="Display color in output (default: on a terminal, unless NO_COLOR is set)"),
+    option("--no-color", dest="color", action="store_const", const="false", help="Same as --color=false"),
     option("-D", "--project-directory", metavar="DIRECTORY",
            help="Project directory (default: nearest parent directory with replicate.yaml)"),
     option("-R", "--repository", metavar="URL",
            help="Repository URL, e.g. s3://my-bucket (default: the one in replicate.yaml)"),
     option("-v", "--verbose", action="store_true", help="Verbose output"))
 ID = option("id", metavar="ID", help="Experiment or checkpoint ID, or the start of one")
+IDS = option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs")
 JSON = option("--json", action="store_true", help="Print output in JSON format")
 FILTER = option("-f", "--filter", action="append", default=[], metavar="FILTER", type=parse_filter,
                 help='Filter, repeatable (format: "<name> <operator> <value>")')
 LIST_OPTIONS = (
     option("--all", action="store_true", help="Output all params and metrics (default: only those that differ)"),
     FILTER,
-    option("-w", "--wide", action="store_true", help="One line for each experiment, a column for each param and metric"),
+    option("-w", "--wide", action="store_true", help="One line per experiment, one column per param and metric"),
     option("-c", "--columns", metavar="NAMES", type=read_columns,
-           help="The columns: fields, params, metrics, and ~METRIC for a curve, with commas between them; also with --csv "
-                "and --json"),
-    option("--csv", action="store_true", help="Print all params and metrics, unshortened, in CSV format"),
+           help="Columns, separated by commas: fields, params, metrics, and ~METRIC for a curve; also for --csv and --json"),
+    option("--csv", action="store_true", help="Print all params and metrics, in full, in CSV format"),
     JSON,
     option("-q", "--quiet", action="store_true", help="Only print experiment IDs"),
     option("-s", "--sort", metavar="KEY",
            help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"),
     option("-n", "--number", type=positive_number, metavar="N",
-           help="Only the last N experiments; with --sort, the first N in that order"))
+           help="Only the last N experiments (with --sort: the first N)"))
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
 List experiments that have run for 50 steps or less:
   replicate ls --filter "step <= 50"
-List experiments where the parameter "optimizer" is "adam" and the best "accuracy" metric is greater than 0.8:
+List experiments where the parameter "optimizer" is "adam" and
+the best "accuracy" metric is greater than 0.8:
   replicate ls --filter "optimizer = adam" --filter "accuracy > 0.8"
-List experiments that failed, and one by its name:
+List experiments that failed, or one by its name:
   replicate ls --filter "status = failed"
   replicate ls --filter "name = baseline"
 Sort all stopped experiments by the metric "val_loss":
   replicate ls --sort "val_loss" --filter "status = stopped"
-Compare the last twenty, a line for each; then five columns of those with the best "accuracy":
+Compare the last 20 line by line, or five columns of the 20 most accurate:
   replicate ls --wide -n 20
-  replicate ls --columns id,started,learning_rate,accuracy,code --sort accuracy-desc -n 20
-Take all of it into a spreadsheet:
+  replicate ls -c id,started,learning_rate,accuracy,code -s accuracy-desc -n 20
+Export everything to a spreadsheet:
   replicate ls --csv > experiments.csv
 
 """ + FILTER_HELP
@@ -9071,31 +9062,24 @@ def say(text: str) -> None:
     write_text(sys.stdout, text)
 
 
-def say_all(texts: Iterable[str]) -> None:
-    """Data in many pieces, to stdout, hundreds at a time."""
-    from itertools import islice
-    pieces = iter(texts)
-    for text in iter(lambda: "".join(islice(pieces, 500)), ""):
-        say(text)
-
-
-def say_json(pieces: Iterable[str]) -> None:
-    """Print JSON to stdout, escaping what its encoding lacks."""
-    def encodable(text: str) -> str:
-        if can_encode(sys.stdout, text):
-            return text
-        return re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
-
-    say_all(map(encodable, pieces))
+def say_json(value: Any) -> None:
+    """Print a value as JSON to stdout; characters that its encoding lacks become JSON escapes."""
+    text = shown_json(value) + "\n"
+    if not can_encode(sys.stdout, text):
+        text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
+    say(text)
 
 
 def paint(text: str, style: str) -> str:
-    """text in a style, if stdout shows colours."""
+    """Return text in a style, if stdout shows colours."""
     return console.colored(text, style, sys.stdout)
 
 
-def opened_project(args: argparse.Namespace, fold: bool = True) -> Project:
-    """The project that the flags name, after folding the journals of killed recorders. Raises ReadError."""
+def open_project(args: argparse.Namespace, fold: bool = True) -> Project:
+    """Return the project that the flags name, after folding the journals of killed runs.
+
+    Raises ReadError if -R or REPLICATE_REPOSITORY names a folder that does not exist.
+    """
     project = Project(args.repository, args.project_directory)
     explicit = args.repository or os.environ.get("REPLICATE_REPOSITORY")
     storage = project.repository.storage
@@ -9107,41 +9091,44 @@ def opened_project(args: argparse.Namespace, fold: bool = True) -> Project:
 
 
 def print_list(args: argparse.Namespace, only_running: bool) -> int:
-    """`ls` and `ps`."""
+    """Run `ls` or `ps`."""
     forms = ["--" + name for name in ("quiet", "json", "csv", "wide") if getattr(args, name)]
     forms += ["--" + name for name in ("all", "columns") if args.quiet and getattr(args, name)]
     if len(forms) > 1:
         raise UsageError("%s cannot be used with %s." % (forms[0], forms[1]))
     name, descending = parse_sort("started" if args.sort is None else args.sort)
-    repository = opened_project(args).repository
+    repository = open_project(args).repository
     columns = args.columns or ()
     rows = matching_rows(repository.rows(), args.filter, [name, *(column.lstrip("~") for column in columns)])
     rows = sort_rows([row for row in rows if row.running or not only_running], name, descending)
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
-    for row in rows if any(column[:1] == "~" for column in columns) else ():
-        row.checkpoints = Experiment(repository.load(row.id)).checkpoints
+    if any(column[:1] == "~" for column in columns):
+        for row in rows:
+            row.checkpoints = Experiment(repository.load(row.id)).checkpoints
     now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
     if args.json:
-        say_json(render_json_list(rows, columns))
+        say_json([{name: row.plain(name) for name in columns} if columns else row.to_json() for row in rows])
     elif args.csv:
-        say_all(render_csv(rows, columns or column_names(rows)))
+        say("".join(render_csv(rows, columns or column_names(rows))))
     elif args.quiet:
         say("".join(row.id + "\n" for row in rows))
     elif not rows:
         console.info("No experiments found")
-    elif columns:
-        say_all(render_wide([WideColumn(name, rows, now, bool(width)) for name in columns], width, paint))
-    elif args.wide:
-        names = wide_names(rows, args.all)
-        say_all(render_wide([WideColumn(name, rows, now, bool(width), rank) for name, rank in names], width, paint))
+    elif columns or args.wide:
+        ranks = [(name, 0) for name in columns] or wide_names(rows, args.all)
+        wide = [WideColumn(name, rows, now, bool(width), rank) for name, rank in ranks]
+        say("".join(render_wide(wide, width, paint)))
     else:
-        say_all(render_list(rows, now, args.all, width))
+        say("".join(render_list(rows, now, args.all, width)))
     return 0
 
 
 def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[str] = ()) -> List[Row]:
-    """The rows that satisfy all filters; a warning for each name in these, or in names, that no experiment has."""
+    """Return the rows that satisfy all filters.
+
+    Warns of each name in the filters, or among names, that no experiment has.
+    """
     named = dict.fromkeys([name for tree in filters for name in tree.names()] + list(names))
     if rows and not all(name in FIELDS or name in LABELS for name in named):
         known = known_names(rows)
@@ -9163,14 +9150,14 @@ def ps_command(args: argparse.Namespace) -> int:
     return print_list(args, only_running=True)
 
 
-@command("show", ID, JSON, option("--all", action="store_true", help="List every installed package (default: those that "
-                                  "the program imported)"), usage="<experiment or checkpoint ID>")
+@command("show", ID, JSON, option("--all", action="store_true", help="List all installed packages (default: only those that "
+                                  "the program imported)"), usage="<experiment or checkpoint ID> [flags]")
 def show_command(args: argparse.Namespace) -> int:
     """View information about an experiment or checkpoint"""
-    repository = opened_project(args).repository
+    repository = open_project(args).repository
     experiment, checkpoint = repository.find(args.id)
     if args.json:
-        say_json([shown_json((checkpoint or experiment).to_json()) + "\n"])
+        say_json((checkpoint or experiment).to_json())
         return 0
     running = repository.is_running(experiment.id)
     hidden = len(experiment.python_packages) - len(shown_packages(experiment, args.all))
@@ -9181,42 +9168,41 @@ def show_command(args: argparse.Namespace) -> int:
         if experiment.checkpoints:
             console.info("To see more of a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
     if hidden:
-        console.info("%s that the program did not import: --all lists them" % plural(hidden, "more installed package"))
+        console.info("The program did not import %s: list them with --all" % plural(hidden, "more installed package"))
     return 0
-
-
-@command("plot", option("ids", nargs="*", metavar="ID", help="Experiments (default: the last ones)"),
-         option("-m", "--metric", metavar="METRIC", help="What to plot (default: the primary metric)"),
-         option("-x", "--axis", default="step", metavar="step|time|METRIC", help="Against what (default: step)"),
-         option("--log", action="store_true", help="A logarithmic scale"),
-         option("--smooth", action="store_true", help="Show a moving average"),
-         FILTER, option("-n", "--number", type=positive_number, default=6, metavar="N",
-                        help="Without IDs: the last N experiments (default: 6)"),
-         option("--watch", action="store_true", help="Draw again and again while experiments are running"),
-         usage="[ID...]", epilog="""\
-Watch how the last runs go:
-  replicate plot --watch
-Compare the loss of two:
-  replicate plot a1b2c3d e4f5a6b --metric loss --log""")
-def plot_command(args: argparse.Namespace) -> int:
-    """Draw curves of a metric in the terminal"""
-    if args.watch and not is_terminal(sys.stdout):
-        raise UsageError("--watch needs a terminal.")
-    project = opened_project(args)
-    while True:
-        experiments, running = experiments_to_plot(project.repository, args)
-        text = "".join(plotted(experiments, args))
-        say(("\x1b[H\x1b[J" if args.watch else "") + text)
-        if not args.watch or not running:
-            return 0
-        time.sleep(WATCH_SECONDS)
 
 
 WATCH_SECONDS = 2.0
 
 
+@command("plot", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: the last experiments)"),
+         option("-m", "--metric", metavar="METRIC", help="Metric to plot (default: the primary metric)"),
+         option("-x", "--axis", default="step", metavar="step|time|METRIC", help="Horizontal axis (default: step)"),
+         option("--log", action="store_true", help="Use a logarithmic scale"),
+         option("--smooth", action="store_true", help="Plot a moving average"),
+         FILTER, option("-n", "--number", type=positive_number, default=6, metavar="N",
+                        help="Without IDs: plot the last N experiments (default: 6)"),
+         option("--watch", action="store_true", help="Keep redrawing while experiments are running"),
+         usage="[ID...] [flags]", epilog="""\
+Watch the last runs:
+  replicate plot --watch
+Compare the loss of two experiments:
+  replicate plot a1b2c3d e4f5a6b --metric loss --log""")
+def plot_command(args: argparse.Namespace) -> int:
+    """Draw curves of a metric in the terminal"""
+    if args.watch and not is_terminal(sys.stdout):
+        raise UsageError("--watch needs a terminal.")
+    repository = open_project(args).repository
+    while True:
+        experiments, running = experiments_to_plot(repository, args)
+        say(("\x1b[H\x1b[J" if args.watch else "") + "".join(plotted(experiments, args)))
+        if not args.watch or not running:
+            return 0
+        time.sleep(WATCH_SECONDS)
+
+
 def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tuple[List[Experiment], bool]:
-    """The experiments that the arguments of `plot` name, and whether one of them is running."""
+    """Return the experiments that the arguments of `plot` name, and whether one of them is running."""
     if args.ids:
         found = [experiment for experiment, _ in repository.find_all(args.ids)]
         return found, any(repository.is_running(experiment.id) for experiment in found)
@@ -9225,17 +9211,18 @@ def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tup
 
 
 def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iterator[str]:
-    """`plot` in lines. Raises ReplicateError where there is nothing to plot."""
-    names = sorted({name for experiment in experiments for checkpoint in experiment.checkpoints for name in checkpoint.metrics})
+    """Return the lines of `plot`. Raises ReplicateError if there is nothing to plot."""
+    checkpoints = [checkpoint for experiment in experiments for checkpoint in experiment.checkpoints]
+    names = sorted({name for checkpoint in checkpoints for name in checkpoint.metrics})
     primary = [experiment.primary_metric() for experiment in experiments]
     metric = args.metric or next((found["name"] for found in primary if found), names[0] if len(names) == 1 else None)
     if not names:
         raise ReplicateError("There is nothing to plot: no metric was recorded.")
     if metric is None:
-        raise ReplicateError("There is no primary metric. Name one with -m: %s." % ", ".join(map(repr, names[:9])))
+        raise ReplicateError("There is no primary metric. Choose a metric with -m: %s." % ", ".join(map(repr, names[:9])))
     for name in [metric] + ([args.axis] if args.axis not in ("step", "time") else []):
         if name not in names:
-            raise ReplicateError("No metric is called %r.%s" % (name, nearest(name, names)))
+            raise ReplicateError("There is no metric %r.%s" % (name, nearest(name, names)))
     curves = [Curve(experiment, metric, args.axis, args.log, args.smooth) for experiment in experiments]
     curves = [curve for curve in curves if curve.values()]
     if not curves:
@@ -9246,20 +9233,21 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
     return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, braille, paint)
 
 
-@command("report", option("ids", nargs="*", metavar="ID", help="Experiments (default: all)"), FILTER,
-         option("-o", "--output", metavar="FILE", help="The page to write (default: report.html)"),
-         usage="[ID...]", epilog="""\
-Make a page of all experiments that completed, to look at or to send:
+@command("report", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: all experiments)"), FILTER,
+         option("-o", "--output", metavar="FILE", help="Output file (default: report.html)"),
+         usage="[ID...] [flags]", epilog="""\
+Make a page of all completed experiments, to look at or to send:
   replicate report --filter "status = completed" -o report.html""")
 def report_command(args: argparse.Namespace) -> int:
-    """Write one page with tables, curves and code for a browser
+    """Write a web page with tables, curves and code
 
-    The page needs no network. It holds the metrics, params, commands and code of the experiments, but not their weights.
+    The page works offline. It holds the metrics, params, commands and code of the
+    experiments, but not their weights.
     """
     path = args.output or "report.html"
     if not args.output and os.path.lexists(path) and not is_report(path):
-        raise ReplicateError("%s is already there, and is no report. Name another file with -o." % path)
-    repository = opened_project(args).repository
+        raise ReplicateError("%s already exists and is not a report. Choose another file with -o." % path)
+    repository = open_project(args).repository
     chosen = {row.id for row in matching_rows(repository.rows(), args.filter)}
     experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
     if args.ids:
@@ -9268,20 +9256,13 @@ def report_command(args: argparse.Namespace) -> int:
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
     page = render_report(report_data(repository, experiments, repository.running()))
-    temporary = "%s.%s" % (path, os.urandom(6).hex())
-    try:
-        with open(temporary, "xb") as file:
-            file.write(page)
-        os.replace(temporary, path)
-    except OSError as error:
-        remove_file(temporary)
-        raise WriteError("%s cannot be written: %s." % (path, short_reason(error))) from error
+    replace_file(path, page)
     console.info("Wrote %s: %s (%s)" % (path, plural(len(experiments), "experiment"), format_size(len(page))))
     return 0
 
 
 def is_report(path: str) -> bool:
-    """Whether a file is a page that `report` wrote."""
+    """Return whether a file is a page that `report` wrote."""
     try:
         with open_regular(path) as file:
             return b'<meta name="generator" content="Replicate">' in file.read(1000)
@@ -9289,68 +9270,80 @@ def is_report(path: str) -> bool:
         return False
 
 
-@command("diff", option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs"), JSON,
-         option("--code", action="store_true", help="Print what differs in the code of two, as a patch"),
-         option("--path", action="append", help="With --code: only this file or directory; repeatable"),
-         usage="<ID> [ID...]", epilog="""\
+def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
+    """Write a file whole or not at all. Raises WriteError."""
+    temporary = "%s.%s" % (path, os.urandom(6).hex())
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        remove_file(temporary)
+        raise WriteError("%s cannot be written: %s." % (path, short_reason(error))) from error
+
+
+@command("diff", IDS, JSON,
+         option("--code", action="store_true", help="Print what differs in the code as a patch"),
+         option("--path", action="append", help="With --code: only this file or directory, repeatable"),
+         usage="<ID> [ID...] [flags]", epilog="""\
 Compare two experiments, then their code line by line:
   replicate diff a1b2c3d e4f5a6b
   replicate diff a1b2c3d e4f5a6b --code
-What have I changed since?
+See what you have changed since an experiment:
   replicate diff a1b2c3d --code --path train.py""")
 def diff_command(args: argparse.Namespace) -> int:
     """Compare experiments or checkpoints.
 
-    If an experiment ID is passed, it will pick the best checkpoint from that experiment. If a primary metric is not
-    defined, it will use the latest checkpoint. With one ID, its code is compared with the project directory as it is
-    now.
+    If an experiment ID is passed, it will pick the best checkpoint from that
+    experiment. If a primary metric is not defined, it will use the latest
+    checkpoint. With one ID, it compares the files with those in the project
+    directory now.
     """
     if args.code and (args.json or len(args.ids) > 2):
         raise UsageError("--code compares one or two IDs, and cannot be used with --json.")
     if args.path and not args.code:
         raise UsageError("--path needs --code.")
-    project = opened_project(args)
+    project = open_project(args)
     found = project.repository.find_all(args.ids)
     experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
     if args.code:
-        changes = [change for items in (experiments, checkpoints) if any(items)
-                   for change in compare_files(*file_sets(project, items), is_below(args.path))]
-        say_patch(changes)
+        say_patch([change for items in (experiments, checkpoints) if any(items)
+                   for change in compare_files(*file_sets(project, items), is_below(args.path))])
     elif len(found) == 1:
-        rows = [{name: change for name, (_, change) in compared_files(project, items).items()} if any(items) else {}
-                for items in (experiments, checkpoints)]
-        since = (checkpoints[0] or experiments[0]).short_id()
+        changes = [(name, change) for items in (experiments, checkpoints) if any(items)
+                   for name, (_, change) in compared_files(project, items).items()]
         if args.json:
-            say_json([shown_json({name: change.to_json() for row in rows for name, change in row.items()}) + "\n"])
+            say_json({name: change.to_json() for name, change in changes})
         else:
-            say(render_blocks("", [("Changes since " + since, [
-                (escape_control(name), change_text(change)) for row in rows for name, change in row.items()])], paint))
+            since = (checkpoints[0] or experiments[0]).short_id()
+            rows = [(escape_control(name), change_text(change)) for name, change in changes]
+            say(render_blocks("", [("Changes since " + since, rows)], paint))
     else:
         sides = [Side(one, checkpoint or chosen_checkpoint(one, "Comparing")) for one, checkpoint in found]
         differences = Differences(sides, compared_files(project, experiments),
                                   compared_files(project, [side.checkpoint for side in sides]))
         if args.json:
-            say_json([shown_json(differences.to_json()) + "\n"])
+            say_json(differences.to_json())
         else:
             say(render_diff(differences, paint))
     return 0
 
 
 def is_below(paths: Optional[Sequence[str]]) -> Callable[[str], bool]:
-    """Whether a name is one of these paths, as typed, or below one; all names without any."""
+    """Return a function that tells whether a name is one of these paths or below one; without paths, all names are."""
     tops = [normal_path(path) for path in paths or ["."]]
     return lambda name: any(top in (".", name) or name.startswith(top + "/") for top in tops)
 
 
 def file_sets(project: Project, items: Sequence[Any]) -> List[Any]:
-    """The files of experiments or checkpoints (None: without files); after a single one, those that are there now."""
+    """Return the files of each experiment or checkpoint (None has no files); of a single one, then those present now."""
     opened = {item.id: saved_files(project, item) for item in items if item}
     sets = [opened[item.id] if item else PresentFiles(()) for item in items]
     return sets if len(items) > 1 else sets + [present_files(project, items[0])]
 
 
 def compared_files(project: Project, items: Sequence[Any]) -> Dict[str, List[Any]]:
-    """file_rows() of these; none, with a warning, where files cannot be read."""
+    """Return file_rows() of these; if files cannot be read, warn and return none."""
     try:
         return file_rows(file_sets(project, items))
     except ReplicateError as error:
@@ -9358,11 +9351,11 @@ def compared_files(project: Project, items: Sequence[Any]) -> Dict[str, List[Any
         return {}
 
 
-def say_patch(changes: Iterable[FileChange]) -> None:
-    """Print a unified diff to stdout: byte for byte as the files are, but safe on a terminal."""
+def say_patch(changes: Sequence[FileChange]) -> None:
+    """Print a unified diff to stdout: byte for byte as the files are, but escaped on a terminal."""
     output = getattr(sys.stdout, "buffer", None)
     if output is None or is_terminal(sys.stdout):
-        say_all(render_code(changes, paint, lambda line: "\t".join(map(escape_control, line.split("\t")))))
+        say("".join(render_code(changes, paint, lambda line: "\t".join(map(escape_control, line.split("\t"))))))
         return
     for line in render_code(changes):
         output.write(line.encode("utf-8", "surrogateescape"))
@@ -9370,7 +9363,7 @@ def say_patch(changes: Iterable[FileChange]) -> None:
 
 
 def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint]:
-    """The experiment's best checkpoint, or else its latest; tells the user which one it is."""
+    """Return the experiment's best checkpoint, or else its latest, and tell the user which one it is."""
     best = experiment.best()
     checkpoint = best or experiment.latest()
     if checkpoint:
@@ -9384,10 +9377,10 @@ def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint
          option("-o", "--output-directory", metavar="DIRECTORY",
                 help="Output directory (default: the project directory)"),
          option("--path", help="A specific file or directory to check out (default: all of the checkpoint/experiment)"),
-         usage="<experiment or checkpoint ID>")
+         usage="<experiment or checkpoint ID> [flags]")
 def checkout_command(args: argparse.Namespace) -> int:
     """Copy files from an experiment or checkpoint into the project directory"""
-    project = opened_project(args)
+    project = open_project(args)
     experiment, checkpoint = project.repository.find(args.id)
     if checkpoint is None:
         checkpoint = chosen_checkpoint(experiment, "Checking out")
@@ -9410,31 +9403,30 @@ def checkout_command(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("rm", option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs"),
-         option("-f", "--force", action="store_true", help="Force delete without interactive prompt"),
-         aliases=("delete",), usage="<experiment or checkpoint ID> [experiment or checkpoint ID...]", epilog="""\
+@command("rm", IDS, option("-f", "--force", action="store_true", help="Force delete without interactive prompt"),
+         aliases=("delete",), usage="<experiment or checkpoint ID> [experiment or checkpoint ID...] [flags]", epilog="""\
 Delete an experiment and its checkpoints (where a1b2c3d4 is an experiment ID):
   replicate rm a1b2c3d4
-Delete all experiments where the metric "val_accuracy" is less than 0.2 at the best checkpoints:
+Delete all experiments where the metric "val_accuracy" is less than 0.2 at the
+best checkpoints:
   replicate rm $(replicate ls -q --filter "val_accuracy < 0.2")""")
 def rm_command(args: argparse.Namespace) -> int:
     """Remove experiments or checkpoints.
 
     To remove experiments or checkpoints, pass any number of IDs (or prefixes).
     """
-    repository = opened_project(args).repository
+    repository = open_project(args).repository
     found = repository.find_all(args.ids)
     experiments = {experiment.id: experiment for experiment, checkpoint in found if checkpoint is None}
     checkpoints = {checkpoint.id: (experiment, checkpoint) for experiment, checkpoint in found
                    if checkpoint is not None and experiment.id not in experiments}
     if not args.force:
         running = repository.running()
-        lines = ["* Experiment %s (%s)%s" % (item.short_id(), plural(len(item.checkpoints), "checkpoint"),
-                                             ", which is running" if item.id in running else "")
+        items = [(item.id, "Experiment %s (%s)" % (item.short_id(), plural(len(item.checkpoints), "checkpoint")))
                  for item in experiments.values()]
-        lines += ["* Checkpoint %s of experiment %s%s" % (item.short_id(), experiment.short_id(),
-                                                          ", which is running" if experiment.id in running else "")
+        items += [(experiment.id, "Checkpoint %s of experiment %s" % (item.short_id(), experiment.short_id()))
                   for experiment, item in checkpoints.values()]
+        lines = ["* %s%s" % (text, ", which is running" if experiment_id in running else "") for experiment_id, text in items]
         confirm("You are about to delete the following:\n%s" % "\n".join(lines), "Do you want to continue?",
                 "Pass -f to delete without being asked.")
     for experiment, checkpoint in checkpoints.values():
@@ -9447,45 +9439,47 @@ def rm_command(args: argparse.Namespace) -> int:
 
 
 @command("du", FILTER, JSON, epilog="""\
-How much do the failed experiments take?
+Show how much space the failed experiments take:
   replicate du --filter "status = failed\"""")
 def du_command(args: argparse.Namespace) -> int:
-    """Show how much the files of each experiment take"""
-    repository = opened_project(args).repository
+    """Show how much space each experiment takes"""
+    repository = open_project(args).repository
     rows = repository.rows()
     usage = Usage(repository.storage, rows)
     rows = sorted(matching_rows(rows, args.filter), key=lambda row: usage.total(row.id), reverse=True)
     if args.json:
         found = [{"id": row.id, "code": usage.code[row.id], "weights": usage.weights[row.id], "total": usage.total(row.id)}
                  for row in rows]
-        say_json([shown_json({"experiments": found, "total": sum(item["total"] for item in found),
-                              "unowned": sum(usage.unowned)}) + "\n"])
-    elif rows:
-        say_all(render_usage(rows, usage, datetime.datetime.now(datetime.timezone.utc)))
+        say_json({"experiments": found, "total": sum(item["total"] for item in found), "unowned": sum(usage.unowned)})
+        return 0
+    if rows:
+        say("".join(render_usage(rows, usage, datetime.datetime.now(datetime.timezone.utc))))
     else:
         console.info("No experiments found")
-    if usage.unowned and not args.json:
-        console.info("%s more in %s of no experiment: '%s verify' names them" % (
+    if usage.unowned:
+        console.info("Another %s in %s that no experiment uses: list them with '%s verify'" % (
             format_size(sum(usage.unowned)), plural(len(usage.unowned), "archive"), program_name()))
     return 0
 
 
-@command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: the whole repository)"),
-         option("--fix", action="store_true", help="Fold the journals of killed runs, and remove what belongs to nobody"),
-         JSON, usage="[ID...]", epilog="""\
-Is everything there, and undamaged?
+@command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: everything)"),
+         option("--fix", action="store_true", help="Fold the journals of killed runs into their experiments, and remove files "
+                "that belong to nobody"),
+         JSON, usage="[ID...] [flags]", epilog="""\
+Check the whole repository:
   replicate verify
-Read all of one experiment:
+Check one experiment and its checkpoints:
   replicate verify a1b2c3d""")
 def verify_command(args: argparse.Namespace) -> int:
     """Check that everything is there and undamaged
 
-    Reads every document and every archive, compares them with their checksums, and looks for what belongs to nobody.
-    Prints a line for each fault, and exits with 1 if there is one.
+    Reads every document and every archive, compares them with their checksums, and
+    looks for files that belong to nobody. Prints one line per fault, and exits with
+    1 if there is any.
     """
     if args.fix and args.ids:
-        raise UsageError("--fix is about the whole repository, and cannot be used with IDs.")
-    repository = opened_project(args, fold=False).repository
+        raise UsageError("--fix works on the whole repository, and cannot be used with IDs.")
+    repository = open_project(args, fold=False).repository
     verification = Verification(repository, args.fix)
     if args.ids:
         found = repository.find_all(args.ids)
@@ -9496,7 +9490,7 @@ def verify_command(args: argparse.Namespace) -> int:
         count, places = verification.run()
     verification.check_archives(places)
     if args.json:
-        say_json([shown_json([{"key": key, "fault": reason} for key, reason in verification.faults]) + "\n"])
+        say_json([{"key": key, "fault": reason} for key, reason in verification.faults])
     else:
         say("".join("%s: %s\n" % (escape_control(key), escape_control(reason)) for key, reason in verification.faults))
     if verification.removed:
@@ -9508,97 +9502,96 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 @command("prune", option("--keep-best", type=natural_number, default=1, metavar="N",
-                         help="Keep the files of the best N checkpoints of each experiment, by its primary metric (default: 1)"),
+                         help="Keep the files of the best N checkpoints of each experiment (default: 1)"),
          option("--keep-latest", type=natural_number, default=1, metavar="N",
-                help="Keep the files of the latest N as well (default: 1)"), FILTER,
+                help="Also keep the files of the latest N checkpoints (default: 1)"), FILTER,
          option("--dry-run", action="store_true", help="Only print what would be pruned"), JSON,
          option("--force", action="store_true", help="Prune without interactive prompt"), epilog="""\
-Keep the weights of the three best checkpoints of each experiment, and of its latest:
+Keep the weights of each experiment's three best checkpoints and its latest:
   replicate prune --keep-best 3
-See what would be removed if failed experiments kept no weights at all:
-  replicate prune --keep-best 0 --keep-latest 0 --filter "status = failed" --dry-run""")
+See how much removing all weights of failed experiments would free:
+  replicate prune --keep-best 0 --keep-latest 0 -f "status = failed" --dry-run""")
 def prune_command(args: argparse.Namespace) -> int:
-    """Remove the files of most checkpoints, and keep their metrics
+    """Remove the files of all but the best and latest checkpoints
 
-    Experiments stay as they are otherwise, and so do those that are running. Without a primary metric, the latest
-    checkpoints count as the best.
+    Metrics, params and code stay, and running experiments are left alone. The
+    primary metric tells which checkpoints are best; without one, the latest are.
     """
-    repository = opened_project(args).repository
+    repository = open_project(args).repository
     chosen = {row.id for row in matching_rows(repository.rows(), args.filter) if not row.running}
     archives = stored_archives(repository.storage, "checkpoints")
     found = [Pruning(experiment, archives, args.keep_best, args.keep_latest) for experiment in repository.experiments()
              if experiment.id in chosen]
-    prunings, failed = [pruning for pruning in found if pruning.ids], False
+    prunings = [pruning for pruning in found if pruning.ids]
     lines = ["* Experiment %s: %d of %s (%s)" % (
         pruning.experiment.short_id(), len(pruning.ids), plural(len(pruning.experiment.checkpoints), "checkpoint"),
         format_size(pruning.bytes)) for pruning in prunings]
     freed = format_size(sum(pruning.bytes for pruning in prunings))
     if args.json:
-        say_json([shown_json([{"id": pruning.experiment.id, "checkpoints": pruning.ids, "bytes": pruning.bytes}
-                              for pruning in prunings]) + "\n"])
+        say_json([{"id": pruning.experiment.id, "checkpoints": pruning.ids, "bytes": pruning.bytes}
+                  for pruning in prunings])
     elif args.dry_run:
         say("".join(line + "\n" for line in lines))
     if not prunings:
         console.info("There is nothing to prune")
-    elif args.dry_run:
+        return 0
+    if args.dry_run:
         console.info("This would free %s" % freed)
-    else:
-        if not args.force:
-            confirm("You are about to remove the files of these checkpoints, which frees %s. Their metrics stay.\n%s" % (
-                freed, "\n".join(lines)), "Do you want to continue?", "Pass --force to prune without being asked.")
-        done = []
-        for pruning in prunings:
-            try:
-                if not repository.is_running(pruning.experiment.id):  # it may have been resumed meanwhile
-                    done.append(pruning.run(repository))
-            except ReplicateError as error:
-                console.error(str(error))
-                failed = True
-        console.info("Pruned %s of %s: %s freed" % (plural(sum(count for count, _ in done), "checkpoint"), plural(
-            len(done), "experiment"), format_size(sum(size for _, size in done))))
-    return 1 if failed else 0
-
-
-TAG_EXAMPLES = """\
-Name an experiment, mark it as good and no longer as new:
-  replicate tag a1b2c3d4 name=baseline +good -new
-Say more about it, by its name:
-  replicate tag baseline note="the one in the paper"
-List the good ones:
-  replicate ls --filter "tag = good\""""
+        return 0
+    if not args.force:
+        confirm("You are about to remove the files of these checkpoints, which frees %s. Their metrics stay.\n%s" % (
+            freed, "\n".join(lines)), "Do you want to continue?", "Pass --force to prune without being asked.")
+    done, status = [], 0
+    for pruning in prunings:
+        try:
+            if not repository.is_running(pruning.experiment.id):  # it may have resumed while the user was asked
+                done.append(pruning.run(repository))
+        except ReplicateError as error:
+            console.error(str(error))
+            status = 1
+    console.info("Pruned %s of %s: %s freed" % (plural(sum(count for count, _ in done), "checkpoint"), plural(
+        len(done), "experiment"), format_size(sum(size for _, size in done))))
+    return status
 
 
 @command("tag", option("id", metavar="ID", help="Experiment ID, the start of one, or a name"),
-         option("changes", nargs="*", metavar="CHANGE", help="name=NAME, note=TEXT (empty: none), +TAG to add a tag, "
-                                                             "-TAG to remove one"),
-         usage="<experiment ID> [name=NAME] [note=TEXT] [+TAG...] [-TAG...]", epilog=TAG_EXAMPLES)
+         option("changes", nargs="*", metavar="CHANGE", help="name=NAME or note=TEXT (empty text removes it), +TAG to add a "
+                                                             "tag, -TAG to remove one"),
+         usage="<experiment ID> [name=NAME] [note=TEXT] [+TAG...] [-TAG...] [flags]", epilog="""\
+Name an experiment, add the tag "good" and remove the tag "new":
+  replicate tag a1b2c3d name=baseline +good -new
+Add a note to the experiment of that name:
+  replicate tag baseline note="the one in the paper"
+List the good ones:
+  replicate ls --filter "tag = good\"""")
 def tag_command(args: argparse.Namespace) -> int:
     """Name an experiment, tag it, or add a note to it"""
     given: Dict[str, str] = {}
     added, removed = set(), set()
     for change in args.changes:
         key, equals, text = change.partition("=")
-        if change[:1] in "+-":
+        if change[:1] in ("+", "-"):
             (added if change[0] == "+" else removed).add(change[1:].strip())
         elif equals and key in ("name", "note"):
             given[key] = text.strip()
         else:
-            raise UsageError("%r is no change. Write name=NAME, note=TEXT, +TAG or -TAG." % change)
+            raise UsageError("%r is not a change. Write name=NAME, note=TEXT, +TAG or -TAG." % change)
     try:
         labels = checked_labels(given.get("name") or None, added, given.get("note"))
     except ValueError as error:
         raise UsageError("%s." % error) from error
-    repository = opened_project(args).repository
+    repository = open_project(args).repository
     experiment, checkpoint = repository.find(args.id)
     if checkpoint:
-        raise ReplicateError("%s is a checkpoint. Experiments are tagged: this one's is %s." % (
+        raise ReplicateError("%s is a checkpoint, and only experiments have tags. Tag its experiment instead: %s." % (
             checkpoint.short_id(), experiment.short_id()))
 
     def change_labels(document: Dict[str, Any]) -> None:
-        tags = (set(texts_in(document, "tags")) | added) - removed
-        for key, value in dict({key: labels.get(key) for key in given}, tags=sorted(tags)).items():
+        tags = sorted((set(texts_in(document, "tags")) | added) - removed)
+        for key, value in dict({key: labels.get(key) for key in given}, tags=tags).items():
             document.pop(key, None)
-            document.update({key: value} if value else {})
+            if value:
+                document[key] = value
 
     if args.changes:
         repository.edit(experiment.id, change_labels)
@@ -9611,47 +9604,44 @@ def tag_command(args: argparse.Namespace) -> int:
 
 # -- programs in any language
 
-class Program:
-    """Another program on our terminal. It gets the signals by which schedulers warn and end a job; Ctrl-C it gets itself."""
+def run_program(words: Sequence[str], directory: str, environment: Dict[str, str]) -> int:
+    """Run another program on this terminal; return its exit code, or minus the number of the signal that ended it.
 
-    SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    Passes on the signals with which schedulers warn and end a job; the terminal sends Ctrl-C to the program itself.
+    Raises ReplicateError if it cannot start.
+    """
+    import subprocess
+    process: Any = None
+    early: List[int] = []  # signals that arrive before the program has started
 
-    def __init__(self, words: Sequence[str], directory: str, environment: Dict[str, str]) -> None:
-        self._words, self._directory, self._environment = words, directory, environment
-        self._process: Any = None
-        self._waiting: List[int] = []  # signals before it had started
-
-    def run(self) -> int:
-        """Its exit code, or minus the number of the signal that ended it. Raises ReplicateError where it cannot start."""
-        import subprocess
-        handlers: Dict[int, Any] = {getattr(signal, name): self._pass_on for name in self.SIGNALS if hasattr(signal, name)}
-        handlers[signal.SIGINT] = lambda number, frame: None
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()
-                    if signal.getsignal(number) != signal.SIG_IGN}
-        try:
-            try:
-                self._process = subprocess.Popen(self._words, cwd=self._directory, env=self._environment)
-            except (OSError, ValueError) as error:
-                raise ReplicateError("%s cannot be run: %s." % (self._words[0], short_reason(error))) from error
-            for number in self._waiting:
-                self._pass_on(number, None)
-            return self._process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        if self._process is None:
-            self._waiting.append(number)
+    def pass_on(number: int, frame: Any) -> None:
+        if process is None:
+            early.append(number)
             return
         try:
-            self._process.send_signal(number)
+            process.send_signal(number)
         except ProcessLookupError:  # it has just ended
             pass
 
+    names = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    handlers: Dict[int, Any] = {getattr(signal, name): pass_on for name in names if hasattr(signal, name)}
+    handlers[signal.SIGINT] = lambda number, frame: None
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()
+                if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        process = subprocess.Popen(words, cwd=directory, env=environment)
+        for number in early:
+            pass_on(number, None)
+        return process.wait()
+    except (OSError, ValueError) as error:
+        raise ReplicateError("%s cannot be run: %s." % (words[0], short_reason(error))) from error
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
 
 def read_pair(text: str) -> Tuple[str, Any]:
-    """The type of an option: name=value."""
+    """Parse an option's name=value."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError("%r is not of the form name=value" % text)
@@ -9659,7 +9649,7 @@ def read_pair(text: str) -> Tuple[str, Any]:
 
 
 def read_primary(text: str) -> Tuple[str, str]:
-    """The type of an option: metric:goal."""
+    """Parse an option's metric:goal."""
     name, _, goal = text.rpartition(":")
     if not name or goal not in ("minimize", "maximize"):
         raise argparse.ArgumentTypeError("%r is not of the form loss:minimize or accuracy:maximize" % text)
@@ -9671,24 +9661,26 @@ def read_primary(text: str) -> Tuple[str, str]:
          option("--path", help="The file or directory of code to save (default: none)"),
          option("--name", help="A name for the experiment"),
          option("--tag", action="append", default=[], help="A tag, repeatable"),
-         option("words", nargs="*", metavar="command", help="The program and its arguments, behind --"),
-         usage="[--param NAME=VALUE...] [--path PATH] -- <command>", epilog="""\
-Record a program in any language, and the code in this folder:
+         option("words", nargs="*", metavar="command", help="The program and its arguments, after --"),
+         usage="[--param NAME=VALUE...] [--path PATH] [flags] -- <command>", epilog="""\
+Record a program in any language, and the code in this directory:
   replicate run --param lr=0.1 --path . -- ./train.sh 0.1
-In it, record weights and metrics of each epoch:
-  replicate checkpoint --path model.bin --step 1 --metric loss=0.25 --primary loss:minimize""")
+In the program, record the weights and metrics of each epoch:
+  replicate checkpoint --path model.bin --step 1 --metric loss=0.25 \\
+    --primary loss:minimize""")
 def run_command(args: argparse.Namespace) -> int:
     """Run a program and record it as an experiment
 
-    The experiment ends when the program does, and its status is that of the exit code, which is also ours. The program
-    adds to it with `replicate checkpoint`.
+    The experiment ends with the program, and so does this command, with the same
+    exit code: 0 means that the experiment completed. The program adds checkpoints
+    with 'replicate checkpoint'.
     """
     if args.words or not args.program:
-        raise UsageError("Which program? Write it behind --, as in: replicate run --param lr=0.1 -- ./train.sh")
+        raise UsageError("There is no program to run. Write it after --, as in: replicate run --param lr=0.1 -- ./train.sh")
     if shutil.which(args.program[0]) is None:
         raise ReplicateError("There is no program %s." % args.program[0])
     if is_secondary_process():
-        return exit_status(Program(args.program, os.getcwd(), dict(os.environ)).run())
+        return exit_status(run_program(args.program, os.getcwd(), dict(os.environ)))
     project = Project(args.repository, args.project_directory)
     settings = RecordingSettings(role="runner", program=args.program)
     experiment = create_experiment(project, args.path and os.path.abspath(args.path), dict(args.param), settings, False,
@@ -9697,7 +9689,7 @@ def run_command(args: argparse.Namespace) -> int:
                        REPLICATE_PROJECT_DIRECTORY=project.directory)
     outcome = dict(ending(), status="failed", error="it could not be started")
     try:
-        status = Program(args.program, os.getcwd(), environment).run()
+        status = run_program(args.program, os.getcwd(), environment)
         outcome = ending_of_program(status)
     finally:
         project.stop(experiment, outcome=outcome)
@@ -9705,14 +9697,15 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 @command("checkpoint", option("--path", help="The file or directory to save (default: none)"),
-         option("--step", type=natural_number, metavar="N", help="How far training has come (default: one more than before)"),
+         option("--step", type=natural_number, metavar="N", help="The training step (default: one more than the last)"),
          option("--metric", action="append", default=[], type=read_pair, metavar="NAME=VALUE", help="A metric, repeatable"),
-         option("--primary", type=read_primary, metavar="NAME:GOAL", help="The metric by which checkpoints are compared, and its "
-                "goal: minimize or maximize"),
-         option("-q", "--quiet", action="store_true", help="Print nothing but errors"),
-         usage="[--path PATH] [--step N] [--metric NAME=VALUE...] [--primary NAME:GOAL]", epilog="""\
-In a program that `replicate run` has started:
-  replicate checkpoint --path model.bin --step 1 --metric loss=0.25 --primary loss:minimize""")
+         option("--primary", type=read_primary, metavar="NAME:GOAL",
+                help="The metric that tells which checkpoint is best, and its goal: minimize or maximize"),
+         option("-q", "--quiet", action="store_true", help="Only print errors"),
+         usage="[--path PATH] [--step N] [--metric NAME=VALUE...] [--primary NAME:GOAL] [flags]", epilog="""\
+In a program that 'replicate run' has started:
+  replicate checkpoint --path model.bin --step 1 --metric loss=0.25 \\
+    --primary loss:minimize""")
 def checkpoint_command(args: argparse.Namespace) -> int:
     """Add a checkpoint to the experiment that 'replicate run' records"""
     if is_secondary_process():
@@ -9728,43 +9721,48 @@ def checkpoint_command(args: argparse.Namespace) -> int:
     return 0 if is_whole else 1
 
 
-@command("rerun", ID, option("-o", "--output-directory", metavar="DIRECTORY", help="The folder to create (default: rerun-<ID>)"),
-         usage="<experiment or checkpoint ID>", epilog="""\
+@command("rerun", ID, option("-o", "--output-directory", metavar="DIRECTORY",
+                             help="Directory to create (default: rerun-<ID>)"),
+         usage="<experiment or checkpoint ID> [flags]", epilog="""\
 Run an experiment again, with the code that it had:
   replicate rerun a1b2c3d""")
 def rerun_experiment(args: argparse.Namespace) -> int:
-    """Check out the code of an experiment into a new folder, and run its command there
+    """Run an experiment again in a new directory
 
-    The code is somebody else's if the repository is: look at it first. The new run is recorded in the same repository.
-    With the ID of a checkpoint, its files are checked out as well.
+    Checks out the code of the experiment and runs its command there: look at both
+    first if somebody else wrote them. With a checkpoint ID, checks out the files of
+    the checkpoint too. The same repository records the new run.
     """
-    project = opened_project(args)
+    project = open_project(args)
     experiment, checkpoint = project.repository.find(args.id)
     directory = args.output_directory or new_directory("rerun-" + experiment.short_id())
     place, words = words_to_rerun(experiment)
     if os.path.lexists(directory):
-        raise ReplicateError("%s is already there. Name a new folder with -o." % directory)
+        raise ReplicateError("%s already exists. Choose a new directory with -o." % directory)
     project.checkout(experiment, checkpoint, directory)
     folder = os.path.join(directory, place)
     os.makedirs(folder, exist_ok=True)
     os.makedirs(os.path.join(directory, os.path.dirname(RERUN_MARK)))
     with open(os.path.join(directory, RERUN_MARK), "x") as file:
         file.write(experiment.id + "\n")
-    there = os.path.join(os.path.abspath(project.directory), place, words[0])
-    if "/" in words[0] and not os.path.exists(os.path.join(folder, words[0])) and os.path.exists(there):
-        words[0] = there  # .venv/bin/python, say, which is never saved
+    original = os.path.join(os.path.abspath(project.directory), place, words[0])
+    if "/" in words[0] and not os.path.exists(os.path.join(folder, words[0])) and os.path.exists(original):
+        words[0] = original  # such as .venv/bin/python, which is never saved
     copy = os.path.join(directory, "replicate.py")
     if program_name() != "replicate" and not os.path.lexists(copy):
         shutil.copyfile(os.path.abspath(__file__), copy)
     environment = {name: value for name, value in os.environ.items() if name != "REPLICATE_EXPERIMENT"}
     environment.update(REPLICATE_REPOSITORY=project.repository.url, REPLICATE_PROJECT_DIRECTORY=os.path.abspath(directory),
-                       REPLICATE_JOB="rerun-%s-%s" % (experiment.short_id(), os.urandom(4).hex()))  # so that none is resumed
+                       REPLICATE_JOB="rerun-%s-%s" % (experiment.short_id(), os.urandom(4).hex()))  # else init() might resume
     console.info("Running in %s:\n  %s" % (directory, " ".join(map(shlex.quote, words))))
-    return exit_status(Program(words, folder, environment).run())
+    return exit_status(run_program(words, folder, environment))
 
 
 def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
-    """(the folder in the project, the words) of an experiment's command. Raises ReplicateError where it cannot be run again."""
+    """Return (the folder in the project, the words) of an experiment's command.
+
+    Raises ReplicateError if it cannot be run again.
+    """
     def refuse(reason: str) -> NoReturn:
         raise ReplicateError("Experiment %s cannot be run again: %s." % (experiment.short_id(), reason))
 
@@ -9780,27 +9778,32 @@ def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
     if not words:
         refuse("its command is not known")
     if any("***" in word for word in words):
-        refuse("its command holds a secret that was not recorded. Check it out and run it yourself: %s" %
+        refuse("its command contains a secret that was not recorded. Check it out and run it yourself: %s" %
                experiment.full_command)
     if os.path.isabs(place) or os.pardir in place.split("/"):
         refuse("it ran in %s, outside the project directory" % place)
-    if words[0].endswith(".py"):  # as the peer records it
+    if words[0].endswith(".py"):  # keepsake records the script without the interpreter
         words.insert(0, sys.executable)
     return place, words
 
 
-@command("push", option("ids", nargs="*", metavar="ID", help="Experiments to copy (default: all); only with --from"),
+@command("push", option("ids", nargs="*", metavar="ID", help="With --from: experiment IDs (default: all experiments)"),
          option("--from", dest="source", metavar="URL", help="Copy experiments from this repository"),
-         usage="[ID...]")
+         usage="[--from URL [ID...]] [flags]", epilog="""\
+Upload what is waiting:
+  replicate push
+Copy all experiments, or only one, from another repository into this one:
+  replicate push --from file://../old/.replicate/storage
+  replicate push --from s3://my-bucket a1b2c3d""")
 def push_command(args: argparse.Namespace) -> int:
-    """Upload what is waiting to be uploaded, or copy experiments from another repository
+    """Upload waiting experiments, or copy some from another repository
 
-    While a bucket cannot be reached, experiments and checkpoints wait in .replicate/pending/ in the project directory.
-    The next run in the project uploads them, or this command. If it is interrupted, run it again. With --from, it
-    copies experiments from that repository into the project's.
+    While a bucket cannot be reached, experiments and checkpoints wait in
+    .replicate/pending/ in the project directory. This command uploads them, and so
+    does the next run in the project. If it is interrupted, run it again.
     """
     if args.ids and not args.source:
-        raise UsageError("Experiment IDs need --from URL: without it, push uploads all that is waiting.")
+        raise UsageError("Experiment IDs need --from URL: without it, push uploads everything that is waiting.")
     project = Project(args.repository, args.project_directory)
     sent = Sent()
     if args.source:
@@ -9813,7 +9816,7 @@ def push_command(args: argparse.Namespace) -> int:
     pending = project.pending()
     areas = pending_areas(pending)
     mention_other_pending(project.directory, pending)
-    if not any(True for area in areas for entry in area.storage.list(EXPERIMENTS)):
+    if not [entry for area in areas for entry in area.storage.list(EXPERIMENTS)]:
         console.info("Nothing is waiting to be uploaded")
         return 0
     remote = project.repository
@@ -9833,7 +9836,7 @@ def push_command(args: argparse.Namespace) -> int:
 
 
 def mention_other_pending(directory: str, pending: Repository) -> None:
-    """Tell the user what is waiting for other repositories than this one."""
+    """Tell the user which experiments are waiting for other repositories."""
     base = os.path.join(directory, PENDING)
     for name in sorted(os.listdir(base)) if os.path.isdir(base) else ():
         url = "file://" + os.path.join(base, name)
@@ -9855,7 +9858,7 @@ def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[
 # -- demo
 
 DEMO_SCRIPT = '''\
-"""A character model of Python source, in plain Python: how likely is each letter after the few before it?"""
+"""A language model of letters, in plain Python: how likely is each letter after the few before it?"""
 import collections
 import json
 import math
@@ -9874,7 +9877,7 @@ for step in range(3):
     for i in range(split * step // 3, split * (step + 1) // 3):  # train on another third
         counts[text[max(0, i - order):i]][text[i]] += 1
     loss = 0.0
-    for i in range(split, len(text)):  # test on the last tenth: the loss is in bits a letter
+    for i in range(split, len(text)):  # test on the last tenth: the loss is in bits per letter
         seen = counts.get(text[i - order:i], {})
         loss -= math.log2((seen.get(text[i], 0) + smoothing) / (sum(seen.values()) + smoothing * len(letters)))
     with open("model.json", "w") as file:
@@ -9887,9 +9890,9 @@ DEMO_RUNS = (("1", "0.1"), ("2", "0.1"), ("3", "0.1"), ("3", "0.01"))
 
 
 @command("demo", option("directory", nargs="?", metavar="DIRECTORY",
-                        help="The folder to create (default: replicate-demo)"), usage="[directory]")
+                        help="Directory to create (default: replicate-demo)"), usage="[DIRECTORY] [flags]")
 def demo_command(args: argparse.Namespace) -> int:
-    """Train a small model four times in a new folder, and list the experiments"""
+    """Train a small model four times, and list the experiments"""
     import subprocess
     directory = args.directory or new_directory("replicate-demo")
     try:
@@ -9909,7 +9912,7 @@ def demo_command(args: argparse.Namespace) -> int:
             raise ReplicateError("The demo's training script failed: its output is above.")
     say("\n")
     rows = Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).rows()
-    say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc), width=terminal_width(sys.stdout)))
+    say("".join(render_list(rows, datetime.datetime.now(datetime.timezone.utc), width=terminal_width(sys.stdout))))
     best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
     say("%s holds the experiments and train.py, the script that recorded them. Try next:\n\n"
@@ -9920,7 +9923,7 @@ def demo_command(args: argparse.Namespace) -> int:
 
 
 def new_directory(name: str) -> str:
-    """name, or name-2, name-3, ... if it is taken."""
+    """Return name, or name-2, name-3, ... if it is taken."""
     number, candidate = 1, name
     while os.path.lexists(candidate):
         number += 1
@@ -9931,9 +9934,8 @@ def new_directory(name: str) -> str:
 # -- analytics and feedback
 
 class Analytics:
-    """Anonymous usage events, sent in the background, and only if REPLICATE_ANALYTICS_URL says where to."""
+    """Anonymous usage events, sent in the background, and only if REPLICATE_ANALYTICS_URL is set."""
 
-    MAX_EVENTS = 100
     SEND_AFTER_EVENTS = 15
     SEND_AFTER_SECONDS = 300
     NOTICE = ("Replicate sends anonymous usage data to %s: a random token for this machine, the name of the command, "
@@ -9948,18 +9950,20 @@ class Analytics:
                            for name in ("REPLICATE_NO_ANALYTICS", "DO_NOT_TRACK"))
 
     def settings(self) -> Dict[str, Any]:
-        """{"analytics_enabled": bool, "anonymous_id": str}; empty before the first run."""
+        """Return {"analytics_enabled": bool, "anonymous_id": str}, or {} before the first run."""
         settings = self._read("settings.json")
         return settings if isinstance(settings, dict) else {}
 
     def switch(self, enabled: bool) -> None:
         """Switch analytics on or off. Raises WriteError."""
         import uuid
-        settings = dict({"anonymous_id": str(uuid.uuid4())}, **self.settings())
-        self._write("settings.json", dict(settings, analytics_enabled=enabled))
+        settings = self.settings()
+        settings.setdefault("anonymous_id", str(uuid.uuid4()))
+        settings["analytics_enabled"] = enabled
+        self._write("settings.json", settings)
 
     def event(self, command_name: str) -> Dict[str, Any]:
-        """One event, with all that is ever sent."""
+        """Return one event, which is all that is ever sent."""
         example = "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a"  # for `replicate analytics` before the first run
         return {"anonymous_id": self.settings().get("anonymous_id", example), "event": "Run command", "properties": {
             "command": "replicate " + command_name, "replicate_version": __version__,
@@ -9975,33 +9979,30 @@ class Analytics:
                 self.switch(True)
                 console.info(self.NOTICE % self.url)
             elif enabled:
-                events, age = self._events()
-                events = [*events, self.event(command_name)][-self.MAX_EVENTS:]
-                self._write("events.json", events)
-                if len(events) >= self.SEND_AFTER_EVENTS or age >= self.SEND_AFTER_SECONDS:
-                    self._send_in_background()
+                self._add(self.event(command_name))
         except Exception as error:
             console.debug("Analytics: %s" % error)
 
-    def send(self) -> None:
-        """Send the waiting events, in a process of its own."""
-        path = os.path.join(self.directory, "events.json")
-        taken = "%s.%d" % (path, os.getpid())
-        os.replace(path, taken)  # so that no other process sends them too
-        try:
-            with open(taken, "rb") as file:
-                post_json(self.url, file.read(), 5.0)
-        finally:
-            remove_file(taken)
-
-    def _events(self) -> Tuple[List[Dict[str, Any]], float]:
-        """The waiting events and the age of the first in seconds; none if the file is damaged."""
+    def _add(self, event: Dict[str, Any]) -> None:
+        """Put an event into the file of waiting events, and send them when they are many or old enough."""
         events = self._read("events.json")
         try:
-            first = min(parse_time(event["properties"]["timestamp"]) for event in events)
-            return events, time.time() - first.timestamp()
-        except (TypeError, KeyError, ValueError):
-            return [], 0.0
+            age = time.time() - parse_time(events[0]["properties"]["timestamp"]).timestamp()
+        except (TypeError, LookupError, ValueError):  # there is no such file, or it is damaged
+            events, age = [], 0.0
+        events = [*events, event][-self.SEND_AFTER_EVENTS:]
+        if len(events) >= self.SEND_AFTER_EVENTS or age >= self.SEND_AFTER_SECONDS:
+            os.unlink(os.path.join(self.directory, "events.json"))
+            self._send_in_background(events)
+        else:
+            self._write("events.json", events)
+
+    def _send_in_background(self, events: Sequence[Dict[str, Any]]) -> None:
+        import subprocess
+        process: Any = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--send-analytics"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        with process.stdin:
+            process.stdin.write(encode_json(events))
 
     def _read(self, name: str) -> Any:
         try:
@@ -10011,20 +10012,11 @@ class Analytics:
             return None
 
     def _write(self, name: str, content: Any) -> None:
-        path = os.path.join(self.directory, name)
-        temporary = "%s.%s" % (path, os.urandom(6).hex())
         try:
             os.makedirs(self.directory, 0o700, exist_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(encode_json(content))
-            os.replace(temporary, path)
         except OSError as error:
-            raise WriteError("%s cannot be written: %s." % (path, short_reason(error))) from error
-
-    def _send_in_background(self) -> None:
-        import subprocess
-        subprocess.Popen([sys.executable, os.path.abspath(__file__), "--send-analytics"], start_new_session=True,
-                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            raise WriteError("%s cannot be created: %s." % (self.directory, short_reason(error))) from error
+        replace_file(os.path.join(self.directory, name), encode_json(content), 0o600)
 
 
 def post_json(url: str, data: bytes, timeout: float) -> None:
@@ -10040,13 +10032,16 @@ def post_json(url: str, data: bytes, timeout: float) -> None:
 
 
 @command("analytics", option("switch", nargs="?", choices=("on", "off"), metavar="on|off",
-                             help="Switch analytics on or off (default: show the state)"), usage="<on|off>")
+                             help="Switch analytics on or off (default: show the state)"), usage="<on|off> [flags]")
 def analytics_command(args: argparse.Namespace) -> int:
     """Enable or disable analytics
 
-    Nothing is sent unless you set REPLICATE_ANALYTICS_URL. If you do, the following data is sent for each command:
-      * A random token for the machine (e.g. "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")
-      * The subcommand you ran, without any options or arguments (e.g. "replicate ls")
+    Nothing is sent unless you set REPLICATE_ANALYTICS_URL. If you do, the following
+    data is sent for each command:
+      * A random token for the machine
+        (e.g. "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")
+      * The subcommand you ran, without any options or arguments
+        (e.g. "replicate ls")
       * The Replicate version (e.g. "1.0.0")
       * Your CPU architecture (e.g. "x86_64")
       * Your operating system (e.g. "linux")
@@ -10065,12 +10060,12 @@ def analytics_command(args: argparse.Namespace) -> int:
     else:
         state = "on, and sent to " + analytics.url
     say("Analytics are %s.\nAn example of an event:\n" % escape_control(state))
-    say_json([shown_json(analytics.event("ls")) + "\n"])
+    say_json(analytics.event("ls"))
     return 0
 
 
 @command("feedback", option("message", nargs="*", metavar="MESSAGE",
-                            help="Your feedback (default: asked for, or read from standard input)"), usage="[message]")
+                            help="Your feedback (default: ask for it, or read standard input)"), usage="[MESSAGE] [flags]")
 def feedback_command(args: argparse.Namespace) -> int:
     """Submit feedback to the team!"""
     message = " ".join(args.message)
@@ -10089,7 +10084,7 @@ def feedback_command(args: argparse.Namespace) -> int:
         console.info("Thank you!")
     else:
         console.info("Nothing was sent: REPLICATE_FEEDBACK_URL is not set. Set it and run this again, or pass this on:")
-        say_json([shown_json(content) + "\n"])
+        say_json(content)
     return 0
 
 
@@ -10121,16 +10116,16 @@ complete -c replicate.py -a '(__replicate_complete)'
 
 
 @command("completion", option("shell", choices=sorted(COMPLETION), metavar="bash|zsh|fish", help="Your shell"),
-         usage="<bash|zsh|fish>", epilog="""\
-Complete commands, flags, IDs and names in this shell; put the line into ~/.bashrc or ~/.zshrc for all of them:
+         usage="<bash|zsh|fish> [flags]", epilog="""\
+Switch completion on in this shell, or add the line to ~/.bashrc or ~/.zshrc:
   source <(replicate completion bash)
   source <(replicate completion zsh)
 In fish:
   replicate completion fish > ~/.config/fish/completions/replicate.fish""")
 def completion_command(args: argparse.Namespace) -> int:
-    """Print a script that completes commands, flags, IDs and names in your shell"""
+    """Print a script that completes commands, flags, IDs and names"""
     program = "replicate"
-    if program_name() != program:  # Python keeps compiled what is imported, and completion has to be quick
+    if program_name() != program:  # Python compiles this file each time it runs as a script: too slow for completion
         start = "import sys; sys.path[0] = %r; import replicate; sys.exit(replicate.main())"
         program = "%s -c %s" % (shlex.quote(sys.executable), shlex.quote(start % os.path.dirname(os.path.abspath(__file__))))
     say(COMPLETION[args.shell] % {"program": program})
@@ -10138,44 +10133,43 @@ def completion_command(args: argparse.Namespace) -> int:
 
 
 def completions(words: Sequence[str]) -> List[str]:
-    """What the last of the words typed so far may become. A shell takes the answer as it is, so that of what comes from a
-    repository only plain words are offered.
+    """Return what the last of the words typed so far can become.
+
+    Offers plain words only: the shell expands the answer, and names and params may come from somebody else's repository.
+    Raises UsageError if the word is the value of a global flag, which the shell completes as a file.
     """
     *before, current = words or [""]
-    takes_value = {name for names, settings in GLOBAL_OPTIONS if "action" not in settings for name in names}
-    position = next((number for number, word in enumerate(before)
-                     if word[:1] != "-" and not (number and before[number - 1] in takes_value)), None)
-    chosen = None if position is None else find_command(before[position])
+    args, rest = argument_parser(GLOBAL_OPTIONS).parse_known_args(explicit_color(before))
+    name = next((word for word in rest if word[:1] != "-"), None)
+    chosen = find_command(name) if name else None
     options = [*(chosen.options if chosen else ()), *GLOBAL_OPTIONS]
+    flags = {flag: settings for flags, settings in options for flag in flags if flag[0] == "-"}
+    arguments = {names[0]: settings for names, settings in options if names[0][0] != "-"}
+    value = flags.get(before[-1]) if before else None
     if chosen is COMMANDS["run"] and "--" in before:
-        return []
-    previous = [settings for names, settings in options if before and before[-1] in names and names[0][0] == "-"
-                and settings.get("action", "append") == "append"]
-    if previous:
-        found = list(previous[0].get("choices", ()))
-        if previous[0].get("metavar") == "KEY":
-            found = sorted(known_names(rows_to_complete(before)))
+        found = []
+    elif value and value.get("action", "append") == "append":
+        found = sorted(known_names(rows_to_complete(args))) if value.get("metavar") == "KEY" else []
     elif current[:1] == "-":
-        found = [name for names, _ in options for name in names if name[0] == "-"]
+        found = list(flags)
     elif chosen is None or chosen.name == "help":
         found = list(COMMANDS)
+    elif "id" in arguments or "ids" in arguments:
+        found = item_names(rows_to_complete(args), current, chosen.name != "tag")
     else:
-        found = [choice for names, settings in chosen.options if names[0][0] != "-" for choice in settings.get("choices", ())]
-        if any(names[0] in ("id", "ids") for names, _ in chosen.options):
-            found = item_names(rows_to_complete(before), current, chosen.name != "tag")
+        found = [choice for settings in arguments.values() for choice in settings.get("choices", ())]
     return [text for text in dict.fromkeys(found) if text.startswith(current) and re.fullmatch(r"[A-Za-z0-9_.-]+", text)]
 
 
-def rows_to_complete(words: Sequence[str]) -> List[Row]:
-    """The rows of the repository that these words name; of a bucket, those that were listed before."""
-    values = {name: words[number + 1] for number, name in enumerate(words[:-1])}
-    project = Project(values.get("-R", values.get("--repository")), values.get("-D", values.get("--project-directory")))
+def rows_to_complete(args: argparse.Namespace) -> List[Row]:
+    """Return the rows of the repository that the flags name; of a bucket, only those in the cache."""
+    project = Project(args.repository, args.project_directory)
     url = project.location.url or ""
     return project.repository.rows() if url.startswith("file://") else RowCache(url).rows()
 
 
 def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:
-    """The names and short IDs of experiments, newest first, and perhaps of the checkpoints whose ID starts so."""
+    """Return the names and short IDs of experiments, newest first, and perhaps the checkpoint IDs that begin with start."""
     names = [text_in(row.summary, "name") or "" for row in reversed(rows)]
     length = max(SHORT_ID, len(start))
     found = [name for name in names if name and name[0] != "-"] + [row.id[:length] for row in reversed(rows)]
@@ -10184,7 +10178,8 @@ def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:
     return found
 
 
-@command("help", option("command", nargs="?", metavar="COMMAND"), usage="[command]")
+@command("help", option("command", nargs="?", metavar="COMMAND", help="A command (default: list all commands)"),
+         usage="[COMMAND] [flags]")
 def help_command(args: argparse.Namespace) -> int:
     """Help about any command"""
     say(command_parser(find_command(args.command)).format_help() if args.command else general_help())
@@ -10194,14 +10189,14 @@ def help_command(args: argparse.Namespace) -> int:
 # -- parsing
 
 def argument_parser(options: Options, **settings: Any) -> argparse.ArgumentParser:
-    """A parser of these options that raises UsageError."""
-    def narrow(prog: str) -> argparse.HelpFormatter:  # to ask for the terminal's width would import a lot
+    """Return a parser of these options that raises UsageError."""
+    def formatter(prog: str) -> argparse.HelpFormatter:  # argparse imports a lot to ask for the terminal's width
         return argparse.RawDescriptionHelpFormatter(prog, width=80)
 
     def fail(message: str) -> NoReturn:
         raise UsageError("%s%s." % (message[:1].upper(), message[1:].rstrip(".")))
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=narrow, **settings)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
     parser.error = fail  # type: ignore[method-assign,assignment]
     for names, keywords in options:
         parser.add_argument(*names, **keywords)
@@ -10209,27 +10204,26 @@ def argument_parser(options: Options, **settings: Any) -> argparse.ArgumentParse
 
 
 def command_parser(chosen: Command) -> argparse.ArgumentParser:
-    """The parser of one subcommand, which leaves the global flags before it as they are."""
+    """Return the parser of one subcommand; global flags that it does not meet keep their values."""
     flags = [(names, dict(settings, default=argparse.SUPPRESS)) for names, settings in GLOBAL_OPTIONS]
     aliases = "\n\naliases: %s" % ", ".join(chosen.aliases) if chosen.aliases else ""
     return argument_parser((*chosen.options, *flags), prog="replicate " + chosen.name, epilog=chosen.epilog or None,
-                           usage=" ".join(("replicate", chosen.name, chosen.usage, "[flags]")).replace("  ", " "),
-                           description=chosen.description + aliases)
+                           usage="replicate %s %s" % (chosen.name, chosen.usage), description=chosen.description + aliases)
 
 
 def general_help() -> str:
-    """`replicate --help`."""
+    """Return `replicate --help`."""
     lines = ["  %-10s %s" % (name, chosen.description.split("\n")[0].rstrip(".")) for name, chosen in COMMANDS.items()]
     version = option("--version", action="store_true", help="Print the version")
     flags = argument_parser((*GLOBAL_OPTIONS, version), prog="replicate", usage=argparse.SUPPRESS).format_help()
     return ("Replicate: version control for machine learning\n\nusage: replicate [flags] <command> [flags]\n\n"
             "commands:\n%s\n\n%s\n"
-            "Run 'replicate help <command>' to learn more about a command, or 'replicate demo' for a demonstration.\n"
+            "Run 'replicate help <command>' to learn more about a command, or\n'replicate demo' for a demonstration.\n"
             % ("\n".join(lines), flags.lstrip("\n")))
 
 
 def find_command(name: str) -> Command:
-    """The command with that name or alias. Raises UsageError with a suggestion."""
+    """Return the command with that name or alias. Raises UsageError with a suggestion."""
     found = {alias: chosen for chosen in COMMANDS.values() for alias in (chosen.name, *chosen.aliases)}
     if name not in found:
         raise UsageError("There is no command %r.%s Run 'replicate --help' for a list." % (name, nearest(name, found)))
@@ -10237,43 +10231,48 @@ def find_command(name: str) -> Command:
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
-    """The command and its arguments. Raises UsageError."""
+    """Return the command and its arguments. Raises UsageError."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
-    parser = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate")
-    line = explicit_color(argv)
-    args = parser.parse_args(line)
-    chosen, program = find_command(args.command or "help"), []
-    if chosen is COMMANDS["run"] and "--" in line:
-        program = line[line.index("--") + 1:]
-        args = parser.parse_args(line[:line.index("--")])
-    rest = removals_last(args.rest) if chosen is COMMANDS["tag"] else args.rest
+    args = argument_parser((*GLOBAL_OPTIONS, *words)).parse_args(explicit_color(argv[:end]))
+    chosen, rest = find_command(args.command or "help"), args.rest
     del args.command, args.rest
+    if chosen is COMMANDS["run"]:
+        args.program = argv[end + 1:]
+    elif chosen is COMMANDS["tag"]:
+        rest = removals_last([*rest, *argv[end:]])
+    else:
+        rest = [*rest, *argv[end:]]
     try:
         args = command_parser(chosen).parse_intermixed_args(rest, args)
     except UsageError:
         if not args.help:  # --help is parsed before a missing argument is noticed
             raise
-    args.program = program
     if args.help and chosen.name != "help":
-        return COMMANDS["help"], argparse.Namespace(**dict(vars(args), command=chosen.name))
+        args.command, chosen = chosen.name, COMMANDS["help"]
     return chosen, args
 
 
 def removals_last(words: Sequence[str]) -> List[str]:
-    """The words of `tag` with each -TAG behind `--`, so that it is no flag."""
+    """Return the words of `tag` with each -TAG after `--`, so that none is taken for a flag."""
     flags = [name for names, _ in GLOBAL_OPTIONS for name in names]
     removals = [word for word in words if re.match("-[^-]", word) and word not in flags]
     return [word for word in words if word not in removals] + (["--", *removals] if removals else [])
 
 
-def explicit_color(argv: Sequence[str]) -> List[str]:
-    """argv with --color as --color=true, so that it does not take the next word for its value."""
-    end = list(argv).index("--") if "--" in argv else len(argv)
-    return ["--color=true" if word == "--color" and number < end else word for number, word in enumerate(argv)]
+def explicit_color(words: Sequence[str]) -> List[str]:
+    """Return words with --color as --color=true, so that it does not take the next word for its value."""
+    return ["--color=true" if word == "--color" else word for word in words]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse and run a command line; returns the exit code. Raises ReplicateError, KeyboardInterrupt, OSError."""
+    """Parse and run a command line; return the exit code. Raises ReplicateError, KeyboardInterrupt, OSError."""
+    if list(argv) == ["--send-analytics"]:
+        post_json(Analytics().url, sys.stdin.buffer.read(), 5.0)
+        return 0
+    if list(argv[:1]) == ["--complete"]:
+        say("".join(text + "\n" for text in completions(argv[1:])))
+        return 0
     if next((word for word in argv if word == "--version" or word[:1] != "-"), None) == "--version":
         say("replicate %s\n" % __version__)
         return 0
@@ -10286,11 +10285,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a command line, by default this process's; returns 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
+    """Run a command line, by default this process's; return 0, 1 (error), 2 (wrong usage) or 130 (Ctrl-C)."""
     if argv is not None:
         return exit_code(argv)
-    import gc
-    gc.disable()  # a command is short and makes no cycles worth collecting: looking for them takes a tenth of `ls`
     code = exit_code(sys.argv[1:])
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -10301,14 +10298,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def exit_code(argv: Sequence[str]) -> int:
-    """Run a command line and report its errors; see main."""
+    """Run a command line, report its errors and return the exit code; see main."""
     try:
-        if list(argv) == ["--send-analytics"]:
-            Analytics().send()
-            return 0
-        if list(argv[:1]) == ["--complete"]:
-            say("".join(text + "\n" for text in completions(argv[1:])))
-            return 0
         return run(argv)
     except UsageError as error:
         console.error(str(error))
