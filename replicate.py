@@ -13,25 +13,25 @@ In a training script::
 
 On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``plot``, ``report``, ``checkout``, ``help``).
 
-Sections, each of which depends only on those above it:
+The file has twelve sections; each builds on the ones above it:
 
-     0  imports and constants             6  archives: ignore rules, pack, unpack
+     0  imports and constants             6  archives: ignore rules, packing, unpacking
      1  errors and the console            7  repository: documents, journals, rows, checkout
      2  values: JSON, times, short forms  8  recorder: journal, uploads, signals
      3  model: Experiment, lists, plots   9  library: Project, init, experiments, callbacks
      4  filters and sorting              10  rendering: tables, show, diff, curves, report (data in, text out)
      5  configuration, threads, storage  11  commands, parser, main
 
-Seven journeys lead through them:
+To follow one task through the code, read in this order:
 
-    record      init() and Project.create() or resume() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
-                thread folds that into the document, another compresses, and uploads to a bucket [8]
-    list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
-    show, diff  the commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment(),
+    record      init(), Project.create() [9]; Recorder.checkpoint() packs the files [6] and appends to a journal [8]; in
+                the background, threads fold the journal into the document, compress archives and upload to buckets [8]
+    list        print_list() [11], Repository.rows() and its cache [7], filters and sorting [4], render_list() [10]
+    show, diff  their commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment() and
                 render_diff() [10]
-    plot,       plot_command(), report_command() [11], Experiment [3], render_plot(), report_data() and render_report() [10]
-    report
-    keep        prune_command(), verify_command() [11], prunable() [3], Pruning, Usage, Verification [7]; Recorder._prune() [8]
+    plot        plot_command() [11], Experiment [3], render_plot() [10]
+    report      report_command() [11], report_data() and render_report() [10]
+    clean up    prune_command(), verify_command() [11], prunable() [3], Pruning, Usage and Verification [7]
     check out   checkout_command() [11], Project.checkout() [9], Checkout [7], Archive and TarReader [6]
     push        push_command() [11], send_abandoned() and send_experiment() [8], Storage [5]
 """
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
-    Column = Tuple[str, Sequence[str]]  # of a table: a title, and for each row a cell of one or more lines
+    Column = Tuple[str, Sequence[str]]  # a table column: its title, and one cell (of one or more lines) per row
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
 
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------------------------
 
 class _LazyModule:
-    """A standard library module, imported when it is first used: most commands need few of them."""
+    """A standard library module that is imported on first use: most commands need only a few."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -93,8 +93,8 @@ __all__ = ["init", "experiments", "keras_callback", "lightning_callback", "trans
            "ReadError", "WriteError", "RepositoryConfigurationError", "IncompatibleRepositoryVersion",
            "CorruptedRepositorySpec"]
 
-HEARTBEAT_INTERVAL = 10.0        # seconds between two heartbeats of a running experiment
-HEARTBEAT_TIMEOUT = 30.0         # seconds after which a silent experiment counts as stopped
+HEARTBEAT_INTERVAL = 10.0        # seconds between heartbeats of a running experiment
+HEARTBEAT_TIMEOUT = 30.0         # seconds without a heartbeat before an experiment counts as stopped
 CONFIG_NAMES = ("replicate.yaml", "replicate.yml", "keepsake.yaml", "keepsake.yml")
 IGNORE_NAMES = (".replicateignore", ".keepsakeignore")
 CONFIG_SEARCH_DEPTH = 100        # directories
@@ -103,11 +103,11 @@ REPOSITORY_VERSION = 1
 MAX_INT_BITS = 1000
 MAX_NESTING = 50                 # levels of lists and objects in a param or metric
 SHORT_ID = 7                     # hex digits
-LARGE_CODE_BYTES = 1 << 30       # what init() may save before it warns
-LOW_DISK_BYTES = 1 << 30
-COPY_BYTES = 4 << 20             # read and written at a time
-ANALYTICS_URL = ""               # no collection server: nothing is sent unless REPLICATE_ANALYTICS_URL names one
-FEEDBACK_URL = ""                # likewise, REPLICATE_FEEDBACK_URL
+LARGE_CODE_BYTES = 1 << 30       # init() warns when it saves more
+LOW_DISK_BYTES = 1 << 30         # recording warns when less is free
+COPY_BYTES = 4 << 20             # per read and write
+ANALYTICS_URL = ""               # no server of our own: REPLICATE_ANALYTICS_URL names one
+FEEDBACK_URL = ""                # likewise: REPLICATE_FEEDBACK_URL
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ FEEDBACK_URL = ""                # likewise, REPLICATE_FEEDBACK_URL
 # ------------------------------------------------------------------------------------------------------------------
 
 class ReplicateError(Exception):
-    """The base class of all errors that Replicate raises; its text is one clear sentence for the user."""
+    """The base class of all errors that Replicate raises; the text is written for the user."""
 
 
 class DoesNotExist(ReplicateError):
@@ -131,15 +131,15 @@ class ReadError(ReplicateError):
 
 
 class WriteError(ReplicateError):
-    """Something cannot be written; what was there before is unchanged."""
+    """Something cannot be written; any earlier version is intact."""
 
 
 class RepositoryConfigurationError(ReplicateError):
-    """The configuration does not name a usable repository."""
+    """The configuration is invalid or names no usable repository."""
 
 
 class IncompatibleRepositoryVersion(ReplicateError):
-    """A newer version of Replicate wrote the repository, in a newer format."""
+    """The repository is in the format of a newer version of Replicate."""
 
 
 class CorruptedRepositorySpec(ReplicateError):
@@ -151,27 +151,27 @@ class UsageError(ReplicateError):
 
 
 class Console:
-    """Messages for people, on stderr. Data goes to stdout, by way of say()."""
+    """Prints messages for people to stderr. Data goes to stdout, through say()."""
 
     COLORS = {"info": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "bold": "\x1b[1m", "faint": "\x1b[2m",
               "heading": "\x1b[1;4m", "added": "\x1b[32m", "removed": "\x1b[31m", "hunk": "\x1b[36m",
               **{"curve %d" % number: "\x1b[%dm" % code for number, code in enumerate((36, 33, 35, 32, 34, 31))}}
 
     def __init__(self) -> None:
-        self.color: Optional[bool] = None  # None: ask the terminal and NO_COLOR
+        self.color: Optional[bool] = None  # None: decide by NO_COLOR
         self.verbose = False
 
     def colored(self, text: str, style: str, stream: TextIO) -> str:
-        """text in that style, if stream shows colours."""
+        """text in that style if stream shows colors, or else plain."""
         return "%s%s\x1b[0m" % (self.COLORS[style], text) if self.uses_color(stream) else text
 
     def uses_color(self, stream: TextIO) -> bool:
-        """Whether stream shows colours."""
+        """Whether stream shows colors."""
         wanted = self.color if self.color is not None else not os.environ.get("NO_COLOR")
         return wanted and is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
     def info(self, message: str) -> None:
-        """Print a message; lines after the first are continuation lines."""
+        """Print a message, which may have several lines."""
         self._say(message, "info")
 
     def warning(self, message: str) -> None:
@@ -183,7 +183,7 @@ class Console:
         self._say(message, "error")
 
     def debug(self, message: str) -> None:
-        """Print a message with -v only."""
+        """Print a message if -v is given."""
         if self.verbose:
             self._say(message, "info")
 
@@ -194,12 +194,12 @@ class Console:
 
 
 def write_text(stream: Optional[TextIO], text: str) -> None:
-    """Write text in whatever encoding the stream has. Raises OSError, ValueError, but not for stderr."""
+    """Write text, escaping what the stream's encoding lacks. Raises OSError or ValueError, but never for stderr."""
     if stream is None:
         return
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        if not can_encode(stream, text):  # writing it would not tell: stderr escapes what it cannot encode
+        if not can_encode(stream, text):  # check first: stderr raises nothing and escapes the frame, too
             plain = text.replace("═══╡", "===|").replace("   │", "   |")
             text = plain.encode(encoding, "backslashreplace").decode(encoding)
         stream.write(text)
@@ -218,7 +218,7 @@ def is_terminal(stream: Optional[TextIO]) -> bool:
 
 
 def can_encode(stream: Optional[TextIO], text: str) -> bool:
-    """Whether the encoding of stream has these characters."""
+    """Whether the stream's encoding has all characters of text."""
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")
         return True
@@ -227,7 +227,7 @@ def can_encode(stream: Optional[TextIO], text: str) -> bool:
 
 
 def terminal_width(stream: Optional[TextIO]) -> Optional[int]:
-    """The number of columns of the terminal that stream is; None where it is none."""
+    """The width of the terminal in columns, or None if stream is not a terminal."""
     return shutil.get_terminal_size().columns if is_terminal(stream) else None
 
 
@@ -239,17 +239,17 @@ _CONTROL = ("\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u20
 
 
 def escape_control(text: str) -> str:
-    """text with everything that could steer a terminal or reorder a line escaped (\\n, \\x1b, \\u202e)."""
+    """text with every character escaped that could control a terminal or reorder a line (\\n, \\x1b, \\u202e)."""
     if text.isascii() and text.isprintable():
         return text
     return re.sub("[%s]" % _CONTROL, lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class Progress:
-    """One line on the terminal that counts bytes; nothing in a pipe, and nothing for quick work."""
+    """A progress line on the terminal that counts bytes; silent in a pipe and for quick work."""
 
     DELAY = 0.5     # seconds before the line appears
-    INTERVAL = 0.1  # seconds between two updates
+    INTERVAL = 0.1  # seconds between updates
 
     def __init__(self, label: str, total: int, quiet: bool = False) -> None:
         self.label, self.total, self.done = label, total, 0
@@ -258,7 +258,7 @@ class Progress:
         self._shown = False
 
     def add(self, amount: int) -> None:
-        """Count that many more bytes."""
+        """Count amount more bytes."""
         self.done += amount
         if self._active:
             share = " of %s (%d %%)" % (format_size(self.total), min(100, 100 * self.done // self.total)
@@ -266,7 +266,7 @@ class Progress:
             self.show("%s: %s%s" % (self.label, format_size(self.done), share))
 
     def show(self, text: str) -> None:
-        """Replace the line, unless it has just changed."""
+        """Show text as the line, unless it was updated less than INTERVAL ago."""
         if self._active and time.monotonic() >= self._next:
             self._next = time.monotonic() + self.INTERVAL
             self._shown = True
@@ -281,9 +281,9 @@ class Progress:
 
 
 def confirm(message: str, question: str, otherwise: str) -> None:
-    """Show message and ask the question; raises ReplicateError unless the answer is yes.
+    """Show message and ask question; raises ReplicateError unless the answer is yes.
 
-    otherwise tells how to do it without a terminal.
+    otherwise: what to do without a terminal to ask on.
     """
     if not is_terminal(sys.stdin):
         raise ReplicateError("%s\nNothing was changed. %s" % (message, otherwise))
@@ -297,7 +297,7 @@ def confirm(message: str, question: str, otherwise: str) -> None:
 
 
 def program_name() -> str:
-    """The command that runs this file, ready to paste; `replicate` where it is installed."""
+    """The command that runs this file, ready to paste: `replicate` if installed, or else `python3 replicate.py`."""
     program = sys.argv[0] if __name__ == "__main__" else os.path.relpath(__file__)
     if os.path.basename(os.path.dirname(os.path.abspath(program))) in ("bin", "Scripts", "site-packages", "dist-packages"):
         return "replicate"
@@ -321,30 +321,29 @@ TIMESTAMP = r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\
 def plain_value(value: Any, where: str = "value") -> Any:
     """value as str, int, float, bool, None, list or dict.
 
-    Scalars and arrays of numpy, torch, tensorflow and jax are known by their methods, so that no library is imported.
-    Raises TypeError, naming `where`, for anything else.
+    Recognizes scalars and arrays of numpy, torch, tensorflow and jax by their methods, without importing the libraries.
+    Raises TypeError, which names `where`, for anything that cannot be stored.
     """
     if value is None or type(value) in (str, float, bool):
         return value
-    if type(value) is int:
+    if isinstance(value, int):
         if value.bit_length() > MAX_INT_BITS:
             raise TypeError("%s is a number of %d bits: at most %d can be stored" % (where, value.bit_length(),
                                                                                     MAX_INT_BITS))
-        return value
-    if hasattr(value, "tolist") and callable(value.tolist):          # numpy, torch, jax
-        plain = value.tolist()
-        return float(plain) if type(plain) is type(value) else plain_value(plain, where)  # a numpy.longdouble stays one
-    if hasattr(value, "numpy") and callable(value.numpy):            # tensorflow
-        return plain_value(value.numpy(), where)
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
-            return plain_value(kind(value), where)
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, str):
         return str.__str__(value)
+    if hasattr(value, "tolist") and callable(value.tolist):          # numpy, torch, jax
+        plain = value.tolist()
+        return float(plain) if type(plain) is type(value) else plain_value(plain, where)  # tolist() keeps a longdouble
+    if hasattr(value, "numpy") and callable(value.numpy):            # tensorflow
+        return plain_value(value.numpy(), where)
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int, float, bool)):
-                raise TypeError("%s has a key that is no string: %r" % (where, key))
+                raise TypeError("%s has a key that is not a string: %r" % (where, key))
         return {str(key): plain_value(item, "%s[%r]" % (where, key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_value(item, where) for item in value]
@@ -357,10 +356,10 @@ def plain_value(value: Any, where: str = "value") -> Any:
 
 
 def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
-    """value as a plain value, whatever it is: the fields of an object that is like a dict, a sorted set, the name of a
-    function. What has no such form becomes text, and its place is added to `unknown`.
+    """value as a plain value, whatever its type: a dict-like object becomes a dict, a set a sorted list, a function its
+    name. Anything without such a form becomes text, and its place is added to `unknown`.
 
-    Raises RecursionError for an object that holds itself.
+    Raises RecursionError for an object that contains itself.
     """
     from collections import abc
     try:
@@ -376,13 +375,13 @@ def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
         return plain_value(value, where) if name is None else name
     except RecursionError:
         raise
-    except Exception:  # plain_value() does not know it, or it fails when somebody looks at it
+    except Exception:  # plain_value() refuses it, or its own methods fail
         unknown.append("%s (%s)" % (where, type(value).__name__))
         return text_of(value)
 
 
 def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
-    """The items of a mapping, or the fields of a dataclass object or namespace (shallow); None for any other object."""
+    """The items of a mapping, or the fields of a dataclass instance or namespace (not nested ones); None otherwise."""
     import types
     from collections.abc import Mapping
     kind = type(value)
@@ -397,24 +396,24 @@ def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
 
 
 def name_of(value: Any) -> Optional[str]:
-    """The name of an Enum member, function, class, module or dtype; None for any other object."""
+    """The name of an Enum member, function, class or module, or the text of a dtype, device or time; None otherwise."""
     import enum
     import types
     if isinstance(value, enum.Enum) and not isinstance(value, (int, float, str)):
         return value.name
     if isinstance(value, (type, types.ModuleType)) or (callable(value) and hasattr(value, "__name__")):
         return str(value.__name__)
-    known = {kind.__name__.lower() for kind in type(value).__mro__}
-    return str(value) if known & {"dtype", "device", "date", "time", "timedelta"} else None
+    kinds = {kind.__name__.lower() for kind in type(value).__mro__}
+    return str(value) if kinds & {"dtype", "device", "date", "time", "timedelta"} else None
 
 
 def key_text(key: Any) -> str:
-    """The key of a mapping as the name of a param."""
+    """A mapping's key as a param's name."""
     return str.__str__(key) if isinstance(key, str) else name_of(key) or text_of(key)
 
 
 def text_of(value: Any) -> str:
-    """str(value) without memory addresses, at most 1,000 characters; for an object that fails at that, its type."""
+    """str(value) without memory addresses, cut to 1,000 characters; the type if str() fails."""
     try:
         text = str(value)
     except Exception:
@@ -424,7 +423,7 @@ def text_of(value: Any) -> str:
 
 
 def pack_floats(value: Any) -> Any:
-    """A plain value whose NaN and infinities are the strings that the repository format has for them."""
+    """A plain value with NaN and the infinities replaced by their strings in the repository format."""
     if isinstance(value, float):
         if value != value:
             return "[NaN]"
@@ -435,7 +434,7 @@ def pack_floats(value: Any) -> Any:
 
 
 def unpack_floats(value: Any) -> Any:
-    """The inverse of pack_floats."""
+    """The inverse of pack_floats()."""
     kind = type(value)
     if kind is str:
         return NON_FINITE.get(value, value) if value[:1] == "[" else value
@@ -445,12 +444,12 @@ def unpack_floats(value: Any) -> Any:
 
 
 def json_text(value: Any, indent: Optional[int]) -> str:
-    """value as JSON, on one line without an indent; NaN and the infinities packed."""
+    """value as JSON, on one line if indent is None; NaN and the infinities are packed."""
     settings: Dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "indent": indent,
                                 "separators": (",", ":" if indent is None else ": ")}
     try:
         return json.dumps(value, **settings)
-    except ValueError:  # somebody's document holds 1e999, which reads as infinity
+    except ValueError:  # NaN or infinity: in a document, 1e999 is read as infinity
         return json.dumps(pack_floats(value), **settings)
 
 
@@ -460,7 +459,7 @@ def encode_json(value: Any, indent: Optional[int] = 1) -> bytes:
 
 
 def decode_json(data: bytes, where: str) -> Any:
-    """Parse untrusted JSON; raises ReadError naming `where`."""
+    """Parse untrusted JSON. Raises ReadError, which names `where`."""
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -472,7 +471,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def shown_json(value: Any) -> str:
-    """JSON to print, indented by two: every character that could steer a terminal is a JSON escape."""
+    """JSON to print, indented by two; characters that could control a terminal are JSON escapes."""
     text = json_text(value, 2)
     if text.isascii() and "\x7f" not in text:  # json.dumps escapes the ASCII controls itself
         return text
@@ -480,7 +479,7 @@ def shown_json(value: Any) -> str:
 
 
 def short_reason(error: BaseException) -> str:
-    """The reason of an exception as part of a sentence."""
+    """Why it failed, as part of a sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
@@ -488,17 +487,17 @@ def short_reason(error: BaseException) -> str:
 
 
 def new_id() -> str:
-    """64 hex digits from the system's random source."""
+    """A new ID: 64 hex digits from the system's random source."""
     return os.urandom(32).hex()
 
 
 def is_id(text: Any) -> bool:
-    """Whether text may become part of a path or key: 1 to 128 lower-case hex digits."""
+    """Whether text is safe as part of a path or key: 1 to 128 lower-case hex digits."""
     return isinstance(text, str) and 0 < len(text) <= 128 and not text.strip("0123456789abcdef")
 
 
 def timestamp(seconds: Optional[float] = None) -> str:
-    """An RFC 3339 UTC time with microseconds; now by default."""
+    """A time (default: now) in RFC 3339 form, UTC, with microseconds."""
     seconds = time.time() if seconds is None else seconds
     whole = int(seconds)
     return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(whole)[:6] + ".%06dZ" % ((seconds - whole) * 1e6)
@@ -512,19 +511,18 @@ def parse_time(text: str) -> datetime.datetime:
     if match is None:
         raise ValueError("not an RFC 3339 time: %r" % text)
     day, clock, fraction, zone = match.groups()
-    value = datetime.datetime(int(day[:4]), int(day[5:7]), int(day[8:]), int(clock[:2]), int(clock[3:5]),
-                              int(clock[6:]), int((fraction or "0").ljust(6, "0")[:6]), datetime.timezone.utc)
+    value = datetime.datetime.fromisoformat("%s %s.%s+00:00" % (day, clock, (fraction or "").ljust(6, "0")[:6]))
     if zone in "Zz":
         return value
-    minutes = int(zone[1:3]) * 60 + int(zone[4:])
+    offset = datetime.timedelta(hours=int(zone[:3]), minutes=int(zone[0] + zone[4:]))
     try:
-        return value - datetime.timedelta(minutes=minutes if zone[0] == "+" else -minutes)
+        return value - offset
     except OverflowError as error:
         raise ValueError("a time outside the years 1 to 9999: %r" % text) from error
 
 
 def is_time(text: str) -> bool:
-    """Whether parse_time() reads it."""
+    """Whether parse_time() accepts text."""
     try:
         return bool(parse_time(text))
     except ValueError:
@@ -542,31 +540,26 @@ def local_time(moment: datetime.datetime) -> datetime.datetime:
 def canonical_time(text: str) -> str:
     """A valid time as text that sorts by time: UTC, always with 9 fractional digits."""
     if text[-1] != "Z" or text[10] != "T":
-        match = re.fullmatch(TIMESTAMP, text, re.ASCII)
-        fraction = match.group(3) if match and match.group(3) else ""
-        moment = parse_time(text)
-        text = "%04d-%02d-%02dT%02d:%02d:%02d.%sZ" % (moment.timetuple()[:6] + (fraction,))
+        fraction = re.fullmatch(TIMESTAMP, text, re.ASCII).group(3) or ""
+        text = "%04d-%02d-%02dT%02d:%02d:%02d.%sZ" % (parse_time(text).timetuple()[:6] + (fraction,))
     return text[:19] + "." + text[20:-1].ljust(9, "0")
 
 
-RELATIVE_UNITS = ((1, "about a second", "%d seconds"), (60, "about a minute", "%d minutes"),
-                  (3600, "about an hour", "%d hours"), (86400, "one day", "%d days"))
+# Each unit is used for times shorter than the limit, where its count would round up to one of the next unit.
+RELATIVE_UNITS = (  # (limit and unit in seconds, text for one, text for several)
+    (59.5, 1, "about a second", "%d seconds"), (59.5 * 60, 60, "about a minute", "%d minutes"),
+    (23.5 * 3600, 3600, "about an hour", "%d hours"), (73 * 3600, 86400, "one day", "%d days"))
 
 
 def relative_time(moment: datetime.datetime, now: datetime.datetime) -> str:
-    """'2 minutes ago'; the local date past 73 hours."""
+    """'2 minutes ago'; from 73 hours on, the local date."""
     seconds = (now - moment).total_seconds()
-    distance = abs(seconds)
-    if distance >= 73 * 3600:
-        return "%04d-%02d-%02d" % local_time(moment).timetuple()[:3]
-    text = RELATIVE_UNITS[0][1]
-    for index, (unit, one, many) in enumerate(RELATIVE_UNITS):
-        count = int(distance / unit + 0.5)
-        following = RELATIVE_UNITS[index + 1][0] if index + 1 < len(RELATIVE_UNITS) else None
-        if following is None or (distance < following and count < following // unit):
-            text = text if not count else one if count == 1 else many % count
-            break
-    return text + " ago" if seconds > -0.5 else "in " + text
+    for limit, unit, one, several in RELATIVE_UNITS:
+        if abs(seconds) < limit:
+            count = int(abs(seconds) / unit + 0.5)
+            text = several % count if count > 1 else one
+            return text + " ago" if seconds > -0.5 else "in " + text
+    return "%04d-%02d-%02d" % local_time(moment).timetuple()[:3]
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -574,7 +567,7 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 
 
 def full_time(moment: datetime.datetime) -> str:
-    """'Mon, 02 Jan 2006 22:54:05 +08' in the local time zone, in English whatever the locale."""
+    """'Mon, 02 Jan 2006 22:54:05 +08' in the local time zone; English in every locale."""
     local = local_time(moment)
     return "%s, %02d %s %04d %s %s" % (DAYS[local.weekday()], local.day, MONTHS[local.month - 1], local.year,
                                        local.strftime("%H:%M:%S"), local.tzname())
@@ -584,7 +577,7 @@ CELL_CHARACTERS = 20
 
 
 def format_cell(value: Any) -> str:
-    """A param or metric as a table cell: at most 20 characters of a string, list or object, 5 significant digits."""
+    """A param or metric as a table cell: text cut to 20 characters, floats with 5 significant digits."""
     kind = type(value)
     if kind is float:
         if value != value:
@@ -599,21 +592,23 @@ def format_cell(value: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A param or metric in full, safe to print: strings as they are, everything else as JSON (floats: NaN, 2 for 2.0)."""
+    """A param or metric in full, safe to print: strings unquoted, floats as NaN or 2 (for 2.0), the rest as JSON."""
     return escape_control(value_text(value))
 
 
 def value_text(value: Any) -> str:
-    """format_value() with control characters as they are."""
+    """format_value() without escaping control characters."""
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and (value - value != 0 or (value.is_integer() and abs(value) < 1e15)):
-        return format_cell(value) if value - value != 0 else "%d" % value
+    if isinstance(value, float) and value - value != 0:  # NaN or infinite
+        return format_cell(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return "%d" % value
     return json_text(value, None)
 
 
 def format_size(count: float) -> str:
-    """A number of bytes for people: '1.5 GB' (powers of 1000)."""
+    """A number of bytes as text: '1.5 GB' (powers of 1000)."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return ("%d %s" if unit == "bytes" else "%.1f %s") % (count, unit)
@@ -627,7 +622,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """' Did you mean X?' for the closest of names, or nothing."""
+    """' Did you mean X?' with the closest of names, or '' if none is close."""
     close = difflib.get_close_matches(name, list(names), 1)
     return " Did you mean %r?" % close[0] if close else ""
 
@@ -636,7 +631,7 @@ KIND_RANK = {bool: 1, int: 0, float: 0, str: 2, list: 3, dict: 4}
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Equality by kind: 1 = 1.0, true is no 1, NaN is NaN."""
+    """Whether two values are equal and of one kind: 1 is 1.0, true is not 1, NaN is NaN."""
     kind = type(left)
     if KIND_RANK.get(kind) != KIND_RANK.get(type(right)):
         return False
@@ -648,15 +643,15 @@ def same_value(left: Any, right: Any) -> bool:
 
 
 def sort_key(value: Any) -> Tuple[int, Any]:
-    """A key under which values of any kinds sort: numbers, booleans, strings, then the rest as JSON."""
+    """A sort key for values of mixed kinds: numbers, booleans, strings, then the rest as JSON."""
     rank = KIND_RANK.get(type(value), 5)
     return (rank, value if rank < 3 else json.dumps(pack_floats(value), sort_keys=True))
 
 
 def flat_params(params: Dict[str, Any]) -> Dict[str, Any]:
-    """Nested params by dotted name: {"model": {"depth": 2}} has model.depth, also if it is written {"model.depth": 2}.
+    """Nested params by dotted name: {"model": {"depth": 2}} becomes {"model.depth": 2}.
 
-    Lists and empty objects are values.
+    Lists and empty dicts stay as they are. On a clash, a name that was given with its dots wins.
     """
     nested = {name: value for name, value in params.items() if type(value) is dict and value}
     if not nested:
