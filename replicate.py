@@ -666,7 +666,7 @@ def flat_params(params: Dict[str, Any]) -> Dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------
 
 def _stored(key: str, doc: str) -> property:
-    """A property that reads one key of the stored document; the peer's "" is None."""
+    """A property that reads one key of the stored document; "", which the peer writes for null, becomes None."""
     return property(lambda self: self._document.get(key) or None, doc=doc)
 
 
@@ -676,7 +676,7 @@ class Checkpoint:
     __slots__ = ("_document", "_experiment")
 
     id = _stored("id", "64 hex digits.")
-    path = _stored("path", "What was saved, relative to the project directory; None: no files.")
+    path = _stored("path", "The saved file or directory, relative to the project directory; None: no files.")
 
     def __init__(self, document: Dict[str, Any], experiment: Optional[Experiment] = None) -> None:
         self._document = document
@@ -687,7 +687,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """How far training had come; in the script's own unit."""
+        """How far training had come, in the script's own unit."""
         return self._document.get("step") or 0
 
     @property
@@ -707,7 +707,7 @@ class Checkpoint:
 
     @property
     def pruned(self) -> Optional[str]:
-        """What was saved, where its files were removed and its metrics kept; None otherwise."""
+        """The path that was saved, if its files were pruned (the metrics stay); None otherwise."""
         return None if self.path else text_in(self._document, "pruned")
 
     def short_id(self) -> str:
@@ -715,14 +715,14 @@ class Checkpoint:
         return self.id[:SHORT_ID]
 
     def checkout(self, output_directory: str, quiet: bool = False) -> None:
-        """Copy the files of the experiment, then those of this checkpoint over them, into output_directory.
+        """Copy the experiment's files into output_directory, and this checkpoint's files over them.
 
-        Existing files are replaced. Raises DoesNotExist where the files are gone, WriteError, ReadError.
+        Existing files are replaced. Raises DoesNotExist if the files are gone, WriteError, ReadError.
         """
         self._attached().project.checkout(self._experiment, self, output_directory, quiet=quiet)
 
     def open(self, path: str) -> BinaryIO:
-        """The saved file at path (relative to the project directory), opened for reading in binary.
+        """Open the saved file at path (relative to the project directory) for reading in binary.
 
         Looks in the checkpoint, then in its experiment. Raises DoesNotExist, ReadError.
         """
@@ -730,11 +730,11 @@ class Checkpoint:
 
     def _attached(self) -> Experiment:
         if self._experiment is None:
-            raise DoesNotExist("Checkpoint %s belongs to no repository." % self.short_id())
+            raise DoesNotExist("Checkpoint %s is not in a repository." % self.short_id())
         return self._experiment
 
     def to_json(self) -> Dict[str, Any]:
-        """The checkpoint as stored."""
+        """The checkpoint as it is stored."""
         return self._document
 
     def _repr_html_(self) -> str:
@@ -744,7 +744,7 @@ class Checkpoint:
 
 
 class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
-    """Checkpoints, oldest first; slices stay such lists. `.metrics["loss"]` and `.step` are columns of it."""
+    """A list of checkpoints, oldest first, with the columns `.metrics["loss"]` and `.step`. A slice is one, too."""
 
     @property
     def step(self) -> List[int]:
@@ -753,20 +753,20 @@ class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
 
     @property
     def metrics(self) -> CheckpointMetrics:
-        """`.metrics["loss"]`: the value of that metric in each checkpoint, None where it has none."""
+        """`.metrics["loss"]` is the list of each checkpoint's value of that metric, None where it has none."""
         return CheckpointMetrics(self)
 
     def primary_metric(self) -> Optional[Dict[str, str]]:
-        """The primary metric of the first checkpoint that has one."""
+        """The primary metric of the first checkpoint that has one, or None."""
         return primary_of([checkpoint._document for checkpoint in self])
 
     def latest(self) -> Optional[Checkpoint]:
-        """The newest checkpoint by creation time."""
+        """The newest checkpoint by creation time, or None."""
         index = latest_index([checkpoint._document for checkpoint in self])
         return None if index is None else self[index]
 
     def best(self) -> Optional[Checkpoint]:
-        """The checkpoint with the best value of the primary metric; of equals the latest."""
+        """The checkpoint with the best value of the primary metric (the latest of equals), or None."""
         index = best_index([checkpoint._document for checkpoint in self])
         return None if index is None else self[index]
 
@@ -789,18 +789,20 @@ class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
 
 
 def primary_of(items: Sequence[Dict[str, Any]]) -> Optional[Dict[str, str]]:
-    """The primary metric of the first of these stored checkpoints that has one."""
+    """The primary metric of the first of these stored checkpoints that has one, or None."""
     return next((item["primary_metric"] for item in items if item.get("primary_metric")), None)
 
 
 def latest_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
-    """The position of the newest of these stored checkpoints; of equals the last."""
+    """The index of the newest of these stored checkpoints, the last of equals; None if there are none."""
     times = [canonical_time(item["created"]) for item in items]
     return len(times) - 1 - times[::-1].index(max(times)) if times else None
 
 
 def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
-    """The position of the stored checkpoint with the best usable value of the primary metric; of equals the latest."""
+    """The index of the stored checkpoint with the best usable value of the primary metric, the latest of equals; None if
+    none has a usable value.
+    """
     primary = primary_of(items)
     if primary is None:
         return None
@@ -814,15 +816,15 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
 
 
 def usable_value(item: Dict[str, Any], metric: str) -> Any:
-    """A metric of a stored checkpoint; None where that is no number."""
+    """A metric of a stored checkpoint if it is a number other than NaN, or else None."""
     value = (item.get("metrics") or {}).get(metric)
     value = NON_FINITE.get(value) if type(value) is str else value
     return value if _is_number(value) and value == value else None
 
 
 def prunable(items: Sequence[Dict[str, Any]], keep_best: int, keep_latest: int) -> List[Dict[str, Any]]:
-    """Those of an experiment's stored checkpoints whose files are not wanted: of the checkpoints that have files, neither
-    the best nor the latest so many. Without usable values of a primary metric, the latest count as the best.
+    """An experiment's stored checkpoints whose files may go: all with files except the keep_best best and the keep_latest
+    latest. Without usable values of a primary metric, the latest count as the best.
     """
     primary = primary_of(items)
     latest = sorted([item for item in items if item.get("path")][::-1], key=lambda item: canonical_time(item["created"]),
@@ -837,7 +839,7 @@ def prunable(items: Sequence[Dict[str, Any]], keep_best: int, keep_latest: int) 
 
 
 def strip_files(items: Iterable[Dict[str, Any]], ids: Container[str]) -> Set[str]:
-    """Note in stored checkpoints that their files are pruned, if their ID is one of these; the IDs of those changed."""
+    """Mark the stored checkpoints with one of these IDs as pruned; returns the IDs of those that had files."""
     changed = [item for item in items if item["id"] in ids and item.get("path")]
     for item in changed:
         item.update(path=None, pruned=item["path"])
@@ -845,7 +847,7 @@ def strip_files(items: Iterable[Dict[str, Any]], ids: Container[str]) -> Set[str
 
 
 class CheckpointMetrics:
-    """The columns of a CheckpointList by metric name."""
+    """A CheckpointList's metrics as columns, by name."""
 
     def __init__(self, checkpoints: CheckpointList) -> None:
         self._checkpoints = checkpoints
@@ -860,18 +862,18 @@ class CheckpointMetrics:
 class Experiment:
     """One run of a training script: its inputs (code, params, command, ...) and its checkpoints.
 
-    Made by init(), experiments.create(), experiments.get() and experiments.list(). `project` is where it is kept.
+    init(), experiments.create(), experiments.get() and experiments.list() return it. `project` is the Project it is in.
     """
 
     __slots__ = ("_document", "project", "checkpoints", "__weakref__")
 
     id = _stored("id", "64 hex digits.")
-    host = _stored("host", "The machine's name or address, or None.")
+    host = _stored("host", "The name or address of the machine, or None.")
     user = _stored("user", "Who ran it, or None.")
     config = _stored("config", "{'repository': URL, 'storage': ''}, or None.")
     command = _stored("command", "The program's arguments, shell-quoted, without secrets.")
-    path = _stored("path", "What init() saved, relative to the project directory; None: no files.")
-    python_version = _stored("python_version", "For instance '3.11.7'.")
+    path = _stored("path", "The file or directory that init() saved, relative to the project directory; None: no files.")
+    python_version = _stored("python_version", "Such as '3.11.7'.")
 
     def __init__(self, document: Dict[str, Any], project: Any = None) -> None:
         self.project = project
@@ -894,18 +896,18 @@ class Experiment:
 
     @property
     def full_command(self) -> Optional[str]:
-        """The command to run it again in the project directory: `python train.py`; the plain command if not known."""
+        """The command that runs it again in the project directory, `python train.py`; `command` if that is unknown."""
         command = self._document.get("full_command")
         return command if command and isinstance(command, str) else self.command
 
     @property
     def params(self) -> Dict[str, Any]:
-        """Hyperparameters by name, nested as they were given."""
+        """Hyperparameters by name, nested as given."""
         return unpack_floats(self._document.get("params") or {})
 
     @property
     def flat_params(self) -> Dict[str, Any]:
-        """Hyperparameters by dotted name, as the command line shows them: `model.depth`."""
+        """Hyperparameters by dotted name (`model.depth`), as the command line shows them."""
         return flat_params(self.params)
 
     @property
@@ -915,32 +917,32 @@ class Experiment:
 
     @property
     def replicate_version(self) -> Optional[str]:
-        """The version that recorded it (keepsake's, if that did)."""
+        """The version of Replicate (or keepsake) that recorded it."""
         return self._document.get("replicate_version") or self._document.get("keepsake_version")
 
     @property
     def name(self) -> Optional[str]:
-        """The name that it was given, or None."""
+        """Its name, or None."""
         return text_in(self._document, "name")
 
     @property
     def tags(self) -> List[str]:
-        """The tags that it was given, sorted."""
+        """Its tags, sorted."""
         return texts_in(self._document, "tags")
 
     @property
     def note(self) -> Optional[str]:
-        """The note that it was given, or None."""
+        """Its note, or None."""
         return text_in(self._document, "note")
 
     @property
     def code(self) -> Optional[str]:
-        """A short digest of the names and contents that init(path=...) saved, the same for the same code; or None."""
+        """A short digest of the file names and contents that init(path=...) saved: the same for the same code. Or None."""
         return text_in(self._document, "code")
 
     @property
     def outcome(self) -> Optional[Dict[str, str]]:
-        """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or where nothing says so.
+        """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or if that is unknown.
 
         status is "completed", "failed" (an uncaught exception or a non-zero sys.exit), "interrupted" (Ctrl-C) or
         "terminated" (SIGTERM).
@@ -950,7 +952,7 @@ class Experiment:
 
     @property
     def duration(self) -> Optional[datetime.timedelta]:
-        """From the start to the latest checkpoint; None without checkpoints."""
+        """The time from its start to its latest checkpoint; None without checkpoints."""
         latest = self.latest()
         return latest.created - self.created if latest else None
 
@@ -981,8 +983,8 @@ class Experiment:
         """Record a checkpoint: a snapshot of the file or directory at path, and metrics.
 
         path is relative to the project directory; step counts on from the last one (first 0) if left out;
-        primary_metric is (name, "maximize" or "minimize"). Never raises: what is wrong is printed, what is right is
-        recorded. When it has returned, the checkpoint survives the death of the process.
+        primary_metric is (name, "maximize" or "minimize"). Never raises: it prints what is wrong with the arguments and
+        records the rest. Once it has returned, the checkpoint is safe even if the process is killed.
         """
         for name in unknown:
             known = ("path", "step", "metrics", "primary_metric", "quiet")
@@ -991,7 +993,7 @@ class Experiment:
         return self.project.record(self, path, step, metrics, primary_metric, quiet)
 
     def stop(self) -> None:
-        """Finish what is pending and mark the experiment as stopped."""
+        """Finish pending work and mark the experiment as stopped."""
         self.project.stop(self)
 
     def refresh(self) -> None:
@@ -1003,7 +1005,7 @@ class Experiment:
         self.project.delete(self)
 
     def checkout(self, output_directory: str, quiet: bool = False) -> None:
-        """Copy the experiment's files into output_directory, and over them those of its best or latest checkpoint."""
+        """Copy the experiment's files into output_directory, and its best (or else latest) checkpoint's over them."""
         self.project.checkout(self, self.best() or self.latest(), output_directory, quiet=quiet)
 
     def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
@@ -1011,11 +1013,11 @@ class Experiment:
         return plot_metric([(self.short_id(), self.checkpoints)], metric, logy, ax)
 
     def to_json(self) -> Dict[str, Any]:
-        """The document as stored."""
+        """The document as it is stored."""
         return dict(self._document, checkpoints=[checkpoint._document for checkpoint in self.checkpoints])
 
     def _replace(self, document: Dict[str, Any]) -> None:
-        """Take over a newer document in place."""
+        """Take a newer document."""
         self.__init__(document, self.project)  # type: ignore[misc]
 
     def _repr_html_(self) -> str:
@@ -1024,33 +1026,34 @@ class Experiment:
         return html_table(("Experiment", ""), rows) + html_list([self], show_all=True) + self.checkpoints._repr_html_()
 
 
-# Keys of a document beyond the published format may be anything where others wrote them.
+# Nothing validates the keys of a document beyond the published format, and other programs may have written them:
+# the next functions return only what has the right type.
 
 def text_in(document: Dict[str, Any], key: str) -> Optional[str]:
-    """A text in a document or summary; None where there is none."""
+    """A text of a document or summary, or None."""
     value = document.get(key)
     return value if type(value) is str and value else None
 
 
 def texts_in(document: Dict[str, Any], key: str) -> List[str]:
-    """A list of texts in a document or summary; empty where there is none."""
+    """A list of texts of a document or summary, [] if it has none."""
     value = document.get(key)
     return [item for item in value if type(item) is str and item] if type(value) is list else []
 
 
 def git_in(document: Dict[str, Any]) -> Dict[str, Any]:
-    """{"commit", "branch", "dirty"} of the checkout that ran, as far as a document or summary knows them."""
+    """The known ones of {"commit", "branch", "dirty"} of the git checkout that ran, from a document or summary."""
     facts = document.get("git")
     kinds = {"commit": str, "branch": str, "dirty": bool}
     return {key: facts[key] for key, kind in kinds.items() if type(facts.get(key)) is kind} if type(facts) is dict else {}
 
 
 ENDINGS = ("completed", "failed", "interrupted", "terminated")
-OPEN = "open"  # the status of an outcome that is not known yet
+OPEN = "open"  # the status of an outcome until the run ends
 
 
 def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
-    """What a document or summary says of how its run ended: {"status", "time", "error"}; empty where it says nothing."""
+    """How the run of a document or summary ended: {"status", "time", "error"}, or {} if it does not say."""
     outcome = document.get("outcome")
     if type(outcome) is not dict or not {type(value) for value in outcome.values()} <= {str}:
         return {}
@@ -1058,13 +1061,13 @@ def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
 
 
 def status_of(document: Dict[str, Any], running: bool) -> str:
-    """'running', one of ENDINGS, 'lost' (it died and could not say how), or 'stopped' where nothing is recorded of it."""
+    """'running', one of ENDINGS, 'lost' (it died without recording how), or 'stopped' (nothing is recorded)."""
     status = "running" if running else outcome_of(document).get("status", "stopped")
     return "lost" if status == OPEN else status
 
 
 class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
-    """Experiments, oldest first; slices stay such lists."""
+    """A list of experiments, oldest first. A slice is one, too."""
 
     def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
         """Plot a metric of every experiment against steps, on ax or the current axes; returns the axes."""
@@ -1072,12 +1075,14 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
 
     def scatter(self, param: str, metric: Optional[str] = None, logx: bool = False, logy: bool = False, *,
                 ax: Any = None) -> Any:
-        """Plot the best (or latest) value of a metric against a param, on ax or the current axes; returns the axes."""
+        """Plot a metric of each best (or else latest) checkpoint against a param, on ax or the current axes; returns the
+        axes.
+        """
         return plot_scatter(self, param, metric, logx, logy, ax)
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with a row for each experiment, and the columns of `ls --csv`: fields, params by dotted
-        name, and the metrics of the best checkpoint, or of the latest where there is no best.
+        """A pandas DataFrame with a row for each experiment and the columns of `ls --csv`: fields, params by dotted name,
+        and the metrics of the best (or else latest) checkpoint.
 
         Raises ReplicateError without pandas.
         """
@@ -1104,13 +1109,13 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
 
 
 def running_of(experiments: Sequence[Experiment]) -> Set[str]:
-    """The IDs of what is running in the projects of these experiments."""
+    """The IDs of all running experiments in the projects of these."""
     projects = {experiment.project for experiment in experiments} - {None}
     return {item_id for project in projects for item_id in project.running()}
 
 
 def rows_of(experiments: Sequence[Experiment], running: Container[str]) -> List[Row]:
-    """The rows of experiments, with all of their checkpoints; running: the IDs of what is."""
+    """The rows of experiments, with all of their checkpoints; running: IDs of running experiments."""
     rows = []
     for experiment in experiments:
         rows.append(Row.of(experiment.to_json()))
@@ -1119,7 +1124,7 @@ def rows_of(experiments: Sequence[Experiment], running: Container[str]) -> List[
 
 
 def html_list(experiments: Sequence[Experiment], show_all: bool) -> str:
-    """`ls --wide` for a notebook, with a sparkline of each primary metric."""
+    """`ls --wide` as HTML for a notebook, with sparklines of the primary metrics."""
     rows = rows_of(experiments, running_of(experiments))
     if not rows:
         return html_table(["No experiments"], [])
@@ -1130,7 +1135,7 @@ def html_list(experiments: Sequence[Experiment], show_all: bool) -> str:
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table; every cell is escaped."""
+    """An HTML table with every cell escaped."""
     from html import escape
 
     def row(cells: Sequence[Any], tag: str) -> str:
@@ -1141,7 +1146,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _axes(ax: Any) -> Any:
-    """ax, or else matplotlib's current axes, as for pyplot.plot. Raises ReplicateError without matplotlib."""
+    """ax, or matplotlib's current axes if it is None. Raises ReplicateError without matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
@@ -1151,7 +1156,7 @@ def _axes(ax: Any) -> Any:
 
 
 def _primary_name(lists: Iterable[CheckpointList], metric: Optional[str]) -> str:
-    """metric, or the primary metric of the first list that has one. Raises ReplicateError if none has."""
+    """metric, or the name of the primary metric of the first list that has one. Raises ReplicateError if none has."""
     for checkpoints in () if metric else lists:
         primary = checkpoints.primary_metric()
         if primary:
@@ -1176,7 +1181,7 @@ def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[s
     axes.set_ylabel(name)
     if logy:
         axes.set_yscale("log")
-    if len(axes.get_legend_handles_labels()[1]) > 1:  # also of an earlier call
+    if len(axes.get_legend_handles_labels()[1]) > 1:  # counts the lines of earlier calls, too
         axes.legend()
     return axes
 
@@ -1208,7 +1213,7 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
 
 
 class Row:
-    """An experiment in a listing: what its document says, with the best and latest of its checkpoints alone.
+    """An experiment in a listing: its document, but only the best and latest of its checkpoints.
 
     Filters, sorting, tables and `ls --json` all use it.
     """
@@ -1218,11 +1223,11 @@ class Row:
     def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
         self.summary = summary                # what summarize() returns
         self.id: str = summary["id"]
-        self.version = version                # of the document; "" where the row must not be remembered
-        self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS of each, with spaces between
+        self.version = version                # of the document; "" if the row must not be cached
+        self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS digits of each, joined with spaces
         self.running = False
         self.created = parse_time(summary["created"])
-        self.checkpoints = CheckpointList()   # all of them, where somebody has read them
+        self.checkpoints = CheckpointList()   # all of them if they have been read, or else none
 
     @classmethod
     def of(cls, document: Dict[str, Any], version: str = "") -> Row:
@@ -1242,7 +1247,7 @@ class Row:
 
     @property
     def status(self) -> str:
-        """See status_of()."""
+        """As status_of() returns it."""
         return status_of(self.summary, self.running)
 
     @property
@@ -1252,15 +1257,15 @@ class Row:
 
     @property
     def metrics(self) -> Dict[str, Any]:
-        """Metric values of the best checkpoint, or of the latest where there is no best."""
+        """Metric values of the best (or else latest) checkpoint."""
         return unpack_floats((self.best or self.latest or {}).get("metrics") or {})
 
     def may_have_checkpoint(self, prefix: str) -> bool:
-        """Whether the ID of a checkpoint may start with prefix, as far as the remembered digits tell."""
+        """Whether a checkpoint's ID may start with prefix, judged by the digits that the row keeps."""
         return " " + prefix[:ROW_ID_DIGITS] in " " + self.checkpoint_ids
 
     def value(self, name: str) -> Any:
-        """What a filter or sort key of that name means here: a field, metric or param; ABSENT where there is none."""
+        """The field, label, metric or param that a filter or sort key calls by that name, or ABSENT."""
         if name in FIELDS:
             return FIELDS[name](self)
         if name.startswith("params."):
@@ -1273,13 +1278,13 @@ class Row:
         return metrics[name] if name in metrics else self._param(name)
 
     def _param(self, name: str) -> Any:
-        """A param by its dotted name, or all of a nested one by its first."""
+        """A param by its dotted name, or a whole nested param by its top-level name."""
         params = self.params
         return params[name] if name in params else unpack_floats((self.summary.get("params") or {}).get(name, ABSENT))
 
     def plain(self, name: str) -> Any:
-        """The value() of that name as JSON has it: a time as stored, all tags or GPUs, of ~loss its value in each checkpoint;
-        None where there is none.
+        """value() in a form for JSON: a time as stored, the list of all tags or GPUs, for ~loss the list of its values in
+        all checkpoints; None if it is absent.
         """
         if name in TIME_FIELDS:
             return self.summary["created"]
@@ -1291,11 +1296,11 @@ class Row:
         return None if value is ABSENT else value
 
     def is_label(self, name: str) -> bool:
-        """Whether it means one of the LABELS, and no param or metric here."""
+        """Whether name is one of the LABELS and no param or metric of this experiment."""
         return name in LABELS and name not in self.metrics and name not in self.params
 
     def alternatives(self, name: str) -> List[Any]:
-        """The values of that name, any of which satisfies a filter: all tags, or how it ended and "stopped"."""
+        """All values that a filter may match: each tag, say; an experiment that ended also counts as "stopped"."""
         if name == "status":
             return [self.status] if self.status in ("running", "stopped") else [self.status, "stopped"]
         if self.is_label(name):
@@ -1304,21 +1309,21 @@ class Row:
         return [] if value is ABSENT or value is None else [value]
 
     def to_json(self) -> Dict[str, Any]:
-        """The element of `ls --json`."""
+        """The experiment in `ls --json`."""
         labels = {key: self.summary[key] for key in LABEL_KEYS if key in self.summary}
         return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, **labels, status=self.status, running=self.running)
 
 
 NOT_LISTED = ("checkpoints", "config", "python_version", "python_packages", "imported_packages", "replicate_version",
               "keepsake_version")  # keys of a document that a row leaves out
-ROW_ID_DIGITS = 12  # of each checkpoint's ID that a row keeps
-LABEL_KEYS = ("name", "tags", "note", "code", "git", "gpus", "job", "outcome")  # of a document, where it has them
+ROW_ID_DIGITS = 12  # digits of each checkpoint's ID that a row keeps
 SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
-              "host")  # of an element of `ls --json`, which ends with `running`
+              "host")  # keys that every experiment in `ls --json` has
+LABEL_KEYS = ("name", "tags", "note", "code", "git", "gpus", "job", "outcome")  # further ones, if the document has them
 
 
 def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
-    """A valid document without what NOT_LISTED names, but with its best and latest checkpoint."""
+    """A valid document without the keys in NOT_LISTED, plus its best and latest checkpoint."""
     items = document.get("checkpoints") or ()
     latest, best, primary = latest_index(items), best_index(items), primary_of(items)
     summary = {key: value for key, value in document.items() if key not in NOT_LISTED}
@@ -1329,18 +1334,18 @@ def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def checked_summary(summary: Any, experiment_id: str) -> Dict[str, Any]:
-    """summary if it is what summarize() returns for an experiment of that ID; raises ReadError otherwise."""
+    """summary, if summarize() can have returned it for the experiment with that ID. Raises ReadError otherwise."""
     _check_fields([summary], dict(_EXPERIMENT_FIELDS, **_SUMMARY_FIELDS))
     _check_depth(summary)
     if not summary.keys() >= _SUMMARY_FIELDS.keys():
         raise ReadError("a field is missing")
     if summary["id"] != experiment_id:
-        raise ReadError("its id is another one")
+        raise ReadError("its id is that of another experiment")
     _check_checkpoints([summary[key] for key in ("latest_checkpoint", "best_checkpoint") if summary[key] is not None])
     return summary
 
 
-# Untrusted documents become a model only after these checks.
+# Every document is untrusted until it has passed these checks.
 
 _TEXT_OR_NULL = (str, type(None))
 _EXPERIMENT_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user": _TEXT_OR_NULL,
@@ -1355,7 +1360,7 @@ _SUMMARY_FIELDS = {"num_checkpoints": (int,), "latest_checkpoint": (dict, type(N
 
 
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
-    """document if it is a valid experiment document of that ID; raises ReadError otherwise."""
+    """document, if it is a valid experiment document with that ID. Raises ReadError otherwise."""
     _check_fields([document], _EXPERIMENT_FIELDS)
     _check_depth(document)
     if document["id"] != experiment_id:
@@ -1370,7 +1375,7 @@ def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
 
 
 def checked_checkpoint(item: Any) -> Dict[str, Any]:
-    """item if it is a valid checkpoint; raises ReadError otherwise."""
+    """item, if it is a valid checkpoint. Raises ReadError otherwise."""
     _check_checkpoints([item])
     _check_depth(item)
     return item
@@ -1384,7 +1389,7 @@ def _check_checkpoints(items: Sequence[Any]) -> None:
 
 
 def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]]) -> None:
-    """Raises ReadError where one of these has no valid id and created, or a field of another type."""
+    """Raise ReadError unless each document has a valid id and creation time, and the fields are of the given types."""
     if not {type(document) for document in documents} <= {dict}:
         raise ReadError("it is not a JSON object")
     if not all([is_id(document.get("id")) for document in documents]):
@@ -1400,7 +1405,7 @@ def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]])
 
 
 def _check_depth(value: Any) -> None:
-    """Raises ReadError where containers are nested deeper than recursive code can follow."""
+    """Raise ReadError if containers are nested more deeply than recursive code can follow."""
     level = [value]
     for _ in range(MAX_NESTING):
         level = [item for container in level
