@@ -1437,12 +1437,12 @@ LABELS: Dict[str, Callable[[Dict[str, Any]], List[Any]]] = {
     "tag": lambda summary: texts_in(summary, "tags"),
     "note": lambda summary: [text_in(summary, "note")],
     "code": lambda summary: [text_in(summary, "code")],
-    "commit": lambda summary: [commit[:length] for commit in [git_in(summary).get("commit") or ""] for length in (None, SHORT_ID)],
+    "commit": lambda summary: [git_in(summary).get("commit"), git_in(summary).get("commit", "")[:SHORT_ID]],
     "branch": lambda summary: [git_in(summary).get("branch")],
     "dirty": lambda summary: [git_in(summary).get("dirty")],
     "gpu": lambda summary: texts_in(summary, "gpus"),
 }
-"""Fields of which an experiment may have none or several values; a param or metric of the same name comes first."""
+"""Fields of which an experiment may have none or several values. A param or metric of the same name takes precedence."""
 LIST_LABELS = ("tag", "gpu")
 CSV_FIELDS = ("id", "name", "started", "status", "duration", "checkpoints", "step", "tag", "note", "host", "user", "command",
               "code", "commit")
@@ -1452,17 +1452,17 @@ ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a
 
 
 def known_names(rows: Iterable[Row]) -> Set[str]:
-    """Every name that a filter or sort key could mean in these experiments."""
+    """Every name that a filter or sort key may use for these experiments."""
     names = set(FIELDS) | set(LABELS)
     for row in rows:
         metrics = {name for item in (row.latest, row.best) if item for name in item.get("metrics") or ()}
-        params = [*row.params, *(row.summary.get("params") or ())]  # nested ones can be asked for by either name
+        params = [*row.params, *(row.summary.get("params") or ())]  # by dotted name, and nested ones as a whole
         names.update(params, metrics, map("params.".__add__, params), map("metrics.".__add__, metrics))
     return names
 
 
 def column_groups(rows: Sequence[Row]) -> Tuple[List[str], Dict[str, str], Dict[str, str]]:
-    """Fields, then the column of each param and of each metric: `params.x` where x alone means something else."""
+    """The fields, the column of each param by its name, and that of each metric: `params.x` if x means something else."""
     params = {name for row in rows for name in row.params}
     metrics = {name for row in rows for name in row.metrics}
     return ([name for name in CSV_FIELDS if name in FIELDS or name not in params | metrics],
@@ -1477,14 +1477,14 @@ def column_names(rows: Sequence[Row]) -> List[str]:
 
 
 class Comparison:
-    """<name> <operator> <value>."""
+    """<name> <operator> <value>"""
 
     def __init__(self, name: str, operator: str, value: Any, text: str) -> None:
         self.name, self.operator, self.value = name, operator, value
-        self.text = text  # as typed: a code 1234567 is no number
+        self.text = text  # the value as typed: a code 1234567 is not a number
 
     def names(self) -> List[str]:
-        """The names that the expression asks for."""
+        """The names that the expression uses."""
         return [self.name]
 
     def matches(self, row: Row) -> bool:
@@ -1495,8 +1495,8 @@ class Comparison:
         if self.name in TIME_FIELDS:
             return self._matches_time(found[0])
         value = self.value
-        if row.is_label(self.name) and value is not None and type(found[0]) is str:
-            value = [str(item) for item in value] if self.operator == "in" else self.text if self.operator != "~" else value
+        if value is not None and self.operator != "~" and type(found[0]) is str and row.is_label(self.name):
+            value = [str(item) for item in value] if self.operator == "in" else self.text
         return (all if self.operator == "!=" else any)([self._matches_one(actual, value) for actual in found])
 
     def _matches_one(self, actual: Any, value: Any) -> bool:
@@ -1504,7 +1504,7 @@ class Comparison:
             return isinstance(actual, str) and value.search(actual) is not None
         if self.operator == "in":
             return any(same_value(actual, item) for item in value)
-        if self.operator in ORDER:  # only numbers, booleans and strings have an order, each among themselves
+        if self.operator in ORDER:  # only numbers, booleans and strings have one, each among themselves
             kind = KIND_RANK.get(type(actual), 5)
             return kind <= 2 and kind == KIND_RANK.get(type(value)) and ORDER[self.operator](actual, value)
         return same_value(actual, value) == (self.operator != "!=")
@@ -1519,7 +1519,7 @@ class Comparison:
 
 
 class Not:
-    """not <expression>."""
+    """not <expression>"""
 
     def __init__(self, operand: Any) -> None:
         self.operand = operand
@@ -1552,17 +1552,18 @@ Several can be joined with and, or, not and parentheses."""
 
 
 def parse_filter(text: str) -> Any:
-    """The expression tree of a filter. Raises ReplicateError that names the position and shows the format."""
+    """The expression tree of a filter. Raises ReplicateError, which names the position and shows the format."""
     return FilterParser(text).parse()
 
 
 class FilterParser:
-    """A recursive-descent parser; each method is one production of the grammar in its docstring."""
+    """A recursive-descent parser: a method for each production of the grammar, which is its docstring."""
 
     MAX_DEPTH = 50
+    OPERATORS = ("=", "==", "!=", "<", "<=", ">", ">=", "~", "in")
+    NOT = r"not(?![\w\-./:])(?!\s*[=!<>~])"
     HEAD = (r"""\s*(?:"([^"]*)"|'([^']*)'|([\w\-./:]+(?:[ \t]+(?!(?:and|or)\s)[\w\-./:]+)*?))"""
             r"""\s*(?:([=!<>~]+)|(?<=\s)(in)\s*(?=\[))""")
-    OPERATORS = ("=", "==", "!=", "<", "<=", ">", ">=", "~", "in")
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -1574,7 +1575,7 @@ class FilterParser:
         if not self.text.strip():
             self.fail("it is empty")
         tree = self.either()
-        self.space()
+        self.take(r"\s*")
         if self.position < len(self.text):
             self.fail("there is an unexpected %r" % self.text[self.position])
         return tree
@@ -1590,7 +1591,7 @@ class FilterParser:
     def joined(self, word: str, decide: Callable[[Iterable[bool]], bool], operand: Callable[[], Any]) -> Any:
         """operand (word operand)*"""
         operands = [operand()]
-        while self.take_word(word):
+        while self.take(r"\s*%s\b" % word):
             operands.append(operand())
         return operands[0] if len(operands) == 1 else Junction(decide, operands)
 
@@ -1599,16 +1600,13 @@ class FilterParser:
         self.depth += 1
         if self.depth > self.MAX_DEPTH:
             self.fail("it is nested too deeply")
-        self.space()
-        if self.text.startswith("(", self.position):
-            self.position += 1
+        self.take(r"\s*")
+        if self.take(r"\("):
             tree = self.either()
-            self.space()
-            if not self.text.startswith(")", self.position):
+            self.take(r"\s*")
+            if not self.take(r"\)"):
                 self.fail("a closing parenthesis is missing")
-            self.position += 1
-        elif (self.text.startswith("not", self.position)
-              and re.compile(r"not(?![\w\-./:])(?!\s*[=!<>~])").match(self.text, self.position) and self.take_word("not")):
+        elif self.take(self.NOT):
             tree = Not(self.term())
         else:
             tree = self.comparison()
@@ -1617,7 +1615,7 @@ class FilterParser:
 
     def comparison(self) -> Comparison:
         """comparison := name operator value"""
-        head = re.compile(self.HEAD).match(self.text, self.position)
+        head = self.match(self.HEAD)
         if head is None:
             self.fail("a name and an operator are expected")
         name = next(part for part in head.groups()[:3] if part is not None)
@@ -1626,7 +1624,7 @@ class FilterParser:
             self.fail("the name is missing")
         if operator not in self.OPERATORS:
             self.position = head.start(4)
-            self.fail("%r is no operator" % operator)
+            self.fail("%r is not an operator" % operator)
         self.position = head.end()
         text, quoted = self.value_text()
         try:
@@ -1635,18 +1633,18 @@ class FilterParser:
             self.fail(str(error))
 
     def value_text(self) -> Tuple[str, bool]:
-        """value := quoted | everything up to the end, a joining word before a whole term, or a closing parenthesis"""
-        self.space()
+        """value := quoted | all text up to an `and` or `or` before a whole term, a closing parenthesis or the end"""
+        self.take(r"\s*")
         start = self.position
-        if start < len(self.text) and self.text[start] in "\"'":
-            end = self.text.find(self.text[start], start + 1)
-            if end < 0:
+        quote = self.match("[\"']")
+        if quote:
+            if not self.take("{0}[^{0}]*{0}".format(quote.group())):
                 self.fail("the closing quote is missing")
-            self.position = end + 1
-            self.space()
-            if not (self.position == len(self.text) or self.text[self.position] == ")" or self.at_joint()):
+            text = self.text[start + 1:self.position - 1]
+            self.take(r"\s*")
+            if not (self.match(r"\)|\Z") or self.at_joint()):
                 self.fail("there is something after the closing quote")
-            return self.text[start + 1:end], True
+            return text, True
         nesting = 0
         while self.position < len(self.text):
             character = self.text[self.position]
@@ -1665,15 +1663,10 @@ class FilterParser:
         return text, False
 
     def at_joint(self) -> bool:
-        """Whether `and` or `or` stands here, followed by the start of a whole term with a value."""
-        if not self.text[self.position:].lstrip().startswith(("and", "or")):
-            return False
-        match = re.compile(r"\s*(?:and|or)(?![\w\-./:])").match(self.text, self.position)
-        if match is None:
-            return False
-        start = re.compile(r"(?:\s*(?:\(|not(?![\w\-./:])(?!\s*[=!<>~])))*").match(self.text, match.end()).end()
-        head = re.compile(self.HEAD).match(self.text, start)
-        return head is not None and bool(self.text[head.end():].strip())
+        """Whether `and` or `or` comes next, followed by the start of a whole term with a value."""
+        joint = self.match(r"\s*(?:and|or)(?![\w\-./:])(?:\s*(?:\(|%s))*" % self.NOT)
+        head = joint and re.compile(self.HEAD).match(self.text, joint.end())
+        return bool(head and self.text[head.end():].strip())
 
     def convert(self, name: str, operator: str, text: str, quoted: bool) -> Any:
         """The value of a comparison: null, number, boolean, JSON, time or text. Raises ValueError."""
@@ -1693,16 +1686,13 @@ class FilterParser:
             return read_date(text)
         return text if quoted or name in TEXT_FIELDS else read_value(text)
 
-    def space(self) -> None:
-        """Skip white space."""
-        while self.position < len(self.text) and self.text[self.position].isspace():
-            self.position += 1
+    def match(self, pattern: str) -> Optional[re.Match[str]]:
+        """The match of pattern at the current position, or None."""
+        return re.compile(pattern).match(self.text, self.position)
 
-    def take_word(self, word: str) -> bool:
-        """Skip that word if it stands here."""
-        if not self.text[self.position:].lstrip().startswith(word):  # most filters need no such expression made
-            return False
-        match = re.compile(r"\s*%s\b" % word).match(self.text, self.position)
+    def take(self, pattern: str) -> bool:
+        """Skip the match of pattern at the current position; returns whether there is one."""
+        match = self.match(pattern)
         if match:
             self.position = match.end()
         return match is not None
@@ -1714,7 +1704,7 @@ class FilterParser:
 
 
 def read_value(text: str) -> Any:
-    """A value as typed by a person: null, number, true or false, JSON array or object; otherwise the text itself."""
+    """A value as a person types it: null, number, true or false, JSON array or object; or else the text itself."""
     lowered = text.lower()
     if lowered in ("null", "none"):
         return None
@@ -1748,70 +1738,67 @@ def read_list(text: str) -> List[Any]:
 
 
 TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
-# A year, then perhaps a month, day, time, fraction of a second and zone, as people and other programs write them.
+# A year, then optionally month, day, time, fraction of a second and zone, as people and other programs write them.
 DATE_FORM = (r"(?P<year>\d{4})(?:(?P<separator>[-/])(?P<month>\d{1,2})(?:(?P=separator)(?P<day>\d{1,2}))?"
              r"|(?P<month2>\d\d)(?P<day2>\d\d))")
-NAMED_DATE_FORM = (r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?"  # the form that `show` prints, and Oct 7, 2020
+NAMED_DATE_FORM = (r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?"  # as `show` prints it, and Oct 7, 2020
                    r"(?:(?P<day>\d{1,2})\s+(?P<name>[A-Za-z]{3,9})\.?,?|(?P<name2>[A-Za-z]{3,9})\.?\s+(?P<day2>\d{1,2}),?)"
                    r"\s+(?P<year>\d{4})")
-CLOCK_FORM = (r"(?:[ T]\s*(?P<clock>\d{1,2}:\d\d)(?P<seconds>:\d\d)?(?:\.(?P<fraction>\d+))?"
+CLOCK_FORM = (r"(?:[ T]\s*(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d))?(?:\.(?P<fraction>\d+))?"
               r"\s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?|[A-Z]{3,5})?)?")
 
 
 def read_date(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
-    """A moment as a person types it, as [start, end) in UTC. Raises ValueError.
+    """A time as a person types it, as the span [start, end) in UTC. Raises ValueError.
 
-    2026-01-31, 2026/01/31, 20260131, 2026-01, Jan 31, 2026, each with a time or without (local, unless a zone
-    follows); '2 hours ago'; seconds since 1970; the form that `show` prints. A month means all of it, a date its whole
-    day, a time without seconds its whole minute.
+    2026-01-31, 2026/01/31, 20260131, 2026-01, or Jan 31, 2026, optionally followed by a time (local unless a zone is
+    given); '2 hours ago'; seconds since 1970; the form that `show` prints. A month means all of it, a date the whole day,
+    a time without seconds the whole minute.
     """
+    try:
+        return _parse_span(text)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError("%r is not a date: %s" % (text, error)) from error
+
+
+def _parse_span(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
     ago = re.fullmatch(r"(?i)(\d{1,9}|an?|one)\s+(second|minute|hour|day|week)s?\s+ago", text)
     if ago:
         count = int(ago.group(1)) if ago.group(1).isdigit() else 1
-        seconds = count * TIME_UNITS[ago.group(2).lower()]
-        return _span(text, lambda: datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds), 1)
+        distance = datetime.timedelta(seconds=count * TIME_UNITS[ago.group(2).lower()])
+        start = datetime.datetime.now(datetime.timezone.utc) - distance
+        return start, start + datetime.timedelta(seconds=1)
     if re.fullmatch(r"\d{9,11}(\.\d*)?", text):
-        return _span(text, lambda: datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc),
-                     1e-6 if "." in text else 1)
+        start = datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc)
+        return start, start + datetime.timedelta(seconds=1e-6 if "." in text else 1)
     match = re.fullmatch(DATE_FORM + CLOCK_FORM, text) or re.fullmatch(NAMED_DATE_FORM + CLOCK_FORM, text)
     if match is None:
-        raise ValueError("%r is no date; write 2026-01-31, 2026-01-31 23:59 or '2 hours ago'" % text)
+        raise ValueError("write 2026-01-31, 2026-01-31 23:59 or '2 hours ago'")
     found = match.groupdict()
-    month = found.get("month") or found.get("month2") or _month_number(found.get("name") or found.get("name2") or "")
+    year = int(found["year"])
+    month = int(found.get("month") or found.get("month2") or _month_number(found.get("name") or found["name2"]))
     day = found.get("day") or found.get("day2")
-    clock, seconds, fraction = found["clock"], found["seconds"], found["fraction"]
-    if not day and clock:
-        raise ValueError("%r has a time but no day" % text)
-
-    def start() -> datetime.datetime:
-        naive = datetime.datetime.strptime("%s-%s-%s %s%s" % (found["year"], month, day or 1, clock or "00:00",
-                                                              seconds or ":00"), "%Y-%m-%d %H:%M:%S")
-        return _in_utc(naive, found["zone"]) + datetime.timedelta(microseconds=int((fraction or "0").ljust(6, "0")[:6]))
-
-    if day:
-        return _span(text, start, 1e-6 if fraction else 1 if seconds else 60 if clock else 86400)
-    following = {"year": int(found["year"]) + int(month) // 12, "month": int(month) % 12 + 1}
-    return (_span(text, start, 0)[0],
-            _span(text, lambda: datetime.datetime(day=1, **following).astimezone(datetime.timezone.utc), 0)[0])
-
-
-def _span(text: str, start: Callable[[], datetime.datetime], seconds: float) -> Tuple[datetime.datetime, datetime.datetime]:
-    """(start(), so many seconds later); raises ValueError where that is no date."""
-    try:
-        moment = start()
-        return moment, moment + datetime.timedelta(seconds=seconds)
-    except (ValueError, OverflowError, OSError) as error:
-        raise ValueError("%r is no date: %s" % (text, error)) from error
+    if not day:
+        if found["hour"]:
+            raise ValueError("it has a time but no day")
+        following = datetime.datetime(year + month // 12, month % 12 + 1, 1)
+        return _in_utc(datetime.datetime(year, month, 1), None), following.astimezone(datetime.timezone.utc)
+    clock = [int(found[part] or 0) for part in ("hour", "minute", "second")]
+    fraction = datetime.timedelta(microseconds=int((found["fraction"] or "0").ljust(6, "0")[:6]))
+    start = _in_utc(datetime.datetime(year, month, int(day), *clock), found["zone"]) + fraction
+    seconds = 1e-6 if found["fraction"] else 1 if found["second"] else 60 if found["hour"] else 86400
+    return start, start + datetime.timedelta(seconds=seconds)
 
 
 def _month_number(name: str) -> int:
-    """1 to 12 for Jan, January, ...; 0 for any other word."""
-    months = [month for month in MONTHS if name[:3].title() == month]
-    return MONTHS.index(months[0]) + 1 if months else 0
+    """1 to 12 for Jan, January, ... Raises ValueError for any other word."""
+    if name[:3].title() not in MONTHS:
+        raise ValueError("%s is not a month" % name)
+    return MONTHS.index(name[:3].title()) + 1
 
 
 def _in_utc(naive: datetime.datetime, zone: Optional[str]) -> datetime.datetime:
-    """A time in a zone: Z, an offset, or the name of the local zone (the default) as `show` prints it."""
+    """A time in a zone (Z, an offset, or the local zone's name as `show` prints it; default: local) in UTC."""
     if zone in ("Z", "UTC", "GMT"):
         return naive.replace(tzinfo=datetime.timezone.utc)
     offset = re.fullmatch(r"([+-]\d\d):?(\d\d)?", zone or "")
@@ -1834,7 +1821,7 @@ def parse_sort(key: str) -> Tuple[str, bool]:
 
 
 def sort_rows(rows: List[Row], name: str, descending: bool) -> List[Row]:
-    """rows, which come oldest first, by that value; those without it (or with NaN) last either way."""
+    """rows (which come oldest first), sorted by that value; rows without it, or with NaN, come last in both orders."""
     present, missing = [], []
     for row in rows:
         value = row.value(name)
