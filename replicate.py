@@ -1839,18 +1839,18 @@ def sort_rows(rows: List[Row], name: str, descending: bool) -> List[Row]:
 # ------------------------------------------------------------------------------------------------------------------
 
 class Location:
-    """Where the project and its repository are."""
+    """Where a project and its repository are."""
 
     def __init__(self, directory: str, url: Optional[str], is_default: bool = False) -> None:
         self.directory = directory    # absolute path of the project directory
-        self.url = url                # repository URL, file:// ones absolute; None: there is none yet
-        self.is_default = is_default  # the embedded default repository, .replicate/storage
+        self.url = url                # repository URL, with an absolute path if file://; None: no repository yet
+        self.is_default = is_default  # the repository is the default one, .replicate/storage
 
 
 def find_location(repository: Optional[str] = None, directory: Optional[str] = None) -> Location:
-    """The project directory and the repository, from arguments, the environment, the configuration or the default.
+    """The project directory and repository, from the arguments, environment, configuration or default.
 
-    Raises RepositoryConfigurationError, ConfigNotFound (no such directory).
+    Raises RepositoryConfigurationError, or ConfigNotFound if the directory does not exist.
     """
     directory = directory or os.environ.get("REPLICATE_PROJECT_DIRECTORY") or None
     if directory is not None and not os.path.isdir(directory):
@@ -1865,12 +1865,12 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
     if typed:
         return Location(project, absolute_url(typed, os.getcwd()))
     if found and not is_default:
-        return Location(project, absolute_url(read_config(found)["repository"], project))
+        return Location(project, absolute_url(read_config(found), project))
     return Location(project, "file://" + found if found else None, is_default=True)
 
 
 def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional[str]:
-    """The nearest existing one of names in directory or above it."""
+    """The path of the first of names that exists in directory, or else in the nearest directory above it, or None."""
     for _ in range(depth):
         for name in names:
             path = os.path.join(directory, name)
@@ -1883,13 +1883,13 @@ def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional
     return None
 
 
-def read_config(path: str) -> Dict[str, str]:
-    """{"repository": url} from a replicate.yaml. Raises RepositoryConfigurationError."""
+def read_config(path: str) -> str:
+    """The repository URL in a replicate.yaml. Raises RepositoryConfigurationError."""
     try:
         with open_regular(path, follow=True) as file:
             data = read_up_to(file, (1 << 20) + 1)
         if len(data) > 1 << 20:
-            raise RepositoryConfigurationError("%s is larger than 1 MB: that is no configuration." % path)
+            raise RepositoryConfigurationError("%s is larger than 1 MB: that is not a configuration." % path)
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RepositoryConfigurationError("%s cannot be read: %s." % (path, short_reason(error))) from error
@@ -1899,7 +1899,7 @@ def read_config(path: str) -> Dict[str, str]:
     if not values:
         raise RepositoryConfigurationError("%s is empty. It needs a line such as 'repository: s3://my-bucket'." % path)
     if not isinstance(values, dict):
-        raise RepositoryConfigurationError("%s holds no 'key: value' lines. It needs one such as "
+        raise RepositoryConfigurationError("%s has no 'key: value' lines. It needs one such as "
                                            "'repository: s3://my-bucket'." % path)
     unknown = [str(key) for key in values if key not in ("repository", "storage")]
     if unknown:
@@ -1913,11 +1913,11 @@ def read_config(path: str) -> Dict[str, str]:
         raise RepositoryConfigurationError("%s: '%s' must be a URL such as 's3://my-bucket'." % (path, key))
     if key == "storage":
         console.warning("%s: 'storage' is deprecated, call it 'repository'." % path)
-    return {"repository": url}
+    return url
 
 
 def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
-    """The part of YAML that needs no library: `key: text` lines, quotes, comments. None for anything richer."""
+    """The values of YAML with only `key: text` lines, quotes and comments; None for richer YAML, which needs PyYAML."""
     if not text.translate({9: " ", 10: " ", 13: " "}).isprintable():
         return None
     values = {}
@@ -1941,36 +1941,36 @@ def _read_yaml(text: str, path: str) -> Any:
             "'pip install PyYAML'. A plain line such as 'repository: s3://my-bucket' works without it." % path) from error
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets all sorts through, KeyError for instance
+    except Exception as error:  # PyYAML lets exceptions of many kinds escape, even KeyError
         raise RepositoryConfigurationError("%s is not valid YAML: %s." % (path, short_reason(error))) from error
 
 
 def absolute_url(url: str, directory: str) -> str:
-    """url with a relative file:// path made absolute; raises RepositoryConfigurationError for a bad one."""
+    """url, with a file:// path made absolute from directory. Raises RepositoryConfigurationError if it is invalid."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in BACKENDS:
-        raise RepositoryConfigurationError("%r is no repository URL: it must start with %s." % (
+        raise RepositoryConfigurationError("%r is not a repository URL: it must start with %s." % (
             url, ", ".join("%s://" % name for name in BACKENDS)))
     if not rest or (scheme != "file" and rest.startswith("/")):
         raise RepositoryConfigurationError("%r names no %s." % (url, "directory" if scheme == "file" else "bucket"))
     if "\0" in rest:
-        raise RepositoryConfigurationError("%r has a null character in it." % url)
+        raise RepositoryConfigurationError("%r contains a null character." % url)
     if scheme == "file":
         return "file://" + os.path.abspath(os.path.join(directory, os.path.expanduser(rest)))
     return scheme + "://" + rest.strip("/")
 
 
 def open_storage(url: str) -> Storage:
-    """The storage behind an absolute URL."""
+    """The storage at an absolute URL."""
     scheme, _, rest = url.partition("://")
     return BACKENDS[scheme](rest)
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int = 0) -> Iterator[Any]:
-    """function(item) for each item, in order, computed by `count` threads (default: one a core, at most 8).
+    """Yield function(item) for each item, in order, computed by `count` threads (default: one per core, at most 8).
 
-    At most two items a thread are in flight. When the iteration ends, however it does, no thread is at work any more;
-    only Ctrl-C does not wait. Where no thread can start (the interpreter is shutting down), the caller does the work.
+    At most two items per thread are in flight. No thread is left working when the iteration ends, except after Ctrl-C,
+    which does not wait. If no thread can start (the interpreter is shutting down), the caller does the work.
     """
     from collections import deque
     from queue import SimpleQueue
@@ -1981,7 +1981,7 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
         for item, answer in iter(tasks.get, None):
             try:
                 answer.put((None if ending else function(item), None))
-            except BaseException as error:  # raised again where the result is used
+            except BaseException as error:  # next_result() raises it again
                 answer.put((None, error))
 
     started = 0
@@ -2032,40 +2032,40 @@ class Entry:
         self.name = key[key.rfind("/") + 1:]
         self.size = size          # bytes
         self.modified = modified  # seconds since the epoch, by the storage's clock
-        self.version = version    # differs whenever the content does
+        self.version = version    # changes whenever the content does
 
 
 class Storage:
-    """What every backend can do; all else is plain functions over these.
+    """The operations of every backend; everything else is plain functions that use these.
 
     Keys are relative to the repository's root. Every object appears whole or not at all. Methods raise DoesNotExist
-    for a missing key, ReadError and WriteError for other failures, each with one sentence for the user.
+    for a missing key, ReadError or WriteError for other failures, each with one sentence for the user.
     """
 
     scheme = ""
-    has_journals = False  # journals and locks may stand beside the documents
+    has_journals = False  # journals and locks are kept beside the documents
     has_index = False     # reading many documents is slow enough to keep an index of them
     clock_skew = 0.0      # seconds by which the storage's clock is ahead of ours
 
     deadline: Optional[float] = None
-    """Set it to time.monotonic() + 10, say, when the process has to end. From then on no request is retried, none waits
-    longer than 3 seconds for the server, and within 3 seconds of the deadline each fails at once with Unreachable. What
-    is under way in another thread may last longer: do not wait for it beyond the deadline."""
+    """Set it, to time.monotonic() + 10, say, when the process has to end. From then on no request is retried or waits
+    more than 3 seconds for the server, and requests in the last 3 seconds fail at once with Unreachable. A request that
+    another thread has started may take longer: do not wait for it beyond the deadline."""
 
     def prepare(self) -> None:
-        """Create the directory or bucket if it is missing, and check that we may write; called when recording starts."""
+        """Create the directory or bucket if it is missing, and check that we may write. Recording starts with it."""
         raise NotImplementedError
 
     def list(self, folder: str) -> Iterator[Entry]:
-        """The objects directly in folder ('metadata/experiments/'), in any order."""
+        """Yield the objects directly in folder ('metadata/experiments/'), in any order."""
         raise NotImplementedError
 
     def stat(self, key: str) -> Entry:
-        """Size and version of one object."""
+        """The entry of one object."""
         raise NotImplementedError
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        """A binary stream of the bytes [start, end) of an object; of the version of that entry, if given."""
+        """Open the bytes [start, end) of an object as a binary stream; only of the entry's version, if given."""
         raise NotImplementedError
 
     def write(self, key: str, data: bytes) -> None:
@@ -2073,44 +2073,44 @@ class Storage:
         raise NotImplementedError
 
     def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        """Store a copy of a local file under key; calls progress with the number of bytes of each step."""
+        """Store a copy of a local file under key; calls progress with the number of bytes after each step."""
         raise NotImplementedError
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
         """Replace an object by change(its bytes, or None if it is missing) without losing changes of other processes.
 
-        change may be called several times, and returns None to leave things as they are.
+        change may be called several times; it returns None to leave the object alone.
         """
         raise NotImplementedError
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects by exact key; missing ones are no error."""
+        """Remove objects by exact key; missing ones are not an error."""
         raise NotImplementedError
 
     def remove(self, key: str) -> None:
-        """Remove one object that others may be updating; their update finds it missing."""
+        """Remove one object that other processes may be updating; update() then finds it missing."""
         self.delete([key])
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
-        """The bytes of an object; of the version of that entry, if given and still there."""
+        """The bytes of an object; of the entry's version, if given and still there."""
         with self.open(key, entry=entry) as stream:
             return stream.read()
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
-        """An object as it is now, and a function that opens ranges of just this version, whatever replaces it."""
+        """The entry of an object, and a function that opens the bytes [start, end) of exactly this version."""
         entry = self.stat(key)
         return entry, lambda start, end: self.open(key, start, end, entry)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
-        """function of each item, in order; several at a time where waiting for the server takes the time."""
+        """Yield function(item) for each item, in order; on a server, several at a time."""
         return map(function, items)
 
 
 class DiskStorage(Storage):
-    """A directory. New files are written in its tmp/ and then renamed into place.
+    """A directory. New files are written to its tmp/ and then renamed into place.
 
-    Files and folders take the permissions of group and others from the folder that they are made in, and so from the root,
-    whatever the umask: one group can share a repository, and nobody else can read one in a private folder.
+    Files and folders inherit the permissions for group and others from their folder, and so from the root, whatever the
+    umask: a group can share a repository, and nobody else can read one in a private folder.
     """
 
     scheme = "file"
@@ -2138,7 +2138,7 @@ class DiskStorage(Storage):
                 for entry in entries:
                     try:
                         status = entry.stat()
-                    except OSError:  # deleted meanwhile, or a link that leads nowhere
+                    except OSError:  # just deleted, or a broken link
                         continue
                     if not stat.S_ISDIR(status.st_mode):
                         yield disk_entry(folder + entry.name, status)
@@ -2154,17 +2154,14 @@ class DiskStorage(Storage):
             raise self._read_failure(key, error) from error
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        path = self.path(key)
-        try:  # without O_NONBLOCK a FIFO in somebody's repository would hang every command
-            descriptor = os.open(path, os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC)
+        try:
+            file = open_regular(self.path(key), follow=True)
         except OSError as error:
             raise self._read_failure(key, error) from error
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise ReadError("%s is not a regular file." % path)
-        file = os.fdopen(descriptor, "rb", 0)
-        return file if end is None and not start else FileRange(file, start, status.st_size if end is None else end)
+        if end is None and not start:
+            return file
+        end = os.fstat(file.fileno()).st_size if end is None else end
+        return FileRange(file, start, end)  # type: ignore[return-value]
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
         file = self.open(key)
@@ -2178,16 +2175,16 @@ class DiskStorage(Storage):
             raise self._read_failure(key, error) from error
 
     def create(self, key: str, write: Callable[[BinaryIO], Any]) -> Any:
-        """Store what write(file) writes under key; returns what it returns. Raises WriteError, and what write raises.
+        """Store under key what write(file) writes, and return what it returns. Raises WriteError.
 
-        The temporary file stays locked until it is in place, so that remove_leftovers() knows that it is in use.
+        The temporary file stays locked until it is in place, so that remove_leftovers() can tell that it is in use.
         """
         lock = self._new_lock(key.rpartition("/")[2])
         try:
             lock.acquire()
             with os.fdopen(lock.descriptor, "wb", 0, closefd=False) as file:
                 result = write(file)
-            os.close(os.dup(lock.descriptor))  # where NFS reports a full disk
+            os.close(os.dup(lock.descriptor))  # NFS reports a full disk only here
             self._move_in(lock.path, key)
             return result
         except OSError as error:
@@ -2246,13 +2243,14 @@ class DiskStorage(Storage):
             raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left in tmp/."""
+        """Remove the files that killed processes left in tmp/."""
         for _, lock in self.leftovers("tmp/"):
             lock.release()
 
     def leftovers(self, folder: str) -> Iterator[Tuple[Entry, FileLock]]:
-        """The files of killed processes in tmp/ or journals/, each locked until the next: what nobody else has locked, and
-        in tmp/ what is older than a day, since older versions locked only their *.lock files.
+        """Yield the files that killed processes left in tmp/ or journals/, each locked until the next one is asked for.
+
+        Our files count if nobody has them locked; any file in tmp/ counts if it is older than a day and not locked.
         """
         for entry in self.list(folder):
             old = folder == "tmp/" and entry.modified < time.time() - 86400
@@ -2263,11 +2261,11 @@ class DiskStorage(Storage):
                         if old or lock.is_held:
                             yield entry, lock
                         lock.release(remove=False)
-                except OSError:  # it is gone, or belongs to somebody else
+                except OSError:  # it is gone, or we may not open it
                     continue
 
     def sync(self, keys: Iterable[str]) -> None:
-        """Wait until these objects are on the disk itself; skips those that are gone."""
+        """Flush these objects to the physical disk; skips those that are gone."""
         for key in keys:
             for path in (self.path(key), os.path.dirname(self.path(key))):
                 try:
@@ -2286,12 +2284,12 @@ class DiskStorage(Storage):
         return WriteError("%s could not be written: %s." % (self.path(key), short_reason(error)))
 
     def _read_failure(self, key: str, error: OSError) -> ReplicateError:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return DoesNotExist("%s does not exist." % self.path(key))
         return ReadError("%s cannot be read: %s." % (self.path(key), short_reason(error)))
 
     def _lock(self, key: str) -> FileLock:
-        """The lock that every process holds that replaces or removes the object."""
+        """The lock that a process must hold to replace or remove the object."""
         return FileLock(self.path("tmp/%s.lock" % key.rpartition("/")[2]))
 
     def _new_lock(self, name: str) -> FileLock:
@@ -2305,20 +2303,20 @@ def disk_entry(key: str, status: os.stat_result) -> Entry:
     return Entry(key, status.st_size, status.st_mtime_ns / 1e9, version)
 
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows lacks these two
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-BINARY = getattr(os, "O_BINARY", 0)      # only Windows has it
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # not on Windows
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+BINARY = getattr(os, "O_BINARY", 0)      # only on Windows
 CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 
 class FileRange:
-    """The bytes [start, end) of an open file, which is left open."""
+    """The bytes [start, end) of an open file, which stays open."""
 
     def __init__(self, file: BinaryIO, start: int, end: int) -> None:
         self._file, self._position, self._end = file, start, end
 
     def read(self, size: int = -1) -> bytes:
-        """Up to size bytes, none at the end."""
+        """Return up to size bytes (-1: all), b"" at the end."""
         left = self._end - self._position
         data = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._position)
         self._position += len(data)
@@ -2328,38 +2326,38 @@ class FileRange:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        """The file belongs to others."""
+        """Nothing to close: other ranges may use the file."""
 
 
 class Unreadable(OSError):
-    """A file that should be saved cannot be read."""
+    """A file cannot be opened or is not a regular one; the text is the reason."""
 
 
 def open_regular(path: str, follow: bool = False) -> BinaryIO:
-    """A regular file, opened without waiting for what has taken its name meanwhile: a FIFO, say. Raises Unreadable."""
+    """Open a regular file for reading; never waits, even if path is a FIFO. Raises Unreadable."""
     flags = os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC | (0 if follow else NOFOLLOW)
     try:
-        file = os.fdopen(os.open(path, flags), "rb", 0)
+        descriptor = os.open(path, flags)
     except OSError as error:
-        if os.path.islink(path) and not follow:
+        if not follow and os.path.islink(path):
             raise Unreadable(error.errno, "it has become a link") from error
         raise Unreadable(error.errno, error.strerror) from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise Unreadable(0, "it is not a regular file")
-    return file
+    return os.fdopen(descriptor, "rb", 0)
 
 
 class FileLock:
-    """An exclusive lock between processes that dies with its holder; release() removes its file.
+    """An exclusive lock between processes, on a file; it ends when its holder dies. release() removes the file.
 
-    The file takes the permissions of group and others from its folder, so that whoever may write there can lock it.
+    The file inherits the permissions for group and others from its folder, so that whoever may write there can lock it.
     """
 
     def __init__(self, path: str, flags: int = 0, create: bool = True) -> None:
         self.path = path
         self.descriptor = -1
-        self.is_held = False  # False after acquire() too, where the file system has no locks
+        self.is_held = False  # stays False after acquire() if the file system has no locks
         self._flags = os.O_RDWR | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
 
     def acquire(self, wait: bool = True) -> bool:
@@ -2375,7 +2373,7 @@ class FileLock:
                     self.descriptor, self.is_held = descriptor, bool(locked)
                     share(descriptor, status, os.path.dirname(self.path))
                     return True
-            except FileNotFoundError:  # its holder removed the file while we waited
+            except FileNotFoundError:  # the holder removed the file while we waited
                 continue
             finally:
                 if self.descriptor != descriptor:
@@ -2391,7 +2389,7 @@ class FileLock:
             return os.open(self.path, self._flags, 0o666)
 
     def release(self, remove: bool = True) -> None:
-        """Give the lock back, and remove its file while it is still held."""
+        """Release the lock; removes its file first, unless remove is False."""
         if self.descriptor >= 0:
             if remove:
                 remove_file(self.path)
@@ -2407,10 +2405,12 @@ class FileLock:
 
 
 def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
-    """Lock an open file until it is closed; False if another process holds it, None if the file system has no locks."""
+    """Lock an open file until it is closed, and return True; False if another process holds the lock, None if there are
+    no locks here.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: two processes should not record into one experiment there
+    except ImportError:  # on Windows, nothing keeps two processes from recording into one experiment
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -2424,7 +2424,7 @@ def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
 
 
 def make_folder(path: str) -> None:
-    """Make a folder that takes its permissions and group from the folder that it is in, whatever the umask."""
+    """Make a folder that inherits permissions and group from its parent, whatever the umask."""
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     mode = 0o700 | os.stat(parent).st_mode & 0o2077
@@ -2436,7 +2436,7 @@ def make_folder(path: str) -> None:
 
 
 def make_private_folder(path: str) -> None:
-    """Make a folder that only its owner may enter; whoever uses it finds out if that failed."""
+    """Make a folder that only its owner may enter. Ignores failure: using the folder fails then."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
     except OSError:
@@ -2444,7 +2444,7 @@ def make_private_folder(path: str) -> None:
 
 
 def share(descriptor: int, status: os.stat_result, folder: str) -> None:
-    """Give a file of ours the permissions of group and others that its folder has, whatever the umask."""
+    """Give a file of ours its folder's permissions for group and others, whatever the umask."""
     mode = 0o600 | os.stat(folder).st_mode & 0o066
     if status.st_mode & 0o777 != mode and status.st_uid == os.geteuid():
         _change_mode(descriptor, mode)
@@ -2473,70 +2473,87 @@ def remove_file(path: str) -> None:
 
 
 class Unreachable(ReplicateError):
-    """The server did not answer, or not sensibly: worth another try."""
+    """The server did not answer, or reports a problem that may pass: worth another try."""
 
 
 class NoBucket(DoesNotExist):
-    """There is no such bucket."""
+    """The bucket does not exist."""
 
 
 class Changed(ReplicateError):
-    """An object is not the version that was expected."""
+    """An object has another version than expected."""
 
 
-NO_BUCKET = "There is no bucket for %s. Is the name right? Recording creates a missing bucket; reading does not."
+NO_BUCKET = "There is no bucket for %s. Check the name: recording creates a missing bucket, reading does not."
 
 
 class CloudStorage(Storage):
-    """What S3 and Google Cloud Storage have in common: reading that resumes, merging updates, parallel listing.
+    """What S3 and Google Cloud Storage share: reads that resume, merging updates, parallel listing.
 
-    A backend makes the requests, which its SDK retries, and translates the SDK's errors in translate().
+    A backend makes the requests, which its SDK retries, and translates the SDK's errors.
     """
 
-    ATTEMPTS = 5           # for each request, with growing pauses: about 8 seconds in all
-    FIRST_PAUSE = 0.5      # seconds; S3's SDK has its own pauses, much the same
+    ATTEMPTS = 5           # per request, with growing pauses: about 8 seconds in all
+    FIRST_PAUSE = 0.5      # seconds; the SDK for S3 has its own, similar pauses
     LONGEST_PAUSE = 8.0
-    TIMEOUT = 20.0         # seconds without a byte after which a request has failed
+    TIMEOUT = 20.0         # seconds without a byte before a request fails
     LAST_TIMEOUT = 3.0     # the same once there is a deadline
     PARALLEL = 16          # requests at a time
-    PART_BYTES = 8 << 20   # of an upload in parts, and of a ranged reading
-    LARGE_UPLOADS = 2      # files at a time, of each of which a part is in memory
+    PART_BYTES = 8 << 20   # of an upload in parts
+    RANGE_BYTES = 1 << 62  # that one request reads at most
+    LARGE_UPLOADS = 2      # files at a time; a part of each is in memory
     has_index = True
+    package = ""           # the SDK's, to install
 
     def __init__(self, rest: str) -> None:
         self.bucket, _, root = rest.partition("/")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}", self.bucket):
-            raise RepositoryConfigurationError("%r is no bucket name." % self.bucket)
+            raise RepositoryConfigurationError("%r is not a bucket name." % self.bucket)
         self.root = root.strip("/") + "/" if root.strip("/") else ""
         self.url = "%s://%s" % (self.scheme, rest)
+        try:
+            self.start_sdk()
+        except ImportError as error:
+            raise RepositoryConfigurationError(
+                "%s:// repositories need %s: install it with 'pip install %s'. Repositories on disk (file://) work "
+                "without it." % (self.scheme, self.package, self.package)) from error
+        except Exception as error:
+            raise RepositoryConfigurationError("%s cannot be used: %s." % (
+                self.url, short_reason(error).rstrip("."))) from error
 
     # -- what a backend provides
 
+    def start_sdk(self) -> None:
+        """Import the SDK and make a client. Raises ImportError, or the SDK's errors if it lacks settings."""
+        raise NotImplementedError
+
     def translate(self, error: Exception, key: str) -> ReplicateError:
-        """The error of this module for one of the SDK's."""
+        """The error to raise for one of the SDK's."""
         raise NotImplementedError
 
     def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
-        """Up to 1,000 entries below prefix, those named after `after` or from a page token on, and the next token."""
+        """(up to 1,000 entries below prefix, token of the next page or None); starts after a key or at a page's token."""
         raise NotImplementedError
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
-        """(stream of the bytes [start, end), version, size of the object); raises Changed for another version."""
+        """(stream of the bytes [start, end), version, size of the object). With a version, raises Changed for any other;
+        the size is that of the object only without one.
+        """
         raise NotImplementedError
 
     def put(self, key: str, data: bytes, version: Optional[str]) -> None:
-        """Store an object; version: only if it is still this one ('' for none at all), else raises Changed."""
+        """Store an object. With a version, only if that is still the current one ('': no object); raises Changed if not."""
         raise NotImplementedError
 
     def find_bucket(self) -> bool:
-        """Whether the bucket exists. Raises for one that is somebody else's."""
+        """Whether the bucket exists. Raises if it belongs to somebody else."""
         raise NotImplementedError
 
     def create_bucket(self) -> None:
-        """Make the bucket."""
+        """Create the bucket."""
         raise NotImplementedError
 
-    # -- what they share
+    # -- what the backends share
 
     def call(self, request: Callable[[], Any], key: str) -> Any:
         """The result of a request, with the SDK's errors translated."""
@@ -2549,49 +2566,50 @@ class CloudStorage(Storage):
             raise self.translate(error, key) from error
 
     def check_deadline(self, *args: Any, **kwargs: Any) -> None:
-        """Raise Unreachable if a request that starts now could last beyond the deadline."""
+        """Raise Unreachable if a request that starts now may outlast the deadline."""
         if self.deadline is not None and time.monotonic() > self.deadline - self.LAST_TIMEOUT:
-            raise Unreachable("%s cannot be reached in the time that is left." % self.url)
+            raise Unreachable("%s cannot be reached in the time left." % self.url)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
-        """function of each item, in order, several requests at a time; fewer where each takes much memory."""
+        """Yield function(item) for each item, in order, several at a time; fewer if each takes much memory (large)."""
         return in_threads(function, items, self.LARGE_UPLOADS if large else self.PARALLEL)
 
     def prepare(self) -> None:
         if not self.call(self.find_bucket, ""):
             try:
                 self.call(self.create_bucket, "")
-            except ReplicateError:  # made meanwhile, by another machine or by a request whose answer was lost
+            except ReplicateError:  # another machine may have made it, or a request of ours whose answer was lost
                 if not self.call(self.find_bucket, ""):
                     raise
-            console.warning("The bucket %s did not exist: it was created. If that is a misspelling, delete it." %
+            console.warning("The bucket %s did not exist: it was created. If the name is misspelled, delete it." %
                             self.bucket)
         probe = "tmp/probe.%s" % os.urandom(6).hex()
         self.write(probe, b"")
         self.delete([probe])
 
     def list(self, folder: str) -> Iterator[Entry]:
-        """Pages; from the second on, the hex prefixes of the names are listed in parallel."""
-        def page(request: Tuple[str, str, Any]) -> Tuple[List[Entry], Any]:
-            return self.call(lambda: self.list_page(self.root + request[0], request[1], request[2]), "")
+        """List page by page; after the first page, list the names of each first hex digit in parallel."""
+        def page(prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
+            entries, token = self.call(lambda: self.list_page(self.root + prefix, after, token), "")
+            return [entry for entry in entries if "/" not in entry.key[len(folder):]], token
 
         def rest(request: Tuple[str, str]) -> List[Entry]:
             prefix, after = request
-            entries, token = page((prefix, after, None))
+            entries, token = page(prefix, after, None)
             while token:
-                more, token = page((prefix, "", token))
+                more, token = page(prefix, "", token)
                 entries += more
             return entries
 
-        entries, token = page((folder, "", None))
-        yield from (entry for entry in entries if "/" not in entry.key[len(folder):])
+        entries, token = page(folder, "", None)
+        yield from entries
         if not token:
             return
         last = entries[-1].key if entries else folder
         digits = [digit for digit in "0123456789abcdef" if folder + digit >= last[:len(folder) + 1]]
         requests = [(folder + digit, self.root + last if last.startswith(folder + digit) else "") for digit in digits]
         for found in self.in_parallel(rest, requests):
-            yield from (entry for entry in found if "/" not in entry.key[len(folder):])
+            yield from found
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
         if entry is not None:
@@ -2602,7 +2620,7 @@ class CloudStorage(Storage):
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
             return super().read(key, entry)
-        except Changed:  # since it was listed
+        except Changed:  # since the caller listed it
             return super().read(key)
 
     def write(self, key: str, data: bytes) -> None:
@@ -2618,7 +2636,7 @@ class CloudStorage(Storage):
                 raise
             except DoesNotExist:
                 old, version = None, ""
-            except Changed:  # while it was read
+            except Changed:  # while we read it
                 continue
             new = change(old)
             if new is None:
@@ -2628,31 +2646,35 @@ class CloudStorage(Storage):
                 return
             except Changed:  # by another machine, or by our own request whose answer was lost
                 continue
-        raise WriteError("%s in %s changes all the time: it could not be updated." % (key, self.url))
+        raise WriteError("%s in %s could not be updated: other processes keep changing it." % (key, self.url))
 
 
 class ResumingStream:
-    """The bytes [start, end) of an object; when the connection breaks, it goes on where it was, in the same version."""
+    """The bytes [start, end) of one version of an object; if the connection breaks, it reconnects and goes on."""
 
     def __init__(self, storage: CloudStorage, key: str, start: int = 0, end: Optional[int] = None,
                  version: Optional[str] = None) -> None:
         self._storage, self._key = storage, key
         self._position, self._end = start, end
         self._stream: Any = None
+        self._stream_end = start
         self.version = version
         if end is None or end > start:
             storage.call(self._connect, key)
 
     def _connect(self) -> None:
-        end = self._end if self._end is not None else self._position + (1 << 62)
-        self._stream, self.version, size = self._storage.read_part(self._key, self._position, end, self.version)
-        self._end = min(end, size)
+        start, size_is_known = self._position, self.version is not None
+        end = 1 << 62 if self._end is None else self._end
+        self._stream_end = min(end, start + self._storage.RANGE_BYTES)
+        self._stream, self.version, size = self._storage.read_part(self._key, start, self._stream_end, self.version)
+        if not size_is_known:
+            self._end = min(end, size)
 
     def _read_once(self, size: int) -> bytes:
-        if self._stream is None:
+        if self._stream is None or self._position == self._stream_end:
             self._connect()
         try:
-            data = self._stream.read(size)
+            data = self._stream.read(min(size, self._stream_end - self._position))
             if not data:
                 raise Unreachable("%s closed the connection too early." % self._storage.url)
             return data
@@ -2661,17 +2683,19 @@ class ResumingStream:
             raise
 
     def read(self, size: int = -1) -> bytes:
-        """Up to size bytes, none at the end. Raises ReadError, Changed."""
+        """Return up to size bytes (-1: all), b"" at the end. Raises ReadError, Changed."""
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 20), b""))
-        size = min(size, self._end - self._position) if self._end is not None else 0
-        for left in range(self._storage.ATTEMPTS - 1, -1, -1) if size > 0 else ():
+        size = min(size, (self._end or 0) - self._position)
+        if size <= 0:
+            return b""
+        for attempts_left in reversed(range(self._storage.ATTEMPTS)):
             try:
                 data = self._storage.call(lambda: self._read_once(size), self._key)
                 self._position += len(data)
                 return data
             except Unreachable:
-                if not left or self._storage.deadline is not None:
+                if not attempts_left or self._storage.deadline is not None:
                     raise
         return b""
 
@@ -2680,7 +2704,7 @@ class ResumingStream:
         if stream is not None:
             try:
                 stream.close()
-            except Exception:  # a broken connection: there is nothing left to close
+            except Exception:  # the connection is broken anyway
                 pass
 
     def __enter__(self) -> ResumingStream:
@@ -2691,42 +2715,34 @@ class ResumingStream:
 
 
 class S3Storage(CloudStorage):
-    """A bucket of Amazon S3 or of any server that speaks its protocol, with the standard settings of boto3."""
+    """A bucket of Amazon S3, or of another server with its protocol, set up by boto3's usual settings."""
 
     scheme = "s3"
+    package = "boto3"
     MISSING = ("404", "NoSuchKey", "NotFound")
     STALE = ("412", "PreconditionFailed", "ConditionalRequestConflict", "409")
     PASSING = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException",
                "TooManyRequests", "OperationAborted", "NoSuchUpload")
 
-    def __init__(self, rest: str) -> None:
-        super().__init__(rest)
-        try:
-            import boto3
-            import botocore.config
-            import botocore.exceptions
-        except ImportError as error:
-            raise RepositoryConfigurationError("s3:// repositories need boto3: install it with 'pip install boto3'. "
-                                               "Repositories on disk (file://) work without it.") from error
+    def start_sdk(self) -> None:
+        import boto3
+        import botocore.config
+        import botocore.exceptions
         self._errors, self._new_config = botocore.exceptions, botocore.config.Config
         self._clients: Dict[bool, Any] = {}
         self._creating = threading.Lock()
-        try:
-            self._session = boto3.session.Session()
-            self._client
-        except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise RepositoryConfigurationError("%s cannot be used: %s." % (
-                self.url, short_reason(error).rstrip("."))) from error
+        self._session = boto3.session.Session()
+        self._client  # so that bad settings are reported at once
 
     def __copy__(self) -> S3Storage:
-        """The same bucket with a deadline of its own, and so with clients of its own, which ask for it."""
+        """The same bucket with its own deadline, and so with its own clients, which check it."""
         twin: S3Storage = object.__new__(S3Storage)
         twin.__dict__.update(self.__dict__, _clients={})
         return twin
 
     @property
     def _client(self) -> Any:
-        """A client of the SDK; an impatient one once there is a deadline, since its timeouts cannot be changed."""
+        """A client of the SDK; one with short timeouts once there is a deadline, since a client's timeouts are fixed."""
         hurried = self.deadline is not None
         with self._creating:
             if hurried not in self._clients:
@@ -2734,7 +2750,8 @@ class S3Storage(CloudStorage):
             return self._clients[hurried]
 
     def _new_client(self, hurried: bool) -> Any:
-        settings = {"connect_timeout": min(5.0, self._timeout(hurried)), "read_timeout": self._timeout(hurried),
+        timeout = self.LAST_TIMEOUT if hurried else self.TIMEOUT
+        settings = {"connect_timeout": min(5.0, timeout), "read_timeout": timeout,
                     "max_pool_connections": 2 * self.PARALLEL,
                     "retries": {"total_max_attempts": 1 if hurried else self.ATTEMPTS, "mode": "standard"}}
         new_settings = {"request_checksum_calculation": "when_required",  # some servers refuse the default
@@ -2749,14 +2766,11 @@ class S3Storage(CloudStorage):
         client.meta.events.register_first("needs-retry.s3", self._give_up)
         return client
 
-    def _timeout(self, hurried: bool) -> float:
-        return self.LAST_TIMEOUT if hurried else self.TIMEOUT
-
     def _note_clock(self, parsed: Dict[str, Any], **kwargs: Any) -> None:
         self.clock_skew = http_date_skew(parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
 
     def _give_up(self, caught_exception: Optional[Exception] = None, **kwargs: Any) -> None:
-        """Raise the error of a request that the SDK is about to retry where that is of no use."""
+        """Raise the error of a request that the SDK is about to retry, if another try is useless."""
         if caught_exception is not None and (self.deadline is not None or
                                              isinstance(caught_exception, self._errors.SSLError)):
             raise caught_exception
@@ -2804,7 +2818,7 @@ class S3Storage(CloudStorage):
         answer = self._client.get_object(Bucket=self.bucket, Key=self.root + key, **extra)
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange") or "")
         if extra.get("Range") and (found is None or int(found.group(1)) != start):
-            raise ReadError("%s answers a request for a part of %s with something else." % (self.url, key))
+            raise ReadError("%s did not return the requested part of %s." % (self.url, key))
         size = int(found.group(2)) if found else answer["ContentLength"]
         return answer["Body"], answer["ETag"].strip('"'), size
 
@@ -2817,17 +2831,17 @@ class S3Storage(CloudStorage):
             if not condition or getattr(error, "response", {}).get("Error", {}).get("Code", "NotImplemented") != \
                     "NotImplemented":
                 raise
-            self._client.put_object(Body=data, **target)  # an older boto3 or another server knows no conditions
+            self._client.put_object(Body=data, **target)  # an older boto3, or a server without conditions
 
     def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        """In one thread: those of the SDK refuse work when the interpreter shuts down, and then hold it up."""
+        """Upload in this thread: the SDK's own threads refuse to work while the interpreter shuts down, and block it."""
         from boto3.s3.transfer import TransferConfig
         config = TransferConfig(self.PART_BYTES + 1, multipart_chunksize=self.PART_BYTES, use_threads=False)
         try:
             with open(path, "rb") as file:
                 self.call(lambda: self._client.upload_fileobj(file, self.bucket, self.root + key, Callback=progress,
                                                               Config=config), key)
-        except Unreachable as error:  # perhaps it is complete, and the answer was lost
+        except Unreachable as error:  # perhaps the upload is complete and only the answer was lost
             if "NoSuchUpload" not in str(error) or self.stat(key).size != os.path.getsize(path):
                 raise
 
@@ -2858,35 +2872,27 @@ class S3Storage(CloudStorage):
 
 
 class GCSStorage(CloudStorage):
-    """A bucket of Google Cloud Storage, with application default credentials, or STORAGE_EMULATOR_HOST."""
+    """A bucket of Google Cloud Storage, with application default credentials, or of STORAGE_EMULATOR_HOST."""
 
     scheme = "gs"
-    PARALLEL = 10  # the SDK's pool of connections
+    package = "google-cloud-storage"
+    PARALLEL = 10          # the size of the SDK's connection pool
+    RANGE_BYTES = 8 << 20  # an answer is held in memory
 
-    def __init__(self, rest: str) -> None:
-        super().__init__(rest)
-        try:
-            import google.api_core.exceptions
-            import google.auth.exceptions
-            from google.cloud import storage
-            from google.cloud.storage.retry import DEFAULT_RETRY
-        except ImportError as error:
-            raise RepositoryConfigurationError(
-                "gs:// repositories need google-cloud-storage: install it with 'pip install google-cloud-storage'. "
-                "Repositories on disk (file://) work without it.") from error
-        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # a request of the SDK's own
+    def start_sdk(self) -> None:
+        import google.api_core.exceptions
+        import google.auth.exceptions
+        from google.cloud import storage
+        from google.cloud.storage.retry import DEFAULT_RETRY
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # saves a request
         self._errors, self._auth_errors = google.api_core.exceptions, google.auth.exceptions
         self._retry = DEFAULT_RETRY.with_delay(self.FIRST_PAUSE, self.LONGEST_PAUSE, 2.0)
         project = os.environ.get("GOOGLE_CLOUD_PROJECT")
-        try:
-            if os.environ.get("STORAGE_EMULATOR_HOST"):
-                from google.auth.credentials import AnonymousCredentials
-                self._client = storage.Client(project or "replicate", AnonymousCredentials())
-            else:
-                self._client = storage.Client(project)
-        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
-            raise RepositoryConfigurationError("%s cannot be used: %s." % (
-                self.url, short_reason(error).rstrip("."))) from error
+        if os.environ.get("STORAGE_EMULATOR_HOST"):
+            from google.auth.credentials import AnonymousCredentials
+            self._client = storage.Client(project or "replicate", AnonymousCredentials())
+        else:
+            self._client = storage.Client(project)
         self._client._http.hooks["response"].append(self._note_clock)
         self._bucket = self._client.bucket(self.bucket)
 
@@ -2894,7 +2900,7 @@ class GCSStorage(CloudStorage):
         self.clock_skew = http_date_skew(response.headers.get("date"))
 
     def _limits(self, attempts: Optional[int] = None) -> Dict[str, Any]:
-        """How long the SDK waits for an answer, and how often it tries (ATTEMPTS times, if not given)."""
+        """Arguments for the SDK: how long it waits for an answer, and how often it tries (default: ATTEMPTS times)."""
         if self.deadline is not None:
             return {"timeout": self.LAST_TIMEOUT, "retry": None}
         tries = iter(range((attempts or self.ATTEMPTS) - 1))
@@ -2907,9 +2913,9 @@ class GCSStorage(CloudStorage):
 
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
-        error = getattr(error, "cause", None) or error  # the SDK's own time for retries is over
+        error = getattr(error, "cause", None) or error  # what the SDK wraps when its retries run out
         text = str(getattr(error, "message", None) or short_reason(error))
-        inner = re.search(r'"message":\s*"([^"]+)"', text)  # media requests give the whole answer
+        inner = re.search(r'"message":\s*"([^"]+)"', text)  # errors of media requests hold the whole answer
         reason = inner.group(1) if inner else re.sub(r"^[A-Z]+ https?://\S+: ", "", text)
         reason = reason.strip().rstrip(".:")
         code = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
@@ -2956,20 +2962,16 @@ class GCSStorage(CloudStorage):
         if version is None:
             blob = self._loaded(key)
             size, version = blob.size or 0, str(blob.generation)
-        return GCSStream(self, key, start, min(end, size), version), version, size  # type: ignore[return-value]
+        data = b""
+        if start < min(end, size):
+            data = self._blob(key).download_as_bytes(start=start, end=min(end, size) - 1, raw_download=True, checksum=None,
+                                                     if_generation_match=int(version), **self._limits())
+        return io.BytesIO(data), version, size
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
-        """In one request, where the inherited method would first ask for the version."""
+        """The bytes of an object in one request; the inherited method first asks for the version."""
         return self.call(lambda: self._blob(key).download_as_bytes(raw_download=True, checksum=None, **self._limits()),
                          key)
-
-    def download(self, key: str, start: int, end: int, version: str) -> bytes:
-        """The bytes [start, end) of one version of an object, in one request."""
-        data = self._blob(key).download_as_bytes(start=start, end=end - 1, raw_download=True, checksum=None,
-                                                 if_generation_match=int(version), **self._limits())
-        if len(data) != end - start:
-            raise Unreachable("%s closed the connection too early." % self.url)
-        return data
 
     def put(self, key: str, data: bytes, version: Optional[str]) -> None:
         self._blob(key).upload_from_string(data, "application/octet-stream", **self._limits(),
@@ -3000,29 +3002,8 @@ class GCSStorage(CloudStorage):
         self._client.create_bucket(self.bucket, **self._limits())
 
 
-class GCSStream:
-    """A range of one version of an object, fetched in parts, each in one request."""
-
-    def __init__(self, storage: GCSStorage, key: str, start: int, end: int, version: str) -> None:
-        self._storage, self._key, self._version = storage, key, version
-        self._position, self._end = start, end
-        self._data = memoryview(b"")
-
-    def read(self, size: int) -> bytes:
-        """Up to size bytes."""
-        if not self._data and self._position < self._end:
-            end = min(self._end, self._position + self._storage.PART_BYTES)
-            self._data = memoryview(self._storage.download(self._key, self._position, end, self._version))
-            self._position = end
-        taken, self._data = self._data[:size], self._data[size:]
-        return bytes(taken)
-
-    def close(self) -> None:
-        self._data = memoryview(b"")
-
-
 class CountingFile(io.FileIO):
-    """A file opened for reading that reports how many bytes are read for the first time; check may end it all."""
+    """A file opened for reading that calls check before each read, and reports the bytes read for the first time."""
 
     def __init__(self, path: str, progress: Callable[[int], None], check: Callable[[], None]) -> None:
         super().__init__(path, "rb")
@@ -3038,7 +3019,7 @@ class CountingFile(io.FileIO):
 
 
 def http_date_skew(date: Optional[str]) -> float:
-    """How many seconds an HTTP Date header is ahead of our clock; 0 without one."""
+    """The seconds by which an HTTP Date header is ahead of our clock; 0 without one."""
     if not date:
         return 0.0
     from email.utils import parsedate_to_datetime
@@ -5191,7 +5172,7 @@ def _configured_url(directory: str, config: Optional[str] = None) -> Optional[st
             storage = os.path.join(directory, DEFAULT_STORAGE)
             return "file://" + storage if os.path.exists(storage) else None
     try:
-        return absolute_url(read_config(config)["repository"], directory)
+        return absolute_url(read_config(config), directory)
     except RepositoryConfigurationError:
         return ""
 

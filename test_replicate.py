@@ -1168,7 +1168,7 @@ def test_configurations_that_are_read(project, text, url):
     if url.startswith(tuple(scheme + "://" for scheme in replicate.BACKENDS)):
         location = replicate.find_location()
         assert (location.directory, location.url) == (str(project), url)
-    assert replicate.read_config("replicate.yaml")["repository"].rstrip("/") == url
+    assert replicate.read_config("replicate.yaml").rstrip("/") == url
 
 
 @pytest.mark.parametrize("text, words", [
