@@ -670,12 +670,28 @@ def _stored(key: str, doc: str) -> property:
     return property(lambda self: self._document.get(key) or None, doc=doc)
 
 
-class Checkpoint:
-    """A version of an experiment's outputs at one step: files and metrics."""
+class _Stored:
+    """What experiments and checkpoints share."""
 
-    __slots__ = ("_document", "_experiment")
+    __slots__ = ("_document",)
 
     id = _stored("id", "64 hex digits.")
+
+    @property
+    def created(self) -> datetime.datetime:
+        """When it was made (UTC); for an experiment, when it started."""
+        return parse_time(self._document["created"])
+
+    def short_id(self) -> str:
+        """The first 7 digits of the ID, as the command line shows it."""
+        return self.id[:SHORT_ID]
+
+
+class Checkpoint(_Stored):
+    """A version of an experiment's outputs at one step: files and metrics."""
+
+    __slots__ = ("_experiment",)
+
     path = _stored("path", "The saved file or directory, relative to the project directory; None: no files.")
 
     def __init__(self, document: Dict[str, Any], experiment: Optional[Experiment] = None) -> None:
@@ -691,11 +707,6 @@ class Checkpoint:
         return self._document.get("step") or 0
 
     @property
-    def created(self) -> datetime.datetime:
-        """When it was made (UTC)."""
-        return parse_time(self._document["created"])
-
-    @property
     def metrics(self) -> Dict[str, Any]:
         """Metric values by name."""
         return unpack_floats(self._document.get("metrics") or {})
@@ -709,10 +720,6 @@ class Checkpoint:
     def pruned(self) -> Optional[str]:
         """The path that was saved, if its files were pruned (the metrics stay); None otherwise."""
         return None if self.path else text_in(self._document, "pruned")
-
-    def short_id(self) -> str:
-        """The first 7 digits of the ID, as the command line shows it."""
-        return self.id[:SHORT_ID]
 
     def checkout(self, output_directory: str, quiet: bool = False) -> None:
         """Copy the experiment's files into output_directory, and this checkpoint's files over them.
@@ -859,15 +866,14 @@ class CheckpointMetrics:
         return iter(sorted({name for checkpoint in self._checkpoints for name in checkpoint.metrics}))
 
 
-class Experiment:
+class Experiment(_Stored):
     """One run of a training script: its inputs (code, params, command, ...) and its checkpoints.
 
     init(), experiments.create(), experiments.get() and experiments.list() return it. `project` is the Project it is in.
     """
 
-    __slots__ = ("_document", "project", "checkpoints", "__weakref__")
+    __slots__ = ("project", "checkpoints", "__weakref__")
 
-    id = _stored("id", "64 hex digits.")
     host = _stored("host", "The name or address of the machine, or None.")
     user = _stored("user", "Who ran it, or None.")
     config = _stored("config", "{'repository': URL, 'storage': ''}, or None.")
@@ -888,11 +894,6 @@ class Experiment:
 
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
         self.project.stop(self, error)
-
-    @property
-    def created(self) -> datetime.datetime:
-        """When it started (UTC)."""
-        return parse_time(self._document["created"])
 
     @property
     def full_command(self) -> Optional[str]:
@@ -955,10 +956,6 @@ class Experiment:
         """The time from its start to its latest checkpoint; None without checkpoints."""
         latest = self.latest()
         return latest.created - self.created if latest else None
-
-    def short_id(self) -> str:
-        """The first 7 digits of the ID, as the command line shows it."""
-        return self.id[:SHORT_ID]
 
     def latest(self) -> Optional[Checkpoint]:
         """The newest checkpoint, or None."""
@@ -1476,6 +1473,14 @@ def column_names(rows: Sequence[Row]) -> List[str]:
     return [*fields, *params.values(), *metrics.values()]
 
 
+class Filter:
+    """A parsed filter."""
+
+    def __init__(self, names: List[str], matches: Callable[[Row], bool]) -> None:
+        self.names = names      # the names that it uses
+        self.matches = matches  # whether an experiment satisfies it
+
+
 class Comparison:
     """<name> <operator> <value>"""
 
@@ -1483,12 +1488,8 @@ class Comparison:
         self.name, self.operator, self.value = name, operator, value
         self.text = text  # the value as typed: a code 1234567 is not a number
 
-    def names(self) -> List[str]:
-        """The names that the expression uses."""
-        return [self.name]
-
-    def matches(self, row: Row) -> bool:
-        """Whether an experiment satisfies the expression."""
+    def __call__(self, row: Row) -> bool:
+        """Whether an experiment satisfies the comparison."""
         found = row.alternatives(self.name)
         if not found:
             return self.operator in ("=", "==") and self.value is None
@@ -1518,32 +1519,6 @@ class Comparison:
                 ">": actual >= end, ">=": actual >= start}[self.operator]
 
 
-class Not:
-    """not <expression>"""
-
-    def __init__(self, operand: Any) -> None:
-        self.operand = operand
-
-    def names(self) -> List[str]:
-        return self.operand.names()
-
-    def matches(self, row: Row) -> bool:
-        return not self.operand.matches(row)
-
-
-class Junction:
-    """Expressions joined by `and` (decide=all) or `or` (decide=any)."""
-
-    def __init__(self, decide: Callable[[Iterable[bool]], bool], operands: List[Any]) -> None:
-        self.decide, self.operands = decide, operands
-
-    def names(self) -> List[str]:
-        return [name for operand in self.operands for name in operand.names()]
-
-    def matches(self, row: Row) -> bool:
-        return self.decide(operand.matches(row) for operand in self.operands)
-
-
 FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <operator> is one of
   =  !=  <  <=  >  >=    equal, not equal, less, greater
   ~                      a regular expression is found in it
@@ -1551,13 +1526,15 @@ FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <ope
 Several can be joined with and, or, not and parentheses."""
 
 
-def parse_filter(text: str) -> Any:
-    """The expression tree of a filter. Raises ReplicateError, which names the position and shows the format."""
+def parse_filter(text: str) -> Filter:
+    """The filter that text describes. Raises ReplicateError, which names the position and shows the format."""
     return FilterParser(text).parse()
 
 
 class FilterParser:
-    """A recursive-descent parser: a method for each production of the grammar, which is its docstring."""
+    """A recursive-descent parser: each production of the grammar is the docstring of a method, which returns a function
+    that tells whether an experiment matches.
+    """
 
     MAX_DEPTH = 50
     OPERATORS = ("=", "==", "!=", "<", "<=", ">", ">=", "~", "in")
@@ -1569,49 +1546,54 @@ class FilterParser:
         self.text = text
         self.position = 0
         self.depth = 0
+        self.names: List[str] = []
 
-    def parse(self) -> Any:
+    def parse(self) -> Filter:
         """filter := either END"""
         if not self.text.strip():
             self.fail("it is empty")
-        tree = self.either()
+        matches = self.either()
         self.take(r"\s*")
         if self.position < len(self.text):
             self.fail("there is an unexpected %r" % self.text[self.position])
-        return tree
+        return Filter(self.names, matches)
 
-    def either(self) -> Any:
+    def either(self) -> Callable[[Row], bool]:
         """either := both ("or" both)*"""
         return self.joined("or", any, self.both)
 
-    def both(self) -> Any:
+    def both(self) -> Callable[[Row], bool]:
         """both := term ("and" term)*"""
         return self.joined("and", all, self.term)
 
-    def joined(self, word: str, decide: Callable[[Iterable[bool]], bool], operand: Callable[[], Any]) -> Any:
+    def joined(self, word: str, decide: Callable[[Iterable[bool]], bool],
+               operand: Callable[[], Callable[[Row], bool]]) -> Callable[[Row], bool]:
         """operand (word operand)*"""
         operands = [operand()]
         while self.take(r"\s*%s\b" % word):
             operands.append(operand())
-        return operands[0] if len(operands) == 1 else Junction(decide, operands)
+        if len(operands) == 1:
+            return operands[0]
+        return lambda row: decide(matches(row) for matches in operands)
 
-    def term(self) -> Any:
+    def term(self) -> Callable[[Row], bool]:
         """term := "not" term | "(" either ")" | comparison"""
         self.depth += 1
         if self.depth > self.MAX_DEPTH:
             self.fail("it is nested too deeply")
         self.take(r"\s*")
         if self.take(r"\("):
-            tree = self.either()
+            matches = self.either()
             self.take(r"\s*")
             if not self.take(r"\)"):
                 self.fail("a closing parenthesis is missing")
         elif self.take(self.NOT):
-            tree = Not(self.term())
+            operand = self.term()
+            matches = lambda row: not operand(row)  # noqa: E731
         else:
-            tree = self.comparison()
+            matches = self.comparison()
         self.depth -= 1
-        return tree
+        return matches
 
     def comparison(self) -> Comparison:
         """comparison := name operator value"""
@@ -1626,6 +1608,7 @@ class FilterParser:
             self.position = head.start(4)
             self.fail("%r is not an operator" % operator)
         self.position = head.end()
+        self.names.append(name)
         text, quoted = self.value_text()
         try:
             return Comparison(name, operator, self.convert(name, operator, text, quoted), text)
@@ -2780,8 +2763,8 @@ class S3Storage(CloudStorage):
         reason = short_reason(error).rstrip(".")
         if isinstance(error, self._errors.ClientError):
             answer = error.response.get("Error", {})
-            code, status = str(answer.get("Code", "")), error.response.get("ResponseMetadata", {}).get(
-                "HTTPStatusCode", 0)
+            code = str(answer.get("Code", ""))
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             reason = "%s (%s)" % (str(answer.get("Message") or "no reason given").rstrip("."), code)
             if code in self.PASSING or status >= 500 and code != "NotImplemented" or status == 429:
                 return Unreachable("%s cannot be reached: %s." % (self.url, reason))
@@ -2791,7 +2774,7 @@ class S3Storage(CloudStorage):
                 return Changed("Another process changed %s." % name)
             if code in self.MISSING:
                 return DoesNotExist("%s does not exist." % name)
-            return ReadError("%s refuses: %s." % (name, reason))
+            return ReadError("The server refused a request for %s: %s." % (name, reason))
         if isinstance(error, (self._errors.NoCredentialsError, self._errors.PartialCredentialsError,
                               self._errors.CredentialRetrievalError, self._errors.ParamValidationError,
                               self._errors.NoRegionError, self._errors.SSLError)):
@@ -2828,8 +2811,8 @@ class S3Storage(CloudStorage):
         try:
             self._client.put_object(Body=data, **target, **condition)
         except (self._errors.ParamValidationError, self._errors.ClientError) as error:
-            if not condition or getattr(error, "response", {}).get("Error", {}).get("Code", "NotImplemented") != \
-                    "NotImplemented":
+            code = getattr(error, "response", {}).get("Error", {}).get("Code", "NotImplemented")
+            if not condition or code != "NotImplemented":
                 raise
             self._client.put_object(Body=data, **target)  # an older boto3, or a server without conditions
 
@@ -2929,7 +2912,7 @@ class GCSStorage(CloudStorage):
                 error, self._auth_errors.TransportError):
             return ReadError("%s cannot be used: %s." % (self.url, reason))
         if isinstance(code, int) and code < 500 and code not in (408, 429):
-            return ReadError("%s refuses: %s." % (name, reason))
+            return ReadError("The server refused a request for %s: %s." % (name, reason))
         module = type(error).__module__.split(".")[0]
         if isinstance(error, OSError) or module in ("google", "requests", "urllib3", "http"):
             return Unreachable("%s cannot be reached: %s." % (self.url, reason))
@@ -9061,7 +9044,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
 
 def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[str] = ()) -> List[Row]:
     """The rows that satisfy all filters; a warning for each name in these, or in names, that no experiment has."""
-    named = dict.fromkeys([name for tree in filters for name in tree.names()] + list(names))
+    named = dict.fromkeys([name for tree in filters for name in tree.names] + list(names))
     if rows and not all(name in FIELDS or name in LABELS for name in named):
         known = known_names(rows)
         for name in named:
