@@ -1521,9 +1521,9 @@ class Comparison:
 
 FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <operator> is one of
   =  !=  <  <=  >  >=    equal, not equal, less, greater
-  ~                      a regular expression is found in it
-  in [a, b]              it is one of these
-Several can be joined with and, or, not and parentheses."""
+  ~                      contains a match of the regular expression
+  in [a, b]              is one of these values
+Join several with and, or, not and parentheses."""
 
 
 def parse_filter(text: str) -> Filter:
@@ -1555,7 +1555,7 @@ class FilterParser:
         matches = self.either()
         self.take(r"\s*")
         if self.position < len(self.text):
-            self.fail("there is an unexpected %r" % self.text[self.position])
+            self.fail("unexpected %r" % self.text[self.position])
         return Filter(self.names, matches)
 
     def either(self) -> Callable[[Row], bool]:
@@ -1599,7 +1599,7 @@ class FilterParser:
         """comparison := name operator value"""
         head = self.match(self.HEAD)
         if head is None:
-            self.fail("a name and an operator are expected")
+            self.fail("expected a name and an operator")
         name = next(part for part in head.groups()[:3] if part is not None)
         operator = head.group(4) or head.group(5)
         if not name:
@@ -1626,7 +1626,7 @@ class FilterParser:
             text = self.text[start + 1:self.position - 1]
             self.take(r"\s*")
             if not (self.match(r"\)|\Z") or self.at_joint()):
-                self.fail("there is something after the closing quote")
+                self.fail("there is text after the closing quote")
             return text, True
         nesting = 0
         while self.position < len(self.text):
@@ -1659,7 +1659,7 @@ class FilterParser:
             try:
                 return re.compile(text)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError("the regular expression is wrong: %s" % error) from error
+                raise ValueError("the regular expression is invalid: %s" % error) from error
         if operator == "in":
             items = read_list(text)
             return [str(item) for item in items] if name in TEXT_FIELDS else items
@@ -1712,10 +1712,10 @@ def read_list(text: str) -> List[Any]:
     if isinstance(value, list):
         return value
     if not text.endswith("]"):
-        raise ValueError("a list is written [a, b]")
+        raise ValueError("write a list as [a, b]")
     items = [item.strip() for item in text[1:-1].split(",")]
     if not all(items):
-        raise ValueError("an item of the list is missing")
+        raise ValueError("the list has an empty item")
     return [item[1:-1] if item[0] in "\"'" and item[-1] == item[0] and len(item) > 1 else read_value(item)
             for item in items]
 
@@ -1792,7 +1792,7 @@ def _in_utc(naive: datetime.datetime, zone: Optional[str]) -> datetime.datetime:
     for moment in (local, naive.replace(fold=1).astimezone()):
         if zone in (None, moment.tzname()):
             return moment.astimezone(datetime.timezone.utc)
-    raise ValueError("the time zone %s is not known; write an offset such as +02:00" % zone)
+    raise ValueError("unknown time zone %s; write an offset such as +02:00" % zone)
 
 
 def parse_sort(key: str) -> Tuple[str, bool]:
@@ -1824,10 +1824,9 @@ def sort_rows(rows: List[Row], name: str, descending: bool) -> List[Row]:
 class Location:
     """Where a project and its repository are."""
 
-    def __init__(self, directory: str, url: Optional[str], is_default: bool = False) -> None:
-        self.directory = directory    # absolute path of the project directory
-        self.url = url                # repository URL, with an absolute path if file://; None: no repository yet
-        self.is_default = is_default  # the repository is the default one, .replicate/storage
+    def __init__(self, directory: str, url: Optional[str]) -> None:
+        self.directory = directory  # absolute path of the project directory
+        self.url = url              # repository URL, with an absolute path if file://; None: no repository yet
 
 
 def find_location(repository: Optional[str] = None, directory: Optional[str] = None) -> Location:
@@ -1840,16 +1839,16 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
         raise ConfigNotFound("There is no directory %s." % directory)
     start = os.path.abspath(directory or os.getcwd())
     found = _search_upward(start, CONFIG_NAMES + (DEFAULT_STORAGE,), 1 if directory else CONFIG_SEARCH_DEPTH)
-    is_default = found is None or found.endswith(os.sep + DEFAULT_STORAGE)
-    project = start if found is None else os.path.dirname(found)
-    if found and is_default:
+    is_default = found is not None and found.endswith(os.sep + DEFAULT_STORAGE)
+    project = os.path.dirname(found) if found else start
+    if is_default:
         project = os.path.dirname(project)
     typed = repository or os.environ.get("REPLICATE_REPOSITORY")
     if typed:
         return Location(project, absolute_url(typed, os.getcwd()))
-    if found and not is_default:
-        return Location(project, absolute_url(read_config(found), project))
-    return Location(project, "file://" + found if found else None, is_default=True)
+    if found is None:
+        return Location(project, None)
+    return Location(project, "file://" + found if is_default else absolute_url(read_config(found), project))
 
 
 def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional[str]:
@@ -3012,7 +3011,7 @@ def http_date_skew(date: Optional[str]) -> float:
         return 0.0
 
 
-BACKENDS: Dict[str, Callable[[str], Storage]] = {"file": DiskStorage, "s3": S3Storage, "gs": GCSStorage}
+BACKENDS: Dict[str, Callable[[str], Storage]] = {kind.scheme: kind for kind in (DiskStorage, S3Storage, GCSStorage)}
 
 
 # ------------------------------------------------------------------------------------------------------------------

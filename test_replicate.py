@@ -1206,7 +1206,7 @@ def test_the_configuration_is_searched_upward(project, monkeypatch, name):
     below.mkdir(parents=True)
     monkeypatch.chdir(below)
     location = replicate.find_location()
-    assert (location.directory, location.url, location.is_default) == (str(project), "file://%s/here" % project, False)
+    assert (location.directory, location.url) == (str(project), "file://%s/here" % project)
     (project / "a" / "replicate.yaml").write_text("repository: file:///elsewhere\n")
     location = replicate.find_location()
     assert (location.directory, location.url) == (str(project / "a"), "file:///elsewhere")
@@ -1225,7 +1225,7 @@ def test_the_nearest_of_a_configuration_and_an_embedded_repository_is_used(tmp_p
     monkeypatch.chdir(root / "a/b/c")
     location = replicate.find_location()
     directory = str(root / {"config": config, "storage": storage, "default": "a/b/c"}[wanted])
-    assert (location.directory, location.is_default) == (directory, wanted != "config")
+    assert location.directory == directory
     assert location.url == {"config": "file://%s/mine" % directory, "storage": "file://%s/.replicate/storage" % directory,
                             "default": None}[wanted]
 
