@@ -123,7 +123,7 @@ class DoesNotExist(ReplicateError):
 
 
 class ConfigNotFound(ReplicateError):
-    """There is no replicate.yaml and no repository here."""
+    """There is no project here: neither a replicate.yaml nor a repository."""
 
 
 class ReadError(ReplicateError):
@@ -261,9 +261,10 @@ class Progress:
         """Count amount more bytes."""
         self.done += amount
         if self._active:
-            share = " of %s (%d %%)" % (format_size(self.total), min(100, 100 * self.done // self.total)
-                                        ) if self.total else ""
-            self.show("%s: %s%s" % (self.label, format_size(self.done), share))
+            text = "%s: %s" % (self.label, format_size(self.done))
+            if self.total:
+                text += " of %s (%d %%)" % (format_size(self.total), min(100, 100 * self.done // self.total))
+            self.show(text)
 
     def show(self, text: str) -> None:
         """Show text as the line, unless it was updated less than INTERVAL ago."""
@@ -401,7 +402,7 @@ def name_of(value: Any) -> Optional[str]:
     import types
     if isinstance(value, enum.Enum) and not isinstance(value, (int, float, str)):
         return value.name
-    if isinstance(value, (type, types.ModuleType)) or (callable(value) and hasattr(value, "__name__")):
+    if isinstance(value, types.ModuleType) or (callable(value) and hasattr(value, "__name__")):
         return str(value.__name__)
     kinds = {kind.__name__.lower() for kind in type(value).__mro__}
     return str(value) if kinds & {"dtype", "device", "date", "time", "timedelta"} else None
@@ -1297,7 +1298,7 @@ class Row:
         return name in LABELS and name not in self.metrics and name not in self.params
 
     def alternatives(self, name: str) -> List[Any]:
-        """All values that a filter may match: each tag, say; an experiment that ended also counts as "stopped"."""
+        """The values that a filter may match, such as all tags; an experiment that has ended is also "stopped"."""
         if name == "status":
             return [self.status] if self.status in ("running", "stopped") else [self.status, "stopped"]
         if self.is_label(name):
@@ -1955,16 +1956,17 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
     which does not wait. If no thread can start (the interpreter is shutting down), the caller does the work.
     """
     from collections import deque
+    from concurrent.futures import Future
     from queue import SimpleQueue
     tasks: Any = SimpleQueue()
     ending = False
 
     def work() -> None:
-        for item, answer in iter(tasks.get, None):
+        for item, future in iter(tasks.get, None):
             try:
-                answer.put((None if ending else function(item), None))
-            except BaseException as error:  # next_result() raises it again
-                answer.put((None, error))
+                future.set_result(None if ending else function(item))
+            except BaseException as error:
+                future.set_exception(error)
 
     started = 0
     for _ in range(count or min(os.cpu_count() or 1, 8)):
@@ -1977,22 +1979,16 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
         yield from map(function, items)
         return
     waiting: Any = deque()
-
-    def next_result() -> Any:
-        result, error = waiting[0].get()
-        waiting.popleft()
-        if error is not None:
-            raise error
-        return result
-
     try:
         for item in items:
-            waiting.append(SimpleQueue())
+            waiting.append(Future())
             tasks.put((item, waiting[-1]))
             if len(waiting) >= 2 * started:
-                yield next_result()
+                yield waiting[0].result()
+                waiting.popleft()
         while waiting:
-            yield next_result()
+            yield waiting[0].result()
+            waiting.popleft()
     except KeyboardInterrupt:
         waiting.clear()
         raise
@@ -2000,8 +1996,8 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
         ending = True
         for _ in range(started):
             tasks.put(None)
-        for answer in waiting:
-            answer.get()
+        for future in waiting:
+            future.exception()  # waits until it is done
 
 
 class Entry:
@@ -2030,9 +2026,9 @@ class Storage:
     clock_skew = 0.0      # seconds by which the storage's clock is ahead of ours
 
     deadline: Optional[float] = None
-    """Set it, to time.monotonic() + 10, say, when the process has to end. From then on no request is retried or waits
-    more than 3 seconds for the server, and requests in the last 3 seconds fail at once with Unreachable. A request that
-    another thread has started may take longer: do not wait for it beyond the deadline."""
+    """Set it when the process has to end, for example to time.monotonic() + 10. From then on no request is retried or
+    waits more than 3 seconds for the server, and requests in the last 3 seconds fail at once with Unreachable. A request
+    that another thread has started may take longer: do not wait for it beyond the deadline."""
 
     def prepare(self) -> None:
         """Create the directory or bucket if it is missing, and check that we may write. Recording starts with it."""
