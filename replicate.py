@@ -13,25 +13,25 @@ In a training script::
 
 On the command line: ``python replicate.py ls`` (then ``show``, ``diff``, ``plot``, ``report``, ``checkout``, ``help``).
 
-Sections, each of which depends only on those above it:
+The file has twelve sections; each builds on the ones above it:
 
-     0  imports and constants             6  archives: ignore rules, pack, unpack
+     0  imports and constants             6  archives: ignore rules, packing, unpacking
      1  errors and the console            7  repository: documents, journals, rows, checkout
      2  values: JSON, times, short forms  8  recorder: journal, uploads, signals
      3  model: Experiment, lists, plots   9  library: Project, init, experiments, callbacks
      4  filters and sorting              10  rendering: tables, show, diff, curves, report (data in, text out)
      5  configuration, threads, storage  11  commands, parser, main
 
-Seven journeys lead through them:
+To follow one task through the code, read in this order:
 
-    record      create_experiment() or resume_experiment() [9], Recorder: checkpoint() packs files [6] and appends to a
-                journal, a thread folds that into the document, another compresses, and uploads to a bucket [8]
-    list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
-    show, diff  the commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment(),
+    record      init(), create_experiment() [9]; Recorder.checkpoint() packs the files [6] and appends to a journal [8]; in
+                the background, threads fold the journal into the document, compress archives and upload to buckets [8]
+    list        print_list() [11], Repository.rows() and its cache [7], filters and sorting [4], render_list() [10]
+    show, diff  their commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment() and
                 render_diff() [10]
-    plot,       plot_command(), report_command() [11], Experiment [3], render_plot(), report_data() and render_report() [10]
-    report
-    keep        prune_command(), verify_command() [11], prunable() [3], Pruning, Usage, Verification [7]; Recorder._prune() [8]
+    plot        plot_command() [11], Experiment [3], render_plot() [10]
+    report      report_command() [11], report_data() and render_report() [10]
+    clean up    prune_command(), verify_command() [11], prunable() [3], Pruning, Usage and Verification [7]
     check out   checkout_command() [11], Project.checkout() [9], Checkout [7], Archive and TarReader [6]
     push        push_command() [11], send_abandoned() and send_experiment() [8], Storage [5]
 """
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
-    Column = Tuple[str, Sequence[str]]  # of a table: a title, and for each row a cell of one or more lines
+    Column = Tuple[str, Sequence[str]]  # a table column: its title, and one cell (of one or more lines) per row
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
 
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------------------------
 
 class _LazyModule:
-    """A standard library module, imported when it is first used: most commands need few of them."""
+    """A standard library module that is imported on first use: most commands need only a few."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -93,8 +93,8 @@ __all__ = ["init", "experiments", "keras_callback", "lightning_callback", "trans
            "ReadError", "WriteError", "RepositoryConfigurationError", "IncompatibleRepositoryVersion",
            "CorruptedRepositorySpec"]
 
-HEARTBEAT_INTERVAL = 10.0        # seconds between two heartbeats of a running experiment
-HEARTBEAT_TIMEOUT = 30.0         # seconds after which a silent experiment counts as stopped
+HEARTBEAT_INTERVAL = 10.0        # seconds between heartbeats of a running experiment
+HEARTBEAT_TIMEOUT = 30.0         # seconds without a heartbeat before an experiment counts as stopped
 CONFIG_NAMES = ("replicate.yaml", "replicate.yml", "keepsake.yaml", "keepsake.yml")
 IGNORE_NAMES = (".replicateignore", ".keepsakeignore")
 CONFIG_SEARCH_DEPTH = 100        # directories
@@ -103,11 +103,11 @@ REPOSITORY_VERSION = 1
 MAX_INT_BITS = 1000
 MAX_NESTING = 50                 # levels of lists and objects in a param or metric
 SHORT_ID = 7                     # hex digits
-LARGE_CODE_BYTES = 1 << 30       # what init() may save before it warns
-LOW_DISK_BYTES = 1 << 30
-COPY_BYTES = 4 << 20             # read and written at a time
-ANALYTICS_URL = ""               # no collection server: nothing is sent unless REPLICATE_ANALYTICS_URL names one
-FEEDBACK_URL = ""                # likewise, REPLICATE_FEEDBACK_URL
+LARGE_CODE_BYTES = 1 << 30       # init() warns when it saves more
+LOW_DISK_BYTES = 1 << 30         # recording warns when less is free
+COPY_BYTES = 4 << 20             # per read and write
+ANALYTICS_URL = ""               # no server of our own: REPLICATE_ANALYTICS_URL names one
+FEEDBACK_URL = ""                # likewise: REPLICATE_FEEDBACK_URL
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ FEEDBACK_URL = ""                # likewise, REPLICATE_FEEDBACK_URL
 # ------------------------------------------------------------------------------------------------------------------
 
 class ReplicateError(Exception):
-    """The base class of all errors that Replicate raises; its text is one clear sentence for the user."""
+    """The base class of all errors that Replicate raises; the text is written for the user."""
 
 
 class DoesNotExist(ReplicateError):
@@ -123,7 +123,7 @@ class DoesNotExist(ReplicateError):
 
 
 class ConfigNotFound(ReplicateError):
-    """There is no replicate.yaml and no repository here."""
+    """There is no project here: neither a replicate.yaml nor a repository."""
 
 
 class ReadError(ReplicateError):
@@ -131,15 +131,15 @@ class ReadError(ReplicateError):
 
 
 class WriteError(ReplicateError):
-    """Something cannot be written; what was there before is unchanged."""
+    """Something cannot be written; any earlier version is intact."""
 
 
 class RepositoryConfigurationError(ReplicateError):
-    """The configuration does not name a usable repository."""
+    """The configuration is invalid or names no usable repository."""
 
 
 class IncompatibleRepositoryVersion(ReplicateError):
-    """A newer version of Replicate wrote the repository, in a newer format."""
+    """The repository is in the format of a newer version of Replicate."""
 
 
 class CorruptedRepositorySpec(ReplicateError):
@@ -151,27 +151,27 @@ class UsageError(ReplicateError):
 
 
 class Console:
-    """Messages for people, on stderr. Data goes to stdout, by way of say()."""
+    """Prints messages for people to stderr. Data goes to stdout, through say()."""
 
     COLORS = {"info": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "bold": "\x1b[1m", "faint": "\x1b[2m",
               "heading": "\x1b[1;4m", "added": "\x1b[32m", "removed": "\x1b[31m", "hunk": "\x1b[36m",
               **{"curve %d" % number: "\x1b[%dm" % code for number, code in enumerate((36, 33, 35, 32, 34, 31))}}
 
     def __init__(self) -> None:
-        self.color: Optional[bool] = None  # None: ask the terminal and NO_COLOR
+        self.color: Optional[bool] = None  # None: decide by NO_COLOR
         self.verbose = False
 
     def colored(self, text: str, style: str, stream: TextIO) -> str:
-        """text in that style, if stream shows colours."""
+        """text in that style if stream shows colors, or else plain."""
         return "%s%s\x1b[0m" % (self.COLORS[style], text) if self.uses_color(stream) else text
 
     def uses_color(self, stream: TextIO) -> bool:
-        """Whether stream shows colours."""
+        """Whether stream shows colors."""
         wanted = self.color if self.color is not None else not os.environ.get("NO_COLOR")
         return wanted and is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
     def info(self, message: str) -> None:
-        """Print a message; lines after the first are continuation lines."""
+        """Print a message, which may have several lines."""
         self._say(message, "info")
 
     def warning(self, message: str) -> None:
@@ -183,7 +183,7 @@ class Console:
         self._say(message, "error")
 
     def debug(self, message: str) -> None:
-        """Print a message with -v only."""
+        """Print a message if -v is given."""
         if self.verbose:
             self._say(message, "info")
 
@@ -194,12 +194,12 @@ class Console:
 
 
 def write_text(stream: Optional[TextIO], text: str) -> None:
-    """Write text in whatever encoding the stream has. Raises OSError, ValueError, but not for stderr."""
+    """Write text, escaping what the stream's encoding lacks. Raises OSError or ValueError, but never for stderr."""
     if stream is None:
         return
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        if not can_encode(stream, text):  # writing it would not tell: stderr escapes what it cannot encode
+        if not can_encode(stream, text):  # check first: stderr raises nothing and escapes the frame, too
             plain = text.replace("═══╡", "===|").replace("   │", "   |")
             text = plain.encode(encoding, "backslashreplace").decode(encoding)
         stream.write(text)
@@ -218,7 +218,7 @@ def is_terminal(stream: Optional[TextIO]) -> bool:
 
 
 def can_encode(stream: Optional[TextIO], text: str) -> bool:
-    """Whether the encoding of stream has these characters."""
+    """Whether the stream's encoding has all characters of text."""
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")
         return True
@@ -227,7 +227,7 @@ def can_encode(stream: Optional[TextIO], text: str) -> bool:
 
 
 def terminal_width(stream: Optional[TextIO]) -> Optional[int]:
-    """The number of columns of the terminal that stream is; None where it is none."""
+    """The width of the terminal in columns, or None if stream is not a terminal."""
     return shutil.get_terminal_size().columns if is_terminal(stream) else None
 
 
@@ -239,17 +239,17 @@ _CONTROL = ("\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u20
 
 
 def escape_control(text: str) -> str:
-    """text with everything that could steer a terminal or reorder a line escaped (\\n, \\x1b, \\u202e)."""
+    """text with every character escaped that could control a terminal or reorder a line (\\n, \\x1b, \\u202e)."""
     if text.isascii() and text.isprintable():
         return text
     return re.sub("[%s]" % _CONTROL, lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class Progress:
-    """One line on the terminal that counts bytes; nothing in a pipe, and nothing for quick work."""
+    """A progress line on the terminal that counts bytes; silent in a pipe and for quick work."""
 
     DELAY = 0.5     # seconds before the line appears
-    INTERVAL = 0.1  # seconds between two updates
+    INTERVAL = 0.1  # seconds between updates
 
     def __init__(self, label: str, total: int, quiet: bool = False) -> None:
         self.label, self.total, self.done = label, total, 0
@@ -258,15 +258,16 @@ class Progress:
         self._shown = False
 
     def add(self, amount: int) -> None:
-        """Count that many more bytes."""
+        """Count amount more bytes."""
         self.done += amount
         if self._active:
-            share = " of %s (%d %%)" % (format_size(self.total), min(100, 100 * self.done // self.total)
-                                        ) if self.total else ""
-            self.show("%s: %s%s" % (self.label, format_size(self.done), share))
+            text = "%s: %s" % (self.label, format_size(self.done))
+            if self.total:
+                text += " of %s (%d %%)" % (format_size(self.total), min(100, 100 * self.done // self.total))
+            self.show(text)
 
     def show(self, text: str) -> None:
-        """Replace the line, unless it has just changed."""
+        """Show text as the line, unless it was updated less than INTERVAL ago."""
         if self._active and time.monotonic() >= self._next:
             self._next = time.monotonic() + self.INTERVAL
             self._shown = True
@@ -281,9 +282,9 @@ class Progress:
 
 
 def confirm(message: str, question: str, otherwise: str) -> None:
-    """Show message and ask the question; raises ReplicateError unless the answer is yes.
+    """Show message and ask question; raises ReplicateError unless the answer is yes.
 
-    otherwise tells how to do it without a terminal.
+    otherwise: what to do without a terminal to ask on.
     """
     if not is_terminal(sys.stdin):
         raise ReplicateError("%s\nNothing was changed. %s" % (message, otherwise))
@@ -297,7 +298,7 @@ def confirm(message: str, question: str, otherwise: str) -> None:
 
 
 def program_name() -> str:
-    """The command that runs this file, ready to paste; `replicate` where it is installed."""
+    """The command that runs this file, ready to paste: `replicate` if installed, or else `python3 replicate.py`."""
     program = sys.argv[0] if __name__ == "__main__" else os.path.relpath(__file__)
     if os.path.basename(os.path.dirname(os.path.abspath(program))) in ("bin", "Scripts", "site-packages", "dist-packages"):
         return "replicate"
@@ -321,30 +322,29 @@ TIMESTAMP = r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\
 def plain_value(value: Any, where: str = "value") -> Any:
     """value as str, int, float, bool, None, list or dict.
 
-    Scalars and arrays of numpy, torch, tensorflow and jax are known by their methods, so that no library is imported.
-    Raises TypeError, naming `where`, for anything else.
+    Recognizes scalars and arrays of numpy, torch, tensorflow and jax by their methods, without importing the libraries.
+    Raises TypeError, which names `where`, for anything that cannot be stored.
     """
     if value is None or type(value) in (str, float, bool):
         return value
-    if type(value) is int:
+    if isinstance(value, int):
         if value.bit_length() > MAX_INT_BITS:
             raise TypeError("%s is a number of %d bits: at most %d can be stored" % (where, value.bit_length(),
                                                                                     MAX_INT_BITS))
-        return value
-    if hasattr(value, "tolist") and callable(value.tolist):          # numpy, torch, jax
-        plain = value.tolist()
-        return float(plain) if type(plain) is type(value) else plain_value(plain, where)  # a numpy.longdouble stays one
-    if hasattr(value, "numpy") and callable(value.numpy):            # tensorflow
-        return plain_value(value.numpy(), where)
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
-            return plain_value(kind(value), where)
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, str):
         return str.__str__(value)
+    if hasattr(value, "tolist") and callable(value.tolist):          # numpy, torch, jax
+        plain = value.tolist()
+        return float(plain) if type(plain) is type(value) else plain_value(plain, where)  # tolist() keeps a longdouble
+    if hasattr(value, "numpy") and callable(value.numpy):            # tensorflow
+        return plain_value(value.numpy(), where)
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int, float, bool)):
-                raise TypeError("%s has a key that is no string: %r" % (where, key))
+                raise TypeError("%s has a key that is not a string: %r" % (where, key))
         return {str(key): plain_value(item, "%s[%r]" % (where, key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_value(item, where) for item in value]
@@ -357,10 +357,10 @@ def plain_value(value: Any, where: str = "value") -> Any:
 
 
 def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
-    """value as a plain value, whatever it is: the fields of an object that is like a dict, a sorted set, the name of a
-    function. What has no such form becomes text, and its place is added to `unknown`.
+    """value as a plain value, whatever its type: a dict-like object becomes a dict, a set a sorted list, a function its
+    name. Anything without such a form becomes text, and its place is added to `unknown`.
 
-    Raises RecursionError for an object that holds itself.
+    Raises RecursionError for an object that contains itself.
     """
     from collections import abc
     try:
@@ -376,13 +376,13 @@ def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
         return plain_value(value, where) if name is None else name
     except RecursionError:
         raise
-    except Exception:  # plain_value() does not know it, or it fails when somebody looks at it
+    except Exception:  # plain_value() refuses it, or its own methods fail
         unknown.append("%s (%s)" % (where, type(value).__name__))
         return text_of(value)
 
 
 def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
-    """The items of a mapping, or the fields of a dataclass object or namespace (shallow); None for any other object."""
+    """The items of a mapping, or the fields of a dataclass instance or namespace (not nested ones); None otherwise."""
     import types
     from collections.abc import Mapping
     kind = type(value)
@@ -397,24 +397,24 @@ def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
 
 
 def name_of(value: Any) -> Optional[str]:
-    """The name of an Enum member, function, class, module or dtype; None for any other object."""
+    """The name of an Enum member, function, class or module, or the text of a dtype, device or time; None otherwise."""
     import enum
     import types
     if isinstance(value, enum.Enum) and not isinstance(value, (int, float, str)):
         return value.name
-    if isinstance(value, (type, types.ModuleType)) or (callable(value) and hasattr(value, "__name__")):
+    if isinstance(value, types.ModuleType) or (callable(value) and hasattr(value, "__name__")):
         return str(value.__name__)
-    known = {kind.__name__.lower() for kind in type(value).__mro__}
-    return str(value) if known & {"dtype", "device", "date", "time", "timedelta"} else None
+    kinds = {kind.__name__.lower() for kind in type(value).__mro__}
+    return str(value) if kinds & {"dtype", "device", "date", "time", "timedelta"} else None
 
 
 def key_text(key: Any) -> str:
-    """The key of a mapping as the name of a param."""
+    """A mapping's key as a param's name."""
     return str.__str__(key) if isinstance(key, str) else name_of(key) or text_of(key)
 
 
 def text_of(value: Any) -> str:
-    """str(value) without memory addresses, at most 1,000 characters; for an object that fails at that, its type."""
+    """str(value) without memory addresses, cut to 1,000 characters; the type if str() fails."""
     try:
         text = str(value)
     except Exception:
@@ -424,7 +424,7 @@ def text_of(value: Any) -> str:
 
 
 def pack_floats(value: Any) -> Any:
-    """A plain value whose NaN and infinities are the strings that the repository format has for them."""
+    """A plain value with NaN and the infinities replaced by their strings in the repository format."""
     if isinstance(value, float):
         if value != value:
             return "[NaN]"
@@ -435,7 +435,7 @@ def pack_floats(value: Any) -> Any:
 
 
 def unpack_floats(value: Any) -> Any:
-    """The inverse of pack_floats."""
+    """The inverse of pack_floats()."""
     kind = type(value)
     if kind is str:
         return NON_FINITE.get(value, value) if value[:1] == "[" else value
@@ -445,12 +445,12 @@ def unpack_floats(value: Any) -> Any:
 
 
 def json_text(value: Any, indent: Optional[int]) -> str:
-    """value as JSON, on one line without an indent; NaN and the infinities packed."""
+    """value as JSON, on one line if indent is None; NaN and the infinities are packed."""
     settings: Dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "indent": indent,
                                 "separators": (",", ":" if indent is None else ": ")}
     try:
         return json.dumps(value, **settings)
-    except ValueError:  # somebody's document holds 1e999, which reads as infinity
+    except ValueError:  # NaN or infinity: in a document, 1e999 is read as infinity
         return json.dumps(pack_floats(value), **settings)
 
 
@@ -460,7 +460,7 @@ def encode_json(value: Any, indent: Optional[int] = 1) -> bytes:
 
 
 def decode_json(data: bytes, where: str) -> Any:
-    """Parse untrusted JSON; raises ReadError naming `where`."""
+    """Parse untrusted JSON. Raises ReadError, which names `where`."""
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -472,7 +472,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def shown_json(value: Any) -> str:
-    """JSON to print, indented by two: every character that could steer a terminal is a JSON escape."""
+    """JSON to print, indented by two; characters that could control a terminal are JSON escapes."""
     text = json_text(value, 2)
     if text.isascii() and "\x7f" not in text:  # json.dumps escapes the ASCII controls itself
         return text
@@ -480,7 +480,7 @@ def shown_json(value: Any) -> str:
 
 
 def short_reason(error: BaseException) -> str:
-    """The reason of an exception as part of a sentence."""
+    """Why it failed, as part of a sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
@@ -488,17 +488,17 @@ def short_reason(error: BaseException) -> str:
 
 
 def new_id() -> str:
-    """64 hex digits from the system's random source."""
+    """A new ID: 64 hex digits from the system's random source."""
     return os.urandom(32).hex()
 
 
 def is_id(text: Any) -> bool:
-    """Whether text may become part of a path or key: 1 to 128 lower-case hex digits."""
+    """Whether text is safe as part of a path or key: 1 to 128 lower-case hex digits."""
     return isinstance(text, str) and 0 < len(text) <= 128 and not text.strip("0123456789abcdef")
 
 
 def timestamp(seconds: Optional[float] = None) -> str:
-    """An RFC 3339 UTC time with microseconds; now by default."""
+    """A time (default: now) in RFC 3339 form, UTC, with microseconds."""
     seconds = time.time() if seconds is None else seconds
     whole = int(seconds)
     return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(whole)[:6] + ".%06dZ" % ((seconds - whole) * 1e6)
@@ -512,19 +512,18 @@ def parse_time(text: str) -> datetime.datetime:
     if match is None:
         raise ValueError("not an RFC 3339 time: %r" % text)
     day, clock, fraction, zone = match.groups()
-    value = datetime.datetime(int(day[:4]), int(day[5:7]), int(day[8:]), int(clock[:2]), int(clock[3:5]),
-                              int(clock[6:]), int((fraction or "0").ljust(6, "0")[:6]), datetime.timezone.utc)
+    value = datetime.datetime.fromisoformat("%s %s.%s+00:00" % (day, clock, (fraction or "").ljust(6, "0")[:6]))
     if zone in "Zz":
         return value
-    minutes = int(zone[1:3]) * 60 + int(zone[4:])
+    offset = datetime.timedelta(hours=int(zone[:3]), minutes=int(zone[0] + zone[4:]))
     try:
-        return value - datetime.timedelta(minutes=minutes if zone[0] == "+" else -minutes)
+        return value - offset
     except OverflowError as error:
         raise ValueError("a time outside the years 1 to 9999: %r" % text) from error
 
 
 def is_time(text: str) -> bool:
-    """Whether parse_time() reads it."""
+    """Whether parse_time() accepts text."""
     try:
         return bool(parse_time(text))
     except ValueError:
@@ -542,31 +541,26 @@ def local_time(moment: datetime.datetime) -> datetime.datetime:
 def canonical_time(text: str) -> str:
     """A valid time as text that sorts by time: UTC, always with 9 fractional digits."""
     if text[-1] != "Z" or text[10] != "T":
-        match = re.fullmatch(TIMESTAMP, text, re.ASCII)
-        fraction = match.group(3) if match and match.group(3) else ""
-        moment = parse_time(text)
-        text = "%04d-%02d-%02dT%02d:%02d:%02d.%sZ" % (moment.timetuple()[:6] + (fraction,))
+        fraction = re.fullmatch(TIMESTAMP, text, re.ASCII).group(3) or ""
+        text = "%04d-%02d-%02dT%02d:%02d:%02d.%sZ" % (parse_time(text).timetuple()[:6] + (fraction,))
     return text[:19] + "." + text[20:-1].ljust(9, "0")
 
 
-RELATIVE_UNITS = ((1, "about a second", "%d seconds"), (60, "about a minute", "%d minutes"),
-                  (3600, "about an hour", "%d hours"), (86400, "one day", "%d days"))
+# Each unit is used for times shorter than the limit, where its count would round up to one of the next unit.
+RELATIVE_UNITS = (  # (limit and unit in seconds, text for one, text for several)
+    (59.5, 1, "about a second", "%d seconds"), (59.5 * 60, 60, "about a minute", "%d minutes"),
+    (23.5 * 3600, 3600, "about an hour", "%d hours"), (73 * 3600, 86400, "one day", "%d days"))
 
 
 def relative_time(moment: datetime.datetime, now: datetime.datetime) -> str:
-    """'2 minutes ago'; the local date past 73 hours."""
+    """'2 minutes ago'; from 73 hours on, the local date."""
     seconds = (now - moment).total_seconds()
-    distance = abs(seconds)
-    if distance >= 73 * 3600:
-        return "%04d-%02d-%02d" % local_time(moment).timetuple()[:3]
-    text = RELATIVE_UNITS[0][1]
-    for index, (unit, one, many) in enumerate(RELATIVE_UNITS):
-        count = int(distance / unit + 0.5)
-        following = RELATIVE_UNITS[index + 1][0] if index + 1 < len(RELATIVE_UNITS) else None
-        if following is None or (distance < following and count < following // unit):
-            text = text if not count else one if count == 1 else many % count
-            break
-    return text + " ago" if seconds > -0.5 else "in " + text
+    for limit, unit, one, several in RELATIVE_UNITS:
+        if abs(seconds) < limit:
+            count = int(abs(seconds) / unit + 0.5)
+            text = several % count if count > 1 else one
+            return text + " ago" if seconds > -0.5 else "in " + text
+    return "%04d-%02d-%02d" % local_time(moment).timetuple()[:3]
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -574,7 +568,7 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 
 
 def full_time(moment: datetime.datetime) -> str:
-    """'Mon, 02 Jan 2006 22:54:05 +08' in the local time zone, in English whatever the locale."""
+    """'Mon, 02 Jan 2006 22:54:05 +08' in the local time zone; English in every locale."""
     local = local_time(moment)
     return "%s, %02d %s %04d %s %s" % (DAYS[local.weekday()], local.day, MONTHS[local.month - 1], local.year,
                                        local.strftime("%H:%M:%S"), local.tzname())
@@ -584,7 +578,7 @@ CELL_CHARACTERS = 20
 
 
 def format_cell(value: Any) -> str:
-    """A param or metric as a table cell: at most 20 characters of a string, list or object, 5 significant digits."""
+    """A param or metric as a table cell: text cut to 20 characters, floats with 5 significant digits."""
     kind = type(value)
     if kind is float:
         if value != value:
@@ -599,21 +593,23 @@ def format_cell(value: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A param or metric in full, safe to print: strings as they are, everything else as JSON (floats: NaN, 2 for 2.0)."""
+    """A param or metric in full, safe to print: strings unquoted, floats as NaN or 2 (for 2.0), the rest as JSON."""
     return escape_control(value_text(value))
 
 
 def value_text(value: Any) -> str:
-    """format_value() with control characters as they are."""
+    """format_value() without escaping control characters."""
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and (value - value != 0 or (value.is_integer() and abs(value) < 1e15)):
-        return format_cell(value) if value - value != 0 else "%d" % value
+    if isinstance(value, float) and value - value != 0:  # NaN or infinite
+        return format_cell(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return "%d" % value
     return json_text(value, None)
 
 
 def format_size(count: float) -> str:
-    """A number of bytes for people: '1.5 GB' (powers of 1000)."""
+    """A number of bytes as text: '1.5 GB' (powers of 1000)."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return ("%d %s" if unit == "bytes" else "%.1f %s") % (count, unit)
@@ -627,7 +623,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """' Did you mean X?' for the closest of names, or nothing."""
+    """' Did you mean X?' with the closest of names, or '' if none is close."""
     close = difflib.get_close_matches(name, list(names), 1)
     return " Did you mean %r?" % close[0] if close else ""
 
@@ -636,7 +632,7 @@ KIND_RANK = {bool: 1, int: 0, float: 0, str: 2, list: 3, dict: 4}
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Equality by kind: 1 = 1.0, true is no 1, NaN is NaN."""
+    """Whether two values are equal and of one kind: 1 is 1.0, true is not 1, NaN is NaN."""
     kind = type(left)
     if KIND_RANK.get(kind) != KIND_RANK.get(type(right)):
         return False
@@ -648,15 +644,15 @@ def same_value(left: Any, right: Any) -> bool:
 
 
 def sort_key(value: Any) -> Tuple[int, Any]:
-    """A key under which values of any kinds sort: numbers, booleans, strings, then the rest as JSON."""
+    """A sort key for values of mixed kinds: numbers, booleans, strings, then the rest as JSON."""
     rank = KIND_RANK.get(type(value), 5)
     return (rank, value if rank < 3 else json.dumps(pack_floats(value), sort_keys=True))
 
 
 def flat_params(params: Dict[str, Any]) -> Dict[str, Any]:
-    """Nested params by dotted name: {"model": {"depth": 2}} has model.depth, also if it is written {"model.depth": 2}.
+    """Nested params by dotted name: {"model": {"depth": 2}} becomes {"model.depth": 2}.
 
-    Lists and empty objects are values.
+    Lists and empty dicts stay as they are. On a clash, a name that was given with its dots wins.
     """
     nested = {name: value for name, value in params.items() if type(value) is dict and value}
     if not nested:
@@ -671,17 +667,33 @@ def flat_params(params: Dict[str, Any]) -> Dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------
 
 def _stored(key: str, doc: str) -> property:
-    """A property that reads one key of the stored document; the peer's "" is None."""
+    """A property that reads one key of the stored document; "", which the peer writes for null, becomes None."""
     return property(lambda self: self._document.get(key) or None, doc=doc)
 
 
-class Checkpoint:
-    """A version of an experiment's outputs at one step: files and metrics."""
+class _Stored:
+    """What experiments and checkpoints share."""
 
-    __slots__ = ("_document", "_experiment")
+    __slots__ = ("_document",)
 
     id = _stored("id", "64 hex digits.")
-    path = _stored("path", "What was saved, relative to the project directory; None: no files.")
+
+    @property
+    def created(self) -> datetime.datetime:
+        """When it was made (UTC); for an experiment, when it started."""
+        return parse_time(self._document["created"])
+
+    def short_id(self) -> str:
+        """The first 7 digits of the ID, as the command line shows it."""
+        return self.id[:SHORT_ID]
+
+
+class Checkpoint(_Stored):
+    """A version of an experiment's outputs at one step: files and metrics."""
+
+    __slots__ = ("_experiment",)
+
+    path = _stored("path", "The saved file or directory, relative to the project directory; None: no files.")
 
     def __init__(self, document: Dict[str, Any], experiment: Optional[Experiment] = None) -> None:
         self._document = document
@@ -692,13 +704,8 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """How far training had come; in the script's own unit."""
+        """How far training had come, in the script's own unit."""
         return self._document.get("step") or 0
-
-    @property
-    def created(self) -> datetime.datetime:
-        """When it was made (UTC)."""
-        return parse_time(self._document["created"])
 
     @property
     def metrics(self) -> Dict[str, Any]:
@@ -712,22 +719,18 @@ class Checkpoint:
 
     @property
     def pruned(self) -> Optional[str]:
-        """What was saved, where its files were removed and its metrics kept; None otherwise."""
+        """The path that was saved, if its files were pruned (the metrics stay); None otherwise."""
         return None if self.path else text_in(self._document, "pruned")
 
-    def short_id(self) -> str:
-        """The first 7 digits of the ID, as the command line shows it."""
-        return self.id[:SHORT_ID]
-
     def checkout(self, output_directory: str, quiet: bool = False) -> None:
-        """Copy the files of the experiment, then those of this checkpoint over them, into output_directory.
+        """Copy the experiment's files into output_directory, and this checkpoint's files over them.
 
-        Existing files are replaced. Raises DoesNotExist where the files are gone, WriteError, ReadError.
+        Existing files are replaced. Raises DoesNotExist if the files are gone, WriteError, ReadError.
         """
         self._attached().project.checkout(self._experiment, self, output_directory, quiet=quiet)
 
     def open(self, path: str) -> BinaryIO:
-        """The saved file at path (relative to the project directory), opened for reading in binary.
+        """Open the saved file at path (relative to the project directory) for reading in binary.
 
         Looks in the checkpoint, then in its experiment. Raises DoesNotExist, ReadError.
         """
@@ -735,11 +738,11 @@ class Checkpoint:
 
     def _attached(self) -> Experiment:
         if self._experiment is None:
-            raise DoesNotExist("Checkpoint %s belongs to no repository." % self.short_id())
+            raise DoesNotExist("Checkpoint %s is not in a repository." % self.short_id())
         return self._experiment
 
     def to_json(self) -> Dict[str, Any]:
-        """The checkpoint as stored."""
+        """The checkpoint as it is stored."""
         return self._document
 
     def _repr_html_(self) -> str:
@@ -749,7 +752,7 @@ class Checkpoint:
 
 
 class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
-    """Checkpoints, oldest first; slices stay such lists. `.metrics["loss"]` and `.step` are columns of it."""
+    """A list of checkpoints, oldest first, with the columns `.metrics["loss"]` and `.step`. A slice is one, too."""
 
     @property
     def step(self) -> List[int]:
@@ -758,20 +761,20 @@ class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
 
     @property
     def metrics(self) -> CheckpointMetrics:
-        """`.metrics["loss"]`: the value of that metric in each checkpoint, None where it has none."""
+        """`.metrics["loss"]` is the list of each checkpoint's value of that metric, None where it has none."""
         return CheckpointMetrics(self)
 
     def primary_metric(self) -> Optional[Dict[str, str]]:
-        """The primary metric of the first checkpoint that has one."""
+        """The primary metric of the first checkpoint that has one, or None."""
         return primary_of([checkpoint._document for checkpoint in self])
 
     def latest(self) -> Optional[Checkpoint]:
-        """The newest checkpoint by creation time."""
+        """The newest checkpoint by creation time, or None."""
         index = latest_index([checkpoint._document for checkpoint in self])
         return None if index is None else self[index]
 
     def best(self) -> Optional[Checkpoint]:
-        """The checkpoint with the best value of the primary metric; of equals the latest."""
+        """The checkpoint with the best value of the primary metric (the latest of equals), or None."""
         index = best_index([checkpoint._document for checkpoint in self])
         return None if index is None else self[index]
 
@@ -794,18 +797,20 @@ class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
 
 
 def primary_of(items: Sequence[Dict[str, Any]]) -> Optional[Dict[str, str]]:
-    """The primary metric of the first of these stored checkpoints that has one."""
+    """The primary metric of the first of these stored checkpoints that has one, or None."""
     return next((item["primary_metric"] for item in items if item.get("primary_metric")), None)
 
 
 def latest_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
-    """The position of the newest of these stored checkpoints; of equals the last."""
+    """The index of the newest of these stored checkpoints, the last of equals; None if there are none."""
     times = [canonical_time(item["created"]) for item in items]
     return len(times) - 1 - times[::-1].index(max(times)) if times else None
 
 
 def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
-    """The position of the stored checkpoint with the best usable value of the primary metric; of equals the latest."""
+    """The index of the stored checkpoint with the best usable value of the primary metric, the latest of equals; None if
+    none has a usable value.
+    """
     primary = primary_of(items)
     if primary is None:
         return None
@@ -819,15 +824,15 @@ def best_index(items: Sequence[Dict[str, Any]]) -> Optional[int]:
 
 
 def usable_value(item: Dict[str, Any], metric: str) -> Any:
-    """A metric of a stored checkpoint; None where that is no number."""
+    """A metric of a stored checkpoint if it is a number other than NaN, or else None."""
     value = (item.get("metrics") or {}).get(metric)
     value = NON_FINITE.get(value) if type(value) is str else value
     return value if _is_number(value) and value == value else None
 
 
 def prunable(items: Sequence[Dict[str, Any]], keep_best: int, keep_latest: int) -> List[Dict[str, Any]]:
-    """Those of an experiment's stored checkpoints whose files are not wanted: of the checkpoints that have files, neither
-    the best nor the latest so many. Without usable values of a primary metric, the latest count as the best.
+    """An experiment's stored checkpoints whose files may go: all with files except the keep_best best and the keep_latest
+    latest. Without usable values of a primary metric, the latest count as the best.
     """
     primary = primary_of(items)
     latest = sorted([item for item in items if item.get("path")][::-1], key=lambda item: canonical_time(item["created"]),
@@ -842,7 +847,7 @@ def prunable(items: Sequence[Dict[str, Any]], keep_best: int, keep_latest: int) 
 
 
 def strip_files(items: Iterable[Dict[str, Any]], ids: Container[str]) -> Set[str]:
-    """Note in stored checkpoints that their files are pruned, if their ID is one of these; the IDs of those changed."""
+    """Mark the stored checkpoints with one of these IDs as pruned; returns the IDs of those that had files."""
     changed = [item for item in items if item["id"] in ids and item.get("path")]
     for item in changed:
         item.update(path=None, pruned=item["path"])
@@ -850,7 +855,7 @@ def strip_files(items: Iterable[Dict[str, Any]], ids: Container[str]) -> Set[str
 
 
 class CheckpointMetrics:
-    """The columns of a CheckpointList by metric name."""
+    """A CheckpointList's metrics as columns, by name."""
 
     def __init__(self, checkpoints: CheckpointList) -> None:
         self._checkpoints = checkpoints
@@ -862,21 +867,20 @@ class CheckpointMetrics:
         return iter(sorted({name for checkpoint in self._checkpoints for name in checkpoint.metrics}))
 
 
-class Experiment:
+class Experiment(_Stored):
     """One run of a training script: its inputs (code, params, command, ...) and its checkpoints.
 
-    Made by init(), experiments.create(), experiments.get() and experiments.list(). `project` is where it is kept.
+    init(), experiments.create(), experiments.get() and experiments.list() return it. `project` is the Project it is in.
     """
 
-    __slots__ = ("_document", "project", "checkpoints", "__weakref__")
+    __slots__ = ("project", "checkpoints", "__weakref__")
 
-    id = _stored("id", "64 hex digits.")
-    host = _stored("host", "The machine's name or address, or None.")
+    host = _stored("host", "The name or address of the machine, or None.")
     user = _stored("user", "Who ran it, or None.")
     config = _stored("config", "{'repository': URL, 'storage': ''}, or None.")
     command = _stored("command", "The program's arguments, shell-quoted, without secrets.")
-    path = _stored("path", "What init() saved, relative to the project directory; None: no files.")
-    python_version = _stored("python_version", "For instance '3.11.7'.")
+    path = _stored("path", "The file or directory that init() saved, relative to the project directory; None: no files.")
+    python_version = _stored("python_version", "Such as '3.11.7'.")
 
     def __init__(self, document: Dict[str, Any], project: Any = None) -> None:
         self.project = project
@@ -893,24 +897,19 @@ class Experiment:
         self.project.stop(self, error)
 
     @property
-    def created(self) -> datetime.datetime:
-        """When it started (UTC)."""
-        return parse_time(self._document["created"])
-
-    @property
     def full_command(self) -> Optional[str]:
-        """The command to run it again in the project directory: `python train.py`; the plain command if not known."""
+        """The command that runs it again in the project directory, `python train.py`; `command` if that is unknown."""
         command = self._document.get("full_command")
         return command if command and isinstance(command, str) else self.command
 
     @property
     def params(self) -> Dict[str, Any]:
-        """Hyperparameters by name, nested as they were given."""
+        """Hyperparameters by name, nested as given."""
         return unpack_floats(self._document.get("params") or {})
 
     @property
     def flat_params(self) -> Dict[str, Any]:
-        """Hyperparameters by dotted name, as the command line shows them: `model.depth`."""
+        """Hyperparameters by dotted name (`model.depth`), as the command line shows them."""
         return flat_params(self.params)
 
     @property
@@ -920,32 +919,32 @@ class Experiment:
 
     @property
     def replicate_version(self) -> Optional[str]:
-        """The version that recorded it (keepsake's, if that did)."""
+        """The version of Replicate (or keepsake) that recorded it."""
         return self._document.get("replicate_version") or self._document.get("keepsake_version")
 
     @property
     def name(self) -> Optional[str]:
-        """The name that it was given, or None."""
+        """Its name, or None."""
         return text_in(self._document, "name")
 
     @property
     def tags(self) -> List[str]:
-        """The tags that it was given, sorted."""
+        """Its tags, sorted."""
         return texts_in(self._document, "tags")
 
     @property
     def note(self) -> Optional[str]:
-        """The note that it was given, or None."""
+        """Its note, or None."""
         return text_in(self._document, "note")
 
     @property
     def code(self) -> Optional[str]:
-        """A short digest of the names and contents that init(path=...) saved, the same for the same code; or None."""
+        """A short digest of the file names and contents that init(path=...) saved: the same for the same code. Or None."""
         return text_in(self._document, "code")
 
     @property
     def outcome(self) -> Optional[Dict[str, str]]:
-        """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or where nothing says so.
+        """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or if that is unknown.
 
         status is "completed", "failed" (an uncaught exception or a non-zero sys.exit), "interrupted" (Ctrl-C) or
         "terminated" (SIGTERM).
@@ -955,13 +954,9 @@ class Experiment:
 
     @property
     def duration(self) -> Optional[datetime.timedelta]:
-        """From the start to the latest checkpoint; None without checkpoints."""
+        """The time from its start to its latest checkpoint; None without checkpoints."""
         latest = self.latest()
         return latest.created - self.created if latest else None
-
-    def short_id(self) -> str:
-        """The first 7 digits of the ID, as the command line shows it."""
-        return self.id[:SHORT_ID]
 
     def latest(self) -> Optional[Checkpoint]:
         """The newest checkpoint, or None."""
@@ -986,8 +981,8 @@ class Experiment:
         """Record a checkpoint: a snapshot of the file or directory at path, and metrics.
 
         path is relative to the project directory; step counts on from the last one (first 0) if left out;
-        primary_metric is (name, "maximize" or "minimize"). Never raises: what is wrong is printed, what is right is
-        recorded. When it has returned, the checkpoint survives the death of the process.
+        primary_metric is (name, "maximize" or "minimize"). Never raises: it prints what is wrong with the arguments and
+        records the rest. Once it has returned, the checkpoint is safe even if the process is killed.
         """
         for name in unknown:
             known = ("path", "step", "metrics", "primary_metric", "quiet")
@@ -996,7 +991,7 @@ class Experiment:
         return self.project.record(self, path, step, metrics, primary_metric, quiet)
 
     def stop(self) -> None:
-        """Finish what is pending and mark the experiment as stopped."""
+        """Finish pending work and mark the experiment as stopped."""
         self.project.stop(self)
 
     def refresh(self) -> None:
@@ -1008,7 +1003,7 @@ class Experiment:
         self.project.delete(self)
 
     def checkout(self, output_directory: str, quiet: bool = False) -> None:
-        """Copy the experiment's files into output_directory, and over them those of its best or latest checkpoint."""
+        """Copy the experiment's files into output_directory, and its best (or else latest) checkpoint's over them."""
         self.project.checkout(self, self.best() or self.latest(), output_directory, quiet=quiet)
 
     def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
@@ -1016,11 +1011,11 @@ class Experiment:
         return plot_metric([(self.short_id(), self.checkpoints)], metric, logy, ax)
 
     def to_json(self) -> Dict[str, Any]:
-        """The document as stored."""
+        """The document as it is stored."""
         return dict(self._document, checkpoints=[checkpoint._document for checkpoint in self.checkpoints])
 
     def _replace(self, document: Dict[str, Any]) -> None:
-        """Take over a newer document in place."""
+        """Take a newer document."""
         self.__init__(document, self.project)  # type: ignore[misc]
 
     def _repr_html_(self) -> str:
@@ -1029,33 +1024,34 @@ class Experiment:
         return html_table(("Experiment", ""), rows) + html_list([self], show_all=True) + self.checkpoints._repr_html_()
 
 
-# Keys of a document beyond the published format may be anything where others wrote them.
+# Nothing validates the keys of a document beyond the published format, and other programs may have written them:
+# the next functions return only what has the right type.
 
 def text_in(document: Dict[str, Any], key: str) -> Optional[str]:
-    """A text in a document or summary; None where there is none."""
+    """A text of a document or summary, or None."""
     value = document.get(key)
     return value if type(value) is str and value else None
 
 
 def texts_in(document: Dict[str, Any], key: str) -> List[str]:
-    """A list of texts in a document or summary; empty where there is none."""
+    """A list of texts of a document or summary, [] if it has none."""
     value = document.get(key)
     return [item for item in value if type(item) is str and item] if type(value) is list else []
 
 
 def git_in(document: Dict[str, Any]) -> Dict[str, Any]:
-    """{"commit", "branch", "dirty"} of the checkout that ran, as far as a document or summary knows them."""
+    """The known ones of {"commit", "branch", "dirty"} of the git checkout that ran, from a document or summary."""
     facts = document.get("git")
     kinds = {"commit": str, "branch": str, "dirty": bool}
     return {key: facts[key] for key, kind in kinds.items() if type(facts.get(key)) is kind} if type(facts) is dict else {}
 
 
 ENDINGS = ("completed", "failed", "interrupted", "terminated")
-OPEN = "open"  # the status of an outcome that is not known yet
+OPEN = "open"  # the status of an outcome until the run ends
 
 
 def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
-    """What a document or summary says of how its run ended: {"status", "time", "error"}; empty where it says nothing."""
+    """How the run of a document or summary ended: {"status", "time", "error"}, or {} if it does not say."""
     outcome = document.get("outcome")
     if type(outcome) is not dict or not {type(value) for value in outcome.values()} <= {str}:
         return {}
@@ -1063,13 +1059,13 @@ def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
 
 
 def status_of(document: Dict[str, Any], running: bool) -> str:
-    """'running', one of ENDINGS, 'lost' (it died and could not say how), or 'stopped' where nothing is recorded of it."""
+    """'running', one of ENDINGS, 'lost' (it died without recording how), or 'stopped' (nothing is recorded)."""
     status = "running" if running else outcome_of(document).get("status", "stopped")
     return "lost" if status == OPEN else status
 
 
 class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
-    """Experiments, oldest first; slices stay such lists."""
+    """A list of experiments, oldest first. A slice is one, too."""
 
     def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
         """Plot a metric of every experiment against steps, on ax or the current axes; returns the axes."""
@@ -1077,12 +1073,14 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
 
     def scatter(self, param: str, metric: Optional[str] = None, logx: bool = False, logy: bool = False, *,
                 ax: Any = None) -> Any:
-        """Plot the best (or latest) value of a metric against a param, on ax or the current axes; returns the axes."""
+        """Plot a metric of each best (or else latest) checkpoint against a param, on ax or the current axes; returns the
+        axes.
+        """
         return plot_scatter(self, param, metric, logx, logy, ax)
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with a row for each experiment, and the columns of `ls --csv`: fields, params by dotted
-        name, and the metrics of the best checkpoint, or of the latest where there is no best.
+        """A pandas DataFrame with a row for each experiment and the columns of `ls --csv`: fields, params by dotted name,
+        and the metrics of the best (or else latest) checkpoint.
 
         Raises ReplicateError without pandas.
         """
@@ -1109,13 +1107,13 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
 
 
 def running_of(experiments: Sequence[Experiment]) -> Set[str]:
-    """The IDs of what is running in the projects of these experiments."""
+    """The IDs of all running experiments in the projects of these."""
     projects = {experiment.project for experiment in experiments} - {None}
     return {item_id for project in projects for item_id in project.running()}
 
 
 def rows_of(experiments: Sequence[Experiment], running: Container[str]) -> List[Row]:
-    """The rows of experiments, with all of their checkpoints; running: the IDs of what is."""
+    """The rows of experiments, with all of their checkpoints; running: IDs of running experiments."""
     rows = []
     for experiment in experiments:
         rows.append(Row.of(experiment.to_json()))
@@ -1124,7 +1122,7 @@ def rows_of(experiments: Sequence[Experiment], running: Container[str]) -> List[
 
 
 def html_list(experiments: Sequence[Experiment], show_all: bool) -> str:
-    """`ls --wide` for a notebook, with a sparkline of each primary metric."""
+    """`ls --wide` as HTML for a notebook, with sparklines of the primary metrics."""
     rows = rows_of(experiments, running_of(experiments))
     if not rows:
         return html_table(["No experiments"], [])
@@ -1135,7 +1133,7 @@ def html_list(experiments: Sequence[Experiment], show_all: bool) -> str:
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table; every cell is escaped."""
+    """An HTML table with every cell escaped."""
     from html import escape
 
     def row(cells: Sequence[Any], tag: str) -> str:
@@ -1146,7 +1144,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _axes(ax: Any) -> Any:
-    """ax, or else matplotlib's current axes, as for pyplot.plot. Raises ReplicateError without matplotlib."""
+    """ax, or matplotlib's current axes if it is None. Raises ReplicateError without matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
@@ -1156,7 +1154,7 @@ def _axes(ax: Any) -> Any:
 
 
 def _primary_name(lists: Iterable[CheckpointList], metric: Optional[str]) -> str:
-    """metric, or the primary metric of the first list that has one. Raises ReplicateError if none has."""
+    """metric, or the name of the primary metric of the first list that has one. Raises ReplicateError if none has."""
     for checkpoints in () if metric else lists:
         primary = checkpoints.primary_metric()
         if primary:
@@ -1181,7 +1179,7 @@ def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[s
     axes.set_ylabel(name)
     if logy:
         axes.set_yscale("log")
-    if len(axes.get_legend_handles_labels()[1]) > 1:  # also of an earlier call
+    if len(axes.get_legend_handles_labels()[1]) > 1:  # counts the lines of earlier calls, too
         axes.legend()
     return axes
 
@@ -1213,7 +1211,7 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
 
 
 class Row:
-    """An experiment in a listing: what its document says, with the best and latest of its checkpoints alone.
+    """An experiment in a listing: its document, but only the best and latest of its checkpoints.
 
     Filters, sorting, tables and `ls --json` all use it.
     """
@@ -1223,11 +1221,11 @@ class Row:
     def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
         self.summary = summary                # what summarize() returns
         self.id: str = summary["id"]
-        self.version = version                # of the document; "" where the row must not be remembered
-        self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS of each, with spaces between
+        self.version = version                # of the document; "" if the row must not be cached
+        self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS digits of each, joined with spaces
         self.running = False
         self.created = parse_time(summary["created"])
-        self.checkpoints = CheckpointList()   # all of them, where somebody has read them
+        self.checkpoints = CheckpointList()   # all of them if they have been read, or else none
 
     @classmethod
     def of(cls, document: Dict[str, Any], version: str = "") -> Row:
@@ -1247,7 +1245,7 @@ class Row:
 
     @property
     def status(self) -> str:
-        """See status_of()."""
+        """As status_of() returns it."""
         return status_of(self.summary, self.running)
 
     @property
@@ -1257,15 +1255,15 @@ class Row:
 
     @property
     def metrics(self) -> Dict[str, Any]:
-        """Metric values of the best checkpoint, or of the latest where there is no best."""
+        """Metric values of the best (or else latest) checkpoint."""
         return unpack_floats((self.best or self.latest or {}).get("metrics") or {})
 
     def may_have_checkpoint(self, prefix: str) -> bool:
-        """Whether the ID of a checkpoint may start with prefix, as far as the remembered digits tell."""
+        """Whether a checkpoint's ID may start with prefix, judged by the digits that the row keeps."""
         return " " + prefix[:ROW_ID_DIGITS] in " " + self.checkpoint_ids
 
     def value(self, name: str) -> Any:
-        """What a filter or sort key of that name means here: a field, metric or param; ABSENT where there is none."""
+        """The field, label, metric or param that a filter or sort key calls by that name, or ABSENT."""
         if name in FIELDS:
             return FIELDS[name](self)
         if name.startswith("params."):
@@ -1278,13 +1276,13 @@ class Row:
         return metrics[name] if name in metrics else self._param(name)
 
     def _param(self, name: str) -> Any:
-        """A param by its dotted name, or all of a nested one by its first."""
+        """A param by its dotted name, or a whole nested param by its top-level name."""
         params = self.params
         return params[name] if name in params else unpack_floats((self.summary.get("params") or {}).get(name, ABSENT))
 
     def plain(self, name: str) -> Any:
-        """The value() of that name as JSON has it: a time as stored, all tags or GPUs, of ~loss its value in each checkpoint;
-        None where there is none.
+        """value() in a form for JSON: a time as stored, the list of all tags or GPUs, for ~loss the list of its values in
+        all checkpoints; None if it is absent.
         """
         if name in TIME_FIELDS:
             return self.summary["created"]
@@ -1296,11 +1294,11 @@ class Row:
         return None if value is ABSENT else value
 
     def is_label(self, name: str) -> bool:
-        """Whether it means one of the LABELS, and no param or metric here."""
+        """Whether name is one of the LABELS and no param or metric of this experiment."""
         return name in LABELS and name not in self.metrics and name not in self.params
 
     def alternatives(self, name: str) -> List[Any]:
-        """The values of that name, any of which satisfies a filter: all tags, or how it ended and "stopped"."""
+        """The values that a filter may match, such as all tags; an experiment that has ended is also "stopped"."""
         if name == "status":
             return [self.status] if self.status in ("running", "stopped") else [self.status, "stopped"]
         if self.is_label(name):
@@ -1309,21 +1307,21 @@ class Row:
         return [] if value is ABSENT or value is None else [value]
 
     def to_json(self) -> Dict[str, Any]:
-        """The element of `ls --json`."""
+        """The experiment in `ls --json`."""
         labels = {key: self.summary[key] for key in LABEL_KEYS if key in self.summary}
         return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, **labels, status=self.status, running=self.running)
 
 
 NOT_LISTED = ("checkpoints", "config", "python_version", "python_packages", "imported_packages", "replicate_version",
               "keepsake_version")  # keys of a document that a row leaves out
-ROW_ID_DIGITS = 12  # of each checkpoint's ID that a row keeps
-LABEL_KEYS = ("name", "tags", "note", "code", "git", "gpus", "job", "outcome")  # of a document, where it has them
+ROW_ID_DIGITS = 12  # digits of each checkpoint's ID that a row keeps
 SHOWN_KEYS = ("id", "created", "params", "command", "num_checkpoints", "latest_checkpoint", "best_checkpoint", "user",
-              "host")  # of an element of `ls --json`, which ends with `running`
+              "host")  # keys that every experiment in `ls --json` has
+LABEL_KEYS = ("name", "tags", "note", "code", "git", "gpus", "job", "outcome")  # further ones, if the document has them
 
 
 def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
-    """A valid document without what NOT_LISTED names, but with its best and latest checkpoint."""
+    """A valid document without the keys in NOT_LISTED, plus its best and latest checkpoint."""
     items = document.get("checkpoints") or ()
     latest, best, primary = latest_index(items), best_index(items), primary_of(items)
     summary = {key: value for key, value in document.items() if key not in NOT_LISTED}
@@ -1334,18 +1332,18 @@ def summarize(document: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def checked_summary(summary: Any, experiment_id: str) -> Dict[str, Any]:
-    """summary if it is what summarize() returns for an experiment of that ID; raises ReadError otherwise."""
+    """summary, if summarize() can have returned it for the experiment with that ID. Raises ReadError otherwise."""
     _check_fields([summary], dict(_EXPERIMENT_FIELDS, **_SUMMARY_FIELDS))
     _check_depth(summary)
     if not summary.keys() >= _SUMMARY_FIELDS.keys():
         raise ReadError("a field is missing")
     if summary["id"] != experiment_id:
-        raise ReadError("its id is another one")
+        raise ReadError("its id is that of another experiment")
     _check_checkpoints([summary[key] for key in ("latest_checkpoint", "best_checkpoint") if summary[key] is not None])
     return summary
 
 
-# Untrusted documents become a model only after these checks.
+# Every document is untrusted until it has passed these checks.
 
 _TEXT_OR_NULL = (str, type(None))
 _EXPERIMENT_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user": _TEXT_OR_NULL,
@@ -1360,7 +1358,7 @@ _SUMMARY_FIELDS = {"num_checkpoints": (int,), "latest_checkpoint": (dict, type(N
 
 
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
-    """document if it is a valid experiment document of that ID; raises ReadError otherwise."""
+    """document, if it is a valid experiment document with that ID. Raises ReadError otherwise."""
     _check_fields([document], _EXPERIMENT_FIELDS)
     _check_depth(document)
     if document["id"] != experiment_id:
@@ -1375,7 +1373,7 @@ def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
 
 
 def checked_checkpoint(item: Any) -> Dict[str, Any]:
-    """item if it is a valid checkpoint; raises ReadError otherwise."""
+    """item, if it is a valid checkpoint. Raises ReadError otherwise."""
     _check_checkpoints([item])
     _check_depth(item)
     return item
@@ -1389,7 +1387,7 @@ def _check_checkpoints(items: Sequence[Any]) -> None:
 
 
 def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]]) -> None:
-    """Raises ReadError where one of these has no valid id and created, or a field of another type."""
+    """Raise ReadError unless each document has a valid id and creation time, and the fields are of the given types."""
     if not {type(document) for document in documents} <= {dict}:
         raise ReadError("it is not a JSON object")
     if not all([is_id(document.get("id")) for document in documents]):
@@ -1405,7 +1403,7 @@ def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]])
 
 
 def _check_depth(value: Any) -> None:
-    """Raises ReadError where containers are nested deeper than recursive code can follow."""
+    """Raise ReadError if containers are nested more deeply than recursive code can follow."""
     level = [value]
     for _ in range(MAX_NESTING):
         level = [item for container in level
@@ -1437,12 +1435,12 @@ LABELS: Dict[str, Callable[[Dict[str, Any]], List[Any]]] = {
     "tag": lambda summary: texts_in(summary, "tags"),
     "note": lambda summary: [text_in(summary, "note")],
     "code": lambda summary: [text_in(summary, "code")],
-    "commit": lambda summary: [commit[:length] for commit in [git_in(summary).get("commit") or ""] for length in (None, SHORT_ID)],
+    "commit": lambda summary: [git_in(summary).get("commit"), git_in(summary).get("commit", "")[:SHORT_ID]],
     "branch": lambda summary: [git_in(summary).get("branch")],
     "dirty": lambda summary: [git_in(summary).get("dirty")],
     "gpu": lambda summary: texts_in(summary, "gpus"),
 }
-"""Fields of which an experiment may have none or several values; a param or metric of the same name comes first."""
+"""Fields of which an experiment may have none or several values. A param or metric of the same name takes precedence."""
 LIST_LABELS = ("tag", "gpu")
 CSV_FIELDS = ("id", "name", "started", "status", "duration", "checkpoints", "step", "tag", "note", "host", "user", "command",
               "code", "commit")
@@ -1452,17 +1450,17 @@ ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a
 
 
 def known_names(rows: Iterable[Row]) -> Set[str]:
-    """Every name that a filter or sort key could mean in these experiments."""
+    """Every name that a filter or sort key may use for these experiments."""
     names = set(FIELDS) | set(LABELS)
     for row in rows:
         metrics = {name for item in (row.latest, row.best) if item for name in item.get("metrics") or ()}
-        params = [*row.params, *(row.summary.get("params") or ())]  # nested ones can be asked for by either name
+        params = [*row.params, *(row.summary.get("params") or ())]  # by dotted name, and nested ones as a whole
         names.update(params, metrics, map("params.".__add__, params), map("metrics.".__add__, metrics))
     return names
 
 
 def column_groups(rows: Sequence[Row]) -> Tuple[List[str], Dict[str, str], Dict[str, str]]:
-    """Fields, then the column of each param and of each metric: `params.x` where x alone means something else."""
+    """The fields, the column of each param by its name, and that of each metric: `params.x` if x means something else."""
     params = {name for row in rows for name in row.params}
     metrics = {name for row in rows for name in row.metrics}
     return ([name for name in CSV_FIELDS if name in FIELDS or name not in params | metrics],
@@ -1476,27 +1474,31 @@ def column_names(rows: Sequence[Row]) -> List[str]:
     return [*fields, *params.values(), *metrics.values()]
 
 
+class Filter:
+    """A parsed filter."""
+
+    def __init__(self, names: List[str], matches: Callable[[Row], bool]) -> None:
+        self.names = names      # the names that it uses
+        self.matches = matches  # whether an experiment satisfies it
+
+
 class Comparison:
-    """<name> <operator> <value>."""
+    """<name> <operator> <value>"""
 
     def __init__(self, name: str, operator: str, value: Any, text: str) -> None:
         self.name, self.operator, self.value = name, operator, value
-        self.text = text  # as typed: a code 1234567 is no number
+        self.text = text  # the value as typed: a code 1234567 is not a number
 
-    def names(self) -> List[str]:
-        """The names that the expression asks for."""
-        return [self.name]
-
-    def matches(self, row: Row) -> bool:
-        """Whether an experiment satisfies the expression."""
+    def __call__(self, row: Row) -> bool:
+        """Whether an experiment satisfies the comparison."""
         found = row.alternatives(self.name)
         if not found:
             return self.operator in ("=", "==") and self.value is None
         if self.name in TIME_FIELDS:
             return self._matches_time(found[0])
         value = self.value
-        if row.is_label(self.name) and value is not None and type(found[0]) is str:
-            value = [str(item) for item in value] if self.operator == "in" else self.text if self.operator != "~" else value
+        if value is not None and self.operator != "~" and type(found[0]) is str and row.is_label(self.name):
+            value = [str(item) for item in value] if self.operator == "in" else self.text
         return (all if self.operator == "!=" else any)([self._matches_one(actual, value) for actual in found])
 
     def _matches_one(self, actual: Any, value: Any) -> bool:
@@ -1504,7 +1506,7 @@ class Comparison:
             return isinstance(actual, str) and value.search(actual) is not None
         if self.operator == "in":
             return any(same_value(actual, item) for item in value)
-        if self.operator in ORDER:  # only numbers, booleans and strings have an order, each among themselves
+        if self.operator in ORDER:  # only numbers, booleans and strings have one, each among themselves
             kind = KIND_RANK.get(type(actual), 5)
             return kind <= 2 and kind == KIND_RANK.get(type(value)) and ORDER[self.operator](actual, value)
         return same_value(actual, value) == (self.operator != "!=")
@@ -1518,116 +1520,96 @@ class Comparison:
                 ">": actual >= end, ">=": actual >= start}[self.operator]
 
 
-class Not:
-    """not <expression>."""
-
-    def __init__(self, operand: Any) -> None:
-        self.operand = operand
-
-    def names(self) -> List[str]:
-        return self.operand.names()
-
-    def matches(self, row: Row) -> bool:
-        return not self.operand.matches(row)
-
-
-class Junction:
-    """Expressions joined by `and` (decide=all) or `or` (decide=any)."""
-
-    def __init__(self, decide: Callable[[Iterable[bool]], bool], operands: List[Any]) -> None:
-        self.decide, self.operands = decide, operands
-
-    def names(self) -> List[str]:
-        return [name for operand in self.operands for name in operand.names()]
-
-    def matches(self, row: Row) -> bool:
-        return self.decide(operand.matches(row) for operand in self.operands)
-
-
 FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <operator> is one of
   =  !=  <  <=  >  >=    equal, not equal, less, greater
-  ~                      a regular expression is found in it
-  in [a, b]              it is one of these
-Several can be joined with and, or, not and parentheses."""
+  ~                      contains a match of the regular expression
+  in [a, b]              is one of these values
+Join several with and, or, not and parentheses."""
 
 
-def parse_filter(text: str) -> Any:
-    """The expression tree of a filter. Raises ReplicateError that names the position and shows the format."""
+def parse_filter(text: str) -> Filter:
+    """The filter that text describes. Raises ReplicateError, which names the position and shows the format."""
     return FilterParser(text).parse()
 
 
 class FilterParser:
-    """A recursive-descent parser; each method is one production of the grammar in its docstring."""
+    """A recursive-descent parser: each production of the grammar is the docstring of a method, which returns a function
+    that tells whether an experiment matches.
+    """
 
     MAX_DEPTH = 50
+    OPERATORS = ("=", "==", "!=", "<", "<=", ">", ">=", "~", "in")
+    NOT = r"not(?![\w\-./:])(?!\s*[=!<>~])"
     HEAD = (r"""\s*(?:"([^"]*)"|'([^']*)'|([\w\-./:]+(?:[ \t]+(?!(?:and|or)\s)[\w\-./:]+)*?))"""
             r"""\s*(?:([=!<>~]+)|(?<=\s)(in)\s*(?=\[))""")
-    OPERATORS = ("=", "==", "!=", "<", "<=", ">", ">=", "~", "in")
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.position = 0
         self.depth = 0
+        self.names: List[str] = []
 
-    def parse(self) -> Any:
+    def parse(self) -> Filter:
         """filter := either END"""
         if not self.text.strip():
             self.fail("it is empty")
-        tree = self.either()
-        self.space()
+        matches = self.either()
+        self.take(r"\s*")
         if self.position < len(self.text):
-            self.fail("there is an unexpected %r" % self.text[self.position])
-        return tree
+            self.fail("unexpected %r" % self.text[self.position])
+        return Filter(self.names, matches)
 
-    def either(self) -> Any:
+    def either(self) -> Callable[[Row], bool]:
         """either := both ("or" both)*"""
         return self.joined("or", any, self.both)
 
-    def both(self) -> Any:
+    def both(self) -> Callable[[Row], bool]:
         """both := term ("and" term)*"""
         return self.joined("and", all, self.term)
 
-    def joined(self, word: str, decide: Callable[[Iterable[bool]], bool], operand: Callable[[], Any]) -> Any:
+    def joined(self, word: str, decide: Callable[[Iterable[bool]], bool],
+               operand: Callable[[], Callable[[Row], bool]]) -> Callable[[Row], bool]:
         """operand (word operand)*"""
         operands = [operand()]
-        while self.take_word(word):
+        while self.take(r"\s*%s\b" % word):
             operands.append(operand())
-        return operands[0] if len(operands) == 1 else Junction(decide, operands)
+        if len(operands) == 1:
+            return operands[0]
+        return lambda row: decide(matches(row) for matches in operands)
 
-    def term(self) -> Any:
+    def term(self) -> Callable[[Row], bool]:
         """term := "not" term | "(" either ")" | comparison"""
         self.depth += 1
         if self.depth > self.MAX_DEPTH:
             self.fail("it is nested too deeply")
-        self.space()
-        if self.text.startswith("(", self.position):
-            self.position += 1
-            tree = self.either()
-            self.space()
-            if not self.text.startswith(")", self.position):
+        self.take(r"\s*")
+        if self.take(r"\("):
+            matches = self.either()
+            self.take(r"\s*")
+            if not self.take(r"\)"):
                 self.fail("a closing parenthesis is missing")
-            self.position += 1
-        elif (self.text.startswith("not", self.position)
-              and re.compile(r"not(?![\w\-./:])(?!\s*[=!<>~])").match(self.text, self.position) and self.take_word("not")):
-            tree = Not(self.term())
+        elif self.take(self.NOT):
+            operand = self.term()
+            matches = lambda row: not operand(row)  # noqa: E731
         else:
-            tree = self.comparison()
+            matches = self.comparison()
         self.depth -= 1
-        return tree
+        return matches
 
     def comparison(self) -> Comparison:
         """comparison := name operator value"""
-        head = re.compile(self.HEAD).match(self.text, self.position)
+        head = self.match(self.HEAD)
         if head is None:
-            self.fail("a name and an operator are expected")
+            self.fail("expected a name and an operator")
         name = next(part for part in head.groups()[:3] if part is not None)
         operator = head.group(4) or head.group(5)
         if not name:
             self.fail("the name is missing")
         if operator not in self.OPERATORS:
             self.position = head.start(4)
-            self.fail("%r is no operator" % operator)
+            self.fail("%r is not an operator" % operator)
         self.position = head.end()
+        self.names.append(name)
         text, quoted = self.value_text()
         try:
             return Comparison(name, operator, self.convert(name, operator, text, quoted), text)
@@ -1635,18 +1617,18 @@ class FilterParser:
             self.fail(str(error))
 
     def value_text(self) -> Tuple[str, bool]:
-        """value := quoted | everything up to the end, a joining word before a whole term, or a closing parenthesis"""
-        self.space()
+        """value := quoted | all text up to an `and` or `or` before a whole term, a closing parenthesis or the end"""
+        self.take(r"\s*")
         start = self.position
-        if start < len(self.text) and self.text[start] in "\"'":
-            end = self.text.find(self.text[start], start + 1)
-            if end < 0:
+        quote = self.match("[\"']")
+        if quote:
+            if not self.take("{0}[^{0}]*{0}".format(quote.group())):
                 self.fail("the closing quote is missing")
-            self.position = end + 1
-            self.space()
-            if not (self.position == len(self.text) or self.text[self.position] == ")" or self.at_joint()):
-                self.fail("there is something after the closing quote")
-            return self.text[start + 1:end], True
+            text = self.text[start + 1:self.position - 1]
+            self.take(r"\s*")
+            if not (self.match(r"\)|\Z") or self.at_joint()):
+                self.fail("there is text after the closing quote")
+            return text, True
         nesting = 0
         while self.position < len(self.text):
             character = self.text[self.position]
@@ -1665,15 +1647,10 @@ class FilterParser:
         return text, False
 
     def at_joint(self) -> bool:
-        """Whether `and` or `or` stands here, followed by the start of a whole term with a value."""
-        if not self.text[self.position:].lstrip().startswith(("and", "or")):
-            return False
-        match = re.compile(r"\s*(?:and|or)(?![\w\-./:])").match(self.text, self.position)
-        if match is None:
-            return False
-        start = re.compile(r"(?:\s*(?:\(|not(?![\w\-./:])(?!\s*[=!<>~])))*").match(self.text, match.end()).end()
-        head = re.compile(self.HEAD).match(self.text, start)
-        return head is not None and bool(self.text[head.end():].strip())
+        """Whether `and` or `or` comes next, followed by the start of a whole term with a value."""
+        joint = self.match(r"\s*(?:and|or)(?![\w\-./:])(?:\s*(?:\(|%s))*" % self.NOT)
+        head = joint and re.compile(self.HEAD).match(self.text, joint.end())
+        return bool(head and self.text[head.end():].strip())
 
     def convert(self, name: str, operator: str, text: str, quoted: bool) -> Any:
         """The value of a comparison: null, number, boolean, JSON, time or text. Raises ValueError."""
@@ -1683,7 +1660,7 @@ class FilterParser:
             try:
                 return re.compile(text)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError("the regular expression is wrong: %s" % error) from error
+                raise ValueError("the regular expression is invalid: %s" % error) from error
         if operator == "in":
             items = read_list(text)
             return [str(item) for item in items] if name in TEXT_FIELDS else items
@@ -1693,16 +1670,13 @@ class FilterParser:
             return read_date(text)
         return text if quoted or name in TEXT_FIELDS else read_value(text)
 
-    def space(self) -> None:
-        """Skip white space."""
-        while self.position < len(self.text) and self.text[self.position].isspace():
-            self.position += 1
+    def match(self, pattern: str) -> Optional[re.Match[str]]:
+        """The match of pattern at the current position, or None."""
+        return re.compile(pattern).match(self.text, self.position)
 
-    def take_word(self, word: str) -> bool:
-        """Skip that word if it stands here."""
-        if not self.text[self.position:].lstrip().startswith(word):  # most filters need no such expression made
-            return False
-        match = re.compile(r"\s*%s\b" % word).match(self.text, self.position)
+    def take(self, pattern: str) -> bool:
+        """Skip the match of pattern at the current position; returns whether there is one."""
+        match = self.match(pattern)
         if match:
             self.position = match.end()
         return match is not None
@@ -1714,7 +1688,7 @@ class FilterParser:
 
 
 def read_value(text: str) -> Any:
-    """A value as typed by a person: null, number, true or false, JSON array or object; otherwise the text itself."""
+    """A value as a person types it: null, number, true or false, JSON array or object; or else the text itself."""
     lowered = text.lower()
     if lowered in ("null", "none"):
         return None
@@ -1739,79 +1713,76 @@ def read_list(text: str) -> List[Any]:
     if isinstance(value, list):
         return value
     if not text.endswith("]"):
-        raise ValueError("a list is written [a, b]")
+        raise ValueError("write a list as [a, b]")
     items = [item.strip() for item in text[1:-1].split(",")]
     if not all(items):
-        raise ValueError("an item of the list is missing")
+        raise ValueError("the list has an empty item")
     return [item[1:-1] if item[0] in "\"'" and item[-1] == item[0] and len(item) > 1 else read_value(item)
             for item in items]
 
 
 TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
-# A year, then perhaps a month, day, time, fraction of a second and zone, as people and other programs write them.
+# A year, then optionally month, day, time, fraction of a second and zone, as people and other programs write them.
 DATE_FORM = (r"(?P<year>\d{4})(?:(?P<separator>[-/])(?P<month>\d{1,2})(?:(?P=separator)(?P<day>\d{1,2}))?"
              r"|(?P<month2>\d\d)(?P<day2>\d\d))")
-NAMED_DATE_FORM = (r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?"  # the form that `show` prints, and Oct 7, 2020
+NAMED_DATE_FORM = (r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?"  # as `show` prints it, and Oct 7, 2020
                    r"(?:(?P<day>\d{1,2})\s+(?P<name>[A-Za-z]{3,9})\.?,?|(?P<name2>[A-Za-z]{3,9})\.?\s+(?P<day2>\d{1,2}),?)"
                    r"\s+(?P<year>\d{4})")
-CLOCK_FORM = (r"(?:[ T]\s*(?P<clock>\d{1,2}:\d\d)(?P<seconds>:\d\d)?(?:\.(?P<fraction>\d+))?"
+CLOCK_FORM = (r"(?:[ T]\s*(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d))?(?:\.(?P<fraction>\d+))?"
               r"\s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?|[A-Z]{3,5})?)?")
 
 
 def read_date(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
-    """A moment as a person types it, as [start, end) in UTC. Raises ValueError.
+    """A time as a person types it, as the span [start, end) in UTC. Raises ValueError.
 
-    2026-01-31, 2026/01/31, 20260131, 2026-01, Jan 31, 2026, each with a time or without (local, unless a zone
-    follows); '2 hours ago'; seconds since 1970; the form that `show` prints. A month means all of it, a date its whole
-    day, a time without seconds its whole minute.
+    2026-01-31, 2026/01/31, 20260131, 2026-01, or Jan 31, 2026, optionally followed by a time (local unless a zone is
+    given); '2 hours ago'; seconds since 1970; the form that `show` prints. A month means all of it, a date the whole day,
+    a time without seconds the whole minute.
     """
+    try:
+        return _parse_span(text)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError("%r is not a date: %s" % (text, error)) from error
+
+
+def _parse_span(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
     ago = re.fullmatch(r"(?i)(\d{1,9}|an?|one)\s+(second|minute|hour|day|week)s?\s+ago", text)
     if ago:
         count = int(ago.group(1)) if ago.group(1).isdigit() else 1
-        seconds = count * TIME_UNITS[ago.group(2).lower()]
-        return _span(text, lambda: datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds), 1)
+        distance = datetime.timedelta(seconds=count * TIME_UNITS[ago.group(2).lower()])
+        start = datetime.datetime.now(datetime.timezone.utc) - distance
+        return start, start + datetime.timedelta(seconds=1)
     if re.fullmatch(r"\d{9,11}(\.\d*)?", text):
-        return _span(text, lambda: datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc),
-                     1e-6 if "." in text else 1)
+        start = datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc)
+        return start, start + datetime.timedelta(seconds=1e-6 if "." in text else 1)
     match = re.fullmatch(DATE_FORM + CLOCK_FORM, text) or re.fullmatch(NAMED_DATE_FORM + CLOCK_FORM, text)
     if match is None:
-        raise ValueError("%r is no date; write 2026-01-31, 2026-01-31 23:59 or '2 hours ago'" % text)
+        raise ValueError("write 2026-01-31, 2026-01-31 23:59 or '2 hours ago'")
     found = match.groupdict()
-    month = found.get("month") or found.get("month2") or _month_number(found.get("name") or found.get("name2") or "")
+    year = int(found["year"])
+    month = int(found.get("month") or found.get("month2") or _month_number(found.get("name") or found["name2"]))
     day = found.get("day") or found.get("day2")
-    clock, seconds, fraction = found["clock"], found["seconds"], found["fraction"]
-    if not day and clock:
-        raise ValueError("%r has a time but no day" % text)
-
-    def start() -> datetime.datetime:
-        naive = datetime.datetime.strptime("%s-%s-%s %s%s" % (found["year"], month, day or 1, clock or "00:00",
-                                                              seconds or ":00"), "%Y-%m-%d %H:%M:%S")
-        return _in_utc(naive, found["zone"]) + datetime.timedelta(microseconds=int((fraction or "0").ljust(6, "0")[:6]))
-
-    if day:
-        return _span(text, start, 1e-6 if fraction else 1 if seconds else 60 if clock else 86400)
-    following = {"year": int(found["year"]) + int(month) // 12, "month": int(month) % 12 + 1}
-    return (_span(text, start, 0)[0],
-            _span(text, lambda: datetime.datetime(day=1, **following).astimezone(datetime.timezone.utc), 0)[0])
-
-
-def _span(text: str, start: Callable[[], datetime.datetime], seconds: float) -> Tuple[datetime.datetime, datetime.datetime]:
-    """(start(), so many seconds later); raises ValueError where that is no date."""
-    try:
-        moment = start()
-        return moment, moment + datetime.timedelta(seconds=seconds)
-    except (ValueError, OverflowError, OSError) as error:
-        raise ValueError("%r is no date: %s" % (text, error)) from error
+    if not day:
+        if found["hour"]:
+            raise ValueError("it has a time but no day")
+        following = datetime.datetime(year + month // 12, month % 12 + 1, 1)
+        return _in_utc(datetime.datetime(year, month, 1), None), following.astimezone(datetime.timezone.utc)
+    clock = [int(found[part] or 0) for part in ("hour", "minute", "second")]
+    fraction = datetime.timedelta(microseconds=int((found["fraction"] or "0").ljust(6, "0")[:6]))
+    start = _in_utc(datetime.datetime(year, month, int(day), *clock), found["zone"]) + fraction
+    seconds = 1e-6 if found["fraction"] else 1 if found["second"] else 60 if found["hour"] else 86400
+    return start, start + datetime.timedelta(seconds=seconds)
 
 
 def _month_number(name: str) -> int:
-    """1 to 12 for Jan, January, ...; 0 for any other word."""
-    months = [month for month in MONTHS if name[:3].title() == month]
-    return MONTHS.index(months[0]) + 1 if months else 0
+    """1 to 12 for Jan, January, ... Raises ValueError for any other word."""
+    if name[:3].title() not in MONTHS:
+        raise ValueError("%s is not a month" % name)
+    return MONTHS.index(name[:3].title()) + 1
 
 
 def _in_utc(naive: datetime.datetime, zone: Optional[str]) -> datetime.datetime:
-    """A time in a zone: Z, an offset, or the name of the local zone (the default) as `show` prints it."""
+    """A time in a zone (Z, an offset, or the local zone's name as `show` prints it; default: local) in UTC."""
     if zone in ("Z", "UTC", "GMT"):
         return naive.replace(tzinfo=datetime.timezone.utc)
     offset = re.fullmatch(r"([+-]\d\d):?(\d\d)?", zone or "")
@@ -1822,7 +1793,7 @@ def _in_utc(naive: datetime.datetime, zone: Optional[str]) -> datetime.datetime:
     for moment in (local, naive.replace(fold=1).astimezone()):
         if zone in (None, moment.tzname()):
             return moment.astimezone(datetime.timezone.utc)
-    raise ValueError("the time zone %s is not known; write an offset such as +02:00" % zone)
+    raise ValueError("unknown time zone %s; write an offset such as +02:00" % zone)
 
 
 def parse_sort(key: str) -> Tuple[str, bool]:
@@ -1834,7 +1805,7 @@ def parse_sort(key: str) -> Tuple[str, bool]:
 
 
 def sort_rows(rows: List[Row], name: str, descending: bool) -> List[Row]:
-    """rows, which come oldest first, by that value; those without it (or with NaN) last either way."""
+    """rows (which come oldest first), sorted by that value; rows without it, or with NaN, come last in both orders."""
     present, missing = [], []
     for row in rows:
         value = row.value(name)
@@ -1852,38 +1823,37 @@ def sort_rows(rows: List[Row], name: str, descending: bool) -> List[Row]:
 # ------------------------------------------------------------------------------------------------------------------
 
 class Location:
-    """Where the project and its repository are."""
+    """Where a project and its repository are."""
 
-    def __init__(self, directory: str, url: Optional[str], is_default: bool = False) -> None:
-        self.directory = directory    # absolute path of the project directory
-        self.url = url                # repository URL, file:// ones absolute; None: there is none yet
-        self.is_default = is_default  # the embedded default repository, .replicate/storage
+    def __init__(self, directory: str, url: Optional[str]) -> None:
+        self.directory = directory  # absolute path of the project directory
+        self.url = url              # repository URL, with an absolute path if file://; None: no repository yet
 
 
 def find_location(repository: Optional[str] = None, directory: Optional[str] = None) -> Location:
-    """The project directory and the repository, from arguments, the environment, the configuration or the default.
+    """The project directory and repository, from the arguments, environment, configuration or default.
 
-    Raises RepositoryConfigurationError, ConfigNotFound (no such directory).
+    Raises RepositoryConfigurationError, or ConfigNotFound if the directory does not exist.
     """
     directory = directory or os.environ.get("REPLICATE_PROJECT_DIRECTORY") or None
     if directory is not None and not os.path.isdir(directory):
         raise ConfigNotFound("There is no directory %s." % directory)
     start = os.path.abspath(directory or os.getcwd())
     found = _search_upward(start, CONFIG_NAMES + (DEFAULT_STORAGE,), 1 if directory else CONFIG_SEARCH_DEPTH)
-    is_default = found is None or found.endswith(os.sep + DEFAULT_STORAGE)
-    project = start if found is None else os.path.dirname(found)
-    if found and is_default:
+    is_default = found is not None and found.endswith(os.sep + DEFAULT_STORAGE)
+    project = os.path.dirname(found) if found else start
+    if is_default:
         project = os.path.dirname(project)
     typed = repository or os.environ.get("REPLICATE_REPOSITORY")
     if typed:
         return Location(project, absolute_url(typed, os.getcwd()))
-    if found and not is_default:
-        return Location(project, absolute_url(read_config(found)["repository"], project))
-    return Location(project, "file://" + found if found else None, is_default=True)
+    if found is None:
+        return Location(project, None)
+    return Location(project, "file://" + found if is_default else absolute_url(read_config(found), project))
 
 
 def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional[str]:
-    """The nearest existing one of names in directory or above it."""
+    """The path of the first of names that exists in directory, or else in the nearest directory above it, or None."""
     for _ in range(depth):
         for name in names:
             path = os.path.join(directory, name)
@@ -1896,13 +1866,13 @@ def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional
     return None
 
 
-def read_config(path: str) -> Dict[str, str]:
-    """{"repository": url} from a replicate.yaml. Raises RepositoryConfigurationError."""
+def read_config(path: str) -> str:
+    """The repository URL in a replicate.yaml. Raises RepositoryConfigurationError."""
     try:
         with open_regular(path, follow=True) as file:
             data = read_up_to(file, (1 << 20) + 1)
         if len(data) > 1 << 20:
-            raise RepositoryConfigurationError("%s is larger than 1 MB: that is no configuration." % path)
+            raise RepositoryConfigurationError("%s is larger than 1 MB: that is not a configuration." % path)
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RepositoryConfigurationError("%s cannot be read: %s." % (path, short_reason(error))) from error
@@ -1912,7 +1882,7 @@ def read_config(path: str) -> Dict[str, str]:
     if not values:
         raise RepositoryConfigurationError("%s is empty. It needs a line such as 'repository: s3://my-bucket'." % path)
     if not isinstance(values, dict):
-        raise RepositoryConfigurationError("%s holds no 'key: value' lines. It needs one such as "
+        raise RepositoryConfigurationError("%s has no 'key: value' lines. It needs one such as "
                                            "'repository: s3://my-bucket'." % path)
     unknown = [str(key) for key in values if key not in ("repository", "storage")]
     if unknown:
@@ -1926,11 +1896,11 @@ def read_config(path: str) -> Dict[str, str]:
         raise RepositoryConfigurationError("%s: '%s' must be a URL such as 's3://my-bucket'." % (path, key))
     if key == "storage":
         console.warning("%s: 'storage' is deprecated, call it 'repository'." % path)
-    return {"repository": url}
+    return url
 
 
 def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
-    """The part of YAML that needs no library: `key: text` lines, quotes, comments. None for anything richer."""
+    """The values of YAML with only `key: text` lines, quotes and comments; None for richer YAML, which needs PyYAML."""
     if not text.translate({9: " ", 10: " ", 13: " "}).isprintable():
         return None
     values = {}
@@ -1954,48 +1924,49 @@ def _read_yaml(text: str, path: str) -> Any:
             "'pip install PyYAML'. A plain line such as 'repository: s3://my-bucket' works without it." % path) from error
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets all sorts through, KeyError for instance
+    except Exception as error:  # PyYAML lets exceptions of many kinds escape, even KeyError
         raise RepositoryConfigurationError("%s is not valid YAML: %s." % (path, short_reason(error))) from error
 
 
 def absolute_url(url: str, directory: str) -> str:
-    """url with a relative file:// path made absolute; raises RepositoryConfigurationError for a bad one."""
+    """url, with a file:// path made absolute from directory. Raises RepositoryConfigurationError if it is invalid."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in BACKENDS:
-        raise RepositoryConfigurationError("%r is no repository URL: it must start with %s." % (
+        raise RepositoryConfigurationError("%r is not a repository URL: it must start with %s." % (
             url, ", ".join("%s://" % name for name in BACKENDS)))
     if not rest or (scheme != "file" and rest.startswith("/")):
         raise RepositoryConfigurationError("%r names no %s." % (url, "directory" if scheme == "file" else "bucket"))
     if "\0" in rest:
-        raise RepositoryConfigurationError("%r has a null character in it." % url)
+        raise RepositoryConfigurationError("%r contains a null character." % url)
     if scheme == "file":
         return "file://" + os.path.abspath(os.path.join(directory, os.path.expanduser(rest)))
     return scheme + "://" + rest.strip("/")
 
 
 def open_storage(url: str) -> Storage:
-    """The storage behind an absolute URL."""
+    """The storage at an absolute URL."""
     scheme, _, rest = url.partition("://")
     return BACKENDS[scheme](rest)
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int = 0) -> Iterator[Any]:
-    """function(item) for each item, in order, computed by `count` threads (default: one a core, at most 8).
+    """Yield function(item) for each item, in order, computed by `count` threads (default: one per core, at most 8).
 
-    At most two items a thread are in flight. When the iteration ends, however it does, no thread is at work any more;
-    only Ctrl-C does not wait. Where no thread can start (the interpreter is shutting down), the caller does the work.
+    At most two items per thread are in flight. No thread is left working when the iteration ends, except after Ctrl-C,
+    which does not wait. If no thread can start (the interpreter is shutting down), the caller does the work.
     """
     from collections import deque
+    from concurrent.futures import Future
     from queue import SimpleQueue
     tasks: Any = SimpleQueue()
     ending = False
 
     def work() -> None:
-        for item, answer in iter(tasks.get, None):
+        for item, future in iter(tasks.get, None):
             try:
-                answer.put((None if ending else function(item), None))
-            except BaseException as error:  # raised again where the result is used
-                answer.put((None, error))
+                future.set_result(None if ending else function(item))
+            except BaseException as error:
+                future.set_exception(error)
 
     started = 0
     for _ in range(count or min(os.cpu_count() or 1, 8)):
@@ -2008,22 +1979,16 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
         yield from map(function, items)
         return
     waiting: Any = deque()
-
-    def next_result() -> Any:
-        result, error = waiting[0].get()
-        waiting.popleft()
-        if error is not None:
-            raise error
-        return result
-
     try:
         for item in items:
-            waiting.append(SimpleQueue())
+            waiting.append(Future())
             tasks.put((item, waiting[-1]))
             if len(waiting) >= 2 * started:
-                yield next_result()
+                yield waiting[0].result()
+                waiting.popleft()
         while waiting:
-            yield next_result()
+            yield waiting[0].result()
+            waiting.popleft()
     except KeyboardInterrupt:
         waiting.clear()
         raise
@@ -2031,8 +1996,8 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
         ending = True
         for _ in range(started):
             tasks.put(None)
-        for answer in waiting:
-            answer.get()
+        for future in waiting:
+            future.exception()  # waits until it is done
 
 
 class Entry:
@@ -2045,40 +2010,40 @@ class Entry:
         self.name = key[key.rfind("/") + 1:]
         self.size = size          # bytes
         self.modified = modified  # seconds since the epoch, by the storage's clock
-        self.version = version    # differs whenever the content does
+        self.version = version    # changes whenever the content does
 
 
 class Storage:
-    """What every backend can do; all else is plain functions over these.
+    """The operations of every backend; everything else is plain functions that use these.
 
     Keys are relative to the repository's root. Every object appears whole or not at all. Methods raise DoesNotExist
-    for a missing key, ReadError and WriteError for other failures, each with one sentence for the user.
+    for a missing key, ReadError or WriteError for other failures, each with one sentence for the user.
     """
 
     scheme = ""
-    has_journals = False  # journals and locks may stand beside the documents
+    has_journals = False  # journals and locks are kept beside the documents
     has_index = False     # reading many documents is slow enough to keep an index of them
     clock_skew = 0.0      # seconds by which the storage's clock is ahead of ours
 
     deadline: Optional[float] = None
-    """Set it to time.monotonic() + 10, say, when the process has to end. From then on no request is retried, none waits
-    longer than 3 seconds for the server, and within 3 seconds of the deadline each fails at once with Unreachable. What
-    is under way in another thread may last longer: do not wait for it beyond the deadline."""
+    """Set it when the process has to end, for example to time.monotonic() + 10. From then on no request is retried or
+    waits more than 3 seconds for the server, and requests in the last 3 seconds fail at once with Unreachable. A request
+    that another thread has started may take longer: do not wait for it beyond the deadline."""
 
     def prepare(self) -> None:
-        """Create the directory or bucket if it is missing, and check that we may write; called when recording starts."""
+        """Create the directory or bucket if it is missing, and check that we may write. Recording starts with it."""
         raise NotImplementedError
 
     def list(self, folder: str) -> Iterator[Entry]:
-        """The objects directly in folder ('metadata/experiments/'), in any order."""
+        """Yield the objects directly in folder ('metadata/experiments/'), in any order."""
         raise NotImplementedError
 
     def stat(self, key: str) -> Entry:
-        """Size and version of one object."""
+        """The entry of one object."""
         raise NotImplementedError
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        """A binary stream of the bytes [start, end) of an object; of the version of that entry, if given."""
+        """Open the bytes [start, end) of an object as a binary stream; only of the entry's version, if given."""
         raise NotImplementedError
 
     def write(self, key: str, data: bytes) -> None:
@@ -2086,44 +2051,44 @@ class Storage:
         raise NotImplementedError
 
     def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        """Store a copy of a local file under key; calls progress with the number of bytes of each step."""
+        """Store a copy of a local file under key; calls progress with the number of bytes after each step."""
         raise NotImplementedError
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
         """Replace an object by change(its bytes, or None if it is missing) without losing changes of other processes.
 
-        change may be called several times, and returns None to leave things as they are.
+        change may be called several times; it returns None to leave the object alone.
         """
         raise NotImplementedError
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects by exact key; missing ones are no error."""
+        """Remove objects by exact key; missing ones are not an error."""
         raise NotImplementedError
 
     def remove(self, key: str) -> None:
-        """Remove one object that others may be updating; their update finds it missing."""
+        """Remove one object that other processes may be updating; update() then finds it missing."""
         self.delete([key])
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
-        """The bytes of an object; of the version of that entry, if given and still there."""
+        """The bytes of an object; of the entry's version, if given and still there."""
         with self.open(key, entry=entry) as stream:
             return stream.read()
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
-        """An object as it is now, and a function that opens ranges of just this version, whatever replaces it."""
+        """The entry of an object, and a function that opens the bytes [start, end) of exactly this version."""
         entry = self.stat(key)
         return entry, lambda start, end: self.open(key, start, end, entry)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
-        """function of each item, in order; several at a time where waiting for the server takes the time."""
+        """Yield function(item) for each item, in order; on a server, several at a time."""
         return map(function, items)
 
 
 class DiskStorage(Storage):
-    """A directory. New files are written in its tmp/ and then renamed into place.
+    """A directory. New files are written to its tmp/ and then renamed into place.
 
-    Files and folders take the permissions of group and others from the folder that they are made in, and so from the root,
-    whatever the umask: one group can share a repository, and nobody else can read one in a private folder.
+    Files and folders inherit the permissions for group and others from their folder, and so from the root, whatever the
+    umask: a group can share a repository, and nobody else can read one in a private folder.
     """
 
     scheme = "file"
@@ -2151,7 +2116,7 @@ class DiskStorage(Storage):
                 for entry in entries:
                     try:
                         status = entry.stat()
-                    except OSError:  # deleted meanwhile, or a link that leads nowhere
+                    except OSError:  # just deleted, or a broken link
                         continue
                     if not stat.S_ISDIR(status.st_mode):
                         yield disk_entry(folder + entry.name, status)
@@ -2167,17 +2132,14 @@ class DiskStorage(Storage):
             raise self._read_failure(key, error) from error
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        path = self.path(key)
-        try:  # without O_NONBLOCK a FIFO in somebody's repository would hang every command
-            descriptor = os.open(path, os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC)
+        try:
+            file = open_regular(self.path(key), follow=True)
         except OSError as error:
             raise self._read_failure(key, error) from error
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise ReadError("%s is not a regular file." % path)
-        file = os.fdopen(descriptor, "rb", 0)
-        return file if end is None and not start else FileRange(file, start, status.st_size if end is None else end)
+        if end is None and not start:
+            return file
+        end = os.fstat(file.fileno()).st_size if end is None else end
+        return FileRange(file, start, end)  # type: ignore[return-value]
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
         file = self.open(key)
@@ -2191,16 +2153,16 @@ class DiskStorage(Storage):
             raise self._read_failure(key, error) from error
 
     def create(self, key: str, write: Callable[[BinaryIO], Any]) -> Any:
-        """Store what write(file) writes under key; returns what it returns. Raises WriteError, and what write raises.
+        """Store under key what write(file) writes, and return what it returns. Raises WriteError.
 
-        The temporary file stays locked until it is in place, so that remove_leftovers() knows that it is in use.
+        The temporary file stays locked until it is in place, so that remove_leftovers() can tell that it is in use.
         """
         lock = self._new_lock(key.rpartition("/")[2])
         try:
             lock.acquire()
             with os.fdopen(lock.descriptor, "wb", 0, closefd=False) as file:
                 result = write(file)
-            os.close(os.dup(lock.descriptor))  # where NFS reports a full disk
+            os.close(os.dup(lock.descriptor))  # NFS reports a full disk only here
             self._move_in(lock.path, key)
             return result
         except OSError as error:
@@ -2259,13 +2221,14 @@ class DiskStorage(Storage):
             raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left in tmp/."""
+        """Remove the files that killed processes left in tmp/."""
         for _, lock in self.leftovers("tmp/"):
             lock.release()
 
     def leftovers(self, folder: str) -> Iterator[Tuple[Entry, FileLock]]:
-        """The files of killed processes in tmp/ or journals/, each locked until the next: what nobody else has locked, and
-        in tmp/ what is older than a day, since older versions locked only their *.lock files.
+        """Yield the files that killed processes left in tmp/ or journals/, each locked until the next one is asked for.
+
+        Our files count if nobody has them locked; any file in tmp/ counts if it is older than a day and not locked.
         """
         for entry in self.list(folder):
             old = folder == "tmp/" and entry.modified < time.time() - 86400
@@ -2276,11 +2239,11 @@ class DiskStorage(Storage):
                         if old or lock.is_held:
                             yield entry, lock
                         lock.release(remove=False)
-                except OSError:  # it is gone, or belongs to somebody else
+                except OSError:  # it is gone, or we may not open it
                     continue
 
     def sync(self, keys: Iterable[str]) -> None:
-        """Wait until these objects are on the disk itself; skips those that are gone."""
+        """Flush these objects to the physical disk; skips those that are gone."""
         for key in keys:
             for path in (self.path(key), os.path.dirname(self.path(key))):
                 try:
@@ -2299,12 +2262,12 @@ class DiskStorage(Storage):
         return WriteError("%s could not be written: %s." % (self.path(key), short_reason(error)))
 
     def _read_failure(self, key: str, error: OSError) -> ReplicateError:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return DoesNotExist("%s does not exist." % self.path(key))
         return ReadError("%s cannot be read: %s." % (self.path(key), short_reason(error)))
 
     def _lock(self, key: str) -> FileLock:
-        """The lock that every process holds that replaces or removes the object."""
+        """The lock that a process must hold to replace or remove the object."""
         return FileLock(self.path("tmp/%s.lock" % key.rpartition("/")[2]))
 
     def _new_lock(self, name: str) -> FileLock:
@@ -2318,20 +2281,20 @@ def disk_entry(key: str, status: os.stat_result) -> Entry:
     return Entry(key, status.st_size, status.st_mtime_ns / 1e9, version)
 
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows lacks these two
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-BINARY = getattr(os, "O_BINARY", 0)      # only Windows has it
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # not on Windows
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+BINARY = getattr(os, "O_BINARY", 0)      # only on Windows
 CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 
 class FileRange:
-    """The bytes [start, end) of an open file, which is left open."""
+    """The bytes [start, end) of an open file, which stays open."""
 
     def __init__(self, file: BinaryIO, start: int, end: int) -> None:
         self._file, self._position, self._end = file, start, end
 
     def read(self, size: int = -1) -> bytes:
-        """Up to size bytes, none at the end."""
+        """Return up to size bytes (-1: all), b"" at the end."""
         left = self._end - self._position
         data = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._position)
         self._position += len(data)
@@ -2341,38 +2304,38 @@ class FileRange:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        """The file belongs to others."""
+        """Nothing to close: other ranges may use the file."""
 
 
 class Unreadable(OSError):
-    """A file that should be saved cannot be read."""
+    """A file cannot be opened or is not a regular one; the text is the reason."""
 
 
 def open_regular(path: str, follow: bool = False) -> BinaryIO:
-    """A regular file, opened without waiting for what has taken its name meanwhile: a FIFO, say. Raises Unreadable."""
+    """Open a regular file for reading; never waits, even if path is a FIFO. Raises Unreadable."""
     flags = os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC | (0 if follow else NOFOLLOW)
     try:
-        file = os.fdopen(os.open(path, flags), "rb", 0)
+        descriptor = os.open(path, flags)
     except OSError as error:
-        if os.path.islink(path) and not follow:
+        if not follow and os.path.islink(path):
             raise Unreadable(error.errno, "it has become a link") from error
         raise Unreadable(error.errno, error.strerror) from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise Unreadable(0, "it is not a regular file")
-    return file
+    return os.fdopen(descriptor, "rb", 0)
 
 
 class FileLock:
-    """An exclusive lock between processes that dies with its holder; release() removes its file.
+    """An exclusive lock between processes, on a file; it ends when its holder dies. release() removes the file.
 
-    The file takes the permissions of group and others from its folder, so that whoever may write there can lock it.
+    The file inherits the permissions for group and others from its folder, so that whoever may write there can lock it.
     """
 
     def __init__(self, path: str, flags: int = 0, create: bool = True) -> None:
         self.path = path
         self.descriptor = -1
-        self.is_held = False  # False after acquire() too, where the file system has no locks
+        self.is_held = False  # stays False after acquire() if the file system has no locks
         self._flags = os.O_RDWR | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
 
     def acquire(self, wait: bool = True) -> bool:
@@ -2388,7 +2351,7 @@ class FileLock:
                     self.descriptor, self.is_held = descriptor, bool(locked)
                     share(descriptor, status, os.path.dirname(self.path))
                     return True
-            except FileNotFoundError:  # its holder removed the file while we waited
+            except FileNotFoundError:  # the holder removed the file while we waited
                 continue
             finally:
                 if self.descriptor != descriptor:
@@ -2404,7 +2367,7 @@ class FileLock:
             return os.open(self.path, self._flags, 0o666)
 
     def release(self, remove: bool = True) -> None:
-        """Give the lock back, and remove its file while it is still held."""
+        """Release the lock; removes its file first, unless remove is False."""
         if self.descriptor >= 0:
             if remove:
                 remove_file(self.path)
@@ -2420,10 +2383,12 @@ class FileLock:
 
 
 def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
-    """Lock an open file until it is closed; False if another process holds it, None if the file system has no locks."""
+    """Lock an open file until it is closed, and return True; False if another process holds the lock, None if there are
+    no locks here.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: two processes should not record into one experiment there
+    except ImportError:  # on Windows, nothing keeps two processes from recording into one experiment
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -2437,7 +2402,7 @@ def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
 
 
 def make_folder(path: str) -> None:
-    """Make a folder that takes its permissions and group from the folder that it is in, whatever the umask."""
+    """Make a folder that inherits permissions and group from its parent, whatever the umask."""
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     mode = 0o700 | os.stat(parent).st_mode & 0o2077
@@ -2449,7 +2414,7 @@ def make_folder(path: str) -> None:
 
 
 def make_private_folder(path: str) -> None:
-    """Make a folder that only its owner may enter; whoever uses it finds out if that failed."""
+    """Make a folder that only its owner may enter. Ignores failure: using the folder fails then."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
     except OSError:
@@ -2457,7 +2422,7 @@ def make_private_folder(path: str) -> None:
 
 
 def share(descriptor: int, status: os.stat_result, folder: str) -> None:
-    """Give a file of ours the permissions of group and others that its folder has, whatever the umask."""
+    """Give a file of ours its folder's permissions for group and others, whatever the umask."""
     mode = 0o600 | os.stat(folder).st_mode & 0o066
     if status.st_mode & 0o777 != mode and status.st_uid == os.geteuid():
         _change_mode(descriptor, mode)
@@ -2486,70 +2451,87 @@ def remove_file(path: str) -> None:
 
 
 class Unreachable(ReplicateError):
-    """The server did not answer, or not sensibly: worth another try."""
+    """The server did not answer, or reports a problem that may pass: worth another try."""
 
 
 class NoBucket(DoesNotExist):
-    """There is no such bucket."""
+    """The bucket does not exist."""
 
 
 class Changed(ReplicateError):
-    """An object is not the version that was expected."""
+    """An object has another version than expected."""
 
 
-NO_BUCKET = "There is no bucket for %s. Is the name right? Recording creates a missing bucket; reading does not."
+NO_BUCKET = "There is no bucket for %s. Check the name: recording creates a missing bucket, reading does not."
 
 
 class CloudStorage(Storage):
-    """What S3 and Google Cloud Storage have in common: reading that resumes, merging updates, parallel listing.
+    """What S3 and Google Cloud Storage share: reads that resume, merging updates, parallel listing.
 
-    A backend makes the requests, which its SDK retries, and translates the SDK's errors in translate().
+    A backend makes the requests, which its SDK retries, and translates the SDK's errors.
     """
 
-    ATTEMPTS = 5           # for each request, with growing pauses: about 8 seconds in all
-    FIRST_PAUSE = 0.5      # seconds; S3's SDK has its own pauses, much the same
+    ATTEMPTS = 5           # per request, with growing pauses: about 8 seconds in all
+    FIRST_PAUSE = 0.5      # seconds; the SDK for S3 has its own, similar pauses
     LONGEST_PAUSE = 8.0
-    TIMEOUT = 20.0         # seconds without a byte after which a request has failed
+    TIMEOUT = 20.0         # seconds without a byte before a request fails
     LAST_TIMEOUT = 3.0     # the same once there is a deadline
     PARALLEL = 16          # requests at a time
-    PART_BYTES = 8 << 20   # of an upload in parts, and of a ranged reading
-    LARGE_UPLOADS = 2      # files at a time, of each of which a part is in memory
+    PART_BYTES = 8 << 20   # of an upload in parts
+    RANGE_BYTES = 1 << 62  # that one request reads at most
+    LARGE_UPLOADS = 2      # files at a time; a part of each is in memory
     has_index = True
+    package = ""           # the SDK's, to install
 
     def __init__(self, rest: str) -> None:
         self.bucket, _, root = rest.partition("/")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}", self.bucket):
-            raise RepositoryConfigurationError("%r is no bucket name." % self.bucket)
+            raise RepositoryConfigurationError("%r is not a bucket name." % self.bucket)
         self.root = root.strip("/") + "/" if root.strip("/") else ""
         self.url = "%s://%s" % (self.scheme, rest)
+        try:
+            self.start_sdk()
+        except ImportError as error:
+            raise RepositoryConfigurationError(
+                "%s:// repositories need %s: install it with 'pip install %s'. Repositories on disk (file://) work "
+                "without it." % (self.scheme, self.package, self.package)) from error
+        except Exception as error:
+            raise RepositoryConfigurationError("%s cannot be used: %s." % (
+                self.url, short_reason(error).rstrip("."))) from error
 
     # -- what a backend provides
 
+    def start_sdk(self) -> None:
+        """Import the SDK and make a client. Raises ImportError, or the SDK's errors if it lacks settings."""
+        raise NotImplementedError
+
     def translate(self, error: Exception, key: str) -> ReplicateError:
-        """The error of this module for one of the SDK's."""
+        """The error to raise for one of the SDK's."""
         raise NotImplementedError
 
     def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
-        """Up to 1,000 entries below prefix, those named after `after` or from a page token on, and the next token."""
+        """(up to 1,000 entries below prefix, token of the next page or None); starts after a key or at a page's token."""
         raise NotImplementedError
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
-        """(stream of the bytes [start, end), version, size of the object); raises Changed for another version."""
+        """(stream of the bytes [start, end), version, size of the object). With a version, raises Changed for any other;
+        the size is that of the object only without one.
+        """
         raise NotImplementedError
 
     def put(self, key: str, data: bytes, version: Optional[str]) -> None:
-        """Store an object; version: only if it is still this one ('' for none at all), else raises Changed."""
+        """Store an object. With a version, only if that is still the current one ('': no object); raises Changed if not."""
         raise NotImplementedError
 
     def find_bucket(self) -> bool:
-        """Whether the bucket exists. Raises for one that is somebody else's."""
+        """Whether the bucket exists. Raises if it belongs to somebody else."""
         raise NotImplementedError
 
     def create_bucket(self) -> None:
-        """Make the bucket."""
+        """Create the bucket."""
         raise NotImplementedError
 
-    # -- what they share
+    # -- what the backends share
 
     def call(self, request: Callable[[], Any], key: str) -> Any:
         """The result of a request, with the SDK's errors translated."""
@@ -2562,49 +2544,50 @@ class CloudStorage(Storage):
             raise self.translate(error, key) from error
 
     def check_deadline(self, *args: Any, **kwargs: Any) -> None:
-        """Raise Unreachable if a request that starts now could last beyond the deadline."""
+        """Raise Unreachable if a request that starts now may outlast the deadline."""
         if self.deadline is not None and time.monotonic() > self.deadline - self.LAST_TIMEOUT:
-            raise Unreachable("%s cannot be reached in the time that is left." % self.url)
+            raise Unreachable("%s cannot be reached in the time left." % self.url)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
-        """function of each item, in order, several requests at a time; fewer where each takes much memory."""
+        """Yield function(item) for each item, in order, several at a time; fewer if each takes much memory (large)."""
         return in_threads(function, items, self.LARGE_UPLOADS if large else self.PARALLEL)
 
     def prepare(self) -> None:
         if not self.call(self.find_bucket, ""):
             try:
                 self.call(self.create_bucket, "")
-            except ReplicateError:  # made meanwhile, by another machine or by a request whose answer was lost
+            except ReplicateError:  # another machine may have made it, or a request of ours whose answer was lost
                 if not self.call(self.find_bucket, ""):
                     raise
-            console.warning("The bucket %s did not exist: it was created. If that is a misspelling, delete it." %
+            console.warning("The bucket %s did not exist: it was created. If the name is misspelled, delete it." %
                             self.bucket)
         probe = "tmp/probe.%s" % os.urandom(6).hex()
         self.write(probe, b"")
         self.delete([probe])
 
     def list(self, folder: str) -> Iterator[Entry]:
-        """Pages; from the second on, the hex prefixes of the names are listed in parallel."""
-        def page(request: Tuple[str, str, Any]) -> Tuple[List[Entry], Any]:
-            return self.call(lambda: self.list_page(self.root + request[0], request[1], request[2]), "")
+        """List page by page; after the first page, list the names of each first hex digit in parallel."""
+        def page(prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
+            entries, token = self.call(lambda: self.list_page(self.root + prefix, after, token), "")
+            return [entry for entry in entries if "/" not in entry.key[len(folder):]], token
 
         def rest(request: Tuple[str, str]) -> List[Entry]:
             prefix, after = request
-            entries, token = page((prefix, after, None))
+            entries, token = page(prefix, after, None)
             while token:
-                more, token = page((prefix, "", token))
+                more, token = page(prefix, "", token)
                 entries += more
             return entries
 
-        entries, token = page((folder, "", None))
-        yield from (entry for entry in entries if "/" not in entry.key[len(folder):])
+        entries, token = page(folder, "", None)
+        yield from entries
         if not token:
             return
         last = entries[-1].key if entries else folder
         digits = [digit for digit in "0123456789abcdef" if folder + digit >= last[:len(folder) + 1]]
         requests = [(folder + digit, self.root + last if last.startswith(folder + digit) else "") for digit in digits]
         for found in self.in_parallel(rest, requests):
-            yield from (entry for entry in found if "/" not in entry.key[len(folder):])
+            yield from found
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
         if entry is not None:
@@ -2615,7 +2598,7 @@ class CloudStorage(Storage):
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
             return super().read(key, entry)
-        except Changed:  # since it was listed
+        except Changed:  # since the caller listed it
             return super().read(key)
 
     def write(self, key: str, data: bytes) -> None:
@@ -2631,7 +2614,7 @@ class CloudStorage(Storage):
                 raise
             except DoesNotExist:
                 old, version = None, ""
-            except Changed:  # while it was read
+            except Changed:  # while we read it
                 continue
             new = change(old)
             if new is None:
@@ -2641,31 +2624,35 @@ class CloudStorage(Storage):
                 return
             except Changed:  # by another machine, or by our own request whose answer was lost
                 continue
-        raise WriteError("%s in %s changes all the time: it could not be updated." % (key, self.url))
+        raise WriteError("%s in %s could not be updated: other processes keep changing it." % (key, self.url))
 
 
 class ResumingStream:
-    """The bytes [start, end) of an object; when the connection breaks, it goes on where it was, in the same version."""
+    """The bytes [start, end) of one version of an object; if the connection breaks, it reconnects and goes on."""
 
     def __init__(self, storage: CloudStorage, key: str, start: int = 0, end: Optional[int] = None,
                  version: Optional[str] = None) -> None:
         self._storage, self._key = storage, key
         self._position, self._end = start, end
         self._stream: Any = None
+        self._stream_end = start
         self.version = version
         if end is None or end > start:
             storage.call(self._connect, key)
 
     def _connect(self) -> None:
-        end = self._end if self._end is not None else self._position + (1 << 62)
-        self._stream, self.version, size = self._storage.read_part(self._key, self._position, end, self.version)
-        self._end = min(end, size)
+        start, size_is_known = self._position, self.version is not None
+        end = 1 << 62 if self._end is None else self._end
+        self._stream_end = min(end, start + self._storage.RANGE_BYTES)
+        self._stream, self.version, size = self._storage.read_part(self._key, start, self._stream_end, self.version)
+        if not size_is_known:
+            self._end = min(end, size)
 
     def _read_once(self, size: int) -> bytes:
-        if self._stream is None:
+        if self._stream is None or self._position == self._stream_end:
             self._connect()
         try:
-            data = self._stream.read(size)
+            data = self._stream.read(min(size, self._stream_end - self._position))
             if not data:
                 raise Unreachable("%s closed the connection too early." % self._storage.url)
             return data
@@ -2674,17 +2661,19 @@ class ResumingStream:
             raise
 
     def read(self, size: int = -1) -> bytes:
-        """Up to size bytes, none at the end. Raises ReadError, Changed."""
+        """Return up to size bytes (-1: all), b"" at the end. Raises ReadError, Changed."""
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 20), b""))
-        size = min(size, self._end - self._position) if self._end is not None else 0
-        for left in range(self._storage.ATTEMPTS - 1, -1, -1) if size > 0 else ():
+        size = min(size, (self._end or 0) - self._position)
+        if size <= 0:
+            return b""
+        for attempts_left in reversed(range(self._storage.ATTEMPTS)):
             try:
                 data = self._storage.call(lambda: self._read_once(size), self._key)
                 self._position += len(data)
                 return data
             except Unreachable:
-                if not left or self._storage.deadline is not None:
+                if not attempts_left or self._storage.deadline is not None:
                     raise
         return b""
 
@@ -2693,7 +2682,7 @@ class ResumingStream:
         if stream is not None:
             try:
                 stream.close()
-            except Exception:  # a broken connection: there is nothing left to close
+            except Exception:  # the connection is broken anyway
                 pass
 
     def __enter__(self) -> ResumingStream:
@@ -2704,42 +2693,34 @@ class ResumingStream:
 
 
 class S3Storage(CloudStorage):
-    """A bucket of Amazon S3 or of any server that speaks its protocol, with the standard settings of boto3."""
+    """A bucket of Amazon S3, or of another server with its protocol, set up by boto3's usual settings."""
 
     scheme = "s3"
+    package = "boto3"
     MISSING = ("404", "NoSuchKey", "NotFound")
     STALE = ("412", "PreconditionFailed", "ConditionalRequestConflict", "409")
     PASSING = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException",
                "TooManyRequests", "OperationAborted", "NoSuchUpload")
 
-    def __init__(self, rest: str) -> None:
-        super().__init__(rest)
-        try:
-            import boto3
-            import botocore.config
-            import botocore.exceptions
-        except ImportError as error:
-            raise RepositoryConfigurationError("s3:// repositories need boto3: install it with 'pip install boto3'. "
-                                               "Repositories on disk (file://) work without it.") from error
+    def start_sdk(self) -> None:
+        import boto3
+        import botocore.config
+        import botocore.exceptions
         self._errors, self._new_config = botocore.exceptions, botocore.config.Config
         self._clients: Dict[bool, Any] = {}
         self._creating = threading.Lock()
-        try:
-            self._session = boto3.session.Session()
-            self._client
-        except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise RepositoryConfigurationError("%s cannot be used: %s." % (
-                self.url, short_reason(error).rstrip("."))) from error
+        self._session = boto3.session.Session()
+        self._client  # so that bad settings are reported at once
 
     def __copy__(self) -> S3Storage:
-        """The same bucket with a deadline of its own, and so with clients of its own, which ask for it."""
+        """The same bucket with its own deadline, and so with its own clients, which check it."""
         twin: S3Storage = object.__new__(S3Storage)
         twin.__dict__.update(self.__dict__, _clients={})
         return twin
 
     @property
     def _client(self) -> Any:
-        """A client of the SDK; an impatient one once there is a deadline, since its timeouts cannot be changed."""
+        """A client of the SDK; one with short timeouts once there is a deadline, since a client's timeouts are fixed."""
         hurried = self.deadline is not None
         with self._creating:
             if hurried not in self._clients:
@@ -2747,7 +2728,8 @@ class S3Storage(CloudStorage):
             return self._clients[hurried]
 
     def _new_client(self, hurried: bool) -> Any:
-        settings = {"connect_timeout": min(5.0, self._timeout(hurried)), "read_timeout": self._timeout(hurried),
+        timeout = self.LAST_TIMEOUT if hurried else self.TIMEOUT
+        settings = {"connect_timeout": min(5.0, timeout), "read_timeout": timeout,
                     "max_pool_connections": 2 * self.PARALLEL,
                     "retries": {"total_max_attempts": 1 if hurried else self.ATTEMPTS, "mode": "standard"}}
         new_settings = {"request_checksum_calculation": "when_required",  # some servers refuse the default
@@ -2762,14 +2744,11 @@ class S3Storage(CloudStorage):
         client.meta.events.register_first("needs-retry.s3", self._give_up)
         return client
 
-    def _timeout(self, hurried: bool) -> float:
-        return self.LAST_TIMEOUT if hurried else self.TIMEOUT
-
     def _note_clock(self, parsed: Dict[str, Any], **kwargs: Any) -> None:
         self.clock_skew = http_date_skew(parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
 
     def _give_up(self, caught_exception: Optional[Exception] = None, **kwargs: Any) -> None:
-        """Raise the error of a request that the SDK is about to retry where that is of no use."""
+        """Raise the error of a request that the SDK is about to retry, if another try is useless."""
         if caught_exception is not None and (self.deadline is not None or
                                              isinstance(caught_exception, self._errors.SSLError)):
             raise caught_exception
@@ -2779,8 +2758,8 @@ class S3Storage(CloudStorage):
         reason = short_reason(error).rstrip(".")
         if isinstance(error, self._errors.ClientError):
             answer = error.response.get("Error", {})
-            code, status = str(answer.get("Code", "")), error.response.get("ResponseMetadata", {}).get(
-                "HTTPStatusCode", 0)
+            code = str(answer.get("Code", ""))
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             reason = "%s (%s)" % (str(answer.get("Message") or "no reason given").rstrip("."), code)
             if code in self.PASSING or status >= 500 and code != "NotImplemented" or status == 429:
                 return Unreachable("%s cannot be reached: %s." % (self.url, reason))
@@ -2790,7 +2769,7 @@ class S3Storage(CloudStorage):
                 return Changed("Another process changed %s." % name)
             if code in self.MISSING:
                 return DoesNotExist("%s does not exist." % name)
-            return ReadError("%s refuses: %s." % (name, reason))
+            return ReadError("The server refused a request for %s: %s." % (name, reason))
         if isinstance(error, (self._errors.NoCredentialsError, self._errors.PartialCredentialsError,
                               self._errors.CredentialRetrievalError, self._errors.ParamValidationError,
                               self._errors.NoRegionError, self._errors.SSLError)):
@@ -2817,7 +2796,7 @@ class S3Storage(CloudStorage):
         answer = self._client.get_object(Bucket=self.bucket, Key=self.root + key, **extra)
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange") or "")
         if extra.get("Range") and (found is None or int(found.group(1)) != start):
-            raise ReadError("%s answers a request for a part of %s with something else." % (self.url, key))
+            raise ReadError("%s did not return the requested part of %s." % (self.url, key))
         size = int(found.group(2)) if found else answer["ContentLength"]
         return answer["Body"], answer["ETag"].strip('"'), size
 
@@ -2827,20 +2806,20 @@ class S3Storage(CloudStorage):
         try:
             self._client.put_object(Body=data, **target, **condition)
         except (self._errors.ParamValidationError, self._errors.ClientError) as error:
-            if not condition or getattr(error, "response", {}).get("Error", {}).get("Code", "NotImplemented") != \
-                    "NotImplemented":
+            code = getattr(error, "response", {}).get("Error", {}).get("Code", "NotImplemented")
+            if not condition or code != "NotImplemented":
                 raise
-            self._client.put_object(Body=data, **target)  # an older boto3 or another server knows no conditions
+            self._client.put_object(Body=data, **target)  # an older boto3, or a server without conditions
 
     def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        """In one thread: those of the SDK refuse work when the interpreter shuts down, and then hold it up."""
+        """Upload in this thread: the SDK's own threads refuse to work while the interpreter shuts down, and block it."""
         from boto3.s3.transfer import TransferConfig
         config = TransferConfig(self.PART_BYTES + 1, multipart_chunksize=self.PART_BYTES, use_threads=False)
         try:
             with open(path, "rb") as file:
                 self.call(lambda: self._client.upload_fileobj(file, self.bucket, self.root + key, Callback=progress,
                                                               Config=config), key)
-        except Unreachable as error:  # perhaps it is complete, and the answer was lost
+        except Unreachable as error:  # perhaps the upload is complete and only the answer was lost
             if "NoSuchUpload" not in str(error) or self.stat(key).size != os.path.getsize(path):
                 raise
 
@@ -2871,35 +2850,27 @@ class S3Storage(CloudStorage):
 
 
 class GCSStorage(CloudStorage):
-    """A bucket of Google Cloud Storage, with application default credentials, or STORAGE_EMULATOR_HOST."""
+    """A bucket of Google Cloud Storage, with application default credentials, or of STORAGE_EMULATOR_HOST."""
 
     scheme = "gs"
-    PARALLEL = 10  # the SDK's pool of connections
+    package = "google-cloud-storage"
+    PARALLEL = 10          # the size of the SDK's connection pool
+    RANGE_BYTES = 8 << 20  # an answer is held in memory
 
-    def __init__(self, rest: str) -> None:
-        super().__init__(rest)
-        try:
-            import google.api_core.exceptions
-            import google.auth.exceptions
-            from google.cloud import storage
-            from google.cloud.storage.retry import DEFAULT_RETRY
-        except ImportError as error:
-            raise RepositoryConfigurationError(
-                "gs:// repositories need google-cloud-storage: install it with 'pip install google-cloud-storage'. "
-                "Repositories on disk (file://) work without it.") from error
-        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # a request of the SDK's own
+    def start_sdk(self) -> None:
+        import google.api_core.exceptions
+        import google.auth.exceptions
+        from google.cloud import storage
+        from google.cloud.storage.retry import DEFAULT_RETRY
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # saves a request
         self._errors, self._auth_errors = google.api_core.exceptions, google.auth.exceptions
         self._retry = DEFAULT_RETRY.with_delay(self.FIRST_PAUSE, self.LONGEST_PAUSE, 2.0)
         project = os.environ.get("GOOGLE_CLOUD_PROJECT")
-        try:
-            if os.environ.get("STORAGE_EMULATOR_HOST"):
-                from google.auth.credentials import AnonymousCredentials
-                self._client = storage.Client(project or "replicate", AnonymousCredentials())
-            else:
-                self._client = storage.Client(project)
-        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError) as error:
-            raise RepositoryConfigurationError("%s cannot be used: %s." % (
-                self.url, short_reason(error).rstrip("."))) from error
+        if os.environ.get("STORAGE_EMULATOR_HOST"):
+            from google.auth.credentials import AnonymousCredentials
+            self._client = storage.Client(project or "replicate", AnonymousCredentials())
+        else:
+            self._client = storage.Client(project)
         self._client._http.hooks["response"].append(self._note_clock)
         self._bucket = self._client.bucket(self.bucket)
 
@@ -2907,7 +2878,7 @@ class GCSStorage(CloudStorage):
         self.clock_skew = http_date_skew(response.headers.get("date"))
 
     def _limits(self, attempts: Optional[int] = None) -> Dict[str, Any]:
-        """How long the SDK waits for an answer, and how often it tries (ATTEMPTS times, if not given)."""
+        """Arguments for the SDK: how long it waits for an answer, and how often it tries (default: ATTEMPTS times)."""
         if self.deadline is not None:
             return {"timeout": self.LAST_TIMEOUT, "retry": None}
         tries = iter(range((attempts or self.ATTEMPTS) - 1))
@@ -2920,9 +2891,9 @@ class GCSStorage(CloudStorage):
 
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
-        error = getattr(error, "cause", None) or error  # the SDK's own time for retries is over
+        error = getattr(error, "cause", None) or error  # what the SDK wraps when its retries run out
         text = str(getattr(error, "message", None) or short_reason(error))
-        inner = re.search(r'"message":\s*"([^"]+)"', text)  # media requests give the whole answer
+        inner = re.search(r'"message":\s*"([^"]+)"', text)  # errors of media requests hold the whole answer
         reason = inner.group(1) if inner else re.sub(r"^[A-Z]+ https?://\S+: ", "", text)
         reason = reason.strip().rstrip(".:")
         code = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
@@ -2936,7 +2907,7 @@ class GCSStorage(CloudStorage):
                 error, self._auth_errors.TransportError):
             return ReadError("%s cannot be used: %s." % (self.url, reason))
         if isinstance(code, int) and code < 500 and code not in (408, 429):
-            return ReadError("%s refuses: %s." % (name, reason))
+            return ReadError("The server refused a request for %s: %s." % (name, reason))
         module = type(error).__module__.split(".")[0]
         if isinstance(error, OSError) or module in ("google", "requests", "urllib3", "http"):
             return Unreachable("%s cannot be reached: %s." % (self.url, reason))
@@ -2969,20 +2940,16 @@ class GCSStorage(CloudStorage):
         if version is None:
             blob = self._loaded(key)
             size, version = blob.size or 0, str(blob.generation)
-        return GCSStream(self, key, start, min(end, size), version), version, size  # type: ignore[return-value]
+        data = b""
+        if start < min(end, size):
+            data = self._blob(key).download_as_bytes(start=start, end=min(end, size) - 1, raw_download=True, checksum=None,
+                                                     if_generation_match=int(version), **self._limits())
+        return io.BytesIO(data), version, size
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
-        """In one request, where the inherited method would first ask for the version."""
+        """The bytes of an object in one request; the inherited method first asks for the version."""
         return self.call(lambda: self._blob(key).download_as_bytes(raw_download=True, checksum=None, **self._limits()),
                          key)
-
-    def download(self, key: str, start: int, end: int, version: str) -> bytes:
-        """The bytes [start, end) of one version of an object, in one request."""
-        data = self._blob(key).download_as_bytes(start=start, end=end - 1, raw_download=True, checksum=None,
-                                                 if_generation_match=int(version), **self._limits())
-        if len(data) != end - start:
-            raise Unreachable("%s closed the connection too early." % self.url)
-        return data
 
     def put(self, key: str, data: bytes, version: Optional[str]) -> None:
         self._blob(key).upload_from_string(data, "application/octet-stream", **self._limits(),
@@ -3013,29 +2980,8 @@ class GCSStorage(CloudStorage):
         self._client.create_bucket(self.bucket, **self._limits())
 
 
-class GCSStream:
-    """A range of one version of an object, fetched in parts, each in one request."""
-
-    def __init__(self, storage: GCSStorage, key: str, start: int, end: int, version: str) -> None:
-        self._storage, self._key, self._version = storage, key, version
-        self._position, self._end = start, end
-        self._data = memoryview(b"")
-
-    def read(self, size: int) -> bytes:
-        """Up to size bytes."""
-        if not self._data and self._position < self._end:
-            end = min(self._end, self._position + self._storage.PART_BYTES)
-            self._data = memoryview(self._storage.download(self._key, self._position, end, self._version))
-            self._position = end
-        taken, self._data = self._data[:size], self._data[size:]
-        return bytes(taken)
-
-    def close(self) -> None:
-        self._data = memoryview(b"")
-
-
 class CountingFile(io.FileIO):
-    """A file opened for reading that reports how many bytes are read for the first time; check may end it all."""
+    """A file opened for reading that calls check before each read, and reports the bytes read for the first time."""
 
     def __init__(self, path: str, progress: Callable[[int], None], check: Callable[[], None]) -> None:
         super().__init__(path, "rb")
@@ -3051,7 +2997,7 @@ class CountingFile(io.FileIO):
 
 
 def http_date_skew(date: Optional[str]) -> float:
-    """How many seconds an HTTP Date header is ahead of our clock; 0 without one."""
+    """The seconds by which an HTTP Date header is ahead of our clock; 0 without one."""
     if not date:
         return 0.0
     from email.utils import parsedate_to_datetime
@@ -3061,7 +3007,7 @@ def http_date_skew(date: Optional[str]) -> float:
         return 0.0
 
 
-BACKENDS: Dict[str, Callable[[str], Storage]] = {"file": DiskStorage, "s3": S3Storage, "gs": GCSStorage}
+BACKENDS: Dict[str, Callable[[str], Storage]] = {kind.scheme: kind for kind in (DiskStorage, S3Storage, GCSStorage)}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -5204,7 +5150,7 @@ def _configured_url(directory: str, config: Optional[str] = None) -> Optional[st
             storage = os.path.join(directory, DEFAULT_STORAGE)
             return "file://" + storage if os.path.exists(storage) else None
     try:
-        return absolute_url(read_config(config)["repository"], directory)
+        return absolute_url(read_config(config), directory)
     except RepositoryConfigurationError:
         return ""
 
@@ -9129,7 +9075,7 @@ def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[s
 
     Warns of each name in the filters, or among names, that no experiment has.
     """
-    named = dict.fromkeys([name for tree in filters for name in tree.names()] + list(names))
+    named = dict.fromkeys([name for tree in filters for name in tree.names] + list(names))
     if rows and not all(name in FIELDS or name in LABELS for name in named):
         known = known_names(rows)
         for name in named:
