@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
+    Block = Tuple[str, Sequence[Sequence[Optional[str]]]]  # of `show` or `diff`: a heading, and rows of a label and texts
     Column = Tuple[str, Sequence[str]]  # of a table: a title, and for each row a cell of one or more lines
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
@@ -7617,19 +7618,19 @@ def saved_model(save: Callable[[str], Any], filepath: str) -> Optional[str]:
 # 10  Rendering: tables, show, diff (data in, text out)
 # ------------------------------------------------------------------------------------------------------------------
 
-NARROW_COLUMNS = (len("EXPERIMENT"), SHORT_ID, 2)  # down to which columns are cut for a terminal, one step after another
-DIFF_WIDTH = 26
-DIFF_CUT = 50
-SHOW_WIDTH = 17
+NARROW_COLUMNS = (len("EXPERIMENT"), SHORT_ID, 2)  # column widths to shrink to, one after the other, in a narrow terminal
+SHOW_WIDTH = 17  # of a column in `show`, at least
+DIFF_WIDTH = 26  # of a column in `diff`, at least
+DIFF_CUT = 50    # characters of a value in `diff`, at most
 
 
 def no_paint(text: str, style: str) -> str:
-    """text as it is."""
+    """Return text without a style."""
     return text
 
 
 def display_width(text: str) -> int:
-    """The number of terminal columns that text takes."""
+    """Return the number of terminal columns that text takes."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -7638,24 +7639,27 @@ def display_width(text: str) -> int:
 
 
 def pad(text: str, width: int) -> str:
-    """text filled up with spaces to a display width."""
+    """Return text with spaces added up to a display width."""
     return text + " " * (width - display_width(text))
 
 
 def wrapped(text: str, width: int) -> List[str]:
-    """text in lines of at most that display width, broken between words, or after marks as in `learning_rate=0.1`."""
+    """Return text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`."""
     lines, line = [], ""
     for word in text.split(" "):
         if line and display_width(line) + 1 + display_width(word) <= width:
             line += " " + word
             continue
-        lines += [line] if line else []
+        if line:
+            lines.append(line)
         start = 0
-        while len(word) - start > width or display_width(word[start:]) > width:
-            count = next(count for count in range(width, 0, -1)
-                         if count == 1 or display_width(word[start:start + count]) <= width)
-            mark = max(word.rfind(mark, start, start + count) for mark in "=._/-")
-            end = start + count if mark < 0 else mark + 1
+        while len(word) - start > width or display_width(word[start:]) > width:  # len() first: a word can be very long
+            end = start + width
+            while end > start + 1 and display_width(word[start:end]) > width:
+                end -= 1
+            mark = max(word.rfind(mark, start, end) for mark in "=._/-")
+            if mark >= 0:
+                end = mark + 1
             lines.append(word[start:end])
             start = end
         line = word[start:]
@@ -7663,7 +7667,7 @@ def wrapped(text: str, width: int) -> List[str]:
 
 
 def narrowed(widths: Sequence[int], total: int) -> List[int]:
-    """The widths of columns two spaces apart with the widest ones cut down until all of them fit into a total width."""
+    """Return the widths of columns two spaces apart, with the widest shrunk until all fit into a total width."""
     narrow = list(widths)
     for least in NARROW_COLUMNS:
         while sum(narrow) + 2 * (len(narrow) - 1) > total and max(narrow) > least:
@@ -7672,17 +7676,13 @@ def narrowed(widths: Sequence[int], total: int) -> List[int]:
 
 
 def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterator[str]:
-    """The titles, then each row (one or more lines) of a table; columns stand two spaces apart.
+    """Yield the header of a table and then each row (one or more lines), with two spaces between columns.
 
-    width: that of the terminal, for which cells are wrapped.
+    width: of the terminal, to which cells are wrapped; None for no limit.
     """
     from itertools import zip_longest
-    plain = all(title.isascii() and all(map(str.isascii, cells)) for title, cells in columns)
-    measure = len if plain else display_width
-    natural = [max([measure(title)] + [measure(line) for cell in cells for line in cell.split("\n")])
-               for title, cells in columns]
+    natural = [max(display_width(line) for cell in (title, *cells) for line in cell.split("\n")) for title, cells in columns]
     widths = narrowed(natural, width) if width else natural
-    template = "  ".join("%%-%ds" % width for width in widths)  # several times as fast, and nearly always enough
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
@@ -7690,27 +7690,26 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
             return lines
         return [part for line in lines for part in wrapped(line, widths[column])]
 
-    for row in zip(*[[title, *cells] for title, cells in columns]):
+    for row in zip(*[(title, *cells) for title, cells in columns]):
         lines = zip_longest(*map(lines_of, row, range(len(row))), fillvalue="")
-        yield "\n".join([(template % line if plain else "  ".join(map(pad, line, widths))).rstrip() for line in lines])
+        yield "\n".join(["  ".join(map(pad, line, widths)).rstrip() for line in lines])
 
 
 def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = False,
                 width: Optional[int] = None) -> Iterator[str]:
-    """`ls` of at least one row, in pieces: the header line, then each experiment with a blank line below."""
+    """Yield the table of `ls` for at least one row: the header, then each experiment with a blank line below."""
     lines = table_rows(list_columns(rows, now, show_all), width)
     yield next(lines) + "\n"
     yield from (text + "\n\n" for text in lines)
 
 
 def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) -> List[Column]:
-    """The columns of `ls`; HOST, USER and BEST CHECKPOINT only where they tell something."""
-    columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows]),
-                             ("STARTED", [relative_time(row.created, now) for row in rows]),
-                             ("STATUS", [row.value("status") for row in rows])]
+    """Return the columns of `ls`, leaving out those that say nothing, such as a HOST that all experiments share."""
+    columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows])]
     names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
     if any(names):
-        columns.insert(1, ("NAME", names))
+        columns.append(("NAME", names))
+    columns += [("STARTED", [relative_time(row.created, now) for row in rows]), ("STATUS", [row.status for row in rows])]
     for title in ("HOST", "USER", "CODE"):
         texts = [escape_control(text_in(row.summary, title.lower()) or "") for row in rows]
         if len(set(texts)) > 1:
@@ -7726,11 +7725,56 @@ def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) ->
     return columns
 
 
+def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> List[str]:
+    """Return the params that `ls` shows: all, or those that differ.
+
+    lists: whether those that differ may be lists or empty objects.
+    """
+    found = [row.params for row in rows]
+    if show_all:
+        return sorted({name for params in found for name in params})
+    return [name for name in differing_names(found)
+            if lists or not any(isinstance(params.get(name), (dict, list)) for params in found)]
+
+
+def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
+    """Return the metrics that `ls` shows: all, or the primary ones, or if there are none, those that differ."""
+    primary = {row.summary["primary_metric"] for row in rows} - {None}
+    if primary and not show_all:
+        return sorted(primary)
+    measured = [item["metrics"] for row in rows for item in (row.latest, row.best if show_all else None)
+                if item and item.get("metrics")]
+    return sorted({name for metrics in measured for name in metrics}) if show_all else differing_names(measured)
+
+
+def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    """Return the sorted names whose values differ between these dicts; an absent value equals null."""
+    names = sorted({name for values in rows for name in values})
+    return [name for name in names
+            if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
+
+
+def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
+    """Return `name=value` for each of the names that has a value."""
+    return [escape_control(name) + "=" + format_cell(values[name]) for name in names if name in values]
+
+
+def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str:
+    """Return the short ID and step of a stored checkpoint, then a line for each of these metrics."""
+    if not item:
+        return ""
+    title = "%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)
+    return "\n".join([title] + value_lines(unpack_floats(item.get("metrics") or {}), names))
+
+
 class WideColumn:
-    """A column of `ls --wide`, with a text for each row."""
+    """A column of `ls --wide`, with a text for each row.
+
+    cut: whether to shorten texts to 20 characters; rank: columns of the lowest rank are the first to be left out.
+    """
 
     def __init__(self, name: str, rows: Sequence[Row], now: datetime.datetime, cut: bool, rank: int = 0) -> None:
-        self.rank = rank  # the lowest is left out first
+        self.rank = rank
         is_field = name in FIELDS or all(row.is_label(name) for row in rows)
         self.title = name.upper() if is_field else format_cell(name) if cut else escape_control(name)
         values = [row.plain(name) for row in rows]
@@ -7744,7 +7788,7 @@ class WideColumn:
         self.width = max(map(display_width, [self.title, *self.texts]))
 
     def cell(self, row: int, paint: Paint) -> str:
-        """The text of a row, or of -1 the title, filled up to the column's width."""
+        """Return the text of a row (-1: the title), aligned in the column's width."""
         text = self.title if row < 0 else self.texts[row]
         space = " " * (self.width - display_width(text))
         shown = paint(text, "bold") if row >= 0 and self.is_best[row] else text
@@ -7752,92 +7796,96 @@ class WideColumn:
 
 
 def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
-    """The columns of `ls --wide`, one for each param and metric of the stacked table, with their ranks."""
-    fields = [("id", 5), ("name", 3), ("started", 2), ("status", 5)]
-    labels = [("host", 0), ("user", 0), ("code", 0), ("tag", 0)]
-    shown = [pair for pair in fields if pair[0] != "name" or any(row.plain("name") for row in rows)]
-    shown += [pair for pair in labels if any(row.plain(pair[0]) != rows[0].plain(pair[0]) for row in rows)]
+    """Return the names and ranks of the columns of `ls --wide`, with one column for each param and metric of `ls`."""
+    names = [("id", 5)]
+    if any(row.plain("name") for row in rows):
+        names.append(("name", 3))
+    names += [("started", 2), ("status", 5)]
+    names += [(label, 0) for label in ("host", "user", "code", "tag")
+              if any(row.plain(label) != rows[0].plain(label) for row in rows)]
     _, params, metrics = column_groups(rows)
-    shown += [(params[name], 1) for name in listed_params(rows, show_all, lists=True)]
-    return shown + [(metrics[name], 4) for name in listed_metrics(rows, show_all) if name in metrics]
+    names += [(params[name], 1) for name in listed_params(rows, show_all, lists=True)]
+    return names + [(metrics[name], 4) for name in listed_metrics(rows, show_all) if name in metrics]
 
 
 def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool) -> str:
-    """What `ls --wide` shows of an experiment in a column, which is plain() there; cut: at most 20 characters."""
+    """Return what `ls --wide` shows of row.plain(name), which is value; cut: at most 20 characters."""
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
     if name[:1] == "~":
-        return sparkline(value, *(() if can_encode(sys.stdout, "▁█") else ("_.:-=+*#",)))
+        return sparkline(value, SPARK_MARKS if can_encode(sys.stdout, SPARK_MARKS) else ASCII_SPARK_MARKS)
     if name == "duration" and value is not None:
         return str(datetime.timedelta(seconds=round(value)))
     if name == "id" or name == "commit" and row.is_label(name):
         return escape_control(value or "")[:SHORT_ID]
-    return format_cell(value) if type(value) is float else (format_cell if cut else escape_control)(
-        full_text(row, name, value))
-
-
-SPARK_WIDTH = 16  # characters of a sparkline
-
-
-def sparkline(values: Sequence[Optional[float]], marks: str = "▁▂▃▄▅▆▇█") -> str:
-    """A curve on one line, a space where it has a gap; of many values the last of every few."""
-    if len(values) > SPARK_WIDTH:
-        values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
-    chosen = [value if value is not None and abs(value) < 1e300 else None for value in values]
-    known = [value for value in chosen if value is not None]
-    scale = Scale(known, len(marks)) if known else None
-    return "".join(" " if value is None or scale is None else marks[scale.position(value)] for value in chosen)
+    if type(value) is float:
+        return format_cell(value)
+    text = full_text(row, name, value)
+    return format_cell(text) if cut else escape_control(text)
 
 
 def full_text(row: Row, name: str, value: Any) -> str:
-    """What a column holds, which is plain() there, as text, uncut."""
-    return "" if value is None else ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
+    """Return row.plain(name), which is value, as uncut text."""
+    if value is None:
+        return ""
+    return ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
 
 
-def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
-    """What the experiments want of a primary metric: "minimize" or "maximize"; None where they do not agree."""
-    items = [item for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
-    goals = {item["primary_metric"]["goal"] for item in items if item["primary_metric"]["name"] == metric}
-    return goals.pop() if len(goals) == 1 else None
+SPARK_WIDTH = 16  # characters
+SPARK_MARKS = "▁▂▃▄▅▆▇█"
+ASCII_SPARK_MARKS = "_.:-=+*#"
+
+
+def sparkline(values: Sequence[Optional[float]], marks: str = SPARK_MARKS) -> str:
+    """Return a curve on one line, with a space for each gap; a long curve is cut into 16 parts, shown by their last values."""
+    if len(values) > SPARK_WIDTH:
+        values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
+    known = [value for value in values if can_draw(value)]
+    scale = Scale(known, len(marks)) if known else None
+    return "".join(marks[scale.position(value)] if scale and can_draw(value) else " " for value in values)
 
 
 def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
-    """The IDs of the experiments with the best value of a primary metric; none where there is nothing to compare."""
+    """Return the IDs of the experiments with the best value of a primary metric; none if there is nothing to compare."""
     goal = goal_of(rows, metric)
-    if goal is None:
-        return set()
     values = {row.id: row.metrics.get(metric) for row in rows}
     values = {item_id: value for item_id, value in values.items() if _is_number(value) and value == value}
-    if len(values) < 2:
+    if goal is None or len(values) < 2:
         return set()
     best = (max if goal == "maximize" else min)(values.values())
     return {item_id for item_id, value in values.items() if value == best}
 
 
-def left_out(columns: Sequence[WideColumn], width: int) -> Set[int]:
-    """The positions of the columns that have no place in a table of that width, with `...` where some are missing."""
-    total = sum(column.width + 2 for column in columns) - 2
+def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
+    """Return "minimize" or "maximize" for a primary metric, or None if the experiments do not agree."""
+    items = [item for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
+    goals = {item["primary_metric"]["goal"] for item in items if item["primary_metric"]["name"] == metric}
+    return goals.pop() if len(goals) == 1 else None
+
+
+def fitting(columns: Sequence[WideColumn], width: Optional[int]) -> List[Optional[WideColumn]]:
+    """Return the columns that fit into a width (None: all), with None in place of those left out between two others."""
+    by_rank = sorted(range(1, len(columns)), key=lambda number: (columns[number].rank, -number))
     gone: Set[int] = set()
-    for position in sorted(range(1, len(columns)), key=lambda position: (columns[position].rank, -position)):
-        if total <= width:
-            break
-        gone.add(position)
-        gaps = 1 - (position - 1 in gone) - (position + 1 in gone)  # more than before
-        total += gaps * len("...  ") - columns[position].width - 2
-    return gone
+    while True:
+        shown = [None if number in gone else column for number, column in enumerate(columns)
+                 if number not in gone or number - 1 not in gone]
+        total = sum(column.width if column else len("...") for column in shown) + 2 * (len(shown) - 1)
+        if width is None or total <= width or len(gone) == len(by_rank):
+            return shown
+        gone.add(by_rank[len(gone)])
 
 
-def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Paint = no_paint) -> Iterator[str]:
-    """`ls --wide` in lines: the titles, then one for each row."""
-    gone = left_out(columns, width) if width else set()
+def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Paint) -> Iterator[str]:
+    """Yield the lines of `ls --wide`: the titles, then one for each row."""
+    shown = fitting(columns, width)
     for row in range(-1, len(columns[0].texts)):
-        cells = [("..." if row < 0 else "   ") if position in gone else column.cell(row, paint)
-                 for position, column in enumerate(columns) if position not in gone or position - 1 not in gone]
-        yield "  ".join(cells).rstrip() + "\n"
+        gap = "..." if row < 0 else "   "
+        yield "  ".join([column.cell(row, paint) if column else gap for column in shown]).rstrip() + "\n"
 
 
 def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> Iterator[str]:
-    """`du` in lines: the experiments, then their total."""
+    """Yield the lines of `du`: the experiments, then their total."""
     def sizes(title: str, counts: Sequence[int]) -> Column:
         texts = [format_size(count) for count in (*counts, sum(counts))]
         width = max(map(len, [title, *texts]))
@@ -7845,9 +7893,10 @@ def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> I
 
     columns: List[Column] = [("EXPERIMENT", [*(row.id[:SHORT_ID] for row in rows), "total"])]
     names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
-    columns += [("NAME", [*names, ""])] if any(names) else []
+    if any(names):
+        columns.append(("NAME", [*names, ""]))
     columns += [("STARTED", [*(relative_time(row.created, now) for row in rows), ""]),
-                ("CHECKPOINTS", [*(str(row.value("checkpoints")) for row in rows), ""]),
+                ("CHECKPOINTS", [*(str(row.summary["num_checkpoints"]) for row in rows), ""]),
                 sizes("CODE", [usage.code[row.id] for row in rows]),
                 sizes("WEIGHTS", [usage.weights[row.id] for row in rows]),
                 sizes("TOTAL", [usage.total(row.id) for row in rows])]
@@ -7855,7 +7904,7 @@ def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> I
 
 
 def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
-    """`ls --csv` in lines. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Yield the lines of `ls --csv`. An apostrophe keeps a spreadsheet from reading text as a formula."""
     import csv
 
     def line(cells: Iterable[Tuple[str, bool]]) -> str:
@@ -7870,134 +7919,101 @@ def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
         yield line((full_text(row, name, value), not _is_number(value)) for name, value in values)
 
 
-def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> List[str]:
-    """The params that `ls` shows: all, or those that differ and, unless `lists`, are no lists or empty objects."""
-    found = [row.params for row in rows]
-    if show_all:
-        return sorted({name for params in found for name in params})
-    return [name for name in differing_names(found)
-            if lists or not any(isinstance(params.get(name), (dict, list)) for params in found)]
+def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
+    """Yield `ls --json` in pieces; names: the columns, if not all."""
+    opening = "[\n  "
+    for row in rows:
+        item = {name: row.plain(name) for name in names} if names else row.to_json()
+        yield opening + shown_json(item).replace("\n", "\n  ")
+        opening = ",\n  "
+    yield "\n]\n" if rows else "[]\n"
 
 
-def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
-    """The metrics that `ls` shows: all, or the primary ones, or where no experiment has one, those that differ."""
-    primary = {row.summary["primary_metric"] for row in rows} - {None}
-    if primary and not show_all:
-        return sorted(primary)
-    measured = [item["metrics"] for row in rows for item in (row.latest, row.best if show_all else None)
-                if item and item.get("metrics")]
-    return sorted({name for metrics in measured for name in metrics}) if show_all else differing_names(measured)
+# -- show and diff
+
+def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)") -> str:
+    """Return a title (if any), then blocks of `label: text ...` rows, each block below its heading.
+
+    All blocks share the widths of their columns, which are at least `least`.
+    """
+    tables = [[[escape_control(label) + ":", *[escape_control(text or "") for text in texts]] for label, *texts in rows]
+              for _, rows in blocks]
+    columns = list(zip(*[cells for table in tables for cells in table]))
+    widths = [max([least, *[display_width(text) + 2 for text in column]]) for column in columns[:-1]]
+    parts = [paint(title, "heading") + "\n"] if title else []
+    for (heading, _), table in zip(blocks, tables):
+        lines = [paint(heading, "bold")] if heading else []
+        lines += [("".join(map(pad, cells, widths)) + cells[-1]).rstrip() for cells in table] or [paint(empty, "faint")]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
-def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
-    """The sorted names whose values differ between these dicts; an absent value is the same as null."""
-    names = sorted({name for values in rows for name in values})
-    return [name for name in names
-            if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
+def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, show_all: bool, paint: Paint) -> str:
+    """Return `show` of a checkpoint."""
+    path = "%s (pruned: the files are gone)" % checkpoint.pruned if checkpoint.pruned else checkpoint.path
+    primary = checkpoint.primary_metric or {}
+    metrics = [(name, text + (" (primary, %s)" % primary["goal"] if primary.get("name") == name else ""))
+               for name, text in value_rows(checkpoint.metrics)]
+    return render_blocks("Checkpoint: " + checkpoint.id, [
+        ("", [("Created", full_time(checkpoint.created)), ("Path", path), ("Step", str(checkpoint.step))]),
+        ("Experiment", [("ID", experiment.id), *experiment_facts(experiment, running)]),
+        *experiment_blocks(experiment),
+        ("Metrics", metrics),
+        ("Python Packages", value_rows(shown_packages(experiment, show_all)))], paint)
 
 
-def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
-    """`name=value` for each of the names that has a value."""
-    return [escape_control(name) + "=" + format_cell(values[name]) for name in names if name in values]
+def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool, paint: Paint) -> str:
+    """Return `show` of an experiment."""
+    blocks = [("", experiment_facts(experiment, running)), *experiment_blocks(experiment)]
+    packages = [("Python Packages", value_rows(shown_packages(experiment, show_all)))]
+    return "\n".join([render_blocks("Experiment: " + experiment.id, blocks, paint),
+                      render_checkpoints(experiment, now, paint), render_blocks("", packages, paint)])
 
 
-def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str:
-    """The short ID and step of a stored checkpoint, and below them its metrics of those names."""
-    if not item:
-        return ""
-    title = "%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)
-    return "\n".join([title] + value_lines(unpack_floats(item.get("metrics") or {}), names))
-
-
-def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
-    return [(label, escape_control(text or "")) for label, text in rows]
-
-
-def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, str]]:
-    """Created to Command, as `show` prints them."""
+def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, Optional[str]]]:
+    """Return the rows Created to Command of `show`."""
     outcome = {} if running else experiment.outcome or {}
-    rows = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)), ("Note", experiment.note)]
-    rows = [("Created", full_time(experiment.created)), *[(label, text) for label, text in rows if text],
+    given = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)), ("Note", experiment.note)]
+    rows = [("Created", full_time(experiment.created)), *[(label, text) for label, text in given if text],
             ("Status", status_of(experiment._document, running))]
-    rows += [("Error", outcome["error"])] if "error" in outcome else []
-    rows += [("Ended", full_time(parse_time(outcome["time"])))] if outcome else []
-    return _facts(rows + [("Host", experiment.host), ("User", experiment.user), ("Command", experiment.full_command)])
+    if "error" in outcome:
+        rows.append(("Error", outcome["error"]))
+    if outcome:
+        rows.append(("Ended", full_time(parse_time(outcome["time"]))))
+    return rows + [("Host", experiment.host), ("User", experiment.user), ("Command", experiment.full_command)]
 
 
-def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str, str]]]]:
-    """The blocks Params and System."""
-    return [("Params", [(escape_control(name), format_value(value))
-                        for name, value in sorted(experiment.flat_params.items())]),
-            ("System", _facts([("Python version", experiment.python_version)] * bool(experiment.python_version) +
-                              machine_facts(experiment)))]
+def experiment_blocks(experiment: Experiment) -> List[Block]:
+    """Return the blocks Params and System."""
+    version = [("Python version", experiment.python_version)] if experiment.python_version else []
+    return [("Params", value_rows(experiment.flat_params)), ("System", version + machine_facts(experiment))]
+
+
+def value_rows(values: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """Return the names and full values of params, metrics or packages, sorted."""
+    return [(name, value_text(value)) for name, value in sorted(values.items())]
 
 
 def machine_facts(experiment: Experiment) -> List[Tuple[str, str]]:
-    """The checkout and GPUs that an experiment ran on, as far as they are known."""
+    """Return the Git commit and GPUs that an experiment ran on, if they are known."""
     git, gpus = git_in(experiment._document), texts_in(experiment._document, "gpus")
     state = [git["branch"]] if "branch" in git else []
-    state += ["with changes that are not committed"] if git.get("dirty") else []
+    state += ["with uncommitted changes"] if git.get("dirty") else []
     rows = [("Git commit", git.get("commit", "") + (" (%s)" % ", ".join(state) if state else "")),
             ("GPUs", ", ".join("%d x %s" % (gpus.count(name), name) for name in dict.fromkeys(gpus)))]
     return [(label, text) for label, text in rows if text]
 
 
 def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
-    """The packages that the program had imported when it ended, where that is recorded; all of them otherwise."""
+    """Return the packages that the program imported, or all of them if that is not recorded."""
     imported = experiment._document.get("imported_packages")
     if show_all or not isinstance(imported, list):
         return experiment.python_packages
     return {name: version for name, version in experiment.python_packages.items() if name in imported}
 
 
-def package_block(packages: Dict[str, str]) -> Tuple[str, List[Tuple[str, str]]]:
-    """The block Python Packages."""
-    return "Python Packages", [(escape_control(name), escape_control(version))
-                               for name, version in sorted(packages.items())]
-
-
-def metric_rows(checkpoint: Checkpoint) -> List[Tuple[str, str]]:
-    """The metrics of a checkpoint, the primary one marked."""
-    primary = checkpoint.primary_metric or {}
-    return [(escape_control(name), format_value(value) + (
-        " (primary, %s)" % primary["goal"] if primary.get("name") == name else ""))
-        for name, value in sorted(checkpoint.metrics.items())]
-
-
-def render_blocks(title: str, blocks: Sequence[Tuple[str, List[Tuple[str, str]]]], paint: Paint) -> str:
-    """A title ('' for none), then blocks of `label: text` rows in one column width, each below its heading."""
-    width = max([SHOW_WIDTH] + [display_width(label) + 3 for _, rows in blocks for label, _ in rows])
-    parts = [paint(title, "heading") + "\n"] if title else []
-    for heading, rows in blocks:
-        lines = [paint(heading, "bold")] if heading else []
-        lines += [(pad(label + ":", width) + text).rstrip() for label, text in rows] or [paint("(none)", "faint")]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, show_all: bool = False,
-                      paint: Paint = no_paint) -> str:
-    """`show` of a checkpoint."""
-    path = "%s (pruned: the files are gone)" % checkpoint.pruned if checkpoint.pruned else checkpoint.path
-    blocks = [("", _facts([("Created", full_time(checkpoint.created)), ("Path", path),
-                           ("Step", str(checkpoint.step))])),
-              ("Experiment", _facts([("ID", experiment.id)]) + experiment_facts(experiment, running))]
-    blocks += experiment_blocks(experiment)
-    blocks += [("Metrics", metric_rows(checkpoint)), package_block(shown_packages(experiment, show_all))]
-    return render_blocks("Checkpoint: " + checkpoint.id, blocks, paint)
-
-
-def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool = False,
-                      paint: Paint = no_paint) -> str:
-    """`show` of an experiment."""
-    blocks = [("", experiment_facts(experiment, running))] + experiment_blocks(experiment)
-    packages = [package_block(shown_packages(experiment, show_all))]
-    return "\n".join([render_blocks("Experiment: " + experiment.id, blocks, paint),
-                      render_checkpoints(experiment, now, paint), render_blocks("", packages, paint)])
-
-
 def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Paint) -> str:
-    """The table of an experiment's checkpoints, the best value marked."""
+    """Return the table of an experiment's checkpoints, with the best value marked."""
     heading = paint("Checkpoints", "bold") + "\n"
     if not experiment.checkpoints:
         return heading + paint("(none)", "faint") + "\n"
@@ -8016,49 +8032,46 @@ def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Pa
 
 
 class Side:
-    """One column of a diff: an experiment and the checkpoint of it that is compared."""
+    """One column of `diff`: an experiment, and which of its checkpoints to compare."""
 
     def __init__(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> None:
         self.experiment, self.checkpoint = experiment, checkpoint
 
     def facts(self) -> Dict[str, Dict[str, Any]]:
-        """What there is to compare in each block, by label, as stored."""
+        """Return the values to compare by label, in each block. A text that is not set is ''."""
         experiment, checkpoint = self.experiment, self.checkpoint
         outcome = experiment.outcome or {}
         about = {"Created": experiment._document["created"], "Name": experiment.name, "Tags": ", ".join(experiment.tags),
                  "Note": experiment.note, "Outcome": ": ".join(outcome[key] for key in ("status", "error") if key in outcome),
                  "Host": experiment.host, "User": experiment.user, "Command": experiment.command,
                  "Python version": experiment.python_version, **dict(machine_facts(experiment))}
-        saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path,
+        saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path or "",
                  "Step": checkpoint.step} if checkpoint else {}
-        return {"Experiment": about, "Params": experiment.flat_params, "Python Packages": experiment.python_packages,
-                "Checkpoint": saved, "Metrics": checkpoint.metrics if checkpoint else {}}
+        return {"Experiment": {label: text or "" for label, text in about.items()}, "Params": experiment.flat_params,
+                "Python Packages": experiment.python_packages, "Checkpoint": saved,
+                "Metrics": checkpoint.metrics if checkpoint else {}}
 
 
 class Differences:
-    """What differs between the columns of a diff. Code and files are compared with those of the first one."""
+    """What differs between the columns of `diff`. Code and files are compared with those of the first column."""
 
     def __init__(self, sides: Sequence[Side], code: Dict[str, List[Any]], files: Dict[str, List[Any]]) -> None:
+        self.ids = {"Experiment": [side.experiment.id for side in sides],
+                    "Checkpoint": [side.checkpoint.id if side.checkpoint else None for side in sides]}
+        self.blocks: Dict[str, Dict[str, List[Any]]] = {}  # by heading and label: the value in each column
         facts = [side.facts() for side in sides]
-        self.blocks: Dict[str, Dict[str, List[Any]]] = {}  # a value for each column, by label, in each block
         for heading in facts[0]:
             columns = [blocks[heading] for blocks in facts]
-            self.blocks[heading] = {label: [column.get(label, ABSENT) for column in columns]
-                                    for label in sorted({label for column in columns for label in column})}
-            if heading in ("Experiment", "Checkpoint"):  # where no text is the same as none
-                for values in self.blocks[heading].values():
-                    values[:] = ["" if value is None else value for value in values]
-            self.blocks[heading] = {label: values for label, values in self.blocks[heading].items()
+            rows = {label: [column.get(label, ABSENT) for column in columns] for label in sorted(set().union(*columns))}
+            self.blocks[heading] = {label: values for label, values in rows.items()
                                     if not all(same_value(value, values[0]) for value in values)}
             if heading == "Params" and any(side.experiment.path for side in sides):
                 self.blocks["Code"] = code
         if files:
             self.blocks["Files"] = files
-        self.ids = {"Experiment": [side.experiment.id for side in sides],
-                    "Checkpoint": [side.checkpoint.id if side.checkpoint else None for side in sides]}
 
     def to_json(self) -> Dict[str, Any]:
-        """`diff --json`: the IDs, and in each block the values by label, null where a column has none."""
+        """Return `diff --json`: the IDs, and in each block the values by label, null where a column has none."""
         def plain(value: Any) -> Any:
             return None if value is ABSENT else value.to_json() if isinstance(value, FileChange) else value
 
@@ -8068,7 +8081,7 @@ class Differences:
 
 
 def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
-    """For each file that differs: its size in the first of these sets, and what changed in each of the others."""
+    """Return, for each file that differs, its size in the first of these sets and its FileChange in each of the others."""
     rows: Dict[str, List[Any]] = {}
     for number, files in enumerate(sets[1:], 1):
         for change in compare_files(sets[0], files):
@@ -8077,70 +8090,71 @@ def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
     return dict(sorted(rows.items()))
 
 
-def change_text(value: Any) -> str:
-    """A cell of the blocks Code and Files."""
-    if not isinstance(value, FileChange):
-        return "(not saved)" if value is ABSENT else "(same)" if value is None else format_size(value)
-    if value.kind != "changed" or value.lines is None:
-        return "removed" if value.kind == "removed" else ("added, " if value.kind == "added" else "") + format_size(
-            value.sizes[1] or 0)
-    return "+%d -%d" % value.counts()
-
-
-def render_diff(found: Differences, paint: Paint = no_paint) -> str:
-    """`diff`: the IDs, then in each block the rows that differ."""
-    blocks: List[Tuple[str, List[Tuple[str, List[str]]]]] = []
+def render_diff(found: Differences, paint: Paint) -> str:
+    """Return `diff`: the IDs, then in each block the rows that differ."""
+    blocks = []
     for heading, values in found.blocks.items():
-        ids = found.ids.get(heading)
-        rows = [("ID", [item_id[:SHORT_ID] if item_id else "(none)" for item_id in ids])] if ids else []
-        rows += [(escape_control(label), [_difference_cell(heading, label, value) for value in row])
-                 for label, row in values.items()]
+        rows = [(label, *[difference_cell(heading, label, value) for value in row]) for label, row in values.items()]
+        if heading in found.ids:
+            rows.insert(0, ("ID", *[item_id[:SHORT_ID] if item_id else "(none)" for item_id in found.ids[heading]]))
         blocks.append((heading, rows))
-    lines = [[pad(label + ":", 0), *cells] for _, rows in blocks for label, cells in rows]
-    widths = [max([DIFF_WIDTH] + [display_width(line[column]) + 2 for line in lines])
-              for column in range(len(lines[0]) - 1)]
-    parts = []
-    for heading, rows in blocks:
-        shown = [paint(heading, "bold")]
-        shown += ["".join(map(pad, [label + ":", *cells], widths)) + cells[-1] for label, cells in rows]
-        parts.append("\n".join(line.rstrip() for line in shown) + "\n" + (
-            "" if rows else paint("(no difference)", "faint") + "\n"))
-    return "\n".join(parts)
+    return render_blocks("", blocks, paint, DIFF_WIDTH, "(no difference)")
 
 
-def _difference_cell(heading: str, label: str, value: Any) -> str:
+def difference_cell(heading: str, label: str, value: Any) -> str:
+    """Return a value of Differences as text."""
     if heading in ("Code", "Files"):
         return change_text(value)
     if value is ABSENT:
-        return _cut(None)
+        return "(not set)"
     if heading in ("Experiment", "Checkpoint") and label == "Created":
         return full_time(parse_time(value))
-    return _cut(format_value(value))
-
-
-def _cut(text: Optional[str]) -> str:
-    if text is None:
-        return "(not set)"
+    text = format_value(value)
     return text if len(text) <= DIFF_CUT else text[:DIFF_CUT - 3] + "..."
+
+
+def change_text(value: Any) -> str:
+    """Return a value of file_rows() as text."""
+    if value is ABSENT:
+        return "(not saved)"
+    if value is None:
+        return "(same)"
+    if not isinstance(value, FileChange):
+        return format_size(value)
+    if value.kind == "removed":
+        return "removed"
+    if value.kind == "changed" and value.lines is not None:
+        return "+%d -%d" % value.counts()
+    return ("added, " if value.kind == "added" else "") + format_size(value.sizes[1] or 0)
+
+
+NO_FILE, EMPTY_FILE = "0000000", "e69de29"  # Git's object names, by which `patch` recognizes an empty file
 
 
 def render_code(changes: Iterable[FileChange], paint: Paint = no_paint,
                 clean: Callable[[str], str] = lambda line: line) -> Iterator[str]:
-    """A unified diff of files in the form of git, which `patch -p1` accepts, in lines; binary and huge files are only
-    named. clean() makes a line safe for where it goes; bytes that are no UTF-8 are lone surrogates.
+    """Yield the lines of a unified diff in Git's format, which `patch -p1` accepts; it only names binary and huge files.
+
+    clean() makes a line safe to print. Bytes that are not UTF-8 are lone surrogates.
     """
     for change in changes:
-        is_empty = change.lines == []  # it is added or removed, and has no line with its name
+        is_empty = change.lines == []  # added or removed without a line
         old, new = (quoted_name(prefix + change.name, spaces=is_empty) for prefix in ("a/", "b/"))
         head = ["diff --git %s %s" % (old, new)]
-        head += {"added": ["new file mode 100644"], "removed": ["deleted file mode 100644"]}.get(change.kind, [])
-        head += ["index %s..%s" % ((EMPTY_FILE, NO_FILE) if change.kind == "removed" else (NO_FILE, EMPTY_FILE))] if is_empty else []
-        tab = "\t" if " " in change.name and change.lines is not None else ""  # so that patch sees where the name ends
-        pair = "/dev/null" if change.kind == "added" else old + tab, "/dev/null" if change.kind == "removed" else new + tab
-        if change.lines is None:
-            head.append("Binary files %s and %s differ" % pair)
-        elif change.lines:
-            head += ["--- " + pair[0], "+++ " + pair[1]]
+        if " " in change.name and change.lines is not None:  # a tab shows `patch` where the name ends
+            old, new = old + "\t", new + "\t"
+        if change.kind == "added":
+            head.append("new file mode 100644")
+            old = "/dev/null"
+        elif change.kind == "removed":
+            head.append("deleted file mode 100644")
+            new = "/dev/null"
+        if is_empty:
+            head.append("index %s..%s" % ((EMPTY_FILE, NO_FILE) if change.kind == "removed" else (NO_FILE, EMPTY_FILE)))
+        elif change.lines is None:
+            head.append("Binary files %s and %s differ" % (old, new))
+        else:
+            head += ["--- " + old, "+++ " + new]
         yield from [paint(clean(line), "bold") + "\n" for line in head]
         for line in change.lines or ():
             style = {b"+": "added", b"-": "removed", b"@": "hunk"}.get(line[:1])
@@ -8148,11 +8162,8 @@ def render_code(changes: Iterable[FileChange], paint: Paint = no_paint,
                 yield (paint(clean(text), style) if style else clean(text)) + "\n"
 
 
-NO_FILE, EMPTY_FILE = "0000000", "e69de29"  # as git has them in the index line of a diff, by which patch knows an empty file
-
-
 def quoted_name(name: str, spaces: bool = False) -> str:
-    """A file name as git prints it: in quotes if it holds control characters, quotes or backslashes (or spaces)."""
+    """Return a file name as Git prints it: in quotes if it holds control characters, quotes or backslashes (or spaces)."""
     def escaped(match: Any) -> str:
         character = match.group()
         return "\\" + character if character in '"\\' else "\\%03o" % ord(character)
@@ -8163,9 +8174,14 @@ def quoted_name(name: str, spaces: bool = False) -> str:
 
 # -- curves in characters
 
-SMOOTHING = 0.6  # weight of what was before in an exponential moving average, as TensorBoard has it
-TINY = 1e-290    # smaller differences are none
+SMOOTHING = 0.6  # weight of earlier values in an exponential moving average, as in TensorBoard
+TINY = 1e-290    # differences below this count as none
 CURVES = "abcdefghijklmnopqrstuvwxyz"
+
+
+def can_draw(value: Any) -> bool:
+    """Whether value is a number that a Scale can hold: not NaN, infinite, or so large that differences overflow."""
+    return _is_number(value) and abs(value) < 1e300
 
 
 class Curve:
@@ -8173,14 +8189,14 @@ class Curve:
 
     def __init__(self, experiment: Experiment, metric: str, axis: str, log: bool = False, smooth: bool = False) -> None:
         self.experiment = experiment
-        self.points: List[Optional[Tuple[float, float]]] = []  # None: a gap, where a value is missing, NaN or infinite
+        self.points: List[Optional[Tuple[float, float]]] = []  # None: a gap, where a value cannot be drawn
         average = weight = 0.0
         for checkpoint in experiment.checkpoints:
             metrics = checkpoint.metrics
             x = (checkpoint.step if axis == "step" else (checkpoint.created - experiment.created).total_seconds()
                  if axis == "time" else metrics.get(axis))
             y = metrics.get(metric)
-            if not (_is_number(x) and _is_number(y) and abs(x) < 1e300 and abs(y) < 1e300 and (y > TINY or not log)):
+            if not can_draw(x) or not can_draw(y) or log and y <= TINY:
                 self.points.append(None)
                 continue
             if smooth:
@@ -8190,12 +8206,12 @@ class Curve:
             self.points.append((x, y))
 
     def values(self) -> List[Tuple[float, float]]:
-        """The points without the gaps."""
+        """Return the points without the gaps."""
         return [point for point in self.points if point]
 
 
 class Scale:
-    """From values to positions 0 ... size - 1, with round numbers on the way."""
+    """Maps values to positions from 0 to size - 1."""
 
     def __init__(self, values: Sequence[float], size: int, log: bool = False) -> None:
         import math
@@ -8209,47 +8225,50 @@ class Scale:
         self.is_log, self.low, self.high = log, low, high
 
     def position(self, value: float) -> int:
-        """Where a value is."""
+        """Return the position of a value."""
         return min(self._size - 1, max(0, round((self._map(value) - self._low) / self._span * (self._size - 1))))
 
     def ticks(self, count: int) -> Dict[int, str]:
-        """At most about so many round numbers by position."""
+        """Return about count round numbers by position."""
         import math
-        rough = (self.high - self.low) / max(1, count)
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-        found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         if self.is_log and self._span > 1.5:
             exponents = range(math.ceil(self._low), math.floor(self._low + self._span) + 1)
-            found = [10.0 ** exponent for exponent in exponents if exponent % max(1, -(-len(exponents) // max(1, count))) == 0]
+            every = max(1, -(-len(exponents) // max(1, count)))
+            found = [10.0 ** exponent for exponent in exponents if exponent % every == 0]
+        else:
+            rough = (self.high - self.low) / max(1, count)
+            power = 10.0 ** math.floor(math.log10(rough))
+            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+            found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         return {self.position(value): "%.6g" % value for value in found}
 
 
 class Canvas:
-    """Cells of a terminal to draw curves on: with Braille, each has 2 x 4 dots; with ASCII it has one character."""
+    """Characters to draw curves with: a Braille character has 2 x 4 dots, an ASCII character stands for one."""
 
     BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of the Unicode block from U+2800
 
-    def __init__(self, width: int, height: int, braille: bool) -> None:
-        self._braille, self._columns, self._lines = braille, (2 if braille else 1), (4 if braille else 1)
-        self.width, self.height = width * self._columns, height * self._lines  # in dots
-        self._dots = [[0] * width for _ in range(height)]
-        self._owners = [[-1] * width for _ in range(height)]
+    def __init__(self, columns: int, rows: int, braille: bool) -> None:
+        self.columns, self._braille = columns, braille
+        self._across, self._down = (2, 4) if braille else (1, 1)  # dots of a character
+        self.width, self.height = columns * self._across, rows * self._down  # in dots
+        self._dots = [[0] * columns for _ in range(rows)]
+        self._owners = [[-1] * columns for _ in range(rows)]
 
     def line(self, start: Tuple[int, int], end: Tuple[int, int], owner: int) -> None:
-        """Draw from dot to dot, (0, 0) at the lower left, for the curve of that number."""
+        """Draw from dot to dot for the curve of that number; (0, 0) is the lower left."""
         count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
         for number in range(count + 1):
             x = round(start[0] + (end[0] - start[0]) * number / count)
             y = self.height - 1 - round(start[1] + (end[1] - start[1]) * number / count)
-            row, column = y // self._lines, x // self._columns
-            self._dots[row][column] |= self.BRAILLE[y % self._lines][x % self._columns]
+            row, column = y // self._down, x // self._across
+            self._dots[row][column] |= self.BRAILLE[y % self._down][x % self._across]
             self._owners[row][column] = owner
 
     def row(self, number: int, paint: Paint) -> str:
-        """A line of characters."""
+        """Return a line of characters, counted from the top."""
         from itertools import groupby
-        cells = list(zip(self._owners[number], self._dots[number]))
+        cells = zip(self._owners[number], self._dots[number])
         parts = []
         for owner, group in groupby(cells, key=lambda cell: cell[0]):
             text = "".join(" " if owner < 0 else chr(0x2800 + dots) if self._braille else CURVES[owner % len(CURVES)]
@@ -8259,25 +8278,23 @@ class Canvas:
 
 
 def curve_style(number: int) -> str:
-    """The colour of a curve."""
+    """Return the style of a curve."""
     return "curve %d" % (number % 6)
 
 
 def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[int, int], log: bool, braille: bool,
                 paint: Paint = no_paint) -> Iterator[str]:
-    """Curves with axes and a legend in lines, in so many columns and lines; titles: of the axes x and y."""
+    """Yield the lines of curves with axes and a legend. titles: of the axes x and y; size: in columns and lines."""
     width, height = size
     xs, ys = zip(*[point for curve in curves for point in curve.values()])
+    unit, x_title = time_unit(max(xs)) if titles[0] == "time" else (1, titles[0])
     legend = legend_lines(curves, width - 3)[:max(1, height // 3)]
     rows = max(4, height - len(legend) - 3)
-    seconds = max(xs) if titles[0] == "time" else 0
-    unit, name = (3600, "time (hours)") if seconds > 7200 else (60, "time (minutes)") if seconds > 300 else (
-        1, "time (seconds)" if titles[0] == "time" else titles[0])
     labels = Scale(ys, rows, log).ticks(max(2, rows // 3))
     margin = max(map(len, labels.values()), default=0)
     canvas = Canvas(max(8, width - margin - 2 - min(len(curves), 4)), rows, braille)
     x_scale, y_scale = Scale([x / unit for x in xs], canvas.width), Scale(ys, canvas.height, log)
-    ends: Dict[int, str] = {}
+    ends: Dict[int, List[int]] = {}  # the curves that end in each row
     for number, curve in enumerate(curves):
         before = None
         for point in curve.points:
@@ -8287,30 +8304,44 @@ def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[in
             before = here
         if curve.values():
             row = y_scale.position(curve.values()[-1][1]) * rows // canvas.height
-            ends[row] = ends.get(row, "") + CURVES[number % len(CURVES)]
-    tick, axis, corner, across, mark = "┤│└─┬" if braille else "+|+-+"
-    yield paint(escape_control("%s over %s" % (titles[1], name)), "bold") + "\n"
+            ends.setdefault(row, []).append(number)
+
+    def letter(number: int) -> str:
+        return paint(CURVES[number % len(CURVES)], curve_style(number))
+
+    tick, axis = "┤│" if braille else "+|"
+    yield paint(escape_control("%s over %s" % (titles[1], x_title)), "bold") + "\n"
     for row in range(rows - 1, -1, -1):
-        letters = "".join(paint(letter, curve_style(CURVES.index(letter))) for letter in ends.get(row, "")[:4])
         yield "%s%s%s%s\n" % (labels.get(row, "").rjust(margin), tick if row in labels else axis,
-                              canvas.row(rows - 1 - row, paint), letters)
-    places = {position * (canvas.width // (2 if braille else 1)) // canvas.width: label
+                              canvas.row(rows - 1 - row, paint), "".join(map(letter, ends.get(row, [])[:4])))
+    places = {position * canvas.columns // canvas.width: label
               for position, label in x_scale.ticks(max(2, width // 12)).items()}
-    columns = canvas.width // (2 if braille else 1)
-    yield " " * margin + corner + "".join(mark if column in places else across for column in range(columns)) + "\n"
-    line = ""
-    for place, label in sorted(places.items()):
-        start = margin + 1 + place - len(label) // 2
-        if start > len(line) and start + len(label) <= width:
-            line = line.ljust(start) + label
-    yield line + "\n"
+    yield from x_axis_lines(places, canvas.columns, margin, width, "└─┬" if braille else "+-+")
     for number, text in enumerate(legend):
-        letter = CURVES[number % len(CURVES)]
-        yield "%s  %s\n" % (paint(letter, curve_style(number)), text)
+        yield "%s  %s\n" % (letter(number), text)
+
+
+def time_unit(seconds: float) -> Tuple[int, str]:
+    """Return the seconds of a unit that suits an axis of that length, and the axis's title."""
+    if seconds > 7200:
+        return 3600, "time (hours)"
+    return (60, "time (minutes)") if seconds > 300 else (1, "time (seconds)")
+
+
+def x_axis_lines(labels: Dict[int, str], columns: int, margin: int, width: int, marks: str) -> Iterator[str]:
+    """Yield the x axis with a mark at each label's column, then the labels that have room."""
+    corner, line, tick = marks
+    yield " " * margin + corner + "".join(tick if column in labels else line for column in range(columns)) + "\n"
+    text = ""
+    for column, label in sorted(labels.items()):
+        start = margin + 1 + column - len(label) // 2
+        if start > len(text) and start + len(label) <= width:
+            text = text.ljust(start) + label
+    yield text + "\n"
 
 
 def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
-    """For each curve its ID, its name, what differs between the experiments, and its last value."""
+    """Return, for each curve, the experiment's ID, name and params that differ, and the last value."""
     params = [curve.experiment.flat_params for curve in curves]
     names = differing_names(params)
     lines = []
@@ -8325,60 +8356,62 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
 
 # -- report: one page for a browser
 
-REPORT_VALUES = 400000       # of all curves in a report
-REPORT_CURVE_VALUES = 1000   # of one
-REPORT_CODE_BYTES = 1 << 20  # of all texts in a report
+REPORT_VALUES = 400000       # in all curves of a report
+REPORT_CURVE_VALUES = 1000   # in one of them
+REPORT_CODE_BYTES = 1 << 20  # in all files of code
 REPORT_FILE_BYTES = 64 << 10
 
 
 class ReportCode:
-    """The code of experiments for a report: each text once, and each set of files once."""
+    """The code of experiments for a report, with each text and each set of files stored once."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._known: Dict[str, int] = {}              # the number of a set of files by its digest
-        self._numbers: Dict[Tuple[int, int], Optional[int]] = {}  # that of a text by size and CRC-32; None: not in the report
+        self._set_numbers: Dict[str, int] = {}  # by the digest of the code
+        self._text_numbers: Dict[Tuple[int, int], Optional[int]] = {}  # by size and CRC-32; None: not in the report
         self._left = REPORT_CODE_BYTES
         self.texts: List[str] = []
-        self.sets: List[List[Tuple[str, Tuple[str, Optional[int]]]]] = []  # (name, (what tells its content, text))
+        self.sets: List[List[Tuple[str, Tuple[str, Optional[int]]]]] = []  # (name, (size and CRC-32, number of the text))
 
     def number(self, experiment: Experiment) -> Optional[int]:
-        """Which of the sets an experiment saved; None where it cannot be read."""
+        """Return the number of the set that an experiment saved, or None if there is none or it cannot be read."""
         if not experiment.path:
             return None
         digest = experiment.code or experiment.id
-        if digest not in self._known:
+        if digest not in self._set_numbers:
             try:
                 files = SavedFiles(self._repository, "experiments", experiment.id)
                 found = [(name, ("%d-%08x" % files.sums[name], self._text(files, name))) for name in sorted(files.sums)]
             except ReplicateError as error:
-                console.warning("The code of experiment %s is left out: %s" % (experiment.short_id(), error))
+                console.warning("The report lacks the code of experiment %s: %s" % (experiment.short_id(), error))
                 return None
-            self._known[digest] = len(self.sets)
+            self._set_numbers[digest] = len(self.sets)
             self.sets.append(found)
-        return self._known[digest]
+        return self._set_numbers[digest]
 
     def _text(self, files: SavedFiles, name: str) -> Optional[int]:
+        """Return the number of a file's text, or None for a binary or large file."""
         sums = files.sums[name]
-        if sums not in self._numbers:
-            self._numbers[sums] = None
+        if sums not in self._text_numbers:
+            self._text_numbers[sums] = None
             if sums[0] <= min(REPORT_FILE_BYTES, self._left):
                 data = files.contents([name])[name]
                 if b"\0" not in data:
                     self._left -= len(data)
-                    self._numbers[sums] = len(self.texts)
-                    self.texts.append("\n".join("\t".join(map(escape_control, line.split("\t"))) for line in
-                                                data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")))
-        return self._numbers[sums]
+                    self._text_numbers[sums] = len(self.texts)
+                    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+                    self.texts.append("\n".join("\t".join(map(escape_control, line.split("\t"))) for line in lines))
+        return self._text_numbers[sums]
 
 
 def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
-    """The positions of about so many of the values: the first, the last, and the extremes of every few, gaps too."""
+    """Return the positions of about count of the values: the first, the last, and extremes (or a gap) in between."""
     if len(values) <= count:
         return set(range(len(values)))
     kept = {0, len(values) - 1}
-    for part in range(max(1, count // 2)):
-        places = range(part * len(values) // max(1, count // 2), (part + 1) * len(values) // max(1, count // 2))
+    parts = max(1, count // 2)
+    for part in range(parts):
+        places = range(part * len(values) // parts, (part + 1) * len(values) // parts)
         known = [place for place in places if values[place] is not None]
         kept.update((min(known, key=values.__getitem__), max(known, key=values.__getitem__)) if known else places[:1])
     return kept
@@ -8386,9 +8419,9 @@ def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
 
 def report_curves(experiment: Experiment, names: Sequence[str],
                   count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
-    """(steps, seconds, {metric: values, None for gaps}) of the metrics that it has, thinned to about so many a metric."""
+    """Return (steps, seconds, {metric: values, None for gaps}) of these metrics, thinned to about count values of each."""
     found = experiment.checkpoints.metrics
-    columns = {name: [value if _is_number(value) and abs(value) < 1e300 else None for value in found[name]] for name in names}
+    columns = {name: [value if can_draw(value) else None for value in found[name]] for name in names}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     places = sorted(set().union(*(thinned(values, count) for values in columns.values())))
     chosen = [experiment.checkpoints[place] for place in places]
@@ -8399,7 +8432,7 @@ def report_curves(experiment: Experiment, names: Sequence[str],
 
 
 def report_value(value: Any) -> Any:
-    """A value in the table of a report: a number, or text that is safe."""
+    """Return a value for the table of a report: a number, text that is safe, or None."""
     if value is None or type(value) is int or type(value) is float and value - value == 0:
         return value
     is_texts = type(value) is list and {type(item) for item in value} == {str}
@@ -8407,30 +8440,31 @@ def report_value(value: Any) -> Any:
 
 
 def report_data(repository: Repository, experiments: Sequence[Experiment], running: Container[str]) -> Dict[str, Any]:
-    """What the page shows, as JSON has it."""
+    """Return what the page shows, for JSON."""
     rows = rows_of(experiments, running)
     fields, params, metrics = column_groups(rows)
     names = [*fields, *params.values(), *metrics.values()]
     recorded = {name for experiment in experiments for checkpoint in experiment.checkpoints for name in checkpoint.metrics}
     measured = sorted(recorded, key=lambda name: (goal_of(rows, name) is None, name))  # primary metrics first
-    count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # each metric keeps its extremes in the others, too
+    count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # squared: extremes of one are kept in all the others
     code = ReportCode(repository)
-    steps: Dict[Tuple[int, ...], int] = {}
+    steps: Dict[Tuple[int, ...], int] = {}  # most runs share them
     runs = []
     for row, experiment in zip(rows, experiments):
         axis, seconds, curves = report_curves(experiment, measured, max(10, min(REPORT_CURVE_VALUES, count)))
-        facts = [("ID", row.id), *experiment_facts(experiment, row.running), *_facts(machine_facts(experiment)),
-                 *[(label, text) for _, block in experiment_blocks(experiment)[:1] for label, text in block]]
-        runs.append({"id": row.id, "name": escape_control(experiment.name or ""), "facts": [fact for fact in facts if fact[1]],
+        facts = [("ID", row.id), *experiment_facts(experiment, row.running), *machine_facts(experiment),
+                 *value_rows(experiment.flat_params)]
+        runs.append({"id": row.id, "name": escape_control(experiment.name or ""),
+                     "facts": [(escape_control(label), escape_control(text)) for label, text in facts if text],
                      "values": [report_value(row.plain(name)) for name in names], "files": code.number(experiment),
                      "steps": steps.setdefault(tuple(axis), len(steps)), "seconds": seconds,
                      "curves": {escape_control(name): values for name, values in curves.items()}})
-    shown = {name for name, _ in wide_names(rows, False)} if rows else set()
+    shown = {name for name, _ in wide_names(rows, False)}
     goals = {column: goal_of(rows, name) for name, column in metrics.items()}
-    clean = [escape_control(name) for name in names]
     return {"title": plural(len(runs), "experiment") + ", " + full_time(datetime.datetime.now(datetime.timezone.utc)),
-            "columns": [{"name": name, "number": {type(run["values"][number]) for run in runs} <= {int, float, type(None)}}
-                        for number, name in enumerate(clean)],
+            "columns": [{"name": escape_control(name),
+                         "number": {type(run["values"][number]) for run in runs} <= {int, float, type(None)}}
+                        for number, name in enumerate(names)],
             "shown": [number for number, name in enumerate(names) if name in shown],
             "goals": {escape_control(column): goal for column, goal in goals.items() if goal},
             "params": list(map(escape_control, params.values())), "metrics": list(map(escape_control, measured)),
@@ -8440,7 +8474,7 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
 
 
 def render_report(content: Dict[str, Any]) -> bytes:
-    """The page: nothing of the content is markup, and by its policy the browser runs this script alone and loads nothing."""
+    """Return the page. No content becomes markup, and the page's policy lets the browser run this script and load nothing."""
     import base64
     import hashlib
     page = REPORT_PAGE
@@ -8902,16 +8936,6 @@ showCode(withCode[0], withCode[withCode.length - 1]);
 </body>
 </html>
 '''
-
-
-def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
-    """`ls --json`, in pieces; names: only these columns."""
-    opening = "[\n  "
-    for row in rows:
-        item = {name: row.plain(name) for name in names} if names else row.to_json()
-        yield opening + shown_json(item).replace("\n", "\n  ")
-        opening = ",\n  "
-    yield "\n]\n" if rows else "[]\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -7349,7 +7349,7 @@ def test_git_and_gpus_are_recorded(project, call, tmp_path, monkeypatch, checkou
     first, second = sorted(stored_documents(project / "repo"), key=lambda document: document["created"])
     assert first["git"] == {"commit": checkout_of_git, "branch": "trunk", "dirty": False}
     assert second["git"] == dict(first["git"], dirty=True) and first["gpus"] == ["NVIDIA H100 80GB"] * 2
-    assert "Git commit:      %s (trunk, with changes that are not committed)\nGPUs:            2 x NVIDIA H100 80GB\n" % (
+    assert "Git commit:      %s (trunk, with uncommitted changes)\nGPUs:            2 x NVIDIA H100 80GB\n" % (
         checkout_of_git) in call("show", second["id"])[1]
     for text, ids in {"dirty = true": [second["id"]], "commit = " + checkout_of_git[:7]: [first["id"], second["id"]],
                       "branch != trunk": [], "gpu ~ H100": [first["id"], second["id"]]}.items():
