@@ -8431,12 +8431,12 @@ def report_curves(experiment: Experiment, names: Sequence[str],
              for name, values in columns.items()})
 
 
-def report_value(value: Any) -> Any:
-    """Return a value for the table of a report: a number, text that is safe, or None."""
+def report_value(row: Row, name: str) -> Any:
+    """Return row.plain(name) for the table of a report: a number, safe text or None."""
+    value = row.plain(name)
     if value is None or type(value) is int or type(value) is float and value - value == 0:
         return value
-    is_texts = type(value) is list and {type(item) for item in value} == {str}
-    return format_value(", ".join(value) if is_texts else value)
+    return escape_control(full_text(row, name, value))
 
 
 def report_data(repository: Repository, experiments: Sequence[Experiment], running: Container[str]) -> Dict[str, Any]:
@@ -8456,7 +8456,7 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
                  *value_rows(experiment.flat_params)]
         runs.append({"id": row.id, "name": escape_control(experiment.name or ""),
                      "facts": [(escape_control(label), escape_control(text)) for label, text in facts if text],
-                     "values": [report_value(row.plain(name)) for name in names], "files": code.number(experiment),
+                     "values": [report_value(row, name) for name in names], "files": code.number(experiment),
                      "steps": steps.setdefault(tuple(axis), len(steps)), "seconds": seconds,
                      "curves": {escape_control(name): values for name, values in curves.items()}})
     shown = {name for name, _ in wide_names(rows, False)}
@@ -8545,10 +8545,10 @@ pre { overflow: auto; border: 1px solid var(--line); padding: .5rem; }
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const state = {
-  column: null, descending: false, text: "", shown: new Set(data.shown), chosen: new Set(),  // columns by number, runs
-  axis: "step", log: false, smooth: 0,
+  column: null, descending: false, text: "", shown: new Set(data.shown), selected: new Set(),  // columns and runs by number
+  axis: "step", log: false, smooth: 0, param: data.params[0], metric: data.measured[0],
 };
-const SHOWN_RUNS = 10;  // curves, where none is chosen
+const SHOWN_RUNS = 10;  // curves to show while no run is selected
 
 function make(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -8561,15 +8561,16 @@ function draw(tag, attributes = {}, ...children) {
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") element.addEventListener(name, value);
-    else if (value !== false && value !== null) element.setAttribute(name, value === true ? "" : value);
+    else if (value !== false) element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children.filter(child => child !== null));
   return element;
 }
 
 function section(name, ...children) {
-  const place = document.getElementById(name);
-  place.replaceChildren(place.firstElementChild, ...children.filter(child => child !== null));
+  const element = document.getElementById(name);
+  element.replaceChildren(element.firstElementChild);  // the heading
+  fill(element, {}, children);
 }
 
 function choice(label, options, value, change) {
@@ -8582,15 +8583,19 @@ function checkbox(label, checked, change) {
   return make("label", {}, box, " " + label);
 }
 
-const isMissing = value => value === null || value === undefined;
+const note = text => make("p", { class: "faint" }, text);
 const isNumber = value => typeof value === "number";
 const color = number => `hsl(${(number * 137.5) % 360} 65% 50%)`;
 const short = run => run.id.slice(0, 7) + (run.name ? " " + run.name : "");
 
-function show(value) {
-  if (isMissing(value)) return "";
-  if (isNumber(value)) return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5)));
-  return typeof value === "string" ? value : JSON.stringify(value);
+function show(value) {  // a number, text or null
+  if (isNumber(value)) return String(Number.isInteger(value) ? value : Number(value.toPrecision(5)));
+  return value ?? "";
+}
+
+function toggle(set, item, isIn) {
+  if (isIn) set.add(item);
+  else set.delete(item);
 }
 
 // ---- the table
@@ -8598,7 +8603,7 @@ function show(value) {
 function cellText(run, column) {
   const value = run.values[column];
   const name = data.columns[column].name;
-  return name === "id" ? run.id.slice(0, 7) : name === "started" ? String(value).slice(0, 19).replace("T", " ") : show(value);
+  return name === "id" ? value.slice(0, 7) : name === "started" ? value.slice(0, 19).replace("T", " ") : show(value);
 }
 
 function visibleRuns() {
@@ -8607,19 +8612,20 @@ function visibleRuns() {
   const found = runs.filter(run => !text || run.id.startsWith(text) || holds(run));
   if (state.column === null) return found;
   const sign = state.descending ? -1 : 1;
-  const rank = value => isMissing(value) || value === "" ? 2 : isNumber(value) ? 0 : 1;  // what is missing comes last
+  const isMissing = value => value === null || value === "";
   return found.sort((one, other) => {
     const [a, b] = [one.values[state.column], other.values[state.column]];
-    if (rank(a) !== rank(b)) return (rank(a) === 2 || rank(b) === 2 ? 1 : sign) * (rank(a) - rank(b));
-    return sign * (isNumber(a) ? a - b : show(a) < show(b) ? -1 : show(a) > show(b) ? 1 : 0);
+    if (isMissing(a) || isMissing(b)) return isMissing(a) - isMissing(b);  // missing values come last in both orders
+    if (isNumber(a) !== isNumber(b)) return isNumber(a) ? -sign : sign;
+    return a < b ? -sign : a > b ? sign : 0;
   });
 }
 
 function bestValue(column, found) {
   const goal = data.goals[data.columns[column].name];
   const values = found.map(run => run.values[column]).filter(isNumber);
-  const better = (a, b) => (goal === "maximize" ? a > b : a < b) ? a : b;
-  return goal && values.length > 1 ? values.reduce(better) : undefined;
+  const better = goal === "maximize" ? Math.max : Math.min;
+  return goal && values.length > 1 ? values.reduce((a, b) => better(a, b)) : undefined;
 }
 
 function headCell(column, sort) {
@@ -8632,7 +8638,7 @@ function headCell(column, sort) {
 
 function bodyCell(run, column, best) {
   const { name, number } = data.columns[column];
-  const classes = [number ? "number" : "", best !== undefined && run.values[column] === best ? "best" : ""].join(" ").trim();
+  const classes = [number ? "number" : "", run.values[column] === best ? "best" : ""].join(" ").trim();
   const text = cellText(run, column);
   return make("td", { class: classes || false },
     name === "id" ? make("button", { click: () => showFacts(run.number), title: run.id }, text) : text);
@@ -8640,36 +8646,37 @@ function bodyCell(run, column, best) {
 
 function runRow(run, columns, best) {
   const box = make("input", {
-    type: "checkbox", checked: state.chosen.has(run.number), "aria-label": "choose " + short(run),
-    change: event => { state.chosen[event.target.checked ? "add" : "delete"](run.number); showCharts(); },
+    type: "checkbox", checked: state.selected.has(run.number), "aria-label": "Select " + short(run),
+    change: event => { toggle(state.selected, run.number, event.target.checked); showCharts(); },
   });
   return make("tr", {}, make("td", {}, box), ...columns.map((column, place) => bodyCell(run, column, best[place])));
 }
 
 function showRuns() {
   const table = make("table"), count = make("span", { class: "faint" });
-  let rowOf = new Map(), made = "";  // the rows, and for which columns and best values they were made
+  let rows = new Map(), madeFor = "";  // made once, which makes sorting quick
   const fillTable = () => {
     const found = visibleRuns(), columns = data.columns.map((_, column) => column).filter(column => state.shown.has(column));
     const best = columns.map(column => bestValue(column, found));
-    if (made !== (made = JSON.stringify([columns, best]))) rowOf = new Map();
-    for (const run of found) if (!rowOf.has(run)) rowOf.set(run, runRow(run, columns, best));
+    const key = JSON.stringify([columns, best]);
+    if (key !== madeFor) [rows, madeFor] = [new Map(), key];
+    for (const run of found) if (!rows.has(run)) rows.set(run, runRow(run, columns, best));
     const head = columns.map(column => headCell(column, () => { sortBy(column); fillTable(); }));
     table.replaceChildren(make("thead", {}, make("tr", {}, make("th"), ...head)),
-      make("tbody", {}, ...found.map(run => rowOf.get(run))));
+      make("tbody", {}, ...found.map(run => rows.get(run))));
     count.textContent = found.length === runs.length ? `${runs.length} runs` : `${found.length} of ${runs.length} runs`;
   };
   const change = action => event => { action(event); fillTable(); showCharts(); };
-  const chooseNone = () => { state.chosen.clear(); made = ""; };
+  const clear = () => { state.selected.clear(); madeFor = ""; };
   const filter = make("input", {
     type: "search", placeholder: "Filter", "aria-label": "Filter runs", input: change(event => { state.text = event.target.value; }),
   });
   const boxes = data.columns.map((column, number) => checkbox(column.name, state.shown.has(number), checked => {
-    state.shown[checked ? "add" : "delete"](number);
+    toggle(state.shown, number, checked);
     fillTable();
   }));
   section("runs",
-    make("div", { class: "controls" }, filter, count, make("button", { click: change(chooseNone) }, "Choose none")),
+    make("div", { class: "controls" }, filter, count, make("button", { click: change(clear) }, "Clear selection")),
     make("details", {}, make("summary", {}, "Columns"), make("div", { class: "columns" }, ...boxes)),
     make("div", { class: "scroll", tabindex: 0 }, table));
   fillTable();
@@ -8724,42 +8731,42 @@ function axes(x, y, width, height, left, bottom) {
 
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 300, 64, 24];  // of a chart and its margins
 
-function curveOf(run, metric) {
-  const values = smoothed(run.curves[metric]).map(value => value === null || state.log && value <= 0 ? null : value);
-  return { run, xs: state.axis === "step" ? data.steps[run.steps] : run.seconds, values };
+function curveOf(run, metric) {  // its points are null where a value is missing
+  const xs = state.axis === "step" ? data.steps[run.steps] : run.seconds;
+  const points = smoothed(run.curves[metric]).map((y, place) => y === null || state.log && y <= 0 ? null : [xs[place], y]);
+  return { run, points, known: points.filter(point => point) };
 }
 
-function curvePath({ run, xs, values }, x, y) {
+function linePath(points) {  // through [x, y] pairs, with gaps for null
   let path = "", isOpen = false;
-  values.forEach((value, place) => {
-    if (value !== null) path += `${isOpen ? "L" : "M"}${x(xs[place]).toFixed(1)} ${y(value).toFixed(1)}${isOpen ? "" : "h.01"}`;
-    isOpen = value !== null;
-  });
-  return draw("path", { class: "curve", d: path, stroke: color(run.number), "stroke-linecap": "round" });
+  for (const point of points) {
+    if (point) path += `${isOpen ? "L" : "M"}${point[0].toFixed(1)} ${point[1].toFixed(1)}${isOpen ? "" : "h.01"}`;
+    isOpen = point !== null;
+  }
+  return path;
 }
 
-function nearestValue({ xs, values }, here) {
-  let nearest = null;
-  values.forEach((value, place) => {
-    if (value !== null && (nearest === null || Math.abs(xs[place] - here) < Math.abs(xs[nearest] - here))) nearest = place;
-  });
-  return nearest === null ? null : values[nearest];
+function nearest(items, distance) {
+  return items.reduce((best, item) => distance(item) < distance(best) ? item : best);
 }
 
-function curveChart(metric, chosen) {
-  const series = chosen.filter(run => run.curves[metric]).map(run => curveOf(run, metric));
-  const known = series.flatMap(({ xs, values }) => values.flatMap((value, place) => value === null ? [] : [[xs[place], value]]));
+function curveChart(metric, found) {
+  const curves = found.filter(run => run.curves[metric]).map(run => curveOf(run, metric)).filter(({ known }) => known.length);
   const caption = make("figcaption", {}, make("b", {}, metric));
-  if (!known.length) return make("figure", {}, caption, make("p", { class: "faint" }, "No values"));
+  if (!curves.length) return make("figure", {}, caption, note("No values"));
+  const known = curves.flatMap(curve => curve.known);
   const x = scale(known.map(([value]) => value), LEFT, WIDTH - 12);
   const y = scale(known.map(([, value]) => value), HEIGHT - BOTTOM, 12, state.log);
+  const lines = curves.map(({ run, points }) => draw("path", {
+    class: "curve", stroke: color(run.number), "stroke-linecap": "round", d: linePath(points.map(point => point && [x(point[0]), y(point[1])])),
+  }));
   const places = [...new Set(known.map(([value]) => value))].sort((a, b) => a - b);
   const cursor = draw("path", { class: "axis" }), tip = make("div", { class: "tip", role: "status" });
   let at = -1;  // which of the places the cursor is at
   const point = number => {
     at = Math.max(0, Math.min(places.length - 1, number));
     cursor.setAttribute("d", `M${x(places[at])} 8V${HEIGHT - BOTTOM}`);
-    const rows = series.map(curve => [curve.run, nearestValue(curve, places[at])]).filter(([, value]) => value !== null);
+    const rows = curves.map(curve => [curve.run, nearest(curve.known, ([value]) => Math.abs(value - places[at]))[1]]);
     rows.sort((one, other) => other[1] - one[1]);
     tip.replaceChildren(`${state.axis} ${show(places[at])}`,
       ...rows.slice(0, 12).map(([run, value]) => make("div", {}, swatch(run), `${short(run)}  ${show(value)}`)));
@@ -8770,14 +8777,13 @@ function curveChart(metric, chosen) {
     mouseleave: leave, blur: leave,
     mousemove: event => {
       const box = image.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * WIDTH;
-      const distance = number => Math.abs(x(places[number]) - wanted);
-      point(places.reduce((nearest, _, number) => distance(number) < distance(nearest) ? number : nearest, 0));
+      point(places.indexOf(nearest(places, place => Math.abs(x(place) - wanted))));
     },
     keydown: event => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (step) point(at + step);
     },
-  }, ...axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM), ...series.map(curve => curvePath(curve, x, y)), cursor);
+  }, ...axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM), ...lines, cursor);
   return make("figure", {}, caption, image, tip);
 }
 
@@ -8787,24 +8793,25 @@ function swatch(run) {
   return key;
 }
 
-function chosenRuns() {
+function selectedRuns() {
   const found = visibleRuns();
-  const chosen = found.filter(run => state.chosen.has(run.number));
-  return chosen.length ? chosen : found.slice(0, SHOWN_RUNS);
+  const selected = found.filter(run => state.selected.has(run.number));
+  return selected.length ? selected : found.slice(0, SHOWN_RUNS);
 }
 
 function showCharts() {
-  const chosen = chosenRuns();
-  const update = change => value => { change(value); showCharts(); };
+  const found = selectedRuns();
+  const set = name => value => { state[name] = value; showCharts(); };
   const smooth = make("input", {
     type: "range", min: 0, max: 0.99, step: 0.01, value: state.smooth, "aria-label": "Smoothing",
-    change: event => { state.smooth = Number(event.target.value); showCharts(); },
+    change: event => set("smooth")(Number(event.target.value)),
   });
-  section("curves", make("div", { class: "controls" },
-    choice("Over", [["step", "step"], ["seconds", "time in seconds"]], state.axis, update(value => { state.axis = value; })),
-    checkbox("Logarithmic", state.log, update(value => { state.log = value; })), make("label", {}, "Smoothing ", smooth)),
-    make("p", { class: "legend" }, ...chosen.map(run => make("span", {}, swatch(run), short(run) + "  "))),
-    make("div", { class: "charts" }, ...data.metrics.map(metric => curveChart(metric, chosen))));
+  section("curves",
+    make("div", { class: "controls" },
+      choice("X axis", [["step", "step"], ["seconds", "time (seconds)"]], state.axis, set("axis")),
+      checkbox("Log scale", state.log, set("log")), make("label", {}, "Smoothing ", smooth)),
+    make("p", {}, ...found.map(run => make("span", {}, swatch(run), short(run) + "  "))),
+    make("div", { class: "charts" }, ...data.metrics.map(metric => curveChart(metric, found))));
   showScatter();
   showParallel();
 }
@@ -8813,8 +8820,8 @@ function column(name) {
   return data.columns.findIndex(item => item.name === name);
 }
 
-function position(values, start, end) {  // of numbers on a scale, of anything else by its text
-  if (values.every(value => isNumber(value))) return scale(values, start, end);
+function position(values, start, end) {  // numbers on a scale; anything else sorted as text
+  if (values.every(isNumber)) return scale(values, start, end);
   const texts = [...new Set(values.map(show))].sort();
   const place = value => start + (texts.indexOf(show(value)) + 0.5) / texts.length * (end - start);
   place.ticks = () => texts.slice(0, 12);
@@ -8822,44 +8829,37 @@ function position(values, start, end) {  // of numbers on a scale, of anything e
 }
 
 function showScatter() {
-  const params = data.params, metrics = data.measured;
-  if (!params.length || !metrics.length) return section("scatter", make("p", { class: "faint" }, "No run has a param and a metric."));
-  state.param = state.param ?? params[0];
-  state.metric = state.metric ?? metrics[0];
-  const a = column(state.param), b = column(state.metric);
-  const points = visibleRuns().filter(run => !isMissing(run.values[a]) && isNumber(run.values[b]));
-  const x = position(points.map(run => run.values[a]), LEFT + 8, WIDTH - 12);
-  const y = position(points.map(run => run.values[b]), HEIGHT - BOTTOM - 6, 12);
-  const dots = points.map(run => draw("circle", {
-    cx: x(run.values[a]), cy: y(run.values[b]), r: state.chosen.has(run.number) ? 7 : 4.5, fill: color(run.number),
+  const { param, metric } = state, a = column(param), b = column(metric);
+  if (a < 0 || b < 0) return section("scatter", note("No run has a param and a metric."));
+  const found = visibleRuns().filter(run => run.values[a] !== null && isNumber(run.values[b]));
+  const x = position(found.map(run => run.values[a]), LEFT + 8, WIDTH - 12);
+  const y = position(found.map(run => run.values[b]), HEIGHT - BOTTOM - 6, 12);
+  const dots = found.map(run => draw("circle", {
+    cx: x(run.values[a]), cy: y(run.values[b]), r: state.selected.has(run.number) ? 7 : 4.5, fill: color(run.number),
     click: () => showFacts(run.number),
-  }, draw("title", {}, `${short(run)}: ${state.param} ${show(run.values[a])}, ${state.metric} ${show(run.values[b])}`)));
-  const options = names => names.map(name => [name, name]);
-  const image = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${state.metric} by ${state.param}` },
-    ...(points.length ? axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM) : []), ...dots);
-  section("scatter", make("div", { class: "controls" },
-    choice("Param", options(params), state.param, value => { state.param = value; showScatter(); }),
-    choice("Metric", options(metrics), state.metric, value => { state.metric = value; showScatter(); })),
-    points.length ? make("figure", {}, image) : make("p", { class: "faint" }, "No run has both."));
+  }, draw("title", {}, `${short(run)}: ${param} ${show(run.values[a])}, ${metric} ${show(run.values[b])}`)));
+  const select = (label, name, names) => choice(label, names.map(item => [item, item]), state[name],
+    value => { state[name] = value; showScatter(); });
+  section("scatter",
+    make("div", { class: "controls" }, select("Param", "param", data.params), select("Metric", "metric", data.measured)),
+    found.length ? make("figure", {}, draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${metric} by ${param}` },
+      ...axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM), ...dots)) : note("No run has both."));
 }
 
 function showParallel() {
   const names = [...data.differing.slice(0, 8), ...data.measured.slice(0, 2)], found = visibleRuns();
-  if (names.length < 2 || !found.length) return section("parallel", make("p", { class: "faint" }, "There is nothing to compare."));
+  if (names.length < 2 || !found.length) return section("parallel", note("There is nothing to compare."));
   const [width, height] = [1000, 320], place = number => 90 + number * (width - 130) / (names.length - 1);
-  const value = (run, number) => run.values[column(names[number])];
-  const scales = names.map((_, number) => position(
-    found.map(run => value(run, number)).filter(item => !isMissing(item)), height - 30, 36));
+  const columns = names.map(column);
+  const scales = columns.map(number => position(
+    found.map(run => run.values[number]).filter(value => value !== null), height - 30, 36));
   const lines = found.map(run => {
-    let path = "", isOpen = false;
-    names.forEach((_, number) => {
-      const isThere = !isMissing(value(run, number));
-      if (isThere) path += `${isOpen ? "L" : "M"}${place(number)} ${scales[number](value(run, number)).toFixed(1)}`;
-      isOpen = isThere;
-    });
-    const isFaint = state.chosen.size && !state.chosen.has(run.number);
-    return draw("path", { class: "curve", d: path, stroke: color(run.number), "stroke-opacity": isFaint ? 0.12 : 0.75 },
-      draw("title", {}, short(run)));
+    const values = columns.map(number => run.values[number]);
+    const isFaint = state.selected.size && !state.selected.has(run.number);
+    return draw("path", {
+      class: "curve", stroke: color(run.number), "stroke-opacity": isFaint ? 0.12 : 0.75,
+      d: linePath(values.map((value, number) => value === null ? null : [place(number), scales[number](value)])),
+    }, draw("title", {}, short(run)));
   });
   const marks = names.flatMap((name, number) => [
     draw("path", { class: "axis", d: `M${place(number)} 36V${height - 30}` }),
@@ -8879,7 +8879,7 @@ function showFacts(number) {
     make("dl", {}, ...list));
 }
 
-function differingLines(old, now) {  // [mark, line] pairs of a longest common subsequence, or null where that would take long
+function differingLines(old, now) {  // [mark, line] pairs by a longest common subsequence, or null if that would take long
   let start = 0, end = 0;
   while (start < old.length && start < now.length && old[start] === now[start]) start++;
   while (end < Math.min(old.length, now.length) - start && old[old.length - 1 - end] === now[now.length - 1 - end]) end++;
@@ -8904,7 +8904,7 @@ function fileDifference(name, old, now) {
   const texts = [old, now].map(number => number === undefined ? "" : number === null ? null : data.texts[number]);
   const title = make("h3", {}, name + (old === undefined ? " (added)" : now === undefined ? " (removed)" : ""));
   const lines = texts.includes(null) ? null : differingLines(...texts.map(text => text.split("\n")));
-  if (!lines) return [title, make("p", { class: "faint" }, "It is no text, or too large to show here.")];
+  if (!lines) return [title, note("This file is not text, or too large to compare here.")];
   const isNear = lines.map((_, place) => lines.slice(Math.max(0, place - 3), place + 4).some(([mark]) => mark !== " "));
   const classes = { "+": "added", "-": "removed", " ": false };
   const shown = lines.map(([mark, line], place) => isNear[place] ? make("span", { class: classes[mark] }, `${mark}${line}\n`)
@@ -8912,26 +8912,27 @@ function fileDifference(name, old, now) {
   return [title, make("pre", {}, ...shown)];
 }
 
-function showCode(one, other) {
-  const saved = runs.filter(run => run.files !== null);
-  if (saved.length < 2) return section("code", make("p", { class: "faint" }, "Fewer than two runs saved code that this page holds."));
-  const options = saved.map(run => [run.number, short(run)]);
-  const [old, now] = [one, other].map(number => new Map(data.codes[runs[number].files]));  // name: [content ID, text or null]
+const saved = runs.filter(run => run.files !== null);
+
+function showCode(one, other) {  // by their numbers in saved
+  const options = saved.map((run, number) => [number, short(run)]);
+  const [old, now] = [one, other].map(number => new Map(data.codes[saved[number].files]));  // name: [content ID, text or null]
   const names = [...new Set([...old.keys(), ...now.keys()])].sort().filter(name => old.get(name)?.[0] !== now.get(name)?.[0]);
-  section("code", make("div", { class: "controls" },
-    choice("From", options, one, value => showCode(Number(value), other)),
-    choice("to", options, other, value => showCode(one, Number(value)))),
+  section("code",
+    make("div", { class: "controls" },
+      choice("From", options, one, value => showCode(Number(value), other)),
+      choice("to", options, other, value => showCode(one, Number(value)))),
     ...names.flatMap(name => fileDifference(name, old.get(name)?.[1], now.get(name)?.[1])),
-    names.length ? null : make("p", { class: "faint" }, "No file differs."));
+    names.length ? null : note("No file differs."));
 }
 
 runs.forEach((run, number) => { run.number = number; });
 document.getElementById("title").textContent = data.title;
 showRuns();
 showCharts();
-if (runs.length) showFacts(0);
-const withCode = runs.filter(run => run.files !== null).map(run => run.number);
-showCode(withCode[0], withCode[withCode.length - 1]);
+showFacts(0);
+if (saved.length > 1) showCode(0, saved.length - 1);
+else section("code", note("Fewer than two of these runs saved their code."));
 </script>
 </body>
 </html>
