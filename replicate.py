@@ -1219,7 +1219,7 @@ class Row:
     Filters, sorting, tables and `ls --json` all use it.
     """
 
-    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created", "checkpoints")
+    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "_params", "created", "checkpoints")
 
     def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
         self.summary = summary                # what summarize() returns
@@ -1227,6 +1227,7 @@ class Row:
         self.version = version                # of the document; "" where the row must not be remembered
         self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS of each, with spaces between
         self.running = False
+        self._params: Optional[Dict[str, Any]] = None
         self.created = parse_time(summary["created"])
         self.checkpoints = CheckpointList()   # all of them, where somebody has read them
 
@@ -1254,7 +1255,9 @@ class Row:
     @property
     def params(self) -> Dict[str, Any]:
         """Hyperparameters by dotted name."""
-        return flat_params(unpack_floats(self.summary.get("params") or {}))
+        if self._params is None:
+            self._params = flat_params(unpack_floats(self.summary.get("params") or {}))
+        return self._params
 
     @property
     def metrics(self) -> Dict[str, Any]:
