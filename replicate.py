@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
-    Block = Tuple[str, Sequence[Sequence[Optional[str]]]]  # of `show` or `diff`: a heading, and rows of a label and texts
     Column = Tuple[str, Sequence[str]]  # of a table: a title, and for each row a cell of one or more lines
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
+    Block = Tuple[str, Sequence[Sequence[Optional[str]]]]  # of `show` or `diff`: a heading, and rows of a label and texts
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
 
 
@@ -7618,7 +7618,7 @@ def saved_model(save: Callable[[str], Any], filepath: str) -> Optional[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 10  Rendering: tables, show, diff (data in, text out)
+# 10  Rendering: tables, show, diff, curves, report (data in, text out)
 # ------------------------------------------------------------------------------------------------------------------
 
 NARROW_COLUMNS = (len("EXPERIMENT"), SHORT_ID, 2)  # column widths to shrink to, one after the other, in a narrow terminal
@@ -7851,9 +7851,11 @@ def sparkline(values: Sequence[Optional[float]], marks: str = SPARK_MARKS) -> st
 def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
     """Return the IDs of the experiments with the best value of a primary metric; none if there is nothing to compare."""
     goal = goal_of(rows, metric)
+    if goal is None:
+        return set()
     values = {row.id: row.metrics.get(metric) for row in rows}
     values = {item_id: value for item_id, value in values.items() if _is_number(value) and value == value}
-    if goal is None or len(values) < 2:
+    if len(values) < 2:
         return set()
     best = (max if goal == "maximize" else min)(values.values())
     return {item_id for item_id, value in values.items() if value == best}
@@ -8175,7 +8177,7 @@ def quoted_name(name: str, spaces: bool = False) -> str:
     return '"%s"' % quoted if quoted != name or spaces and " " in name else name
 
 
-# -- curves in characters
+# -- curves in the terminal
 
 SMOOTHING = 0.6  # weight of earlier values in an exponential moving average, as in TensorBoard
 TINY = 1e-290    # differences below this count as none
@@ -8536,9 +8538,9 @@ pre { overflow: auto; border: 1px solid var(--line); padding: .5rem; }
 <main>
 <section id="runs"><h2>Runs</h2></section>
 <section id="curves"><h2>Curves</h2></section>
-<section id="scatter"><h2>Param and metric</h2></section>
+<section id="scatter"><h2>Metric by param</h2></section>
 <section id="parallel"><h2>Parallel coordinates</h2></section>
-<section id="facts"><h2>One run</h2></section>
+<section id="facts"><h2>Run details</h2></section>
 <section id="code"><h2>Code</h2></section>
 </main>
 <script type="application/json" id="data">REPORT_DATA</script>
@@ -8659,7 +8661,7 @@ function showRuns() {
   const table = make("table"), count = make("span", { class: "faint" });
   let rows = new Map(), madeFor = "";  // made once, which makes sorting quick
   const fillTable = () => {
-    const found = visibleRuns(), columns = data.columns.map((_, column) => column).filter(column => state.shown.has(column));
+    const found = visibleRuns(), columns = [...state.shown].sort((a, b) => a - b);
     const best = columns.map(column => bestValue(column, found));
     const key = JSON.stringify([columns, best]);
     if (key !== madeFor) [rows, madeFor] = [new Map(), key];
@@ -8691,6 +8693,8 @@ function sortBy(column) {
 }
 
 // ---- charts
+
+const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 300, 64, 24];  // of a chart and its margins
 
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
@@ -8725,14 +8729,12 @@ function smoothed(values) {
   });
 }
 
-function axes(x, y, width, height, left, bottom) {
+function axes(x, y) {
   const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, show(text).slice(0, 12));
-  return [draw("path", { class: "axis", d: `M${left} 8V${height - bottom}H${width - 8}`, fill: "none" }),
-    ...y.ticks(5).map(value => label(value, left - 6, y(value) + 4, "end")),
-    ...x.ticks(6).map(value => label(value, x(value), height - bottom + 16, "middle"))];
+  return [draw("path", { class: "axis", d: `M${LEFT} 8V${HEIGHT - BOTTOM}H${WIDTH - 8}`, fill: "none" }),
+    ...y.ticks(5).map(value => label(value, LEFT - 6, y(value) + 4, "end")),
+    ...x.ticks(6).map(value => label(value, x(value), HEIGHT - BOTTOM + 16, "middle"))];
 }
-
-const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 300, 64, 24];  // of a chart and its margins
 
 function curveOf(run, metric) {  // its points are null where a value is missing
   const xs = state.axis === "step" ? data.steps[run.steps] : run.seconds;
@@ -8786,7 +8788,7 @@ function curveChart(metric, found) {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (step) point(at + step);
     },
-  }, ...axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM), ...lines, cursor);
+  }, ...axes(x, y), ...lines, cursor);
   return make("figure", {}, caption, image, tip);
 }
 
@@ -8846,7 +8848,7 @@ function showScatter() {
   section("scatter",
     make("div", { class: "controls" }, select("Param", "param", data.params), select("Metric", "metric", data.measured)),
     found.length ? make("figure", {}, draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${metric} by ${param}` },
-      ...axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM), ...dots)) : note("No run has both."));
+      ...axes(x, y), ...dots)) : note("No run has both."));
 }
 
 function showParallel() {
