@@ -8467,11 +8467,10 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
     shown = {name for name, _ in wide_names(rows, False)}
     goals = {column: goal_of(rows, name) for name, column in metrics.items()}
     return {"title": plural(len(runs), "experiment") + ", " + full_time(datetime.datetime.now(datetime.timezone.utc)),
-            "columns": [{"name": escape_control(name),
+            "columns": [{"name": escape_control(name), "goal": goals.get(name),
                          "number": {type(run["values"][number]) for run in runs} <= {int, float, type(None)}}
                         for number, name in enumerate(names)],
             "shown": [number for number, name in enumerate(names) if name in shown],
-            "goals": {escape_control(column): goal for column, goal in goals.items() if goal},
             "params": list(map(escape_control, params.values())), "metrics": list(map(escape_control, measured)),
             "measured": [escape_control(metrics[name]) for name in measured if name in metrics],
             "differing": [escape_control(params[name]) for name in listed_params(rows, False)],
@@ -8627,7 +8626,7 @@ function visibleRuns() {
 }
 
 function bestValue(column, found) {
-  const goal = data.goals[data.columns[column].name];
+  const { goal } = data.columns[column];
   const values = found.map(run => run.values[column]).filter(isNumber);
   const better = goal === "maximize" ? Math.max : Math.min;
   return goal && values.length > 1 ? values.reduce((a, b) => better(a, b)) : undefined;
@@ -8756,14 +8755,16 @@ function nearest(items, distance) {
 }
 
 function curveChart(metric, found) {
-  const curves = found.filter(run => run.curves[metric]).map(run => curveOf(run, metric)).filter(({ known }) => known.length);
+  const measured = found.filter(run => Object.hasOwn(run.curves, metric));
+  const curves = measured.map(run => curveOf(run, metric)).filter(({ known }) => known.length);
   const caption = make("figcaption", {}, make("b", {}, metric));
   if (!curves.length) return make("figure", {}, caption, note("No values"));
   const known = curves.flatMap(curve => curve.known);
   const x = scale(known.map(([value]) => value), LEFT, WIDTH - 12);
   const y = scale(known.map(([, value]) => value), HEIGHT - BOTTOM, 12, state.log);
   const lines = curves.map(({ run, points }) => draw("path", {
-    class: "curve", stroke: color(run.number), "stroke-linecap": "round", d: linePath(points.map(point => point && [x(point[0]), y(point[1])])),
+    class: "curve", stroke: color(run.number), "stroke-linecap": "round",
+    d: linePath(points.map(point => point && [x(point[0]), y(point[1])])),
   }));
   const places = [...new Set(known.map(([value]) => value))].sort((a, b) => a - b);
   const cursor = draw("path", { class: "axis" }), tip = make("div", { class: "tip", role: "status" });
@@ -8845,10 +8846,11 @@ function showScatter() {
   }, draw("title", {}, `${short(run)}: ${param} ${show(run.values[a])}, ${metric} ${show(run.values[b])}`)));
   const select = (label, name, names) => choice(label, names.map(item => [item, item]), state[name],
     value => { state[name] = value; showScatter(); });
+  const image = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${metric} by ${param}` },
+    ...axes(x, y), ...dots);
   section("scatter",
     make("div", { class: "controls" }, select("Param", "param", data.params), select("Metric", "metric", data.measured)),
-    found.length ? make("figure", {}, draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${metric} by ${param}` },
-      ...axes(x, y), ...dots)) : note("No run has both."));
+    found.length ? make("figure", {}, image) : note("No run has both."));
 }
 
 function showParallel() {

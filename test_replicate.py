@@ -8981,7 +8981,8 @@ def test_a_report_of_a_hostile_repository_is_text(project, page, scheme):
     write_repository(project / "repo", *[experiment_document(
         item, name=mark, user=mark, command=mark, tags=[mark], note=mark, code=mark, git={"commit": mark}, params={
             mark: mark, "p": [mark], "n": "[NaN]", "__proto__": "x", "constructor": number, "nested": {mark: {mark: 1}}}, checkpoints=[
-            checkpoint_document(hex_id("%xc" % number), metrics={mark: number, "__proto__": number, "toString": 1}, primary=(mark, "minimize"))])
+            checkpoint_document(hex_id("%xc" % number), primary=(mark, "minimize"), metrics={
+                mark: number, "__proto__": number, ("toString", "valueOf")[number]: 1})])
         for number, item in enumerate((A, B))])
     report = page(color_scheme=scheme)
     assert report.evaluate("window.hacked") is None and report.locator("img").count() == 0 and report.locator("script").count() == 2
