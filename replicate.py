@@ -7812,7 +7812,7 @@ def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
 
 
 def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool) -> str:
-    """Return what `ls --wide` shows of row.plain(name), which is value; cut: at most 20 characters."""
+    """Return the cell of `ls --wide` for value, which is row.plain(name); cut: at most 20 characters."""
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
     if name[:1] == "~":
@@ -7828,7 +7828,7 @@ def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool
 
 
 def full_text(row: Row, name: str, value: Any) -> str:
-    """Return row.plain(name), which is value, as uncut text."""
+    """Return value, which is row.plain(name), as text of any length."""
     if value is None:
         return ""
     return ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
@@ -7840,7 +7840,7 @@ ASCII_SPARK_MARKS = "_.:-=+*#"
 
 
 def sparkline(values: Sequence[Optional[float]], marks: str = SPARK_MARKS) -> str:
-    """Return a curve on one line, with a space for each gap; a long curve is cut into 16 parts, shown by their last values."""
+    """Return a curve on one line, with a space for each gap. A long curve is sampled at 16 values, the last among them."""
     if len(values) > SPARK_WIDTH:
         values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
     known = [value for value in values if can_draw(value)]
@@ -7869,7 +7869,7 @@ def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
 
 
 def fitting(columns: Sequence[WideColumn], width: Optional[int]) -> List[Optional[WideColumn]]:
-    """Return the columns that fit into a width (None: all), with None in place of those left out between two others."""
+    """Return the columns that fit into a width (None: all of them), with None for each gap where some are left out."""
     by_rank = sorted(range(1, len(columns)), key=lambda number: (columns[number].rank, -number))
     gone: Set[int] = set()
     while True:
@@ -8451,7 +8451,7 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
     names = [*fields, *params.values(), *metrics.values()]
     recorded = {name for experiment in experiments for checkpoint in experiment.checkpoints for name in checkpoint.metrics}
     measured = sorted(recorded, key=lambda name: (goal_of(rows, name) is None, name))  # primary metrics first
-    count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # squared: extremes of one are kept in all the others
+    count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # squared: each metric also keeps the steps of the others
     code = ReportCode(repository)
     steps: Dict[Tuple[int, ...], int] = {}  # most runs share them
     runs = []
