@@ -63,6 +63,7 @@ if TYPE_CHECKING:
                         Set, TextIO, Tuple, Union)
     Column = Tuple[str, Sequence[str]]  # a table column: its title, and one cell (of one or more lines) per row
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
+    Block = Tuple[str, Sequence[Sequence[Optional[str]]]]  # of `show` or `diff`: a heading, and rows of a label and texts
     Paint = Callable[[str, str], str]  # (text, style of Console.COLORS) -> text in that style
 
 
@@ -1216,7 +1217,7 @@ class Row:
     Filters, sorting, tables and `ls --json` all use it.
     """
 
-    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created", "checkpoints")
+    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "_params", "created", "checkpoints")
 
     def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
         self.summary = summary                # what summarize() returns
@@ -1224,6 +1225,7 @@ class Row:
         self.version = version                # of the document; "" if the row must not be cached
         self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS digits of each, joined with spaces
         self.running = False
+        self._params: Optional[Dict[str, Any]] = None
         self.created = parse_time(summary["created"])
         self.checkpoints = CheckpointList()   # all of them if they have been read, or else none
 
@@ -1251,7 +1253,9 @@ class Row:
     @property
     def params(self) -> Dict[str, Any]:
         """Hyperparameters by dotted name."""
-        return flat_params(unpack_floats(self.summary.get("params") or {}))
+        if self._params is None:
+            self._params = flat_params(unpack_floats(self.summary.get("params") or {}))
+        return self._params
 
     @property
     def metrics(self) -> Dict[str, Any]:
@@ -7609,22 +7613,22 @@ def saved_model(save: Callable[[str], Any], filepath: Optional[str]) -> Optional
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 10  Rendering: tables, show, diff (data in, text out)
+# 10  Rendering: tables, show, diff, curves, report (data in, text out)
 # ------------------------------------------------------------------------------------------------------------------
 
-NARROW_COLUMNS = (len("EXPERIMENT"), SHORT_ID, 2)  # down to which columns are cut for a terminal, one step after another
-DIFF_WIDTH = 26
-DIFF_CUT = 50
-SHOW_WIDTH = 17
+NARROW_COLUMNS = (len("EXPERIMENT"), SHORT_ID, 2)  # column widths to shrink to, one after the other, in a narrow terminal
+SHOW_WIDTH = 17  # of a column in `show`, at least
+DIFF_WIDTH = 26  # of a column in `diff`, at least
+DIFF_CUT = 50    # characters of a value in `diff`, at most
 
 
 def no_paint(text: str, style: str) -> str:
-    """text as it is."""
+    """Return text without a style."""
     return text
 
 
 def display_width(text: str) -> int:
-    """The number of terminal columns that text takes."""
+    """Return the number of terminal columns that text takes."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -7633,24 +7637,27 @@ def display_width(text: str) -> int:
 
 
 def pad(text: str, width: int) -> str:
-    """text filled up with spaces to a display width."""
+    """Return text with spaces added up to a display width."""
     return text + " " * (width - display_width(text))
 
 
 def wrapped(text: str, width: int) -> List[str]:
-    """text in lines of at most that display width, broken between words, or after marks as in `learning_rate=0.1`."""
+    """Return text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`."""
     lines, line = [], ""
     for word in text.split(" "):
         if line and display_width(line) + 1 + display_width(word) <= width:
             line += " " + word
             continue
-        lines += [line] if line else []
+        if line:
+            lines.append(line)
         start = 0
-        while len(word) - start > width or display_width(word[start:]) > width:
-            count = next(count for count in range(width, 0, -1)
-                         if count == 1 or display_width(word[start:start + count]) <= width)
-            mark = max(word.rfind(mark, start, start + count) for mark in "=._/-")
-            end = start + count if mark < 0 else mark + 1
+        while len(word) - start > width or display_width(word[start:]) > width:  # len() first: a word can be very long
+            end = start + width
+            while end > start + 1 and display_width(word[start:end]) > width:
+                end -= 1
+            mark = max(word.rfind(mark, start, end) for mark in "=._/-")
+            if mark >= 0:
+                end = mark + 1
             lines.append(word[start:end])
             start = end
         line = word[start:]
@@ -7658,7 +7665,7 @@ def wrapped(text: str, width: int) -> List[str]:
 
 
 def narrowed(widths: Sequence[int], total: int) -> List[int]:
-    """The widths of columns two spaces apart with the widest ones cut down until all of them fit into a total width."""
+    """Return the widths of columns two spaces apart, with the widest shrunk until all fit into a total width."""
     narrow = list(widths)
     for least in NARROW_COLUMNS:
         while sum(narrow) + 2 * (len(narrow) - 1) > total and max(narrow) > least:
@@ -7667,17 +7674,13 @@ def narrowed(widths: Sequence[int], total: int) -> List[int]:
 
 
 def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterator[str]:
-    """The titles, then each row (one or more lines) of a table; columns stand two spaces apart.
+    """Yield the header of a table and then each row (one or more lines), with two spaces between columns.
 
-    width: that of the terminal, for which cells are wrapped.
+    width: of the terminal, to which cells are wrapped; None for no limit.
     """
     from itertools import zip_longest
-    plain = all(title.isascii() and all(map(str.isascii, cells)) for title, cells in columns)
-    measure = len if plain else display_width
-    natural = [max([measure(title)] + [measure(line) for cell in cells for line in cell.split("\n")])
-               for title, cells in columns]
+    natural = [max(display_width(line) for cell in (title, *cells) for line in cell.split("\n")) for title, cells in columns]
     widths = narrowed(natural, width) if width else natural
-    template = "  ".join("%%-%ds" % width for width in widths)  # several times as fast, and nearly always enough
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
@@ -7685,27 +7688,26 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
             return lines
         return [part for line in lines for part in wrapped(line, widths[column])]
 
-    for row in zip(*[[title, *cells] for title, cells in columns]):
+    for row in zip(*[(title, *cells) for title, cells in columns]):
         lines = zip_longest(*map(lines_of, row, range(len(row))), fillvalue="")
-        yield "\n".join([(template % line if plain else "  ".join(map(pad, line, widths))).rstrip() for line in lines])
+        yield "\n".join(["  ".join(map(pad, line, widths)).rstrip() for line in lines])
 
 
 def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = False,
                 width: Optional[int] = None) -> Iterator[str]:
-    """`ls` of at least one row, in pieces: the header line, then each experiment with a blank line below."""
+    """Yield the table of `ls` for at least one row: the header, then each experiment with a blank line below."""
     lines = table_rows(list_columns(rows, now, show_all), width)
     yield next(lines) + "\n"
     yield from (text + "\n\n" for text in lines)
 
 
 def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) -> List[Column]:
-    """The columns of `ls`; HOST, USER and BEST CHECKPOINT only where they tell something."""
-    columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows]),
-                             ("STARTED", [relative_time(row.created, now) for row in rows]),
-                             ("STATUS", [row.value("status") for row in rows])]
+    """Return the columns of `ls`, leaving out those that say nothing, such as a HOST that all experiments share."""
+    columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows])]
     names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
     if any(names):
-        columns.insert(1, ("NAME", names))
+        columns.append(("NAME", names))
+    columns += [("STARTED", [relative_time(row.created, now) for row in rows]), ("STATUS", [row.status for row in rows])]
     for title in ("HOST", "USER", "CODE"):
         texts = [escape_control(text_in(row.summary, title.lower()) or "") for row in rows]
         if len(set(texts)) > 1:
@@ -7721,11 +7723,56 @@ def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) ->
     return columns
 
 
+def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> List[str]:
+    """Return the params that `ls` shows: all, or those that differ.
+
+    lists: whether those that differ may be lists or empty objects.
+    """
+    found = [row.params for row in rows]
+    if show_all:
+        return sorted({name for params in found for name in params})
+    return [name for name in differing_names(found)
+            if lists or not any(isinstance(params.get(name), (dict, list)) for params in found)]
+
+
+def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
+    """Return the metrics that `ls` shows: all, or the primary ones, or if there are none, those that differ."""
+    primary = {row.summary["primary_metric"] for row in rows} - {None}
+    if primary and not show_all:
+        return sorted(primary)
+    measured = [item["metrics"] for row in rows for item in (row.latest, row.best if show_all else None)
+                if item and item.get("metrics")]
+    return sorted({name for metrics in measured for name in metrics}) if show_all else differing_names(measured)
+
+
+def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    """Return the sorted names whose values differ between these dicts; an absent value equals null."""
+    names = sorted({name for values in rows for name in values})
+    return [name for name in names
+            if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
+
+
+def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
+    """Return `name=value` for each of the names that has a value."""
+    return [escape_control(name) + "=" + format_cell(values[name]) for name in names if name in values]
+
+
+def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str:
+    """Return the short ID and step of a stored checkpoint, then a line for each of these metrics."""
+    if not item:
+        return ""
+    title = "%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)
+    return "\n".join([title] + value_lines(unpack_floats(item.get("metrics") or {}), names))
+
+
 class WideColumn:
-    """A column of `ls --wide`, with a text for each row."""
+    """A column of `ls --wide`, with a text for each row.
+
+    cut: whether to shorten texts to 20 characters; rank: columns of the lowest rank are the first to be left out.
+    """
 
     def __init__(self, name: str, rows: Sequence[Row], now: datetime.datetime, cut: bool, rank: int = 0) -> None:
-        self.rank = rank  # the lowest is left out first
+        self.rank = rank
         is_field = name in FIELDS or all(row.is_label(name) for row in rows)
         self.title = name.upper() if is_field else format_cell(name) if cut else escape_control(name)
         values = [row.plain(name) for row in rows]
@@ -7739,7 +7786,7 @@ class WideColumn:
         self.width = max(map(display_width, [self.title, *self.texts]))
 
     def cell(self, row: int, paint: Paint) -> str:
-        """The text of a row, or of -1 the title, filled up to the column's width."""
+        """Return the text of a row (-1: the title), aligned in the column's width."""
         text = self.title if row < 0 else self.texts[row]
         space = " " * (self.width - display_width(text))
         shown = paint(text, "bold") if row >= 0 and self.is_best[row] else text
@@ -7747,57 +7794,57 @@ class WideColumn:
 
 
 def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
-    """The columns of `ls --wide`, one for each param and metric of the stacked table, with their ranks."""
-    fields = [("id", 5), ("name", 3), ("started", 2), ("status", 5)]
-    labels = [("host", 0), ("user", 0), ("code", 0), ("tag", 0)]
-    shown = [pair for pair in fields if pair[0] != "name" or any(row.plain("name") for row in rows)]
-    shown += [pair for pair in labels if any(row.plain(pair[0]) != rows[0].plain(pair[0]) for row in rows)]
+    """Return the names and ranks of the columns of `ls --wide`, with one column for each param and metric of `ls`."""
+    names = [("id", 5)]
+    if any(row.plain("name") for row in rows):
+        names.append(("name", 3))
+    names += [("started", 2), ("status", 5)]
+    names += [(label, 0) for label in ("host", "user", "code", "tag")
+              if any(row.plain(label) != rows[0].plain(label) for row in rows)]
     _, params, metrics = column_groups(rows)
-    shown += [(params[name], 1) for name in listed_params(rows, show_all, lists=True)]
-    return shown + [(metrics[name], 4) for name in listed_metrics(rows, show_all) if name in metrics]
+    names += [(params[name], 1) for name in listed_params(rows, show_all, lists=True)]
+    return names + [(metrics[name], 4) for name in listed_metrics(rows, show_all) if name in metrics]
 
 
 def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool) -> str:
-    """What `ls --wide` shows of an experiment in a column, which is plain() there; cut: at most 20 characters."""
+    """Return the cell of `ls --wide` for value, which is row.plain(name); cut: at most 20 characters."""
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
     if name[:1] == "~":
-        return sparkline(value, *(() if can_encode(sys.stdout, "▁█") else ("_.:-=+*#",)))
+        return sparkline(value, SPARK_MARKS if can_encode(sys.stdout, SPARK_MARKS) else ASCII_SPARK_MARKS)
     if name == "duration" and value is not None:
         return str(datetime.timedelta(seconds=round(value)))
     if name == "id" or name == "commit" and row.is_label(name):
         return escape_control(value or "")[:SHORT_ID]
-    return format_cell(value) if type(value) is float else (format_cell if cut else escape_control)(
-        full_text(row, name, value))
-
-
-SPARK_WIDTH = 16  # characters of a sparkline
-
-
-def sparkline(values: Sequence[Optional[float]], marks: str = "▁▂▃▄▅▆▇█") -> str:
-    """A curve on one line, a space where it has a gap; of many values the last of every few."""
-    if len(values) > SPARK_WIDTH:
-        values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
-    chosen = [value if value is not None and abs(value) < 1e300 else None for value in values]
-    known = [value for value in chosen if value is not None]
-    scale = Scale(known, len(marks)) if known else None
-    return "".join(" " if value is None or scale is None else marks[scale.position(value)] for value in chosen)
+    if type(value) is float:
+        return format_cell(value)
+    text = full_text(row, name, value)
+    return format_cell(text) if cut else escape_control(text)
 
 
 def full_text(row: Row, name: str, value: Any) -> str:
-    """What a column holds, which is plain() there, as text, uncut."""
-    return "" if value is None else ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
+    """Return value, which is row.plain(name), as text of any length."""
+    if value is None:
+        return ""
+    return ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
 
 
-def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
-    """What the experiments want of a primary metric: "minimize" or "maximize"; None where they do not agree."""
-    items = [item for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
-    goals = {item["primary_metric"]["goal"] for item in items if item["primary_metric"]["name"] == metric}
-    return goals.pop() if len(goals) == 1 else None
+SPARK_WIDTH = 16  # characters
+SPARK_MARKS = "▁▂▃▄▅▆▇█"
+ASCII_SPARK_MARKS = "_.:-=+*#"
+
+
+def sparkline(values: Sequence[Optional[float]], marks: str = SPARK_MARKS) -> str:
+    """Return a curve on one line, with a space for each gap. A long curve is sampled at 16 values, the last among them."""
+    if len(values) > SPARK_WIDTH:
+        values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
+    known = [value for value in values if can_draw(value)]
+    scale = Scale(known, len(marks)) if known else None
+    return "".join(marks[scale.position(value)] if scale and can_draw(value) else " " for value in values)
 
 
 def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
-    """The IDs of the experiments with the best value of a primary metric; none where there is nothing to compare."""
+    """Return the IDs of the experiments with the best value of a primary metric; none if there is nothing to compare."""
     goal = goal_of(rows, metric)
     if goal is None:
         return set()
@@ -7809,30 +7856,36 @@ def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
     return {item_id for item_id, value in values.items() if value == best}
 
 
-def left_out(columns: Sequence[WideColumn], width: int) -> Set[int]:
-    """The positions of the columns that have no place in a table of that width, with `...` where some are missing."""
-    total = sum(column.width + 2 for column in columns) - 2
+def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
+    """Return "minimize" or "maximize" for a primary metric, or None if the experiments do not agree."""
+    items = [item for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
+    goals = {item["primary_metric"]["goal"] for item in items if item["primary_metric"]["name"] == metric}
+    return goals.pop() if len(goals) == 1 else None
+
+
+def fitting(columns: Sequence[WideColumn], width: Optional[int]) -> List[Optional[WideColumn]]:
+    """Return the columns that fit into a width (None: all of them), with None for each gap where some are left out."""
+    by_rank = sorted(range(1, len(columns)), key=lambda number: (columns[number].rank, -number))
     gone: Set[int] = set()
-    for position in sorted(range(1, len(columns)), key=lambda position: (columns[position].rank, -position)):
-        if total <= width:
-            break
-        gone.add(position)
-        gaps = 1 - (position - 1 in gone) - (position + 1 in gone)  # more than before
-        total += gaps * len("...  ") - columns[position].width - 2
-    return gone
+    while True:
+        shown = [None if number in gone else column for number, column in enumerate(columns)
+                 if number not in gone or number - 1 not in gone]
+        total = sum(column.width if column else len("...") for column in shown) + 2 * (len(shown) - 1)
+        if width is None or total <= width or len(gone) == len(by_rank):
+            return shown
+        gone.add(by_rank[len(gone)])
 
 
-def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Paint = no_paint) -> Iterator[str]:
-    """`ls --wide` in lines: the titles, then one for each row."""
-    gone = left_out(columns, width) if width else set()
+def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Paint) -> Iterator[str]:
+    """Yield the lines of `ls --wide`: the titles, then one for each row."""
+    shown = fitting(columns, width)
     for row in range(-1, len(columns[0].texts)):
-        cells = [("..." if row < 0 else "   ") if position in gone else column.cell(row, paint)
-                 for position, column in enumerate(columns) if position not in gone or position - 1 not in gone]
-        yield "  ".join(cells).rstrip() + "\n"
+        gap = "..." if row < 0 else "   "
+        yield "  ".join([column.cell(row, paint) if column else gap for column in shown]).rstrip() + "\n"
 
 
 def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> Iterator[str]:
-    """`du` in lines: the experiments, then their total."""
+    """Yield the lines of `du`: the experiments, then their total."""
     def sizes(title: str, counts: Sequence[int]) -> Column:
         texts = [format_size(count) for count in (*counts, sum(counts))]
         width = max(map(len, [title, *texts]))
@@ -7840,9 +7893,10 @@ def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> I
 
     columns: List[Column] = [("EXPERIMENT", [*(row.id[:SHORT_ID] for row in rows), "total"])]
     names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
-    columns += [("NAME", [*names, ""])] if any(names) else []
+    if any(names):
+        columns.append(("NAME", [*names, ""]))
     columns += [("STARTED", [*(relative_time(row.created, now) for row in rows), ""]),
-                ("CHECKPOINTS", [*(str(row.value("checkpoints")) for row in rows), ""]),
+                ("CHECKPOINTS", [*(str(row.summary["num_checkpoints"]) for row in rows), ""]),
                 sizes("CODE", [usage.code[row.id] for row in rows]),
                 sizes("WEIGHTS", [usage.weights[row.id] for row in rows]),
                 sizes("TOTAL", [usage.total(row.id) for row in rows])]
@@ -7850,7 +7904,7 @@ def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> I
 
 
 def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
-    """`ls --csv` in lines. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Yield the lines of `ls --csv`. An apostrophe keeps a spreadsheet from reading text as a formula."""
     import csv
 
     def line(cells: Iterable[Tuple[str, bool]]) -> str:
@@ -7865,134 +7919,101 @@ def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
         yield line((full_text(row, name, value), not _is_number(value)) for name, value in values)
 
 
-def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> List[str]:
-    """The params that `ls` shows: all, or those that differ and, unless `lists`, are no lists or empty objects."""
-    found = [row.params for row in rows]
-    if show_all:
-        return sorted({name for params in found for name in params})
-    return [name for name in differing_names(found)
-            if lists or not any(isinstance(params.get(name), (dict, list)) for params in found)]
+def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
+    """Yield `ls --json` in pieces; names: the columns, if not all."""
+    opening = "[\n  "
+    for row in rows:
+        item = {name: row.plain(name) for name in names} if names else row.to_json()
+        yield opening + shown_json(item).replace("\n", "\n  ")
+        opening = ",\n  "
+    yield "\n]\n" if rows else "[]\n"
 
 
-def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
-    """The metrics that `ls` shows: all, or the primary ones, or where no experiment has one, those that differ."""
-    primary = {row.summary["primary_metric"] for row in rows} - {None}
-    if primary and not show_all:
-        return sorted(primary)
-    measured = [item["metrics"] for row in rows for item in (row.latest, row.best if show_all else None)
-                if item and item.get("metrics")]
-    return sorted({name for metrics in measured for name in metrics}) if show_all else differing_names(measured)
+# -- show and diff
+
+def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)") -> str:
+    """Return a title (if any), then blocks of `label: text ...` rows, each block below its heading.
+
+    All blocks share the widths of their columns, which are at least `least`.
+    """
+    tables = [[[escape_control(label) + ":", *[escape_control(text or "") for text in texts]] for label, *texts in rows]
+              for _, rows in blocks]
+    columns = list(zip(*[cells for table in tables for cells in table]))
+    widths = [max([least, *[display_width(text) + 2 for text in column]]) for column in columns[:-1]]
+    parts = [paint(title, "heading") + "\n"] if title else []
+    for (heading, _), table in zip(blocks, tables):
+        lines = [paint(heading, "bold")] if heading else []
+        lines += [("".join(map(pad, cells, widths)) + cells[-1]).rstrip() for cells in table] or [paint(empty, "faint")]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
-def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
-    """The sorted names whose values differ between these dicts; an absent value is the same as null."""
-    names = sorted({name for values in rows for name in values})
-    return [name for name in names
-            if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
+def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, show_all: bool, paint: Paint) -> str:
+    """Return `show` of a checkpoint."""
+    path = "%s (pruned: the files are gone)" % checkpoint.pruned if checkpoint.pruned else checkpoint.path
+    primary = checkpoint.primary_metric or {}
+    metrics = [(name, text + (" (primary, %s)" % primary["goal"] if primary.get("name") == name else ""))
+               for name, text in value_rows(checkpoint.metrics)]
+    return render_blocks("Checkpoint: " + checkpoint.id, [
+        ("", [("Created", full_time(checkpoint.created)), ("Path", path), ("Step", str(checkpoint.step))]),
+        ("Experiment", [("ID", experiment.id), *experiment_facts(experiment, running)]),
+        *experiment_blocks(experiment),
+        ("Metrics", metrics),
+        ("Python Packages", value_rows(shown_packages(experiment, show_all)))], paint)
 
 
-def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
-    """`name=value` for each of the names that has a value."""
-    return [escape_control(name) + "=" + format_cell(values[name]) for name in names if name in values]
+def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool, paint: Paint) -> str:
+    """Return `show` of an experiment."""
+    blocks = [("", experiment_facts(experiment, running)), *experiment_blocks(experiment)]
+    packages = [("Python Packages", value_rows(shown_packages(experiment, show_all)))]
+    return "\n".join([render_blocks("Experiment: " + experiment.id, blocks, paint),
+                      render_checkpoints(experiment, now, paint), render_blocks("", packages, paint)])
 
 
-def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str:
-    """The short ID and step of a stored checkpoint, and below them its metrics of those names."""
-    if not item:
-        return ""
-    title = "%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)
-    return "\n".join([title] + value_lines(unpack_floats(item.get("metrics") or {}), names))
-
-
-def _facts(rows: Sequence[Tuple[str, Optional[str]]]) -> List[Tuple[str, str]]:
-    return [(label, escape_control(text or "")) for label, text in rows]
-
-
-def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, str]]:
-    """Created to Command, as `show` prints them."""
+def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, Optional[str]]]:
+    """Return the rows Created to Command of `show`."""
     outcome = {} if running else experiment.outcome or {}
-    rows = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)), ("Note", experiment.note)]
-    rows = [("Created", full_time(experiment.created)), *[(label, text) for label, text in rows if text],
+    given = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)), ("Note", experiment.note)]
+    rows = [("Created", full_time(experiment.created)), *[(label, text) for label, text in given if text],
             ("Status", status_of(experiment._document, running))]
-    rows += [("Error", outcome["error"])] if "error" in outcome else []
-    rows += [("Ended", full_time(parse_time(outcome["time"])))] if outcome else []
-    return _facts(rows + [("Host", experiment.host), ("User", experiment.user), ("Command", experiment.full_command)])
+    if "error" in outcome:
+        rows.append(("Error", outcome["error"]))
+    if outcome:
+        rows.append(("Ended", full_time(parse_time(outcome["time"]))))
+    return rows + [("Host", experiment.host), ("User", experiment.user), ("Command", experiment.full_command)]
 
 
-def experiment_blocks(experiment: Experiment) -> List[Tuple[str, List[Tuple[str, str]]]]:
-    """The blocks Params and System."""
-    return [("Params", [(escape_control(name), format_value(value))
-                        for name, value in sorted(experiment.flat_params.items())]),
-            ("System", _facts([("Python version", experiment.python_version)] * bool(experiment.python_version) +
-                              machine_facts(experiment)))]
+def experiment_blocks(experiment: Experiment) -> List[Block]:
+    """Return the blocks Params and System."""
+    version = [("Python version", experiment.python_version)] if experiment.python_version else []
+    return [("Params", value_rows(experiment.flat_params)), ("System", version + machine_facts(experiment))]
+
+
+def value_rows(values: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """Return the names and full values of params, metrics or packages, sorted."""
+    return [(name, value_text(value)) for name, value in sorted(values.items())]
 
 
 def machine_facts(experiment: Experiment) -> List[Tuple[str, str]]:
-    """The checkout and GPUs that an experiment ran on, as far as they are known."""
+    """Return the Git commit and GPUs that an experiment ran on, if they are known."""
     git, gpus = git_in(experiment._document), texts_in(experiment._document, "gpus")
     state = [git["branch"]] if "branch" in git else []
-    state += ["with changes that are not committed"] if git.get("dirty") else []
+    state += ["with uncommitted changes"] if git.get("dirty") else []
     rows = [("Git commit", git.get("commit", "") + (" (%s)" % ", ".join(state) if state else "")),
             ("GPUs", ", ".join("%d x %s" % (gpus.count(name), name) for name in dict.fromkeys(gpus)))]
     return [(label, text) for label, text in rows if text]
 
 
 def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
-    """The packages that the program had imported when it ended, where that is recorded; all of them otherwise."""
+    """Return the packages that the program imported, or all of them if that is not recorded."""
     imported = experiment._document.get("imported_packages")
     if show_all or not isinstance(imported, list):
         return experiment.python_packages
     return {name: version for name, version in experiment.python_packages.items() if name in imported}
 
 
-def package_block(packages: Dict[str, str]) -> Tuple[str, List[Tuple[str, str]]]:
-    """The block Python Packages."""
-    return "Python Packages", [(escape_control(name), escape_control(version))
-                               for name, version in sorted(packages.items())]
-
-
-def metric_rows(checkpoint: Checkpoint) -> List[Tuple[str, str]]:
-    """The metrics of a checkpoint, the primary one marked."""
-    primary = checkpoint.primary_metric or {}
-    return [(escape_control(name), format_value(value) + (
-        " (primary, %s)" % primary["goal"] if primary.get("name") == name else ""))
-        for name, value in sorted(checkpoint.metrics.items())]
-
-
-def render_blocks(title: str, blocks: Sequence[Tuple[str, List[Tuple[str, str]]]], paint: Paint) -> str:
-    """A title ('' for none), then blocks of `label: text` rows in one column width, each below its heading."""
-    width = max([SHOW_WIDTH] + [display_width(label) + 3 for _, rows in blocks for label, _ in rows])
-    parts = [paint(title, "heading") + "\n"] if title else []
-    for heading, rows in blocks:
-        lines = [paint(heading, "bold")] if heading else []
-        lines += [(pad(label + ":", width) + text).rstrip() for label, text in rows] or [paint("(none)", "faint")]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, show_all: bool = False,
-                      paint: Paint = no_paint) -> str:
-    """`show` of a checkpoint."""
-    path = "%s (pruned: the files are gone)" % checkpoint.pruned if checkpoint.pruned else checkpoint.path
-    blocks = [("", _facts([("Created", full_time(checkpoint.created)), ("Path", path),
-                           ("Step", str(checkpoint.step))])),
-              ("Experiment", _facts([("ID", experiment.id)]) + experiment_facts(experiment, running))]
-    blocks += experiment_blocks(experiment)
-    blocks += [("Metrics", metric_rows(checkpoint)), package_block(shown_packages(experiment, show_all))]
-    return render_blocks("Checkpoint: " + checkpoint.id, blocks, paint)
-
-
-def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool = False,
-                      paint: Paint = no_paint) -> str:
-    """`show` of an experiment."""
-    blocks = [("", experiment_facts(experiment, running))] + experiment_blocks(experiment)
-    packages = [package_block(shown_packages(experiment, show_all))]
-    return "\n".join([render_blocks("Experiment: " + experiment.id, blocks, paint),
-                      render_checkpoints(experiment, now, paint), render_blocks("", packages, paint)])
-
-
 def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Paint) -> str:
-    """The table of an experiment's checkpoints, the best value marked."""
+    """Return the table of an experiment's checkpoints, with the best value marked."""
     heading = paint("Checkpoints", "bold") + "\n"
     if not experiment.checkpoints:
         return heading + paint("(none)", "faint") + "\n"
@@ -8011,49 +8032,46 @@ def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Pa
 
 
 class Side:
-    """One column of a diff: an experiment and the checkpoint of it that is compared."""
+    """One column of `diff`: an experiment, and which of its checkpoints to compare."""
 
     def __init__(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> None:
         self.experiment, self.checkpoint = experiment, checkpoint
 
     def facts(self) -> Dict[str, Dict[str, Any]]:
-        """What there is to compare in each block, by label, as stored."""
+        """Return the values to compare by label, in each block. A text that is not set is ''."""
         experiment, checkpoint = self.experiment, self.checkpoint
         outcome = experiment.outcome or {}
         about = {"Created": experiment._document["created"], "Name": experiment.name, "Tags": ", ".join(experiment.tags),
                  "Note": experiment.note, "Outcome": ": ".join(outcome[key] for key in ("status", "error") if key in outcome),
                  "Host": experiment.host, "User": experiment.user, "Command": experiment.command,
                  "Python version": experiment.python_version, **dict(machine_facts(experiment))}
-        saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path,
+        saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path or "",
                  "Step": checkpoint.step} if checkpoint else {}
-        return {"Experiment": about, "Params": experiment.flat_params, "Python Packages": experiment.python_packages,
-                "Checkpoint": saved, "Metrics": checkpoint.metrics if checkpoint else {}}
+        return {"Experiment": {label: text or "" for label, text in about.items()}, "Params": experiment.flat_params,
+                "Python Packages": experiment.python_packages, "Checkpoint": saved,
+                "Metrics": checkpoint.metrics if checkpoint else {}}
 
 
 class Differences:
-    """What differs between the columns of a diff. Code and files are compared with those of the first one."""
+    """What differs between the columns of `diff`. Code and files are compared with those of the first column."""
 
     def __init__(self, sides: Sequence[Side], code: Dict[str, List[Any]], files: Dict[str, List[Any]]) -> None:
+        self.ids = {"Experiment": [side.experiment.id for side in sides],
+                    "Checkpoint": [side.checkpoint.id if side.checkpoint else None for side in sides]}
+        self.blocks: Dict[str, Dict[str, List[Any]]] = {}  # by heading and label: the value in each column
         facts = [side.facts() for side in sides]
-        self.blocks: Dict[str, Dict[str, List[Any]]] = {}  # a value for each column, by label, in each block
         for heading in facts[0]:
             columns = [blocks[heading] for blocks in facts]
-            self.blocks[heading] = {label: [column.get(label, ABSENT) for column in columns]
-                                    for label in sorted({label for column in columns for label in column})}
-            if heading in ("Experiment", "Checkpoint"):  # where no text is the same as none
-                for values in self.blocks[heading].values():
-                    values[:] = ["" if value is None else value for value in values]
-            self.blocks[heading] = {label: values for label, values in self.blocks[heading].items()
+            rows = {label: [column.get(label, ABSENT) for column in columns] for label in sorted(set().union(*columns))}
+            self.blocks[heading] = {label: values for label, values in rows.items()
                                     if not all(same_value(value, values[0]) for value in values)}
             if heading == "Params" and any(side.experiment.path for side in sides):
                 self.blocks["Code"] = code
         if files:
             self.blocks["Files"] = files
-        self.ids = {"Experiment": [side.experiment.id for side in sides],
-                    "Checkpoint": [side.checkpoint.id if side.checkpoint else None for side in sides]}
 
     def to_json(self) -> Dict[str, Any]:
-        """`diff --json`: the IDs, and in each block the values by label, null where a column has none."""
+        """Return `diff --json`: the IDs, and in each block the values by label, null where a column has none."""
         def plain(value: Any) -> Any:
             return None if value is ABSENT else value.to_json() if isinstance(value, FileChange) else value
 
@@ -8063,7 +8081,7 @@ class Differences:
 
 
 def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
-    """For each file that differs: its size in the first of these sets, and what changed in each of the others."""
+    """Return, for each file that differs, its size in the first of these sets and its FileChange in each of the others."""
     rows: Dict[str, List[Any]] = {}
     for number, files in enumerate(sets[1:], 1):
         for change in compare_files(sets[0], files):
@@ -8072,70 +8090,71 @@ def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
     return dict(sorted(rows.items()))
 
 
-def change_text(value: Any) -> str:
-    """A cell of the blocks Code and Files."""
-    if not isinstance(value, FileChange):
-        return "(not saved)" if value is ABSENT else "(same)" if value is None else format_size(value)
-    if value.kind != "changed" or value.lines is None:
-        return "removed" if value.kind == "removed" else ("added, " if value.kind == "added" else "") + format_size(
-            value.sizes[1] or 0)
-    return "+%d -%d" % value.counts()
-
-
-def render_diff(found: Differences, paint: Paint = no_paint) -> str:
-    """`diff`: the IDs, then in each block the rows that differ."""
-    blocks: List[Tuple[str, List[Tuple[str, List[str]]]]] = []
+def render_diff(found: Differences, paint: Paint) -> str:
+    """Return `diff`: the IDs, then in each block the rows that differ."""
+    blocks = []
     for heading, values in found.blocks.items():
-        ids = found.ids.get(heading)
-        rows = [("ID", [item_id[:SHORT_ID] if item_id else "(none)" for item_id in ids])] if ids else []
-        rows += [(escape_control(label), [_difference_cell(heading, label, value) for value in row])
-                 for label, row in values.items()]
+        rows = [(label, *[difference_cell(heading, label, value) for value in row]) for label, row in values.items()]
+        if heading in found.ids:
+            rows.insert(0, ("ID", *[item_id[:SHORT_ID] if item_id else "(none)" for item_id in found.ids[heading]]))
         blocks.append((heading, rows))
-    lines = [[pad(label + ":", 0), *cells] for _, rows in blocks for label, cells in rows]
-    widths = [max([DIFF_WIDTH] + [display_width(line[column]) + 2 for line in lines])
-              for column in range(len(lines[0]) - 1)]
-    parts = []
-    for heading, rows in blocks:
-        shown = [paint(heading, "bold")]
-        shown += ["".join(map(pad, [label + ":", *cells], widths)) + cells[-1] for label, cells in rows]
-        parts.append("\n".join(line.rstrip() for line in shown) + "\n" + (
-            "" if rows else paint("(no difference)", "faint") + "\n"))
-    return "\n".join(parts)
+    return render_blocks("", blocks, paint, DIFF_WIDTH, "(no difference)")
 
 
-def _difference_cell(heading: str, label: str, value: Any) -> str:
+def difference_cell(heading: str, label: str, value: Any) -> str:
+    """Return a value of Differences as text."""
     if heading in ("Code", "Files"):
         return change_text(value)
     if value is ABSENT:
-        return _cut(None)
+        return "(not set)"
     if heading in ("Experiment", "Checkpoint") and label == "Created":
         return full_time(parse_time(value))
-    return _cut(format_value(value))
-
-
-def _cut(text: Optional[str]) -> str:
-    if text is None:
-        return "(not set)"
+    text = format_value(value)
     return text if len(text) <= DIFF_CUT else text[:DIFF_CUT - 3] + "..."
+
+
+def change_text(value: Any) -> str:
+    """Return a value of file_rows() as text."""
+    if value is ABSENT:
+        return "(not saved)"
+    if value is None:
+        return "(same)"
+    if not isinstance(value, FileChange):
+        return format_size(value)
+    if value.kind == "removed":
+        return "removed"
+    if value.kind == "changed" and value.lines is not None:
+        return "+%d -%d" % value.counts()
+    return ("added, " if value.kind == "added" else "") + format_size(value.sizes[1] or 0)
+
+
+NO_FILE, EMPTY_FILE = "0000000", "e69de29"  # Git's object names, by which `patch` recognizes an empty file
 
 
 def render_code(changes: Iterable[FileChange], paint: Paint = no_paint,
                 clean: Callable[[str], str] = lambda line: line) -> Iterator[str]:
-    """A unified diff of files in the form of git, which `patch -p1` accepts, in lines; binary and huge files are only
-    named. clean() makes a line safe for where it goes; bytes that are no UTF-8 are lone surrogates.
+    """Yield the lines of a unified diff in Git's format, which `patch -p1` accepts; it only names binary and huge files.
+
+    clean() makes a line safe to print. Bytes that are not UTF-8 are lone surrogates.
     """
     for change in changes:
-        is_empty = change.lines == []  # it is added or removed, and has no line with its name
+        is_empty = change.lines == []  # added or removed without a line
         old, new = (quoted_name(prefix + change.name, spaces=is_empty) for prefix in ("a/", "b/"))
         head = ["diff --git %s %s" % (old, new)]
-        head += {"added": ["new file mode 100644"], "removed": ["deleted file mode 100644"]}.get(change.kind, [])
-        head += ["index %s..%s" % ((EMPTY_FILE, NO_FILE) if change.kind == "removed" else (NO_FILE, EMPTY_FILE))] if is_empty else []
-        tab = "\t" if " " in change.name and change.lines is not None else ""  # so that patch sees where the name ends
-        pair = "/dev/null" if change.kind == "added" else old + tab, "/dev/null" if change.kind == "removed" else new + tab
-        if change.lines is None:
-            head.append("Binary files %s and %s differ" % pair)
-        elif change.lines:
-            head += ["--- " + pair[0], "+++ " + pair[1]]
+        if " " in change.name and change.lines is not None:  # a tab shows `patch` where the name ends
+            old, new = old + "\t", new + "\t"
+        if change.kind == "added":
+            head.append("new file mode 100644")
+            old = "/dev/null"
+        elif change.kind == "removed":
+            head.append("deleted file mode 100644")
+            new = "/dev/null"
+        if is_empty:
+            head.append("index %s..%s" % ((EMPTY_FILE, NO_FILE) if change.kind == "removed" else (NO_FILE, EMPTY_FILE)))
+        elif change.lines is None:
+            head.append("Binary files %s and %s differ" % (old, new))
+        else:
+            head += ["--- " + old, "+++ " + new]
         yield from [paint(clean(line), "bold") + "\n" for line in head]
         for line in change.lines or ():
             style = {b"+": "added", b"-": "removed", b"@": "hunk"}.get(line[:1])
@@ -8143,11 +8162,8 @@ def render_code(changes: Iterable[FileChange], paint: Paint = no_paint,
                 yield (paint(clean(text), style) if style else clean(text)) + "\n"
 
 
-NO_FILE, EMPTY_FILE = "0000000", "e69de29"  # as git has them in the index line of a diff, by which patch knows an empty file
-
-
 def quoted_name(name: str, spaces: bool = False) -> str:
-    """A file name as git prints it: in quotes if it holds control characters, quotes or backslashes (or spaces)."""
+    """Return a file name as Git prints it: in quotes if it holds control characters, quotes or backslashes (or spaces)."""
     def escaped(match: Any) -> str:
         character = match.group()
         return "\\" + character if character in '"\\' else "\\%03o" % ord(character)
@@ -8156,11 +8172,16 @@ def quoted_name(name: str, spaces: bool = False) -> str:
     return '"%s"' % quoted if quoted != name or spaces and " " in name else name
 
 
-# -- curves in characters
+# -- curves in the terminal
 
-SMOOTHING = 0.6  # weight of what was before in an exponential moving average, as TensorBoard has it
-TINY = 1e-290    # smaller differences are none
+SMOOTHING = 0.6  # weight of earlier values in an exponential moving average, as in TensorBoard
+TINY = 1e-290    # differences below this count as none
 CURVES = "abcdefghijklmnopqrstuvwxyz"
+
+
+def can_draw(value: Any) -> bool:
+    """Whether value is a number that a Scale can hold: not NaN, infinite, or so large that differences overflow."""
+    return _is_number(value) and abs(value) < 1e300
 
 
 class Curve:
@@ -8168,14 +8189,14 @@ class Curve:
 
     def __init__(self, experiment: Experiment, metric: str, axis: str, log: bool = False, smooth: bool = False) -> None:
         self.experiment = experiment
-        self.points: List[Optional[Tuple[float, float]]] = []  # None: a gap, where a value is missing, NaN or infinite
+        self.points: List[Optional[Tuple[float, float]]] = []  # None: a gap, where a value cannot be drawn
         average = weight = 0.0
         for checkpoint in experiment.checkpoints:
             metrics = checkpoint.metrics
             x = (checkpoint.step if axis == "step" else (checkpoint.created - experiment.created).total_seconds()
                  if axis == "time" else metrics.get(axis))
             y = metrics.get(metric)
-            if not (_is_number(x) and _is_number(y) and abs(x) < 1e300 and abs(y) < 1e300 and (y > TINY or not log)):
+            if not can_draw(x) or not can_draw(y) or log and y <= TINY:
                 self.points.append(None)
                 continue
             if smooth:
@@ -8185,12 +8206,12 @@ class Curve:
             self.points.append((x, y))
 
     def values(self) -> List[Tuple[float, float]]:
-        """The points without the gaps."""
+        """Return the points without the gaps."""
         return [point for point in self.points if point]
 
 
 class Scale:
-    """From values to positions 0 ... size - 1, with round numbers on the way."""
+    """Maps values to positions from 0 to size - 1."""
 
     def __init__(self, values: Sequence[float], size: int, log: bool = False) -> None:
         import math
@@ -8204,47 +8225,50 @@ class Scale:
         self.is_log, self.low, self.high = log, low, high
 
     def position(self, value: float) -> int:
-        """Where a value is."""
+        """Return the position of a value."""
         return min(self._size - 1, max(0, round((self._map(value) - self._low) / self._span * (self._size - 1))))
 
     def ticks(self, count: int) -> Dict[int, str]:
-        """At most about so many round numbers by position."""
+        """Return about count round numbers by position."""
         import math
-        rough = (self.high - self.low) / max(1, count)
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-        found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         if self.is_log and self._span > 1.5:
             exponents = range(math.ceil(self._low), math.floor(self._low + self._span) + 1)
-            found = [10.0 ** exponent for exponent in exponents if exponent % max(1, -(-len(exponents) // max(1, count))) == 0]
+            every = max(1, -(-len(exponents) // max(1, count)))
+            found = [10.0 ** exponent for exponent in exponents if exponent % every == 0]
+        else:
+            rough = (self.high - self.low) / max(1, count)
+            power = 10.0 ** math.floor(math.log10(rough))
+            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+            found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         return {self.position(value): "%.6g" % value for value in found}
 
 
 class Canvas:
-    """Cells of a terminal to draw curves on: with Braille, each has 2 x 4 dots; with ASCII it has one character."""
+    """Characters to draw curves with: a Braille character has 2 x 4 dots, an ASCII character stands for one."""
 
     BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of the Unicode block from U+2800
 
-    def __init__(self, width: int, height: int, braille: bool) -> None:
-        self._braille, self._columns, self._lines = braille, (2 if braille else 1), (4 if braille else 1)
-        self.width, self.height = width * self._columns, height * self._lines  # in dots
-        self._dots = [[0] * width for _ in range(height)]
-        self._owners = [[-1] * width for _ in range(height)]
+    def __init__(self, columns: int, rows: int, braille: bool) -> None:
+        self.columns, self._braille = columns, braille
+        self._across, self._down = (2, 4) if braille else (1, 1)  # dots of a character
+        self.width, self.height = columns * self._across, rows * self._down  # in dots
+        self._dots = [[0] * columns for _ in range(rows)]
+        self._owners = [[-1] * columns for _ in range(rows)]
 
     def line(self, start: Tuple[int, int], end: Tuple[int, int], owner: int) -> None:
-        """Draw from dot to dot, (0, 0) at the lower left, for the curve of that number."""
+        """Draw from dot to dot for the curve of that number; (0, 0) is the lower left."""
         count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
         for number in range(count + 1):
             x = round(start[0] + (end[0] - start[0]) * number / count)
             y = self.height - 1 - round(start[1] + (end[1] - start[1]) * number / count)
-            row, column = y // self._lines, x // self._columns
-            self._dots[row][column] |= self.BRAILLE[y % self._lines][x % self._columns]
+            row, column = y // self._down, x // self._across
+            self._dots[row][column] |= self.BRAILLE[y % self._down][x % self._across]
             self._owners[row][column] = owner
 
     def row(self, number: int, paint: Paint) -> str:
-        """A line of characters."""
+        """Return a line of characters, counted from the top."""
         from itertools import groupby
-        cells = list(zip(self._owners[number], self._dots[number]))
+        cells = zip(self._owners[number], self._dots[number])
         parts = []
         for owner, group in groupby(cells, key=lambda cell: cell[0]):
             text = "".join(" " if owner < 0 else chr(0x2800 + dots) if self._braille else CURVES[owner % len(CURVES)]
@@ -8254,25 +8278,23 @@ class Canvas:
 
 
 def curve_style(number: int) -> str:
-    """The colour of a curve."""
+    """Return the style of a curve."""
     return "curve %d" % (number % 6)
 
 
 def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[int, int], log: bool, braille: bool,
                 paint: Paint = no_paint) -> Iterator[str]:
-    """Curves with axes and a legend in lines, in so many columns and lines; titles: of the axes x and y."""
+    """Yield the lines of curves with axes and a legend. titles: of the axes x and y; size: in columns and lines."""
     width, height = size
     xs, ys = zip(*[point for curve in curves for point in curve.values()])
+    unit, x_title = time_unit(max(xs)) if titles[0] == "time" else (1, titles[0])
     legend = legend_lines(curves, width - 3)[:max(1, height // 3)]
     rows = max(4, height - len(legend) - 3)
-    seconds = max(xs) if titles[0] == "time" else 0
-    unit, name = (3600, "time (hours)") if seconds > 7200 else (60, "time (minutes)") if seconds > 300 else (
-        1, "time (seconds)" if titles[0] == "time" else titles[0])
     labels = Scale(ys, rows, log).ticks(max(2, rows // 3))
     margin = max(map(len, labels.values()), default=0)
     canvas = Canvas(max(8, width - margin - 2 - min(len(curves), 4)), rows, braille)
     x_scale, y_scale = Scale([x / unit for x in xs], canvas.width), Scale(ys, canvas.height, log)
-    ends: Dict[int, str] = {}
+    ends: Dict[int, List[int]] = {}  # the curves that end in each row
     for number, curve in enumerate(curves):
         before = None
         for point in curve.points:
@@ -8282,30 +8304,44 @@ def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[in
             before = here
         if curve.values():
             row = y_scale.position(curve.values()[-1][1]) * rows // canvas.height
-            ends[row] = ends.get(row, "") + CURVES[number % len(CURVES)]
-    tick, axis, corner, across, mark = "┤│└─┬" if braille else "+|+-+"
-    yield paint(escape_control("%s over %s" % (titles[1], name)), "bold") + "\n"
+            ends.setdefault(row, []).append(number)
+
+    def letter(number: int) -> str:
+        return paint(CURVES[number % len(CURVES)], curve_style(number))
+
+    tick, axis = "┤│" if braille else "+|"
+    yield paint(escape_control("%s over %s" % (titles[1], x_title)), "bold") + "\n"
     for row in range(rows - 1, -1, -1):
-        letters = "".join(paint(letter, curve_style(CURVES.index(letter))) for letter in ends.get(row, "")[:4])
         yield "%s%s%s%s\n" % (labels.get(row, "").rjust(margin), tick if row in labels else axis,
-                              canvas.row(rows - 1 - row, paint), letters)
-    places = {position * (canvas.width // (2 if braille else 1)) // canvas.width: label
+                              canvas.row(rows - 1 - row, paint), "".join(map(letter, ends.get(row, [])[:4])))
+    places = {position * canvas.columns // canvas.width: label
               for position, label in x_scale.ticks(max(2, width // 12)).items()}
-    columns = canvas.width // (2 if braille else 1)
-    yield " " * margin + corner + "".join(mark if column in places else across for column in range(columns)) + "\n"
-    line = ""
-    for place, label in sorted(places.items()):
-        start = margin + 1 + place - len(label) // 2
-        if start > len(line) and start + len(label) <= width:
-            line = line.ljust(start) + label
-    yield line + "\n"
+    yield from x_axis_lines(places, canvas.columns, margin, width, "└─┬" if braille else "+-+")
     for number, text in enumerate(legend):
-        letter = CURVES[number % len(CURVES)]
-        yield "%s  %s\n" % (paint(letter, curve_style(number)), text)
+        yield "%s  %s\n" % (letter(number), text)
+
+
+def time_unit(seconds: float) -> Tuple[int, str]:
+    """Return the seconds of a unit that suits an axis of that length, and the axis's title."""
+    if seconds > 7200:
+        return 3600, "time (hours)"
+    return (60, "time (minutes)") if seconds > 300 else (1, "time (seconds)")
+
+
+def x_axis_lines(labels: Dict[int, str], columns: int, margin: int, width: int, marks: str) -> Iterator[str]:
+    """Yield the x axis with a mark at each label's column, then the labels that have room."""
+    corner, line, tick = marks
+    yield " " * margin + corner + "".join(tick if column in labels else line for column in range(columns)) + "\n"
+    text = ""
+    for column, label in sorted(labels.items()):
+        start = margin + 1 + column - len(label) // 2
+        if start > len(text) and start + len(label) <= width:
+            text = text.ljust(start) + label
+    yield text + "\n"
 
 
 def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
-    """For each curve its ID, its name, what differs between the experiments, and its last value."""
+    """Return, for each curve, the experiment's ID, name and params that differ, and the last value."""
     params = [curve.experiment.flat_params for curve in curves]
     names = differing_names(params)
     lines = []
@@ -8320,60 +8356,62 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
 
 # -- report: one page for a browser
 
-REPORT_VALUES = 400000       # of all curves in a report
-REPORT_CURVE_VALUES = 1000   # of one
-REPORT_CODE_BYTES = 1 << 20  # of all texts in a report
+REPORT_VALUES = 400000       # in all curves of a report
+REPORT_CURVE_VALUES = 1000   # in one of them
+REPORT_CODE_BYTES = 1 << 20  # in all files of code
 REPORT_FILE_BYTES = 64 << 10
 
 
 class ReportCode:
-    """The code of experiments for a report: each text once, and each set of files once."""
+    """The code of experiments for a report, with each text and each set of files stored once."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._known: Dict[str, int] = {}              # the number of a set of files by its digest
-        self._numbers: Dict[Tuple[int, int], Optional[int]] = {}  # that of a text by size and CRC-32; None: not in the report
+        self._set_numbers: Dict[str, int] = {}  # by the digest of the code
+        self._text_numbers: Dict[Tuple[int, int], Optional[int]] = {}  # by size and CRC-32; None: not in the report
         self._left = REPORT_CODE_BYTES
         self.texts: List[str] = []
-        self.sets: List[List[Tuple[str, Tuple[str, Optional[int]]]]] = []  # (name, (what tells its content, text))
+        self.sets: List[List[Tuple[str, Tuple[str, Optional[int]]]]] = []  # (name, (size and CRC-32, number of the text))
 
     def number(self, experiment: Experiment) -> Optional[int]:
-        """Which of the sets an experiment saved; None where it cannot be read."""
+        """Return the number of the set that an experiment saved, or None if there is none or it cannot be read."""
         if not experiment.path:
             return None
         digest = experiment.code or experiment.id
-        if digest not in self._known:
+        if digest not in self._set_numbers:
             try:
                 files = SavedFiles(self._repository, "experiments", experiment.id)
                 found = [(name, ("%d-%08x" % files.sums[name], self._text(files, name))) for name in sorted(files.sums)]
             except ReplicateError as error:
-                console.warning("The code of experiment %s is left out: %s" % (experiment.short_id(), error))
+                console.warning("The report lacks the code of experiment %s: %s" % (experiment.short_id(), error))
                 return None
-            self._known[digest] = len(self.sets)
+            self._set_numbers[digest] = len(self.sets)
             self.sets.append(found)
-        return self._known[digest]
+        return self._set_numbers[digest]
 
     def _text(self, files: SavedFiles, name: str) -> Optional[int]:
+        """Return the number of a file's text, or None for a binary or large file."""
         sums = files.sums[name]
-        if sums not in self._numbers:
-            self._numbers[sums] = None
+        if sums not in self._text_numbers:
+            self._text_numbers[sums] = None
             if sums[0] <= min(REPORT_FILE_BYTES, self._left):
                 data = files.contents([name])[name]
                 if b"\0" not in data:
                     self._left -= len(data)
-                    self._numbers[sums] = len(self.texts)
-                    self.texts.append("\n".join("\t".join(map(escape_control, line.split("\t"))) for line in
-                                                data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")))
-        return self._numbers[sums]
+                    self._text_numbers[sums] = len(self.texts)
+                    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+                    self.texts.append("\n".join("\t".join(map(escape_control, line.split("\t"))) for line in lines))
+        return self._text_numbers[sums]
 
 
 def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
-    """The positions of about so many of the values: the first, the last, and the extremes of every few, gaps too."""
+    """Return the positions of about count of the values: the first, the last, and extremes (or a gap) in between."""
     if len(values) <= count:
         return set(range(len(values)))
     kept = {0, len(values) - 1}
-    for part in range(max(1, count // 2)):
-        places = range(part * len(values) // max(1, count // 2), (part + 1) * len(values) // max(1, count // 2))
+    parts = max(1, count // 2)
+    for part in range(parts):
+        places = range(part * len(values) // parts, (part + 1) * len(values) // parts)
         known = [place for place in places if values[place] is not None]
         kept.update((min(known, key=values.__getitem__), max(known, key=values.__getitem__)) if known else places[:1])
     return kept
@@ -8381,9 +8419,9 @@ def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
 
 def report_curves(experiment: Experiment, names: Sequence[str],
                   count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
-    """(steps, seconds, {metric: values, None for gaps}) of the metrics that it has, thinned to about so many a metric."""
+    """Return (steps, seconds, {metric: values, None for gaps}) of these metrics, thinned to about count values of each."""
     found = experiment.checkpoints.metrics
-    columns = {name: [value if _is_number(value) and abs(value) < 1e300 else None for value in found[name]] for name in names}
+    columns = {name: [value if can_draw(value) else None for value in found[name]] for name in names}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     places = sorted(set().union(*(thinned(values, count) for values in columns.values())))
     chosen = [experiment.checkpoints[place] for place in places]
@@ -8393,41 +8431,41 @@ def report_curves(experiment: Experiment, names: Sequence[str],
              for name, values in columns.items()})
 
 
-def report_value(value: Any) -> Any:
-    """A value in the table of a report: a number, or text that is safe."""
+def report_value(row: Row, name: str) -> Any:
+    """Return row.plain(name) for the table of a report: a number, safe text or None."""
+    value = row.plain(name)
     if value is None or type(value) is int or type(value) is float and value - value == 0:
         return value
-    is_texts = type(value) is list and {type(item) for item in value} == {str}
-    return format_value(", ".join(value) if is_texts else value)
+    return escape_control(full_text(row, name, value))
 
 
 def report_data(repository: Repository, experiments: Sequence[Experiment], running: Container[str]) -> Dict[str, Any]:
-    """What the page shows, as JSON has it."""
+    """Return what the page shows, for JSON."""
     rows = rows_of(experiments, running)
     fields, params, metrics = column_groups(rows)
     names = [*fields, *params.values(), *metrics.values()]
     recorded = {name for experiment in experiments for checkpoint in experiment.checkpoints for name in checkpoint.metrics}
     measured = sorted(recorded, key=lambda name: (goal_of(rows, name) is None, name))  # primary metrics first
-    count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # each metric keeps its extremes in the others, too
+    count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # squared: each metric also keeps the steps of the others
     code = ReportCode(repository)
-    steps: Dict[Tuple[int, ...], int] = {}
+    steps: Dict[Tuple[int, ...], int] = {}  # most runs share them
     runs = []
     for row, experiment in zip(rows, experiments):
         axis, seconds, curves = report_curves(experiment, measured, max(10, min(REPORT_CURVE_VALUES, count)))
-        facts = [("ID", row.id), *experiment_facts(experiment, row.running), *_facts(machine_facts(experiment)),
-                 *[(label, text) for _, block in experiment_blocks(experiment)[:1] for label, text in block]]
-        runs.append({"id": row.id, "name": escape_control(experiment.name or ""), "facts": [fact for fact in facts if fact[1]],
-                     "values": [report_value(row.plain(name)) for name in names], "files": code.number(experiment),
+        facts = [("ID", row.id), *experiment_facts(experiment, row.running), *machine_facts(experiment),
+                 *value_rows(experiment.flat_params)]
+        runs.append({"id": row.id, "name": escape_control(experiment.name or ""),
+                     "facts": [(escape_control(label), escape_control(text)) for label, text in facts if text],
+                     "values": [report_value(row, name) for name in names], "files": code.number(experiment),
                      "steps": steps.setdefault(tuple(axis), len(steps)), "seconds": seconds,
                      "curves": {escape_control(name): values for name, values in curves.items()}})
-    shown = {name for name, _ in wide_names(rows, False)} if rows else set()
+    shown = {name for name, _ in wide_names(rows, False)}
     goals = {column: goal_of(rows, name) for name, column in metrics.items()}
-    clean = [escape_control(name) for name in names]
     return {"title": plural(len(runs), "experiment") + ", " + full_time(datetime.datetime.now(datetime.timezone.utc)),
-            "columns": [{"name": name, "number": {type(run["values"][number]) for run in runs} <= {int, float, type(None)}}
-                        for number, name in enumerate(clean)],
+            "columns": [{"name": escape_control(name), "goal": goals.get(name),
+                         "number": {type(run["values"][number]) for run in runs} <= {int, float, type(None)}}
+                        for number, name in enumerate(names)],
             "shown": [number for number, name in enumerate(names) if name in shown],
-            "goals": {escape_control(column): goal for column, goal in goals.items() if goal},
             "params": list(map(escape_control, params.values())), "metrics": list(map(escape_control, measured)),
             "measured": [escape_control(metrics[name]) for name in measured if name in metrics],
             "differing": [escape_control(params[name]) for name in listed_params(rows, False)],
@@ -8435,7 +8473,7 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
 
 
 def render_report(content: Dict[str, Any]) -> bytes:
-    """The page: nothing of the content is markup, and by its policy the browser runs this script alone and loads nothing."""
+    """Return the page. No content becomes markup, and the page's policy lets the browser run this script and load nothing."""
     import base64
     import hashlib
     page = REPORT_PAGE
@@ -8494,9 +8532,9 @@ pre { overflow: auto; border: 1px solid var(--line); padding: .5rem; }
 <main>
 <section id="runs"><h2>Runs</h2></section>
 <section id="curves"><h2>Curves</h2></section>
-<section id="scatter"><h2>Param and metric</h2></section>
+<section id="scatter"><h2>Metric by param</h2></section>
 <section id="parallel"><h2>Parallel coordinates</h2></section>
-<section id="facts"><h2>One run</h2></section>
+<section id="facts"><h2>Run details</h2></section>
 <section id="code"><h2>Code</h2></section>
 </main>
 <script type="application/json" id="data">REPORT_DATA</script>
@@ -8506,10 +8544,10 @@ pre { overflow: auto; border: 1px solid var(--line); padding: .5rem; }
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const state = {
-  column: null, descending: false, text: "", shown: new Set(data.shown), chosen: new Set(),  // columns by number, runs
-  axis: "step", log: false, smooth: 0,
+  column: null, descending: false, text: "", shown: new Set(data.shown), selected: new Set(),  // columns and runs by number
+  axis: "step", log: false, smooth: 0, param: data.params[0], metric: data.measured[0],
 };
-const SHOWN_RUNS = 10;  // curves, where none is chosen
+const SHOWN_RUNS = 10;  // curves to show while no run is selected
 
 function make(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -8522,15 +8560,16 @@ function draw(tag, attributes = {}, ...children) {
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") element.addEventListener(name, value);
-    else if (value !== false && value !== null) element.setAttribute(name, value === true ? "" : value);
+    else if (value !== false) element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children.filter(child => child !== null));
   return element;
 }
 
 function section(name, ...children) {
-  const place = document.getElementById(name);
-  place.replaceChildren(place.firstElementChild, ...children.filter(child => child !== null));
+  const element = document.getElementById(name);
+  element.replaceChildren(element.firstElementChild);  // the heading
+  fill(element, {}, children);
 }
 
 function choice(label, options, value, change) {
@@ -8543,15 +8582,19 @@ function checkbox(label, checked, change) {
   return make("label", {}, box, " " + label);
 }
 
-const isMissing = value => value === null || value === undefined;
+const note = text => make("p", { class: "faint" }, text);
 const isNumber = value => typeof value === "number";
 const color = number => `hsl(${(number * 137.5) % 360} 65% 50%)`;
 const short = run => run.id.slice(0, 7) + (run.name ? " " + run.name : "");
 
-function show(value) {
-  if (isMissing(value)) return "";
-  if (isNumber(value)) return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5)));
-  return typeof value === "string" ? value : JSON.stringify(value);
+function show(value) {  // a number, text or null
+  if (isNumber(value)) return String(Number.isInteger(value) ? value : Number(value.toPrecision(5)));
+  return value ?? "";
+}
+
+function toggle(set, item, isIn) {
+  if (isIn) set.add(item);
+  else set.delete(item);
 }
 
 // ---- the table
@@ -8559,7 +8602,7 @@ function show(value) {
 function cellText(run, column) {
   const value = run.values[column];
   const name = data.columns[column].name;
-  return name === "id" ? run.id.slice(0, 7) : name === "started" ? String(value).slice(0, 19).replace("T", " ") : show(value);
+  return name === "id" ? value.slice(0, 7) : name === "started" ? value.slice(0, 19).replace("T", " ") : show(value);
 }
 
 function visibleRuns() {
@@ -8568,19 +8611,20 @@ function visibleRuns() {
   const found = runs.filter(run => !text || run.id.startsWith(text) || holds(run));
   if (state.column === null) return found;
   const sign = state.descending ? -1 : 1;
-  const rank = value => isMissing(value) || value === "" ? 2 : isNumber(value) ? 0 : 1;  // what is missing comes last
+  const isMissing = value => value === null || value === "";
   return found.sort((one, other) => {
     const [a, b] = [one.values[state.column], other.values[state.column]];
-    if (rank(a) !== rank(b)) return (rank(a) === 2 || rank(b) === 2 ? 1 : sign) * (rank(a) - rank(b));
-    return sign * (isNumber(a) ? a - b : show(a) < show(b) ? -1 : show(a) > show(b) ? 1 : 0);
+    if (isMissing(a) || isMissing(b)) return isMissing(a) - isMissing(b);  // missing values come last in both orders
+    if (isNumber(a) !== isNumber(b)) return isNumber(a) ? -sign : sign;
+    return a < b ? -sign : a > b ? sign : 0;
   });
 }
 
 function bestValue(column, found) {
-  const goal = data.goals[data.columns[column].name];
+  const { goal } = data.columns[column];
   const values = found.map(run => run.values[column]).filter(isNumber);
-  const better = (a, b) => (goal === "maximize" ? a > b : a < b) ? a : b;
-  return goal && values.length > 1 ? values.reduce(better) : undefined;
+  const better = goal === "maximize" ? Math.max : Math.min;
+  return goal && values.length > 1 ? values.reduce((a, b) => better(a, b)) : undefined;
 }
 
 function headCell(column, sort) {
@@ -8593,7 +8637,7 @@ function headCell(column, sort) {
 
 function bodyCell(run, column, best) {
   const { name, number } = data.columns[column];
-  const classes = [number ? "number" : "", best !== undefined && run.values[column] === best ? "best" : ""].join(" ").trim();
+  const classes = [number ? "number" : "", run.values[column] === best ? "best" : ""].join(" ").trim();
   const text = cellText(run, column);
   return make("td", { class: classes || false },
     name === "id" ? make("button", { click: () => showFacts(run.number), title: run.id }, text) : text);
@@ -8601,36 +8645,37 @@ function bodyCell(run, column, best) {
 
 function runRow(run, columns, best) {
   const box = make("input", {
-    type: "checkbox", checked: state.chosen.has(run.number), "aria-label": "choose " + short(run),
-    change: event => { state.chosen[event.target.checked ? "add" : "delete"](run.number); showCharts(); },
+    type: "checkbox", checked: state.selected.has(run.number), "aria-label": "Select " + short(run),
+    change: event => { toggle(state.selected, run.number, event.target.checked); showCharts(); },
   });
   return make("tr", {}, make("td", {}, box), ...columns.map((column, place) => bodyCell(run, column, best[place])));
 }
 
 function showRuns() {
   const table = make("table"), count = make("span", { class: "faint" });
-  let rowOf = new Map(), made = "";  // the rows, and for which columns and best values they were made
+  let rows = new Map(), madeFor = "";  // made once, which makes sorting quick
   const fillTable = () => {
-    const found = visibleRuns(), columns = data.columns.map((_, column) => column).filter(column => state.shown.has(column));
+    const found = visibleRuns(), columns = [...state.shown].sort((a, b) => a - b);
     const best = columns.map(column => bestValue(column, found));
-    if (made !== (made = JSON.stringify([columns, best]))) rowOf = new Map();
-    for (const run of found) if (!rowOf.has(run)) rowOf.set(run, runRow(run, columns, best));
+    const key = JSON.stringify([columns, best]);
+    if (key !== madeFor) [rows, madeFor] = [new Map(), key];
+    for (const run of found) if (!rows.has(run)) rows.set(run, runRow(run, columns, best));
     const head = columns.map(column => headCell(column, () => { sortBy(column); fillTable(); }));
     table.replaceChildren(make("thead", {}, make("tr", {}, make("th"), ...head)),
-      make("tbody", {}, ...found.map(run => rowOf.get(run))));
+      make("tbody", {}, ...found.map(run => rows.get(run))));
     count.textContent = found.length === runs.length ? `${runs.length} runs` : `${found.length} of ${runs.length} runs`;
   };
   const change = action => event => { action(event); fillTable(); showCharts(); };
-  const chooseNone = () => { state.chosen.clear(); made = ""; };
+  const clear = () => { state.selected.clear(); madeFor = ""; };
   const filter = make("input", {
     type: "search", placeholder: "Filter", "aria-label": "Filter runs", input: change(event => { state.text = event.target.value; }),
   });
   const boxes = data.columns.map((column, number) => checkbox(column.name, state.shown.has(number), checked => {
-    state.shown[checked ? "add" : "delete"](number);
+    toggle(state.shown, number, checked);
     fillTable();
   }));
   section("runs",
-    make("div", { class: "controls" }, filter, count, make("button", { click: change(chooseNone) }, "Choose none")),
+    make("div", { class: "controls" }, filter, count, make("button", { click: change(clear) }, "Clear selection")),
     make("details", {}, make("summary", {}, "Columns"), make("div", { class: "columns" }, ...boxes)),
     make("div", { class: "scroll", tabindex: 0 }, table));
   fillTable();
@@ -8642,6 +8687,8 @@ function sortBy(column) {
 }
 
 // ---- charts
+
+const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 300, 64, 24];  // of a chart and its margins
 
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
@@ -8676,51 +8723,51 @@ function smoothed(values) {
   });
 }
 
-function axes(x, y, width, height, left, bottom) {
+function axes(x, y) {
   const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, show(text).slice(0, 12));
-  return [draw("path", { class: "axis", d: `M${left} 8V${height - bottom}H${width - 8}`, fill: "none" }),
-    ...y.ticks(5).map(value => label(value, left - 6, y(value) + 4, "end")),
-    ...x.ticks(6).map(value => label(value, x(value), height - bottom + 16, "middle"))];
+  return [draw("path", { class: "axis", d: `M${LEFT} 8V${HEIGHT - BOTTOM}H${WIDTH - 8}`, fill: "none" }),
+    ...y.ticks(5).map(value => label(value, LEFT - 6, y(value) + 4, "end")),
+    ...x.ticks(6).map(value => label(value, x(value), HEIGHT - BOTTOM + 16, "middle"))];
 }
 
-const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 300, 64, 24];  // of a chart and its margins
-
-function curveOf(run, metric) {
-  const values = smoothed(run.curves[metric]).map(value => value === null || state.log && value <= 0 ? null : value);
-  return { run, xs: state.axis === "step" ? data.steps[run.steps] : run.seconds, values };
+function curveOf(run, metric) {  // its points are null where a value is missing
+  const xs = state.axis === "step" ? data.steps[run.steps] : run.seconds;
+  const points = smoothed(run.curves[metric]).map((y, place) => y === null || state.log && y <= 0 ? null : [xs[place], y]);
+  return { run, points, known: points.filter(point => point) };
 }
 
-function curvePath({ run, xs, values }, x, y) {
+function linePath(points) {  // through [x, y] pairs, with gaps for null
   let path = "", isOpen = false;
-  values.forEach((value, place) => {
-    if (value !== null) path += `${isOpen ? "L" : "M"}${x(xs[place]).toFixed(1)} ${y(value).toFixed(1)}${isOpen ? "" : "h.01"}`;
-    isOpen = value !== null;
-  });
-  return draw("path", { class: "curve", d: path, stroke: color(run.number), "stroke-linecap": "round" });
+  for (const point of points) {
+    if (point) path += `${isOpen ? "L" : "M"}${point[0].toFixed(1)} ${point[1].toFixed(1)}${isOpen ? "" : "h.01"}`;
+    isOpen = point !== null;
+  }
+  return path;
 }
 
-function nearestValue({ xs, values }, here) {
-  let nearest = null;
-  values.forEach((value, place) => {
-    if (value !== null && (nearest === null || Math.abs(xs[place] - here) < Math.abs(xs[nearest] - here))) nearest = place;
-  });
-  return nearest === null ? null : values[nearest];
+function nearest(items, distance) {
+  return items.reduce((best, item) => distance(item) < distance(best) ? item : best);
 }
 
-function curveChart(metric, chosen) {
-  const series = chosen.filter(run => run.curves[metric]).map(run => curveOf(run, metric));
-  const known = series.flatMap(({ xs, values }) => values.flatMap((value, place) => value === null ? [] : [[xs[place], value]]));
+function curveChart(metric, found) {
+  const measured = found.filter(run => Object.hasOwn(run.curves, metric));
+  const curves = measured.map(run => curveOf(run, metric)).filter(({ known }) => known.length);
   const caption = make("figcaption", {}, make("b", {}, metric));
-  if (!known.length) return make("figure", {}, caption, make("p", { class: "faint" }, "No values"));
+  if (!curves.length) return make("figure", {}, caption, note("No values"));
+  const known = curves.flatMap(curve => curve.known);
   const x = scale(known.map(([value]) => value), LEFT, WIDTH - 12);
   const y = scale(known.map(([, value]) => value), HEIGHT - BOTTOM, 12, state.log);
+  const lines = curves.map(({ run, points }) => draw("path", {
+    class: "curve", stroke: color(run.number), "stroke-linecap": "round",
+    d: linePath(points.map(point => point && [x(point[0]), y(point[1])])),
+  }));
   const places = [...new Set(known.map(([value]) => value))].sort((a, b) => a - b);
   const cursor = draw("path", { class: "axis" }), tip = make("div", { class: "tip", role: "status" });
   let at = -1;  // which of the places the cursor is at
   const point = number => {
     at = Math.max(0, Math.min(places.length - 1, number));
     cursor.setAttribute("d", `M${x(places[at])} 8V${HEIGHT - BOTTOM}`);
-    const rows = series.map(curve => [curve.run, nearestValue(curve, places[at])]).filter(([, value]) => value !== null);
+    const rows = curves.map(curve => [curve.run, nearest(curve.known, ([value]) => Math.abs(value - places[at]))[1]]);
     rows.sort((one, other) => other[1] - one[1]);
     tip.replaceChildren(`${state.axis} ${show(places[at])}`,
       ...rows.slice(0, 12).map(([run, value]) => make("div", {}, swatch(run), `${short(run)}  ${show(value)}`)));
@@ -8731,14 +8778,13 @@ function curveChart(metric, chosen) {
     mouseleave: leave, blur: leave,
     mousemove: event => {
       const box = image.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * WIDTH;
-      const distance = number => Math.abs(x(places[number]) - wanted);
-      point(places.reduce((nearest, _, number) => distance(number) < distance(nearest) ? number : nearest, 0));
+      point(places.indexOf(nearest(places, place => Math.abs(x(place) - wanted))));
     },
     keydown: event => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (step) point(at + step);
     },
-  }, ...axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM), ...series.map(curve => curvePath(curve, x, y)), cursor);
+  }, ...axes(x, y), ...lines, cursor);
   return make("figure", {}, caption, image, tip);
 }
 
@@ -8748,24 +8794,25 @@ function swatch(run) {
   return key;
 }
 
-function chosenRuns() {
+function selectedRuns() {
   const found = visibleRuns();
-  const chosen = found.filter(run => state.chosen.has(run.number));
-  return chosen.length ? chosen : found.slice(0, SHOWN_RUNS);
+  const selected = found.filter(run => state.selected.has(run.number));
+  return selected.length ? selected : found.slice(0, SHOWN_RUNS);
 }
 
 function showCharts() {
-  const chosen = chosenRuns();
-  const update = change => value => { change(value); showCharts(); };
+  const found = selectedRuns();
+  const set = name => value => { state[name] = value; showCharts(); };
   const smooth = make("input", {
     type: "range", min: 0, max: 0.99, step: 0.01, value: state.smooth, "aria-label": "Smoothing",
-    change: event => { state.smooth = Number(event.target.value); showCharts(); },
+    change: event => set("smooth")(Number(event.target.value)),
   });
-  section("curves", make("div", { class: "controls" },
-    choice("Over", [["step", "step"], ["seconds", "time in seconds"]], state.axis, update(value => { state.axis = value; })),
-    checkbox("Logarithmic", state.log, update(value => { state.log = value; })), make("label", {}, "Smoothing ", smooth)),
-    make("p", { class: "legend" }, ...chosen.map(run => make("span", {}, swatch(run), short(run) + "  "))),
-    make("div", { class: "charts" }, ...data.metrics.map(metric => curveChart(metric, chosen))));
+  section("curves",
+    make("div", { class: "controls" },
+      choice("X axis", [["step", "step"], ["seconds", "time (seconds)"]], state.axis, set("axis")),
+      checkbox("Log scale", state.log, set("log")), make("label", {}, "Smoothing ", smooth)),
+    make("p", {}, ...found.map(run => make("span", {}, swatch(run), short(run) + "  "))),
+    make("div", { class: "charts" }, ...data.metrics.map(metric => curveChart(metric, found))));
   showScatter();
   showParallel();
 }
@@ -8774,8 +8821,8 @@ function column(name) {
   return data.columns.findIndex(item => item.name === name);
 }
 
-function position(values, start, end) {  // of numbers on a scale, of anything else by its text
-  if (values.every(value => isNumber(value))) return scale(values, start, end);
+function position(values, start, end) {  // numbers on a scale; anything else sorted as text
+  if (values.every(isNumber)) return scale(values, start, end);
   const texts = [...new Set(values.map(show))].sort();
   const place = value => start + (texts.indexOf(show(value)) + 0.5) / texts.length * (end - start);
   place.ticks = () => texts.slice(0, 12);
@@ -8783,44 +8830,38 @@ function position(values, start, end) {  // of numbers on a scale, of anything e
 }
 
 function showScatter() {
-  const params = data.params, metrics = data.measured;
-  if (!params.length || !metrics.length) return section("scatter", make("p", { class: "faint" }, "No run has a param and a metric."));
-  state.param = state.param ?? params[0];
-  state.metric = state.metric ?? metrics[0];
-  const a = column(state.param), b = column(state.metric);
-  const points = visibleRuns().filter(run => !isMissing(run.values[a]) && isNumber(run.values[b]));
-  const x = position(points.map(run => run.values[a]), LEFT + 8, WIDTH - 12);
-  const y = position(points.map(run => run.values[b]), HEIGHT - BOTTOM - 6, 12);
-  const dots = points.map(run => draw("circle", {
-    cx: x(run.values[a]), cy: y(run.values[b]), r: state.chosen.has(run.number) ? 7 : 4.5, fill: color(run.number),
+  const { param, metric } = state, a = column(param), b = column(metric);
+  if (a < 0 || b < 0) return section("scatter", note("No run has a param and a metric."));
+  const found = visibleRuns().filter(run => run.values[a] !== null && isNumber(run.values[b]));
+  const x = position(found.map(run => run.values[a]), LEFT + 8, WIDTH - 12);
+  const y = position(found.map(run => run.values[b]), HEIGHT - BOTTOM - 6, 12);
+  const dots = found.map(run => draw("circle", {
+    cx: x(run.values[a]), cy: y(run.values[b]), r: state.selected.has(run.number) ? 7 : 4.5, fill: color(run.number),
     click: () => showFacts(run.number),
-  }, draw("title", {}, `${short(run)}: ${state.param} ${show(run.values[a])}, ${state.metric} ${show(run.values[b])}`)));
-  const options = names => names.map(name => [name, name]);
-  const image = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${state.metric} by ${state.param}` },
-    ...(points.length ? axes(x, y, WIDTH, HEIGHT, LEFT, BOTTOM) : []), ...dots);
-  section("scatter", make("div", { class: "controls" },
-    choice("Param", options(params), state.param, value => { state.param = value; showScatter(); }),
-    choice("Metric", options(metrics), state.metric, value => { state.metric = value; showScatter(); })),
-    points.length ? make("figure", {}, image) : make("p", { class: "faint" }, "No run has both."));
+  }, draw("title", {}, `${short(run)}: ${param} ${show(run.values[a])}, ${metric} ${show(run.values[b])}`)));
+  const select = (label, name, names) => choice(label, names.map(item => [item, item]), state[name],
+    value => { state[name] = value; showScatter(); });
+  const image = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${metric} by ${param}` },
+    ...axes(x, y), ...dots);
+  section("scatter",
+    make("div", { class: "controls" }, select("Param", "param", data.params), select("Metric", "metric", data.measured)),
+    found.length ? make("figure", {}, image) : note("No run has both."));
 }
 
 function showParallel() {
   const names = [...data.differing.slice(0, 8), ...data.measured.slice(0, 2)], found = visibleRuns();
-  if (names.length < 2 || !found.length) return section("parallel", make("p", { class: "faint" }, "There is nothing to compare."));
+  if (names.length < 2 || !found.length) return section("parallel", note("There is nothing to compare."));
   const [width, height] = [1000, 320], place = number => 90 + number * (width - 130) / (names.length - 1);
-  const value = (run, number) => run.values[column(names[number])];
-  const scales = names.map((_, number) => position(
-    found.map(run => value(run, number)).filter(item => !isMissing(item)), height - 30, 36));
+  const columns = names.map(column);
+  const scales = columns.map(number => position(
+    found.map(run => run.values[number]).filter(value => value !== null), height - 30, 36));
   const lines = found.map(run => {
-    let path = "", isOpen = false;
-    names.forEach((_, number) => {
-      const isThere = !isMissing(value(run, number));
-      if (isThere) path += `${isOpen ? "L" : "M"}${place(number)} ${scales[number](value(run, number)).toFixed(1)}`;
-      isOpen = isThere;
-    });
-    const isFaint = state.chosen.size && !state.chosen.has(run.number);
-    return draw("path", { class: "curve", d: path, stroke: color(run.number), "stroke-opacity": isFaint ? 0.12 : 0.75 },
-      draw("title", {}, short(run)));
+    const values = columns.map(number => run.values[number]);
+    const isFaint = state.selected.size && !state.selected.has(run.number);
+    return draw("path", {
+      class: "curve", stroke: color(run.number), "stroke-opacity": isFaint ? 0.12 : 0.75,
+      d: linePath(values.map((value, number) => value === null ? null : [place(number), scales[number](value)])),
+    }, draw("title", {}, short(run)));
   });
   const marks = names.flatMap((name, number) => [
     draw("path", { class: "axis", d: `M${place(number)} 36V${height - 30}` }),
@@ -8840,7 +8881,7 @@ function showFacts(number) {
     make("dl", {}, ...list));
 }
 
-function differingLines(old, now) {  // [mark, line] pairs of a longest common subsequence, or null where that would take long
+function differingLines(old, now) {  // [mark, line] pairs by a longest common subsequence, or null if that would take long
   let start = 0, end = 0;
   while (start < old.length && start < now.length && old[start] === now[start]) start++;
   while (end < Math.min(old.length, now.length) - start && old[old.length - 1 - end] === now[now.length - 1 - end]) end++;
@@ -8865,7 +8906,7 @@ function fileDifference(name, old, now) {
   const texts = [old, now].map(number => number === undefined ? "" : number === null ? null : data.texts[number]);
   const title = make("h3", {}, name + (old === undefined ? " (added)" : now === undefined ? " (removed)" : ""));
   const lines = texts.includes(null) ? null : differingLines(...texts.map(text => text.split("\n")));
-  if (!lines) return [title, make("p", { class: "faint" }, "It is no text, or too large to show here.")];
+  if (!lines) return [title, note("This file is not text, or too large to compare here.")];
   const isNear = lines.map((_, place) => lines.slice(Math.max(0, place - 3), place + 4).some(([mark]) => mark !== " "));
   const classes = { "+": "added", "-": "removed", " ": false };
   const shown = lines.map(([mark, line], place) => isNear[place] ? make("span", { class: classes[mark] }, `${mark}${line}\n`)
@@ -8873,26 +8914,27 @@ function fileDifference(name, old, now) {
   return [title, make("pre", {}, ...shown)];
 }
 
-function showCode(one, other) {
-  const saved = runs.filter(run => run.files !== null);
-  if (saved.length < 2) return section("code", make("p", { class: "faint" }, "Fewer than two runs saved code that this page holds."));
-  const options = saved.map(run => [run.number, short(run)]);
-  const [old, now] = [one, other].map(number => new Map(data.codes[runs[number].files]));  // name: [content ID, text or null]
+const saved = runs.filter(run => run.files !== null);
+
+function showCode(one, other) {  // by their numbers in saved
+  const options = saved.map((run, number) => [number, short(run)]);
+  const [old, now] = [one, other].map(number => new Map(data.codes[saved[number].files]));  // name: [content ID, text or null]
   const names = [...new Set([...old.keys(), ...now.keys()])].sort().filter(name => old.get(name)?.[0] !== now.get(name)?.[0]);
-  section("code", make("div", { class: "controls" },
-    choice("From", options, one, value => showCode(Number(value), other)),
-    choice("to", options, other, value => showCode(one, Number(value)))),
+  section("code",
+    make("div", { class: "controls" },
+      choice("From", options, one, value => showCode(Number(value), other)),
+      choice("to", options, other, value => showCode(one, Number(value)))),
     ...names.flatMap(name => fileDifference(name, old.get(name)?.[1], now.get(name)?.[1])),
-    names.length ? null : make("p", { class: "faint" }, "No file differs."));
+    names.length ? null : note("No file differs."));
 }
 
 runs.forEach((run, number) => { run.number = number; });
 document.getElementById("title").textContent = data.title;
 showRuns();
 showCharts();
-if (runs.length) showFacts(0);
-const withCode = runs.filter(run => run.files !== null).map(run => run.number);
-showCode(withCode[0], withCode[withCode.length - 1]);
+showFacts(0);
+if (saved.length > 1) showCode(0, saved.length - 1);
+else section("code", note("Fewer than two of these runs saved their code."));
 </script>
 </body>
 </html>

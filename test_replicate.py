@@ -7350,7 +7350,7 @@ def test_git_and_gpus_are_recorded(project, call, tmp_path, monkeypatch, checkou
     first, second = sorted(stored_documents(project / "repo"), key=lambda document: document["created"])
     assert first["git"] == {"commit": checkout_of_git, "branch": "trunk", "dirty": False}
     assert second["git"] == dict(first["git"], dirty=True) and first["gpus"] == ["NVIDIA H100 80GB"] * 2
-    assert "Git commit:      %s (trunk, with changes that are not committed)\nGPUs:            2 x NVIDIA H100 80GB\n" % (
+    assert "Git commit:      %s (trunk, with uncommitted changes)\nGPUs:            2 x NVIDIA H100 80GB\n" % (
         checkout_of_git) in call("show", second["id"])[1]
     for text, ids in {"dirty = true": [second["id"]], "commit = " + checkout_of_git[:7]: [first["id"], second["id"]],
                       "branch != trunk": [], "gpu ~ H100": [first["id"], second["id"]]}.items():
@@ -8933,8 +8933,8 @@ def test_curves_of_a_report_overlay_the_chosen_runs_and_tell_values(project, pag
     chart = report.locator("#curves figure", has=report.get_by_text("loss", exact=True))
     assert report.locator("#curves figcaption").all_inner_texts() == ["loss", "twice"]  # the primary metric first
     assert chart.locator("path.curve").count() == 3
-    report.get_by_label("choose 0eeeeee").check()
-    report.get_by_label("choose 1eeeeee").check()
+    report.get_by_label("Select 0eeeeee").check()
+    report.get_by_label("Select 1eeeeee").check()
     assert chart.locator("path.curve").count() == 2
     assert [path.count("M") for path in (line.get_attribute("d") for line in chart.locator("path.curve").all())] == [1, 2]  # a gap
     chart.locator("svg").hover(position={"x": 75, "y": 60})
@@ -8945,9 +8945,9 @@ def test_curves_of_a_report_overlay_the_chosen_runs_and_tell_values(project, pag
     before = chart.locator("path.curve").first.get_attribute("d")
     report.get_by_label("Smoothing").fill("0.5")
     assert chart.locator("path.curve").first.get_attribute("d") != before
-    report.get_by_label("Logarithmic").check()
+    report.get_by_label("Log scale").check()
     report.locator("#curves select").select_option("seconds")
-    report.get_by_role("button", name="Choose none").click()
+    report.get_by_role("button", name="Clear selection").click()
     assert chart.locator("path.curve").count() == 3 and report.locator("tbody input:checked").count() == 0
     assert report.locator("#scatter circle").count() == 3
     report.locator("#scatter select").nth(1).select_option("twice")
@@ -8969,7 +8969,7 @@ def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page, monk
     report.locator("#code select").nth(1).select_option(label=second)
     assert report.locator("#code h3").all_inner_texts() == ["data.bin", "new0.py (removed)", "new1.py (added)", "train.py"]
     assert report.locator("#code pre").last.inner_text() == " a\n-b\n+<b>B</b>\n c\n \n"
-    assert report.locator("#code .added").last.inner_text() == "+<b>B</b>\n" and "no text" in report.inner_text("#code")
+    assert report.locator("#code .added").last.inner_text() == "+<b>B</b>\n" and "not text" in report.inner_text("#code")
     report.locator("#code select").nth(1).select_option(label=third)
     assert report.locator("#code h3").all_inner_texts() == ["new0.py (removed)", "new2.py (added)"]
     report.locator("tbody button").nth(1).click()
@@ -8982,7 +8982,8 @@ def test_a_report_of_a_hostile_repository_is_text(project, page, scheme):
     write_repository(project / "repo", *[experiment_document(
         item, name=mark, user=mark, command=mark, tags=[mark], note=mark, code=mark, git={"commit": mark}, params={
             mark: mark, "p": [mark], "n": "[NaN]", "__proto__": "x", "constructor": number, "nested": {mark: {mark: 1}}}, checkpoints=[
-            checkpoint_document(hex_id("%xc" % number), metrics={mark: number, "__proto__": number, "toString": 1}, primary=(mark, "minimize"))])
+            checkpoint_document(hex_id("%xc" % number), primary=(mark, "minimize"), metrics={
+                mark: number, "__proto__": number, ("toString", "valueOf")[number]: 1})])
         for number, item in enumerate((A, B))])
     report = page(color_scheme=scheme)
     assert report.evaluate("window.hacked") is None and report.locator("img").count() == 0 and report.locator("script").count() == 2
