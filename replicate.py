@@ -7919,18 +7919,6 @@ def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
         yield line((full_text(row, name, value), not _is_number(value)) for name, value in values)
 
 
-def render_json_list(rows: Sequence[Row], names: Sequence[str] = ()) -> Iterator[str]:
-    """Yield `ls --json` in pieces; names: the columns, if not all."""
-    opening = "[\n  "
-    for row in rows:
-        item = {name: row.plain(name) for name in names} if names else row.to_json()
-        yield opening + shown_json(item).replace("\n", "\n  ")
-        opening = ",\n  "
-    yield "\n]\n" if rows else "[]\n"
-
-
-# -- show and diff
-
 def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)") -> str:
     """Return a title (if any), then blocks of `label: text ...` rows, each block below its heading.
 
