@@ -2626,7 +2626,7 @@ def test_what_a_bucket_has_stays_when_the_pending_area_is_deleted(bucket, projec
     script.expect("saved")
     until(lambda: len(bucket.checkpoints()) == 1 and not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
     shutil.rmtree(str(project / ".replicate/pending"))
-    until(lambda: "it is not recorded any more" in script.stderr)
+    until(lambda: "it is no longer recorded" in script.stderr)
     script.go()
     assert "was removed from file://" in script.end()
     assert bucket.steps() == [0]
