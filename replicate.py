@@ -5377,7 +5377,7 @@ def normalized_name(name: str) -> str:
 
 
 def imported_packages() -> List[str]:
-    """The names of the distributions() of which a module is imported now.
+    """The names of the installed distributions with a module that is imported now.
 
     Most have a module of the same name; for the others, their metadata lists what they install.
     """
@@ -5529,7 +5529,7 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
 
 
 def ending_of_program(returncode: int) -> Dict[str, str]:
-    """The outcome of a program by subprocess's return code: its exit code, or minus the signal that ended it."""
+    """The outcome of a program that ended with this return code of subprocess."""
     if returncode >= 0 or -returncode in (signal.SIGINT, signal.SIGTERM):
         return ending(SystemExit(exit_status(returncode)))
     try:
@@ -5540,7 +5540,7 @@ def ending_of_program(returncode: int) -> Dict[str, str]:
 
 
 def exit_status(returncode: int) -> int:
-    """The exit code that a shell reports for subprocess's return code."""
+    """The exit code that a shell reports for a return code of subprocess: minus n stands for signal n."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
@@ -5611,7 +5611,7 @@ def new_document(location: Location, path: Optional[str], params: Dict[str, Any]
                  program: Sequence[str] = ()) -> Dict[str, Any]:
     """The document of an experiment that starts now.
 
-    heartbeat: whether it has heartbeats; without them it gets no outcome, as nothing could tell a lost run from a live one.
+    heartbeat: whether it will have heartbeats; if not, it gets no outcome, as nobody could tell a lost run from a live one.
     program: the command of the program to record, if that is not this process.
     """
     document = {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
@@ -5689,7 +5689,7 @@ def pending_repository(directory: str, url: str) -> Repository:
 
 
 def pending_areas(pending: Repository) -> List[Repository]:
-    """The pending area, and the extra ones of processes that recorded an experiment at the same time as another."""
+    """The pending area, and the extra ones that own_pending_area() made."""
     base, name = os.path.split(pending.storage.root)  # type: ignore[attr-defined]
     names = sorted(os.listdir(base)) if os.path.isdir(base) else []
     return [Repository("file://" + os.path.join(base, item)) for item in names
@@ -5697,7 +5697,10 @@ def pending_areas(pending: Repository) -> List[Repository]:
 
 
 def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repository, FileLock]:
-    """A pending area in which no other process records this experiment, and its owner_lock(), held. Raises WriteError."""
+    """A pending area in which no other process records this experiment, and its owner_lock(), held.
+
+    Makes an extra area if another process records it in the usual one. Raises WriteError.
+    """
     while True:
         make_private_folder(pending.storage.root)  # type: ignore[attr-defined]
         pending.prepare()
