@@ -6259,9 +6259,9 @@ class Messages:
 class Recorder:
     """Records one experiment of this process into a repository on disk: the user's own, or the pending area of a bucket.
 
-    checkpoint() writes the files and a line of the journal, and nothing else is needed to survive a crash. Two threads do
-    the rest: the clock folds the journal into the document and writes heartbeats, the worker compresses and uploads. Only
-    they use the network, so stop() never waits longer than its limits.
+    checkpoint() writes the files and a line of the journal; as these survive a crash, nothing is lost. Two threads do the
+    rest: the clock folds the journal into the document and writes heartbeats, the worker compresses and uploads. Only they
+    use the network, so stop() never waits longer than its limits.
 
     role: a "script" records what it does itself; a "runner" records a program that it started (`replicate run`); a
     "guest" adds to the experiment of a runner (`replicate checkpoint`), which ends when that program does.
@@ -6283,13 +6283,13 @@ class Recorder:
         self.gone = False                             # the experiment was removed
         self.closed = False                           # no more checkpoints are taken
         self.over = False                             # both threads have to end
-        self.changed = threading.Condition()          # what is here, in the document or with the worker
+        self.changed = threading.Condition()          # guards this object, its document and its worker
         self.document = LiveDocument(repository, experiment, self.changed)
         self.clock = Clock(self)
         self.worker = Worker(self, remote, prepared, lock)
         self.messages = Messages()
         self._saving: List[Any] = []                  # a lock for each running checkpoint(), which holds it
-        self._live: Optional[FileLock] = None         # see Repository.live_lock(); a pending area has owner_lock()
+        self._live: Optional[FileLock] = None         # Repository.live_lock(); the pending area has owner_lock() instead
         self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
 
     def key(self) -> Tuple[str, str]:
@@ -6654,6 +6654,7 @@ class Termination:
         self._previous: List[Any] = []  # the handlers that ours replaced, the latest last
         self._active = 0                # running calls of ours: a script's handler may call the one before it
         self._mask: Any = None
+        self._watches_forks = False     # in this process, or in one that it was forked from
 
     def install(self) -> None:
         """Handle SIGTERM from now on, unless the program ignores it or this is not the main thread."""
@@ -6662,7 +6663,8 @@ class Termination:
         current = signal.getsignal(signal.SIGTERM)
         if current in (None, signal.SIG_IGN) or self._is_ours(current):
             return
-        if not self._previous and hasattr(os, "register_at_fork"):
+        if not self._watches_forks and hasattr(os, "register_at_fork"):
+            self._watches_forks = True
             os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
                                 after_in_child=self._in_child)
         self._previous.append(current)
@@ -6718,8 +6720,8 @@ class Termination:
                 deferred, self._deferred = self._deferred, None
                 self._finish(*deferred)
 
-    # A forked child records nothing, so it gets the first handler back. SIGTERM is blocked during the fork: Python
-    # forgets a signal that arrives before the fork and has not been handled yet, and the child would miss it.
+    # A forked child records nothing, so it gets the first handler back. SIGTERM is blocked while the child starts, since
+    # Python drops the signals there that have arrived but were not handled yet.
 
     def _before_fork(self) -> None:
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -5864,6 +5864,22 @@ def test_a_forked_child_neither_records_nor_stops(repo, end):
     assert leftovers(repo) == []
 
 
+def test_a_forked_child_that_records_and_forks_still_gets_sigterm(repo):
+    done = train("""
+        child = os.fork()
+        if not child:
+            own = replicate.init(quiet=True)
+            if not os.fork():
+                os._exit(0)
+            os.wait()
+            os.kill(os.getpid(), 15)
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+        """)
+    assert done.stdout == "15\n", done.stderr
+    assert sorted(item["outcome"]["status"] for item in stored_documents(repo)) == ["completed", "terminated"]
+
+
 def test_multiprocessing_children_neither_record_nor_stop_and_die_when_they_are_terminated(project, repo):
     (project / "train.py").write_text(textwrap.dedent("""
         import multiprocessing, time, replicate
