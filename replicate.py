@@ -5668,7 +5668,11 @@ def shrink_archive(storage: DiskStorage, kind: str, item_id: str, check: Callabl
         recompress(archive, file, check_all)
         check_all()
 
-    storage.create(key, write)
+    try:
+        storage.create(key, write)
+    except WriteError:
+        storage.stat(key)  # raises DoesNotExist if `rm` has just removed the archive, and our temporary file with it
+        raise
 
 
 # What is recorded for a bucket goes to a repository on disk first, the pending area, and is uploaded from there.

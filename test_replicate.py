@@ -4088,6 +4088,22 @@ def test_the_background_reads_what_shrinks_once(project, tmp_path, counted_reads
     assert os.path.getsize(storage.path("checkpoints/%s.tar.gz" % PACKED_ID)) < 0.7 * size
 
 
+def test_an_archive_that_is_removed_just_before_its_smaller_copy_takes_its_place_stays_removed(project, tmp_path, monkeypatch):
+    fill(project, {"tokens": bytes(1 << 20)})
+    storage = replicate.DiskStorage(str(tmp_path / "store"))
+    replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "tokens"))
+    move_in = storage._move_in
+
+    def remove_first(path, key):
+        storage.delete([key] + [entry.key for entry in storage.list("tmp/")])
+        move_in(path, key)
+
+    monkeypatch.setattr(storage, "_move_in", remove_first)
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.shrink_archive(storage, "checkpoints", PACKED_ID)
+    assert list(storage.list("checkpoints/")) == []
+
+
 def test_a_table_that_spans_several_fields(project, tmp_path):
     names = ["%s/%s" % (os.urandom(2).hex(), os.urandom(40).hex()) for _ in range(4000)]
     fill(project, {name: name[:4].encode() for name in names})
