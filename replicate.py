@@ -5187,20 +5187,19 @@ def process_is_alive(pid: int) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 8  Recorder: snapshots, journal, sending, signals
+# 8  Recorder: journal, uploads, signals
 # ------------------------------------------------------------------------------------------------------------------
 
-FOLD_INTERVAL = 1.0     # seconds between two writings of a document, at least
-FOLD_SHARE = 50         # and at least so many times as long as the last one took,
-MAX_FOLD_INTERVAL = 8   # but at most this;
-FOLD_HELP = 1.0         # seconds that the clock may be late before the worker folds in its place
-MAX_PACKING = 2         # archives that wait for compression before checkpoint() waits too
-TERMINATION_SECONDS = 10.0  # that stopping may take after SIGTERM, and that it waits for a bucket that does not answer;
-JOIN_SECONDS = 3.5          # so much of that is for the last heartbeat: one request, see Storage.deadline
+FOLD_INTERVAL = 1.0     # seconds between two writes of a document, at least;
+FOLD_SHARE = 50         # longer if a write is slow: this many times its duration,
+MAX_FOLD_INTERVAL = 8   # but at most this many seconds
+MAX_PACKING = 2         # archives waiting for compression before checkpoint() waits too
+TERMINATION_SECONDS = 10.0  # for stopping after SIGTERM, and for waiting until a bucket answers
+JOIN_SECONDS = 3.5          # the part of that for the last heartbeat: one request, see Storage.deadline
 
 MAX_STEP = (1 << 63) - 1
-MAX_LABEL_CHARACTERS = 100  # of a name or tag
-MAX_ERROR_CHARACTERS = 300  # of the error that ended a run
+MAX_LABEL_CHARACTERS = 100  # in a name or tag
+MAX_ERROR_CHARACTERS = 300  # kept of the error that ended a run
 SECRET_NAMES = ("token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
                 "auth-token", "api-token", "hf-token", "client-secret")
 SECRET_SHAPES = (r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|"
@@ -5208,7 +5207,7 @@ SECRET_SHAPES = (r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|hf_[A-Za-z0-9]{16,}|gh[pousr]_
 
 
 def masked_command(arguments: Sequence[str]) -> str:
-    """Arguments as one shell-quoted line, with `***` in place of secrets."""
+    """The arguments as one shell-quoted line, with `***` for each secret."""
     masked, hide_next = [], False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
@@ -5226,18 +5225,18 @@ def masked_command(arguments: Sequence[str]) -> str:
 
 
 def program_arguments(directory: str) -> List[str]:
-    """sys.argv; the program's path is relative to the project directory if it lies in it."""
+    """sys.argv, with the program's path relative to the project directory if it is inside."""
     arguments = list(getattr(sys, "argv", [])) or [""]
     return [inner_path(arguments[0], directory)] + arguments[1:]
 
 
 def inner_path(path: str, directory: str) -> str:
-    """An absolute path inside the directory made relative to it; any other path as it is."""
+    """The path relative to the directory if it is absolute and inside; otherwise the path itself."""
     relative = os.path.relpath(path, directory) if os.path.isabs(path) else os.pardir
     return path if relative.split(os.sep)[0] == os.pardir else relative
 
 
-# How to run a program again: with the interpreter or launcher that ran it, as a line to paste in the project directory.
+# How to run a program again: a line to paste in the project directory, with the interpreter or launcher that ran it.
 
 try:
     START_DIRECTORY = os.getcwd()  # a script may change it later, as Hydra does
@@ -5247,18 +5246,19 @@ LAUNCHERS = r"python[\d.]*|uv|mpirun|mpiexec|orterun|prterun"  # torchrun, accel
 
 
 def rerun_command(directory: str) -> Optional[str]:
-    """The shell command that runs this program again from the project directory, with `***` in place of secrets.
+    """The shell command that runs this program again from the project directory, with `***` for each secret.
 
-    None where there is no such command: in an interactive session, a notebook, or after `python -c`.
+    None if there is no such command: in an interactive session, a notebook, or after `python -c`.
     """
-    words = process_words("self") or [sys.executable] + list(getattr(sys, "argv", []))
+    words = (list(getattr(sys, "orig_argv", ())) or command_line(os.getpid()) or
+             [sys.executable] + list(getattr(sys, "argv", [])))
     start = program_index(words)
     if start is None and os.path.isfile(sys.argv[0] if getattr(sys, "argv", None) else ""):  # multiprocessing: python -c
         words = [words[0]] + sys.argv
         start = 1
     if start is None or "ipykernel" in sys.modules:
         return None
-    parent, program = process_words(os.getppid()), words[start:]
+    parent, program = command_line(os.getppid()), words[start:]
     if parent[-len(program):] == program and re.fullmatch(LAUNCHERS, os.path.basename(parent[0])):
         words = parent
     command = masked_command(typed_words(words))
@@ -5266,20 +5266,17 @@ def rerun_command(directory: str) -> Optional[str]:
     return command if place == os.curdir else "cd %s && %s" % (shlex.quote(place), command)
 
 
-def process_words(process: Union[int, str]) -> List[str]:
-    """The command line of a process, or of this one ("self"); empty where the system does not tell."""
-    words = getattr(sys, "orig_argv", None) if process == "self" else None
-    if words:
-        return list(words)
+def command_line(pid: int) -> List[str]:
+    """The command line of a process; [] if the system does not tell."""
     try:
-        with open("/proc/%s/cmdline" % process, "rb") as file:
+        with open("/proc/%d/cmdline" % pid, "rb") as file:
             return os.fsdecode(file.read()).split("\0")[:-1]
     except OSError:
         return []
 
 
 def program_index(words: Sequence[str]) -> Optional[int]:
-    """The position of the script or `-m` on Python's command line; None for `-c`, standard input or no program."""
+    """The index of the script or `-m` in Python's command line; None for `-c`, standard input or no program."""
     index = 1
     while index < len(words) and re.match(r"-[^-cm]|--.", words[index]):
         index += 2 if words[index] in ("-X", "-W", "--check-hash-based-pycs") else 1
@@ -5287,7 +5284,7 @@ def program_index(words: Sequence[str]) -> Optional[int]:
 
 
 def typed_words(words: Sequence[str]) -> List[str]:
-    """A command line as somebody types it: `torchrun train.py` for `/usr/bin/python3 /usr/bin/torchrun train.py`."""
+    """A command line as a person types it: `torchrun train.py` for `/usr/bin/python3 /usr/bin/torchrun train.py`."""
     typed = [typed_path(words[0]), *words[1:]]
     start = program_index(words) if re.match("python", os.path.basename(words[0])) else None
     if start is not None:
@@ -5298,24 +5295,24 @@ def typed_words(words: Sequence[str]) -> List[str]:
 
 
 def typed_path(path: str) -> str:
-    """The name of a program on the search path; else its path, relative to the working directory if it lies in it."""
+    """The name of a program on the search path; otherwise its path, relative to the start directory if it is inside."""
     name = os.path.basename(path)
     return name if os.path.isabs(path) and shutil.which(name) == path else inner_path(path, START_DIRECTORY)
 
 
 def is_this_python(program: str) -> bool:
-    """Whether that command starts the Python, with the packages, that runs this file."""
+    """Whether this command starts the Python installation that runs this file, with the same packages."""
     path = shutil.which(program) or ""
     return os.path.dirname(path) == os.path.dirname(sys.executable) and os.path.basename(path).startswith("python")
 
 
 def distributions() -> Dict[str, Tuple[str, str]]:
-    """(version, metadata folder) of every distribution on the module path by its normalized name, sorted."""
+    """(version, metadata folder) of each distribution on the module path, by normalized name and sorted."""
     found: Dict[str, Tuple[str, str]] = {}
     for directory in sys.path:
         try:
             names = os.listdir(directory or ".")
-        except (OSError, TypeError, ValueError):  # a program may put anything there
+        except (OSError, TypeError, ValueError):  # a program may put anything into sys.path
             continue
         for name in names:
             match = re.fullmatch(r"([\w.]+(?:-[\w.]+)*?)-(\d[\w.!+]*)(?:-py[\d.]+)?\.(?:dist-info|egg-info)", name)
@@ -5325,19 +5322,14 @@ def distributions() -> Dict[str, Tuple[str, str]]:
 
 
 def normalized_name(name: str) -> str:
-    """The name of a distribution in the form that PEP 503 compares."""
+    """The name of a distribution in the normal form of PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def installed_packages() -> Dict[str, str]:
-    """Version by normalized name of every distribution on the module path, read off the folders' names."""
-    return {name: version for name, (version, _) in distributions().items()}
-
-
 def imported_packages() -> List[str]:
-    """Which of the installed_packages() have a module that is imported now.
+    """The names of the installed distributions with a module that is imported now.
 
-    Most have a module of their own name. For the rest their metadata says what they install.
+    Most have a module of the same name; for the others, their metadata lists what they install.
     """
     modules = {name.partition(".")[0] for name, module in list(sys.modules.items())
                if module is not None and isinstance(name, str)}
@@ -5352,7 +5344,7 @@ def imported_packages() -> List[str]:
 
 
 def top_level_names(folder: str) -> Set[str]:
-    """The names of the modules that a distribution installs, and of other things that lie beside them."""
+    """The names of the modules that a distribution installs, and of the files beside them."""
     for file_name in ("top_level.txt", "RECORD"):
         try:
             with open(os.path.join(folder, file_name), encoding="utf-8", errors="replace") as file:
@@ -5365,22 +5357,21 @@ def top_level_names(folder: str) -> Set[str]:
 
 
 FINAL_KEYS = ("imported_packages", "outcome")
-"""Keys of an experiment's document that are written when recording stops, or goes on again."""
+"""Keys of an experiment's document that are written when recording stops or resumes."""
 
 
 def final_keys(document: Dict[str, Any]) -> Dict[str, Any]:
-    """Those of the FINAL_KEYS that a document has, with their values."""
+    """The FINAL_KEYS that a document has, with their values."""
     return {key: document[key] for key in FINAL_KEYS if key in document}
 
 
 def merge_final_keys(document: Dict[str, Any], values: Dict[str, Any]) -> bool:
-    """Put values of FINAL_KEYS into a document: lists are united, of two outcomes the later one counts; whether that
-    changed it."""
+    """Merge values of FINAL_KEYS into a document, uniting lists and keeping the later outcome; return whether it changed."""
     merged = {}
     for key, value in values.items():
-        there = document.get(key)
-        if isinstance(value, list) and isinstance(there, list):
-            value = sorted(value + [item for item in there if item not in value], key=str)
+        old = document.get(key)
+        if isinstance(value, list) and isinstance(old, list):
+            value = sorted(value + [item for item in old if item not in value], key=str)
         merged[key] = value
     before = outcome_of(document)
     if before and canonical_time(before["time"]) > canonical_time(outcome_of(merged).get("time", before["time"])):
@@ -5390,64 +5381,60 @@ def merge_final_keys(document: Dict[str, Any], values: Dict[str, Any]) -> bool:
     return changed
 
 
-ANSWER_SECONDS = 0.5  # that a program is given to tell something for the record
-
-
-class Inquiry:
-    """A program that is asked something while the caller goes on; killed if it takes longer than ANSWER_SECONDS."""
-
-    def __init__(self, words: Sequence[str], directory: str) -> None:
-        import subprocess
-        self._until = time.monotonic() + ANSWER_SECONDS
-        try:
-            self._process: Any = subprocess.Popen(
-                words, cwd=directory, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        except OSError:  # there is no such program
-            self._process = None
-
-    def answer(self) -> List[str]:
-        """The lines that it printed; none if it failed or is late."""
-        import subprocess
-        if self._process is None:
-            return []
-        try:
-            output, _ = self._process.communicate(timeout=max(0.0, self._until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.stdout.close()  # without reading on, since a child of its own may hold it open
-            self._process.wait()
-            return []
-        return output.decode("utf-8", "replace").splitlines() if self._process.returncode == 0 else []
+ANSWER_SECONDS = 0.5  # for git and nvidia-smi
 
 
 class MachineFacts:
-    """What git and nvidia-smi say of the project and the machine; asked at once, collected later."""
+    """What git and nvidia-smi say about the project and the machine: started at once, read later."""
 
     def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._deadline = time.monotonic() + ANSWER_SECONDS
         self._git = self._gpus = None
         if _search_upward(directory, (".git",), CONFIG_SEARCH_DEPTH):
-            self._git = Inquiry(("git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"), directory)
+            self._git = self._started("git", "status", "--porcelain=v2", "--branch", "--untracked-files=no")
         if shutil.which("nvidia-smi"):
-            self._gpus = Inquiry(("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), directory)
+            self._gpus = self._started("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
     def keys(self) -> Dict[str, Any]:
-        """The keys `git` and `gpus` of a document, as far as they are known."""
-        lines = self._git.answer() if self._git else []
+        """The keys `git` and `gpus` of a document, if they are known."""
+        lines = self._output(self._git)
         header = dict(line[2:].split(" ", 1) for line in lines if re.match("# [a-z.]+ ", line))
         git = {"commit": header.get("branch.oid"), "branch": header.get("branch.head"),
                "dirty": any(line[:1] != "#" for line in lines)}
-        gpus = [line.strip() for line in self._gpus.answer()] if self._gpus else []
+        gpus = [line.strip() for line in self._output(self._gpus)]
         return dict({"git": git} if header else {}, **({"gpus": gpus} if gpus else {}))
+
+    def _started(self, *words: str) -> Any:
+        import subprocess
+        try:
+            return subprocess.Popen(words, cwd=self._directory, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"),
+                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        except OSError:  # there is no such program
+            return None
+
+    def _output(self, process: Any) -> List[str]:
+        """The lines that a process printed; [] if it failed. Kills a process that is late."""
+        import subprocess
+        if process is None:
+            return []
+        try:
+            output, _ = process.communicate(timeout=max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.stdout.close()  # not read to its end: a child process may hold it open
+            process.wait()
+            return []
+        return output.decode("utf-8", "replace").splitlines() if process.returncode == 0 else []
 
 
 def checked_labels(name: Any = None, tags: Any = None, note: Any = None) -> Dict[str, Any]:
-    """The keys `name`, `tags` and `note` of a document, those that are given. Raises TypeError, ValueError."""
+    """The keys `name`, `tags` and `note` of a document, without those not given. Raises TypeError, ValueError."""
     labels: Dict[str, Any] = {}
     if name is not None:
         labels["name"] = checked_label(name, "name")
         if is_id(labels["name"]):
-            raise ValueError("name %r could be taken for an ID, since it has only digits and a to f" % name)
+            raise ValueError("name %r looks like an ID, since it has only digits and a to f" % name)
     if tags is not None:
         if isinstance(tags, str) or not hasattr(tags, "__iter__"):
             raise TypeError("tags must be a list of strings, not %r" % (tags,))
@@ -5460,7 +5447,7 @@ def checked_labels(name: Any = None, tags: Any = None, note: Any = None) -> Dict
 
 
 def checked_label(text: Any, kind: str) -> str:
-    """A name or tag, without white space around it. Raises TypeError, ValueError."""
+    """A name or tag without surrounding white space. Raises TypeError, ValueError."""
     if not isinstance(text, str):
         raise TypeError("%s must be a string, not %s" % (kind, type(text).__name__))
     text = str.__str__(text).strip()
@@ -5470,12 +5457,12 @@ def checked_label(text: Any, kind: str) -> str:
 
 
 def opening() -> Dict[str, str]:
-    """The outcome of a run that starts, or goes on, now."""
+    """The outcome of a run that starts or resumes now."""
     return {"status": OPEN, "time": timestamp()}
 
 
 def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
-    """The outcome of a run that ends now: because of an exception, or as it should."""
+    """The outcome of a run that ends now, by an exception or normally."""
     outcome = {"status": "failed", "time": timestamp()}
     code = error.code if isinstance(error, SystemExit) else None
     if error is None or isinstance(error, SystemExit) and code in (None, 0):
@@ -5491,20 +5478,20 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
     return dict(outcome, error=re.sub(SECRET_SHAPES, "***", text)[:MAX_ERROR_CHARACTERS])
 
 
-def ending_of_program(status: int) -> Dict[str, str]:
-    """The outcome of a program by its exit code, or minus the number of the signal that ended it, as subprocess has it."""
-    if status >= 0 or -status in (signal.SIGINT, signal.SIGTERM):
-        return ending(SystemExit(exit_status(status)))
+def ending_of_program(returncode: int) -> Dict[str, str]:
+    """The outcome of a program that ended with this return code of subprocess."""
+    if returncode >= 0 or -returncode in (signal.SIGINT, signal.SIGTERM):
+        return ending(SystemExit(exit_status(returncode)))
     try:
-        name = signal.Signals(-status).name
+        name = signal.Signals(-returncode).name
     except ValueError:
-        name = "signal %d" % -status
+        name = "signal %d" % -returncode
     return dict(ending(), status="failed", error="ended by " + name)
 
 
-def exit_status(status: int) -> int:
-    """What a shell calls the exit code of a program that subprocess says this of."""
-    return status if status >= 0 else 128 - status
+def exit_status(returncode: int) -> int:
+    """The exit code that a shell reports for a return code of subprocess: minus n stands for signal n."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
 def user_name() -> Optional[str]:
@@ -5517,13 +5504,13 @@ def user_name() -> Optional[str]:
 
 
 def checked_params(params: Any, unknown: List[str]) -> Dict[str, Any]:
-    """params as they are stored; the names of those that have no plain form, but become text, are added to `unknown`.
+    """The params as they are stored; those without a plain form become text, and their names are added to `unknown`.
 
-    Raises TypeError if they are no mapping.
+    Raises TypeError if params is not a dict, a namespace or a dataclass object.
     """
     try:
         fields = {} if params is None else fields_of(params)
-    except Exception:  # whatever the object does when somebody looks at it
+    except Exception:  # a foreign object may raise anything
         fields = None
     if fields is None:
         raise TypeError("params must be a dict, a namespace or a dataclass object, not %s" % type(params).__name__)
@@ -5549,19 +5536,19 @@ def checked_metric(value: Any, where: str) -> Any:
         raise TypeError("%s is nested too deeply" % where) from error
     except TypeError:
         raise
-    except Exception as error:  # whatever the object does when somebody looks at it
+    except Exception as error:  # a foreign object may raise anything
         raise TypeError("%s is a %s, which cannot be read: %s" % (where, type(value).__name__,
                                                                   short_reason(error))) from error
     return plain
 
 
 def current_job() -> Optional[str]:
-    """The scheduler's name for this job, which it keeps when it is preempted and started again."""
+    """The scheduler's ID of this job, which stays the same when the job is preempted and restarted."""
     return os.environ.get("REPLICATE_JOB") or os.environ.get("SLURM_JOB_ID") or None
 
 
 def check_same_params(experiment: Experiment, given: Dict[str, Any]) -> None:
-    """Raises ValueError where a param, as stored, is not what the experiment started with."""
+    """Raise ValueError if a param, as stored, differs from what the experiment started with."""
     stored = flat_params(experiment._document.get("params") or {})
     for name, value in flat_params(given).items():
         if not same_value(value, stored.get(name, ABSENT)):
@@ -5572,15 +5559,17 @@ def check_same_params(experiment: Experiment, given: Dict[str, Any]) -> None:
 
 def new_document(location: Location, path: Optional[str], params: Dict[str, Any], heartbeat: bool,
                  program: Sequence[str] = ()) -> Dict[str, Any]:
-    """The document of an experiment that starts now; without heartbeats nothing could tell a lost run from a live one.
+    """The document of an experiment that starts now.
 
-    program: another one than this process, which is to be recorded.
+    heartbeat: whether it will have heartbeats; if not, it gets no outcome, as nobody could tell a lost run from a live one.
+    program: the command of the program to record, if that is not this process.
     """
     document = {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
             "config": {"repository": location.url, "storage": ""},
             "command": masked_command(program_arguments(location.directory)),
             "full_command": rerun_command(location.directory), "path": path,
-            "python_version": platform.python_version(), "python_packages": installed_packages(),
+            "python_version": platform.python_version(),
+            "python_packages": {name: version for name, (version, _) in distributions().items()},
             "replicate_version": __version__, "checkpoints": []}
     if program:
         document["command"] = masked_command(program)
@@ -5591,52 +5580,60 @@ def new_document(location: Location, path: Optional[str], params: Dict[str, Any]
     return document
 
 
-def new_checkpoint(path: Optional[str], step: int, metrics: Dict[str, Any],
-                   primary_metric: Optional[Dict[str, str]], after: str) -> Dict[str, Any]:
-    """The document of a checkpoint made now, or just after the time `after` if the clock stands still or goes back."""
-    created = timestamp()
+def next_checkpoint(experiment: Experiment, path: Optional[str], step: Any, metrics: Dict[str, Any],
+                    primary_metric: Optional[Dict[str, str]], problems: List[str]) -> Checkpoint:
+    """A new checkpoint, added to its experiment; later than the last one even if the clock stands still or goes back."""
+    last = experiment.checkpoints[-1]._document if experiment.checkpoints else None
+    created, after = timestamp(), (last or experiment._document)["created"]
     if created <= after:
         created = timestamp(parse_time(after).timestamp() + 2e-6)
-    return {"id": new_id(), "created": created, "metrics": metrics, "step": step, "path": path,
-            "primary_metric": primary_metric}
+    checkpoint = Checkpoint({"id": new_id(), "created": created, "metrics": metrics,
+                             "step": _valid_step(step, last, problems), "path": path, "primary_metric": primary_metric},
+                            experiment)
+    experiment.checkpoints.append(checkpoint)
+    return checkpoint
 
 
 def save_archive(storage: DiskStorage, kind: str, item_id: str, sources: Sequence[Source]) -> Tuple[Table, bool]:
-    """Store the archive of sources; returns its table, and whether shrink_archive() should make it smaller later.
+    """Store the archive of sources; return its table, and whether shrink_archive() should make it smaller later.
 
-    It takes no longer than a plain copy. Raises WriteError.
+    This takes no longer than a plain copy. Raises WriteError.
     """
     return storage.create(archive_key(kind, item_id), lambda file: pack(file, item_id, sources))
 
 
 def shrink_archive(storage: DiskStorage, kind: str, item_id: str, check: Callable[[], None] = lambda: None) -> None:
-    """Replace an archive of which save_archive() says so by a smaller one; check() raises what ends the work early.
+    """Replace an archive that save_archive() stored by a smaller one; check() may raise to stop the work.
 
     Raises WriteError, ReadError, DoesNotExist.
     """
     key = archive_key(kind, item_id)
     archive = Archive(storage, key)
 
-    def go_on() -> None:
-        storage.stat(key)  # whoever removed it meanwhile wants it gone
+    def check_all() -> None:
+        storage.stat(key)  # raises DoesNotExist if it was removed: it must not come back
         check()
 
     def write(file: BinaryIO) -> None:
-        recompress(archive, file, go_on)
-        go_on()
+        recompress(archive, file, check_all)
+        check_all()
 
-    storage.create(key, write)
+    try:
+        storage.create(key, write)
+    except WriteError:
+        storage.stat(key)  # raises DoesNotExist if `rm` has just removed the archive, and our temporary file with it
+        raise
 
 
-# Recording for a bucket goes to a repository of its own on disk, the pending area, which is uploaded from there.
+# What is recorded for a bucket goes to a repository on disk first, the pending area, and is uploaded from there.
 
 PENDING = os.path.join(".replicate", "pending")
-SENT_KEY = "replicate_sent"     # in a pending document: the bucket has it, so that it is not created again
-PRUNED_KEY = "replicate_pruned"  # likewise: the IDs of checkpoints in the bucket whose files are to go
-REACH_SECONDS = 5.0             # that init() gives an unreachable bucket
-SMALL_UPLOAD_BYTES = 512 << 10  # many files up to this size are uploaded at a time
-FIRST_SEND_PAUSE = 1.0          # between two tries to upload
-LONGEST_SEND_PAUSE = 60.0
+SENT_KEY = "replicate_sent"     # in a pending document: the bucket has it, so uploading must not create it again
+PRUNED_KEY = "replicate_pruned"  # in a pending document: IDs of checkpoints whose files are to be deleted in the bucket
+REACH_SECONDS = 5.0             # that init() waits for a bucket to answer
+SMALL_UPLOAD_BYTES = 512 << 10  # files up to this size are uploaded many at a time
+FIRST_SEND_PAUSE = 1.0          # seconds between two attempts to upload; doubled after each,
+LONGEST_SEND_PAUSE = 60.0       # up to this
 
 
 def pending_repository(directory: str, url: str) -> Repository:
@@ -5646,7 +5643,7 @@ def pending_repository(directory: str, url: str) -> Repository:
 
 
 def pending_areas(pending: Repository) -> List[Repository]:
-    """The pending area and its extra ones, which the second of two processes with one experiment makes for itself."""
+    """The pending area, and the extra ones that own_pending_area() made."""
     base, name = os.path.split(pending.storage.root)  # type: ignore[attr-defined]
     names = sorted(os.listdir(base)) if os.path.isdir(base) else []
     return [Repository("file://" + os.path.join(base, item)) for item in names
@@ -5654,7 +5651,10 @@ def pending_areas(pending: Repository) -> List[Repository]:
 
 
 def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repository, FileLock]:
-    """A pending area in which no other process records this experiment, and its owner's lock. Raises WriteError."""
+    """A pending area in which no other process records this experiment, and its owner_lock(), held.
+
+    Makes an extra area if another process records it in the usual one. Raises WriteError.
+    """
     while True:
         make_private_folder(pending.storage.root)  # type: ignore[attr-defined]
         pending.prepare()
@@ -5665,7 +5665,7 @@ def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repositor
 
 
 def owner_lock(pending: Repository, experiment_id: str) -> FileLock:
-    """The lock of the process that records an experiment: nobody else uploads it meanwhile."""
+    """The lock of the process that records an experiment; no other process uploads it while the lock is held."""
     return FileLock(pending.storage.path("%s%s.owner" % (JOURNALS, experiment_id)))  # type: ignore[attr-defined]
 
 
@@ -5681,7 +5681,7 @@ class Sent:
 
 
 def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[int], None]) -> int:
-    """Copy an object between storages, unless it is there; returns its size. Raises DoesNotExist for a missing one."""
+    """Copy an object between storages unless the target has it; return its size. Raises DoesNotExist if it is missing."""
     entry = source.stat(key)
     try:
         if target.stat(key).size == entry.size:
@@ -5704,10 +5704,10 @@ def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[
 
 def send_experiment(source: Repository, target: Repository, document: Dict[str, Any], checkpoints: List[Dict[str, Any]],
                     sent: Sent, progress: Callable[[int], None], pruned: Container[str] = ()) -> None:
-    """Copy an experiment and these of its checkpoints, the document last; what the target has already stays, but for the
-    files of checkpoints that were pruned meanwhile.
+    """Copy an experiment and these of its checkpoints, the document last.
 
-    The target's document takes the final keys of ours. Raises ExperimentGone if the document says that it was uploaded before, and the target does not have it any more.
+    What the target already has stays, except for the files of pruned checkpoints; its document takes our final keys.
+    Raises ExperimentGone if the document says that it was uploaded before, but the target no longer has it.
     """
     keys = [archive_key("experiments", document["id"])] if document.get("path") else []
     keys += [archive_key("checkpoints", item["id"]) for item in checkpoints if item.get("path")]
@@ -5715,7 +5715,7 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
     for key in keys:
         try:
             sizes[key] = source.storage.stat(key).size
-        except DoesNotExist:  # uploaded before, or removed
+        except DoesNotExist:  # uploaded before, or pruned
             continue
     header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY, PRUNED_KEY)}
     gone = ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
@@ -5736,15 +5736,15 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
                 raise gone
             stripped.update(strip_files(checkpoints, pruned))
             return DocumentText(dict(header, checkpoints=checkpoints)).data()
-        there = target._decode(old, document["id"])
-        known = {item["id"] for item in there.get("checkpoints") or ()}
+        theirs = target._decode(old, document["id"])
+        known = {item["id"] for item in theirs.get("checkpoints") or ()}
         new = [item for item in checkpoints if item["id"] not in known]
-        there["checkpoints"] = (there.get("checkpoints") or []) + new
-        newly = strip_files(there["checkpoints"], pruned) | strip_files(there["checkpoints"], {
+        theirs["checkpoints"] = (theirs.get("checkpoints") or []) + new
+        newly = strip_files(theirs["checkpoints"], pruned) | strip_files(theirs["checkpoints"], {
             item["id"] for item in checkpoints if item.get("pruned") and not item.get("path")})
         stripped.update(newly)
-        is_changed = merge_final_keys(there, final_keys(document))
-        return DocumentText(there).data() if new or newly or is_changed else None
+        is_changed = merge_final_keys(theirs, final_keys(document))
+        return DocumentText(theirs).data() if new or newly or is_changed else None
 
     if sizes and document.get(SENT_KEY):
         try:
@@ -5758,10 +5758,10 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
         sent.bytes += sum(target.storage.in_parallel(copy, chosen, large))
     try:
         target.storage.update(document_key(document["id"]), change)
-    except ExperimentGone:  # while its archives were uploaded
+    except ExperimentGone:  # removed while its archives were uploaded
         target.storage.delete(keys)
         raise
-    if time.monotonic() - started > LEFTOVER_SECONDS / 2:  # `verify --fix` took them for leftovers meanwhile, perhaps
+    if time.monotonic() - started > LEFTOVER_SECONDS / 2:  # `verify --fix` may have removed them as leftovers
         for key in sizes:
             copy(key)
     if stripped:
@@ -5770,14 +5770,14 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
 
 
 def send_pending(pending: Repository, remote: Repository, experiment_id: str, unready: Set[str], finished: bool,
-                 sent: Sent, progress: Callable[[int], None] = lambda count: None, pruned: Optional[Set[str]] = None) -> None:
-    """Upload what is pending of an experiment but the unready checkpoints, then remove it here; see send_experiment().
+                 sent: Sent, progress: Callable[[int], None], pruned: Set[str]) -> None:
+    """Upload an experiment from the pending area, without its unready checkpoints, then remove here what was uploaded.
 
-    finished: its recording has ended, so that nothing of it stays here. Raises ExperimentGone, once nothing is left of
-    it here either, and Unreachable and the like.
+    finished: its recording has ended, so nothing of it stays here. pruned: see send_experiment(); those noted in the
+    document are added. Raises ExperimentGone, after removing it here too, and Unreachable and the like.
     """
     document = pending.load(experiment_id)
-    pruned, noted = set() if pruned is None else pruned, set(texts_in(document, PRUNED_KEY))
+    noted = set(texts_in(document, PRUNED_KEY))
     pruned.update(noted)
     ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]
     if ready or not document.get(SENT_KEY) or finished and (final_keys(document) or pruned):
@@ -5802,7 +5802,7 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
         items = kept.get("checkpoints") or ()
         kept["checkpoints"] = [item for item in items if item["id"] not in done]
         kept[SENT_KEY] = True
-        since = set(texts_in(kept, PRUNED_KEY)) - noted  # pruned while the rest was uploaded
+        since = set(texts_in(kept, PRUNED_KEY)) - noted  # pruned during the upload
         kept[PRUNED_KEY] = sorted(since | {item["id"] for item in items if item["id"] in with_files and not item.get("path")})
         return DocumentText(kept).data()
 
@@ -5811,9 +5811,8 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
                            [archive_key("experiments", experiment_id)])
 
 
-def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
-                   progress: Callable[[int], None] = lambda count: None) -> List[str]:
-    """Upload what ended processes left behind; returns the IDs of the experiments that live ones still record."""
+def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress: Callable[[int], None]) -> List[str]:
+    """Upload what ended processes left pending; return the IDs of the experiments that running ones still record."""
     busy = []
     for area in pending_areas(pending):
         area.fold_abandoned()
@@ -5826,14 +5825,14 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
                 busy.append(experiment_id)
                 continue
             try:
-                send_pending(area, remote, experiment_id, set(), True, sent, progress)
-                remote.storage.delete([heartbeat_key(experiment_id)])  # that of a killed process
+                send_pending(area, remote, experiment_id, set(), True, sent, progress, set())
+                remote.storage.delete([heartbeat_key(experiment_id)])  # a killed process leaves it
             except ExperimentGone as error:
                 console.warning("%s; its waiting checkpoints were dropped." % _problem(error))
             except NoBucket:
                 raise
             except DoesNotExist as error:
-                console.debug(str(error))  # uploaded by another process meanwhile
+                console.debug(str(error))  # another process has uploaded it
             finally:
                 lock.release()
         if area.url != pending.url and not busy and next(area.storage.list(EXPERIMENTS), None) is None:
@@ -5842,9 +5841,9 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
 
 
 class LiveDocument:
-    """The document of an experiment that this process records, and the journal through which it grows.
+    """The document of an experiment that this process records, and the journal in front of it.
 
-    changed guards it, and is notified when there is something to fold.
+    `changed` guards both, and is notified when there is something to fold.
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, changed: Any) -> None:
@@ -5853,14 +5852,14 @@ class LiveDocument:
         self.fold_at = float("inf")          # monotonic seconds
         self._repository, self._id, self._changed = repository, experiment.id, changed
         self._text: Optional[DocumentText] = DocumentText(experiment._document)
-        self._journals: List[Journal] = []   # the last is written to; the folding of others has failed
-        self._is_full = True                 # the last is one of those others
+        self._journals: List[Journal] = []   # append() writes to the last one
+        self._needs_journal = True           # none is open, or the last one is being folded or could not be
         self._is_gone = False
-        self._one_at_a_time = threading.RLock()
+        self._folding = threading.RLock()
         self._last_fold, self._pause = float("-inf"), FOLD_INTERVAL
 
     def append(self, record: Dict[str, Any]) -> Optional[str]:
-        """Make a line of the journal survive the death of the process; what prevented that, if it waits in memory instead."""
+        """Append a line to the journal, where it survives the process; if that fails, keep it in memory and return why."""
         with self._changed:
             if self._is_gone:
                 return None
@@ -5869,9 +5868,9 @@ class LiveDocument:
                 self.fold_at = max(time.monotonic(), self._last_fold + self._pause)
                 self._changed.notify_all()
             try:
-                if self._is_full:
+                if self._needs_journal:
                     self._journals.append(Journal(self.storage, self._id))
-                    self._is_full = False
+                    self._needs_journal = False
                 while self.unwritten:
                     self._journals[-1].append(self.unwritten[0])
                     del self.unwritten[0]
@@ -5880,13 +5879,14 @@ class LiveDocument:
             return None
 
     def fold(self, final: Optional[Dict[str, Any]] = None) -> None:
-        """Put what is in the journals, what they could not take, and final keys into the document.
+        """Move the lines of the journals and those in memory into the document, and add final keys.
 
         Raises ExperimentGone, WriteError, ReadError.
         """
-        with self._one_at_a_time:
+        with self._folding:
             with self._changed:
-                journals, lines, self._is_full, self.fold_at = list(self._journals), list(self.unwritten), True, float("inf")
+                journals, lines = list(self._journals), list(self.unwritten)
+                self._needs_journal, self.fold_at = True, float("inf")
             if not (journals or lines or final):
                 return
             started = time.monotonic()
@@ -5907,31 +5907,32 @@ class LiveDocument:
                     journal.close(remove=True)
 
     def close(self, remove: bool) -> None:
-        """Give up the journals: to nobody, since their experiment is gone, or to whoever comes next."""
-        with self._one_at_a_time, self._changed:
+        """Give up the journals: remove them if the experiment is gone, else leave them to the next process."""
+        with self._folding, self._changed:
             for journal in self._journals:
                 journal.close(remove)
-            self._journals, self._is_full, self._is_gone, self.fold_at = [], True, remove, float("inf")
+            self._journals, self._needs_journal, self._is_gone, self.fold_at = [], True, remove, float("inf")
 
     def forget(self) -> None:
-        """close() in a forked child, where the threads that hold locks are not there."""
+        """Do what close() does, without locks: in a forked child, the threads that hold them do not exist."""
         for journal in self._journals:
             journal.close(remove=False)
 
 
 class Hurry(ReplicateError):
-    """The process is ending: what can wait is left as it is."""
+    """The process is ending, so work that can wait stops."""
 
 
 class Worker:
-    """A recorder's thread that compresses archives and, for a bucket, uploads what is ready from the pending area."""
+    """A recorder's thread that compresses archives and, for a bucket, uploads from the pending area what is ready."""
 
     def __init__(self, recorder: Recorder, remote: Optional[Repository], prepared: bool, lock: Optional[FileLock]) -> None:
         self.recorder, self.remote = recorder, remote
-        self.lock = lock                         # that of the owner of the pending experiment
+        self.lock = lock                         # owner_lock() of the pending experiment
         self.changed = recorder.changed
         self.ended = threading.Event()
-        self.stopping = self.is_done = False     # everything is to be finished; it is
+        self.stopping = False                    # it finishes what is left
+        self.is_done = False                     # everything was uploaded
         self.limit = float("inf")                # monotonic seconds, when the thread has to end
         self.packing: List[Tuple[str, str]] = []
         self.offline = not prepared
@@ -5939,28 +5940,32 @@ class Worker:
         self.failure: Optional[Exception] = None
         self._prepared = prepared
         self._bytes = 0                          # uploaded by this process
-        self._last_sign = 0.0                    # of life, from the bucket
+        self._last_progress = 0.0                # monotonic seconds, when the bucket last took data
         self._upload_at = 0.0 if remote else float("inf")
         self._pause = FIRST_SEND_PAUSE
-        self._abandoned = True                   # what others have left may be pending, too
+        self._sends_abandoned = True             # ended processes may have left something pending, too
 
     def run(self) -> None:
         """The thread itself."""
+        try:
+            self._work()
+        finally:
+            self.ended.set()
+            self.release()
+
+    def _work(self) -> None:
         recorder = self.recorder
         while True:
             with self.changed:
-                if recorder.gone or recorder.over:  # asked with the lock, so that no wake-up is missed
+                if recorder.gone or recorder.over:  # read under the lock, so that no notification is missed
                     return
-                late_fold = recorder.document.fold_at + FOLD_HELP if self.remote else float("inf")
-                pause = min(self._upload_at, late_fold) - time.monotonic()
+                pause = self._upload_at - time.monotonic()
                 if not (self.packing or self.stopping) and pause > 0:
                     self.changed.wait(min(pause, threading.TIMEOUT_MAX))
                     continue
                 last = self.stopping and len(self.packing) <= 1
             if self.packing:
                 self._compress(*self.packing[0])
-            if time.monotonic() >= late_fold:  # a hanging heartbeat holds up the clock
-                recorder.fold()
             if self.remote and not recorder.over and (last or time.monotonic() >= self._upload_at):
                 self._upload(self.remote, last)
             if last:
@@ -5975,16 +5980,17 @@ class Worker:
     # -- compression
 
     def pack_later(self, kind: str, item_id: str) -> None:
-        """Have an archive compressed."""
+        """Queue an archive for compression."""
         with self.changed:
             self.packing.append((kind, item_id))
             self.changed.notify_all()
 
     def wait_for_room(self, quiet: bool) -> None:
-        """Wait where too many archives wait for compression, but never for an upload."""
+        """Wait while too many archives are queued for compression, but never for an upload."""
         def must_wait() -> bool:
             return len(self.packing) >= MAX_PACKING and not (
-                self.is_uploading or self.recorder.gone or self.recorder.closed or termination.requested or self.ended.is_set())
+                self.is_uploading or self.recorder.gone or self.recorder.closed or termination.requested or
+                self.ended.is_set())
 
         with self.changed:
             if must_wait() and not quiet:
@@ -6003,13 +6009,13 @@ class Worker:
             shrink_archive(self.recorder.storage, kind, item_id, check)
         except (DoesNotExist, Hurry):
             pass
-        except Exception as error:  # the stored archive stays: it is merely larger
+        except Exception as error:  # the stored archive stays, only larger
             if not self.recorder.gone:
-                self.recorder.report(error)
+                self.recorder.messages.report(error)
         with self.changed:
             del self.packing[:1]
             self.changed.notify_all()
-            if self.recorder.gone or item_id in self.recorder.pruned:  # and the archive, which was just replaced, should be
+            if self.recorder.gone or item_id in self.recorder.pruned:  # its archive was deleted, and has just been replaced
                 self.recorder.storage.delete([archive_key(kind, item_id)])
         self.upload_soon()
 
@@ -6023,7 +6029,7 @@ class Worker:
                 self.changed.notify_all()
 
     def _upload(self, remote: Repository, last: bool) -> None:
-        """Upload what is in the document, but for archives that wait for compression; tried again where it fails."""
+        """Upload what is in the document, except for archives that wait for compression; retry later if that fails."""
         self.is_uploading, self._upload_at, self.failure = True, float("inf"), None
         self._count(0)
         try:
@@ -6053,18 +6059,18 @@ class Worker:
             unready = {item_id for _, item_id in self.packing}
         send_pending(self.recorder.repository, remote, self.recorder.experiment.id, unready, last, Sent(), self._count,
                      self.recorder.pruned)
-        if self._abandoned and not last:
+        if self._sends_abandoned and not last:
             send_abandoned(pending_repository(self.recorder.directory, remote.url), remote, Sent(), self._count)
-            self._abandoned = False
+            self._sends_abandoned = False
 
     def _count(self, sent: int) -> None:
         self._bytes += sent
-        self._last_sign = time.monotonic()
+        self._last_progress = time.monotonic()
 
     # -- the end
 
     def finish_by(self, limit: float) -> None:
-        """Finish all that is left, until that time at most."""
+        """Finish what is left by this time (monotonic seconds)."""
         with self.changed:
             self.stopping, self.limit = True, min(self.limit, limit)
             if self.remote and self.limit < float("inf"):
@@ -6072,12 +6078,12 @@ class Worker:
             self.changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until the thread has finished, as long as its limit and a hanging bucket allow."""
+        """Wait until the thread has finished, its limit has passed, or the bucket has stopped answering."""
         total = len(self.packing)
         try:
             with Progress("", 0) as progress:
                 while not self.ended.wait(0.05) and time.monotonic() < self.limit:
-                    if self.is_uploading and time.monotonic() > self._last_sign + TERMINATION_SECONDS:
+                    if self.is_uploading and time.monotonic() > self._last_progress + TERMINATION_SECONDS:
                         return
                     if termination.requested:
                         self.finish_by(time.monotonic() + TERMINATION_SECONDS - JOIN_SECONDS)
@@ -6089,30 +6095,142 @@ class Worker:
         except KeyboardInterrupt:
             console.warning("Interrupted.")
 
+    def warn_of_rest(self) -> None:
+        """Warn if something was not uploaded."""
+        if not self.remote or self.recorder.gone or self.is_done:
+            return
+        if self.failure:
+            console.warning("%s." % _problem(self.failure))
+        elif self.is_uploading:
+            console.warning("%s does not answer." % self.remote.url)
+        console.warning("Not everything was uploaded to %s. The rest is safe in %s; the next run in this project or "
+                        "'%s push' uploads it." % (self.remote.url, self.recorder.repository.url, program_name()))
 
-ROLES = ("script", "runner", "guest")
-"""A process records what it does itself; or a program that it has started (`replicate run`); or adds to the experiment
-that a runner records (`replicate checkpoint`), which ends when the program does."""
+
+class Clock:
+    """A recorder's thread that folds the journal into the document and writes heartbeats."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.has_beaten = threading.Event()       # or has failed to
+        self.ended = threading.Event()
+        self.failure: Optional[Exception] = None  # why recording cannot start
+
+    def run(self) -> None:
+        """The thread itself."""
+        try:
+            self._work()
+        finally:
+            self.ended.set()
+
+    def _work(self) -> None:
+        import copy
+        recorder = self.recorder
+        pulse = Repository(recorder.target.url, copy.copy(recorder.target.storage))  # with a deadline of its own
+        next_beat = time.monotonic()
+        while True:
+            with recorder.changed:
+                if recorder.gone or recorder.over:
+                    break
+                pause = min(next_beat, recorder.document.fold_at) - time.monotonic()
+                if pause > 0:
+                    recorder.changed.wait(pause)
+                    continue
+            if time.monotonic() >= recorder.document.fold_at:
+                recorder.fold()
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + HEARTBEAT_INTERVAL
+                pulse.storage.deadline = time.monotonic() + max(HEARTBEAT_INTERVAL, JOIN_SECONDS)
+                self._beat(pulse)
+        if recorder.settings.heartbeat and not recorder.gone and active_recorder(recorder.key()) is None:
+            pulse.storage.deadline = time.monotonic() + JOIN_SECONDS
+            try:
+                pulse.storage.delete([heartbeat_key(recorder.experiment.id)])
+            except ReplicateError as error:
+                recorder.messages.report(error)
+
+    def _beat(self, pulse: Repository) -> None:
+        """Write a heartbeat, if the experiment still exists."""
+        recorder = self.recorder
+        try:
+            recorder.storage.stat(document_key(recorder.experiment.id))
+            if recorder.settings.heartbeat:
+                pulse.beat(recorder.experiment.id)
+                if recorder.gone:  # removed while it was written
+                    pulse.storage.delete([heartbeat_key(recorder.experiment.id)])
+        except DoesNotExist as error:
+            if isinstance(error, NoBucket):
+                recorder.messages.report(error)
+            elif not (recorder.closed and recorder.worker.remote):  # the last upload removes it from the pending area
+                recorder.lose()
+        except Exception as error:  # the next heartbeat tries again
+            if self.has_beaten.is_set() or isinstance(error, Unreachable):
+                recorder.messages.report(error)
+            else:
+                self.failure = error
+        finally:
+            self.has_beaten.set()
+
+
+class Messages:
+    """What a recorder tells the user: each problem once, and checkpoints without files at most once a second."""
+
+    def __init__(self) -> None:
+        self.reported: Set[str] = set()
+        self._next_time = 0.0   # monotonic seconds, before which checkpoints without files are not shown
+        self._skipped = 0       # such checkpoints
+
+    def report(self, error: BaseException) -> None:
+        """Print an error of a background thread once; the worker itself warns that a bucket is unreachable."""
+        text = str(error) if isinstance(error, ReplicateError) else "%s: %s" % (type(error).__name__, error)
+        if isinstance(error, (Unreachable, NoBucket)):
+            console.debug(text)
+        elif text not in self.reported:
+            self.reported.add(text)
+            console.error(text)
+
+    def report_checkpoint(self, checkpoint: Checkpoint, problems: List[str], failure: Optional[str], quiet: bool) -> None:
+        """Print what became of a checkpoint: its invalid arguments, why the journal failed, or that it was recorded."""
+        if problems:
+            console.error("Checkpoint %s: %s. The rest of it %s." % (
+                checkpoint.short_id(), "; ".join(problems), "waits in memory" if failure else "was recorded"))
+        if failure and "journal" not in self.reported:
+            console.error("%s. Checkpoint %s and later ones wait in memory until they can be written." %
+                          (failure, checkpoint.short_id()))
+        (self.reported.add if failure else self.reported.discard)("journal")
+        now = time.monotonic()
+        if problems or failure or quiet:
+            return
+        if not checkpoint.path and now < self._next_time:
+            self._skipped += 1
+            return
+        more = " and %s before it" % plural(self._skipped, "other") if self._skipped else ""
+        self._next_time, self._skipped = now + 1.0, 0
+        name = "%s (step %d)%s" % (checkpoint.short_id(), checkpoint.step, more)
+        console.info("Saved %s as checkpoint %s" % (checkpoint.path, name) if checkpoint.path else "Checkpoint " + name)
 
 
 class RecordingSettings:
-    """How a process records an experiment."""
+    """How a process records an experiment.
+
+    role: a "script" records what it does itself; a "runner" records a program that it started (`replicate run`); a
+    "guest" adds to the experiment of a runner (`replicate checkpoint`), which ends when that program does.
+    """
 
     def __init__(self, heartbeat: bool = True, keep: Optional[Tuple[int, int]] = None, role: str = "script",
                  program: Sequence[str] = ()) -> None:
         self.heartbeat = heartbeat  # mark the experiment as running
         self.keep = keep            # the files of this many of the best and of the latest checkpoints; None: of all
-        self.role = role            # of this process: see ROLES
+        self.role = role
         self.program = program      # the command line that a runner runs
 
 
 class Recorder:
-    """Records one experiment of this process into a repository on disk: the user's own, or the pending area.
+    """Records one experiment of this process into a repository on disk: the user's own, or the pending area of a bucket.
 
-    checkpoint() writes the files and a line of a journal, which is all that must not be lost. Two threads do the rest.
-    The clock folds the journal into the document and writes heartbeats; the worker compresses and uploads, and folds
-    where a heartbeat over the network holds up the clock. Only these two use the network, so that stop() never waits
-    longer than it means to.
+    checkpoint() writes the files and a line of the journal; as these survive a crash, nothing is lost. Two threads do the
+    rest: the clock folds the journal into the document and writes heartbeats, the worker compresses and uploads. Only they
+    use the network, so stop() never waits longer than its limits.
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, settings: RecordingSettings,
@@ -6123,26 +6241,26 @@ class Recorder:
         self.experiment = experiment
         self.directory = directory
         self.settings = settings
-        self.heartbeat, self.role, self.keep = settings.heartbeat, settings.role, settings.keep
-        self.pruned: Set[str] = set()                 # the IDs of those whose files were not kept
+        self.pruned: Set[str] = set()                 # the IDs of checkpoints whose files were not kept
         self.pid = os.getpid()
         self.gone = False                             # the experiment was removed
         self.closed = False                           # no more checkpoints are taken
-        self.over = False                             # both threads are to end
-        self.changed = threading.Condition()          # what is here, in the document or with the worker
+        self.over = False                             # both threads have to end
+        self.changed = threading.Condition()          # guards this object, its document and its worker
         self.document = LiveDocument(repository, experiment, self.changed)
+        self.clock = Clock(self)
         self.worker = Worker(self, remote, prepared, lock)
-        self._saving: List[Any] = []                  # a lock for each call of checkpoint(), held while it lasts
-        self._live: Optional[FileLock] = None         # see Repository.live_lock(); a pending area has its owner's lock
-        self._keys = [archive_key("experiments", experiment.id)]  # and the archives that this run writes
-        self._reported: Set[str] = set()
-        self._next_message = 0.0
-        self._skipped_messages = 0
-        self._has_beaten, self._clock_ended = threading.Event(), threading.Event()
-        self._failed_start: Optional[Exception] = None
+        self.messages = Messages()
+        self._saving: List[Any] = []                  # a lock for each running checkpoint(), which holds it
+        self._live: Optional[FileLock] = None         # Repository.live_lock(); the pending area has owner_lock() instead
+        self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
+
+    def key(self) -> Tuple[str, str]:
+        """(URL, experiment ID): a process has one active recorder for each."""
+        return self.target.url, self.experiment.id
 
     def claim(self) -> bool:
-        """Show that this process records the experiment; False if another one of this disk does."""
+        """Show that this process records the experiment; return False if another process on this disk does."""
         if self._live is None and not self.worker.remote:
             live = self.repository.live_lock(self.experiment.id)
             try:
@@ -6150,37 +6268,28 @@ class Recorder:
                     return False
                 os.write(live.descriptor, os.fsencode(platform.node()))
             except OSError as error:
-                console.debug("The lock of a recording could not be made: %s" % error)
+                console.debug("Experiment %s cannot be locked: %s" % (self.experiment.short_id(), error))
             self._live = live
         return True
 
     def start(self, beat: bool = True) -> None:
         """Start the threads and mark the experiment as running (beat: wait for that). Raises WriteError and the like."""
-        if self.role != "guest":
+        if self.settings.role != "guest":
             self.claim()
         _recorders.append(self)
         install_exit_hooks()
         exit_calls.watch()
-        if termination.ending:  # looked at after the line above, and set before the recorders are stopped
-            self._failed_start = WriteError("The process is ending: nothing is recorded any more.")
-            self._clock_ended.set()
+        if termination.ending:  # read after the recorder is in the list; set before those in the list are stopped
+            self.clock.failure = WriteError("The process is ending: nothing more is recorded.")
+            self.clock.ended.set()
             self.worker.ended.set()
         else:
-            for name, work, ended in (("clock", self._keep_time, self._clock_ended),
-                                      ("packer", self.worker.run, self.worker.ended)):
-                threading.Thread(target=self._run, args=(work, ended), name="replicate-" + name, daemon=True).start()
-            self._has_beaten.wait(REACH_SECONDS if beat else 0)
-        if self._failed_start is not None:
+            for name, run in (("clock", self.clock.run), ("packer", self.worker.run)):
+                threading.Thread(target=run, name="replicate-" + name, daemon=True).start()
+            self.clock.has_beaten.wait(REACH_SECONDS if beat else 0)
+        if self.clock.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
-            raise self._failed_start
-
-    def _run(self, work: Callable[[], None], ended: Any) -> None:
-        try:
-            work()
-        finally:
-            ended.set()
-            if ended is self.worker.ended:
-                self.worker.release()
+            raise self.clock.failure
 
     # -- called by the training script
 
@@ -6188,7 +6297,7 @@ class Recorder:
                    quiet: bool) -> Optional[Checkpoint]:
         """See Experiment.checkpoint; never raises. None if another thread has just stopped this recorder.
 
-        experiment: the object that the caller has of it; the recorder may have been started with another.
+        experiment: the caller's object, which need not be the one that the recorder was started with.
         """
         problems: List[str] = []
         values, primary = _valid_metrics(metrics, problems), _valid_primary(primary_metric, problems)
@@ -6199,8 +6308,11 @@ class Recorder:
                 if self.closed:
                     return None
                 self._saving = [other for other in self._saving if other.locked()] + [saving]
-                checkpoint = self._next_checkpoint(experiment, step, values, primary, problems)
-                if path is None:  # written at once, so that the document has them in this order
+                checkpoint = next_checkpoint(self.experiment, None, step, values, primary, problems)
+                if experiment is not self.experiment:
+                    checkpoint = Checkpoint(checkpoint._document, experiment)
+                    experiment.checkpoints.append(checkpoint)
+                if path is None:  # before the lock is released, so that the document keeps this order
                     failure = self.document.append({"checkpoint": checkpoint._document})
             if path is not None:
                 try:
@@ -6208,55 +6320,79 @@ class Recorder:
                 except Exception as error:  # recording must never break training
                     problems.append(_problem(error))
                 failure = self.document.append({"checkpoint": checkpoint._document})
-                if self.keep and not failure:
-                    self._prune(*self.keep)
-            self._tell(checkpoint, problems, failure, quiet)
-        return checkpoint
-
-    def _next_checkpoint(self, experiment: Experiment, step: Any, metrics: Dict[str, Any],
-                         primary: Optional[Dict[str, str]], problems: List[str]) -> Checkpoint:
-        """A new checkpoint in its place in the order; called with the lock."""
-        known = self.experiment.checkpoints
-        last = known[-1]._document if known else None
-        item = new_checkpoint(None, _valid_step(step, last, problems), metrics, primary,
-                              last["created"] if last else self.experiment._document["created"])
-        checkpoint = Checkpoint(item, experiment)
-        known.append(checkpoint)
-        if experiment is not self.experiment:
-            experiment.checkpoints.append(checkpoint)
+                if self.settings.keep and not failure:
+                    self._prune(*self.settings.keep)
+            self.messages.report_checkpoint(checkpoint, problems, failure, quiet)
         return checkpoint
 
     def _save_files(self, checkpoint: Checkpoint, path: Any, quiet: bool) -> None:
         saved = relative_path(path, self.directory)
         sources = find_sources(self.directory, saved, [self.storage.root])
         if not sources:
-            raise ValueError("path %r holds no file that may be saved" % (path,))
-        warn_if_disk_is_low(self.storage.root, sum(source.size for source in sources), self._reported)
+            raise ValueError("path %r contains no files to save" % (path,))
+        warn_if_disk_is_low(self.storage.root, sum(source.size for source in sources), self.messages.reported)
         self.worker.wait_for_room(quiet)
         _, large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
         checkpoint._document["path"] = saved
         with self.changed:
             self._keys.append(archive_key("checkpoints", checkpoint.id))
-            if self.gone:  # while it was written
+            if self.gone:  # removed while it was written
                 self.storage.delete(self._keys[-1:])
         if large:
             self.worker.pack_later("checkpoints", checkpoint.id)
 
     def _prune(self, keep_best: int, keep_latest: int) -> None:
-        """Remove the files of the checkpoints that init() was told not to keep; the worker does that in a bucket."""
+        """Remove the files of checkpoints that init() was told not to keep; in a bucket, the worker does that."""
         with self.changed:
             items = [checkpoint._document for checkpoint in self.experiment.checkpoints]
             ids = {item["id"] for item in prunable(items, keep_best, keep_latest)}
             if any(self.document.append({"pruned": item_id}) for item_id in ids):
-                return  # a full disk: tried again with the next checkpoint
+                return  # the disk is full: the next checkpoint tries again
             self.pruned |= strip_files(items, ids)
         try:
             self.storage.delete([archive_key("checkpoints", item_id) for item_id in ids])
         except ReplicateError as error:
-            self.report(error)
+            self.messages.report(error)
+
+    # -- called by the threads
+
+    def fold(self, final: Optional[Dict[str, Any]] = None) -> None:
+        """Fold the journal and final keys into the document; if that fails, the clock tries the journal again later."""
+        try:
+            if not self.gone:
+                self.document.fold(final)
+                self.worker.upload_soon()
+        except ExperimentGone:
+            self.lose()
+        except Exception as error:
+            self.messages.report(error)
+
+    def lose(self) -> None:
+        """Stop recording because somebody removed the experiment; say so once.
+
+        If only its pending area was removed, the bucket keeps what it has.
+        """
+        if self.gone:
+            return
+        only_here = False
+        if self.worker.remote:
+            try:
+                self.target.storage.stat(document_key(self.experiment.id))
+                only_here = True
+            except ReplicateError as error:  # after any other error, what the bucket may have stays
+                only_here = not isinstance(error, DoesNotExist)
+        self.abandon(from_bucket=not only_here)
+        self.report_gone(self.repository if only_here else self.target)
+
+    def report_gone(self, removed_from: Optional[Repository] = None) -> None:
+        """Print once that the experiment was removed from a repository, by default the target."""
+        self.messages.report(ReplicateError("Experiment %s was removed from %s: it is no longer recorded." %
+                                            (self.experiment.short_id(), (removed_from or self.target).url)))
+
+    # -- the end
 
     def close(self, deadline: float, outcome: Dict[str, str]) -> bool:
-        """Take no more checkpoints, write those that were made, and have the worker finish; False if that was done."""
+        """Take no more checkpoints, write those made, and tell the worker to finish; return False if already closed."""
         if os.getpid() != self.pid:
             return False
         with self.changed:
@@ -6270,28 +6406,17 @@ class Recorder:
             exit_calls.ignore()
         for saving in self._saving:
             saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        final = {"outcome": outcome} if self.role != "guest" else {}
+        final = {"outcome": outcome} if self.settings.role != "guest" else {}
         self.experiment._document.update(final)
-        self.fold(dict(final, imported_packages=imported_packages()) if self.role == "script" else final)
+        self.fold(dict(final, imported_packages=imported_packages()) if self.settings.role == "script" else final)
         if self.document.unwritten:
-            console.error("%s of experiment %s could not be written, and will be lost." % (
+            console.error("%s of experiment %s could not be written and will be lost." % (
                 plural(len(self.document.unwritten), "checkpoint"), self.experiment.short_id()))
         self.document.close(remove=self.gone)
         if self.worker.offline:
             deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)
         self.worker.finish_by(deadline - JOIN_SECONDS)
         return True
-
-    def amend(self, outcome: Dict[str, str]) -> None:
-        """After the end: write another outcome, here or, where all of it was uploaded, into the bucket."""
-        try:
-            self.target.storage.deadline = time.monotonic() + TERMINATION_SECONDS
-            if self.worker.is_done:
-                self.target.fold(self.experiment.id, [], final={"outcome": outcome})
-            else:
-                self.repository.fold(self.experiment.id, [], final={"outcome": outcome})
-        except ReplicateError as error:
-            self.report(error)
 
     def finish(self) -> None:
         """Wait for the worker, then for the clock, which removes the heartbeat, and for the disk itself."""
@@ -6300,24 +6425,28 @@ class Recorder:
             self.over = True
             self.worker.finish_by(time.monotonic())
         until = time.monotonic() + JOIN_SECONDS
-        for ended in (self._clock_ended, self.worker.ended):
+        for ended in (self.clock.ended, self.worker.ended):
             ended.wait(max(0.0, until - time.monotonic()))
-        if self.worker.remote and not (self.gone or self.worker.is_done):
-            if self.worker.failure or self.worker.is_uploading:
-                console.warning("%s." % (_problem(self.worker.failure) if self.worker.failure else
-                                         "%s does not answer" % self.target.url))
-            console.warning("Not everything was uploaded to %s. The rest is safe in %s; the next run in this project or "
-                            "'%s push' uploads it." % (self.target.url, self.repository.url, program_name()))
+        self.worker.warn_of_rest()
         if self._live:
             self._live.release()
         # last, since a slow disk may take longer than a scheduler waits before it kills
         self.storage.sync(self._keys + [document_key(self.experiment.id)])
 
+    def amend(self, outcome: Dict[str, str]) -> None:
+        """After finish(), replace the outcome: in the bucket if everything was uploaded, else here."""
+        try:
+            self.target.storage.deadline = time.monotonic() + TERMINATION_SECONDS
+            repository = self.target if self.worker.is_done else self.repository
+            repository.fold(self.experiment.id, [], final={"outcome": outcome})
+        except ReplicateError as error:
+            self.messages.report(error)
+
     def abandon(self, from_bucket: bool = True) -> None:
         """Stop recording because the experiment is removed, and remove what this run has written."""
         with self.changed:
             self.gone = True
-            del self.worker.packing[1:]  # the first may be in work: stop() waits until the worker has noticed
+            del self.worker.packing[1:]  # the worker may be at the first; stop() waits until it has noticed
             self.document.unwritten.clear()
             self.changed.notify_all()
         self.document.close(remove=True)
@@ -6335,132 +6464,14 @@ class Recorder:
             console.debug(str(error))
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's locks, which would outlive it here."""
+        """In a forked child, let go of the parent's locks, which the child would hold on to."""
         self.document.forget()
         for lock in filter(None, (self._live, self.worker.lock)):
             lock.release(remove=False)
 
-    # -- the clock
-
-    def _keep_time(self) -> None:
-        """The clock thread: fold the journal when that is due, and mark the experiment as running."""
-        import copy
-        pulse = Repository(self.target.url, copy.copy(self.target.storage))  # with a deadline of its own
-        next_beat = time.monotonic()
-        while True:
-            with self.changed:
-                if self.gone or self.over:
-                    break
-                pause = min(next_beat, self.document.fold_at) - time.monotonic()
-                if pause > 0:
-                    self.changed.wait(pause)
-                    continue
-            if time.monotonic() >= self.document.fold_at:
-                self.fold()
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + HEARTBEAT_INTERVAL
-                pulse.storage.deadline = time.monotonic() + max(HEARTBEAT_INTERVAL, JOIN_SECONDS)
-                self._beat(pulse)
-        if self.heartbeat and not self.gone and active_recorder(self.key()) is None:
-            pulse.storage.deadline = time.monotonic() + JOIN_SECONDS
-            try:
-                pulse.storage.delete([heartbeat_key(self.experiment.id)])
-            except ReplicateError as error:
-                self.report(error)
-
-    def _beat(self, pulse: Repository) -> None:
-        """Write a heartbeat, if the experiment is still there."""
-        try:
-            self.storage.stat(document_key(self.experiment.id))
-            if self.heartbeat:
-                pulse.beat(self.experiment.id)
-                if self.gone:  # while it was written
-                    pulse.storage.delete([heartbeat_key(self.experiment.id)])
-        except DoesNotExist as error:
-            if isinstance(error, NoBucket):
-                self.report(error)
-            elif not (self.closed and self.worker.remote):  # the last upload removes it from the pending area
-                self.lose()
-        except Exception as error:  # tried again at the next turn
-            if self._has_beaten.is_set() or isinstance(error, Unreachable):
-                self.report(error)
-            else:
-                self._failed_start = error
-        finally:
-            self._has_beaten.set()
-
-    def fold(self, final: Optional[Dict[str, Any]] = None) -> None:
-        """Put the journal and final keys into the document; where that fails the journal is tried again later."""
-        try:
-            if not self.gone:
-                self.document.fold(final)
-                self.worker.upload_soon()
-        except ExperimentGone:
-            self.lose()
-        except Exception as error:
-            self.report(error)
-
-    def lose(self) -> None:
-        """The experiment was removed by somebody: say so once, and leave nothing behind.
-
-        Where only its pending area was removed, the bucket keeps what it has.
-        """
-        if not self.gone:
-            removed_from = self.target
-            if self.worker.remote:
-                try:
-                    self.target.storage.stat(document_key(self.experiment.id))
-                    removed_from = self.repository
-                except DoesNotExist:
-                    pass
-                except ReplicateError:  # nobody knows: what is there stays
-                    removed_from = self.repository
-            self.abandon(removed_from is self.target)
-            self.report_gone(removed_from)
-
-    # -- messages
-
-    def key(self) -> Tuple[str, str]:
-        """What there is only one recorder of in a process."""
-        return self.target.url, self.experiment.id
-
-    def report_gone(self, removed_from: Optional[Repository] = None) -> None:
-        """Say that the experiment was removed, from the target if nothing else is given."""
-        self.report(ReplicateError("Experiment %s was removed from %s: it is not recorded any more." %
-                                   (self.experiment.short_id(), (removed_from or self.target).url)))
-
-    def report(self, error: BaseException) -> None:
-        """Print an error of the background threads once; the worker says that the bucket is away."""
-        text = str(error) if isinstance(error, ReplicateError) else "%s: %s" % (type(error).__name__, error)
-        if isinstance(error, (Unreachable, NoBucket)):
-            console.debug(text)
-        elif text not in self._reported:
-            self._reported.add(text)
-            console.error(text)
-
-    def _tell(self, checkpoint: Checkpoint, problems: List[str], failure: Optional[str], quiet: bool) -> None:
-        """Say what became of a checkpoint; of quick ones without files, one a second."""
-        if problems:
-            console.error("Checkpoint %s: %s. The rest of it %s." % (
-                checkpoint.short_id(), "; ".join(problems), "waits in memory" if failure else "was recorded"))
-        if failure and "journal" not in self._reported:
-            console.error("%s. Checkpoint %s and later ones wait in memory until they can be written." %
-                          (failure, checkpoint.short_id()))
-        (self._reported.add if failure else self._reported.discard)("journal")
-        now = time.monotonic()
-        if problems or failure or quiet:
-            return
-        if not checkpoint.path and now < self._next_message:
-            self._skipped_messages += 1
-            return
-        more = " and %s before it" % plural(self._skipped_messages, "other") if self._skipped_messages else ""
-        self._next_message, self._skipped_messages = now + 1.0, 0
-        name = "%s (step %d)%s" % (checkpoint.short_id(), checkpoint.step, more)
-        console.info("Saved %s as checkpoint %s" % (checkpoint.path, name) if checkpoint.path else "Checkpoint " + name)
-
 
 def _problem(error: BaseException) -> str:
-    """An error as part of a sentence."""
+    """The text of an error without its final full stop, to be part of a sentence."""
     if isinstance(error, ReplicateError):
         return str(error).rstrip(".")
     text = short_reason(error) if isinstance(error, (OSError, ValueError, TypeError)) else repr(error)
@@ -6478,7 +6489,7 @@ def _valid_step(step: Any, last: Optional[Dict[str, Any]], problems: List[str]) 
         if type(value) is int and -MAX_STEP <= value <= MAX_STEP:
             return value
         shown = repr(step)[:50]
-    except Exception:  # whatever the object does when somebody looks at it
+    except Exception:  # a foreign object may raise anything
         shown = "a " + type(step).__name__
     problems.append("step must be an integer, not %s: recorded as step %d" % (shown, following))
     return following
@@ -6487,7 +6498,7 @@ def _valid_step(step: Any, last: Optional[Dict[str, Any]], problems: List[str]) 
 def _valid_metrics(metrics: Any, problems: List[str]) -> Dict[str, Any]:
     try:
         fields = {} if metrics is None else fields_of(metrics)
-    except Exception:  # likewise
+    except Exception:  # a foreign object may raise anything
         fields = None
     if fields is None:
         problems.append("metrics must be a dict, not %s" % type(metrics).__name__)
@@ -6497,7 +6508,7 @@ def _valid_metrics(metrics: Any, problems: List[str]) -> Dict[str, Any]:
             if not isinstance(name, str):
                 raise TypeError("the names in metrics must be strings, not %r" % (name,))
             valid[str.__str__(name)] = checked_metric(value, "metrics[%r]" % name)
-        except Exception as error:  # likewise
+        except Exception as error:  # a foreign object may raise anything
             problems.append(_problem(error))
     return valid
 
@@ -6510,36 +6521,39 @@ def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]
         if isinstance(primary, (tuple, list)) and isinstance(name, str) and name and goal in ("maximize", "minimize"):
             return {"name": str.__str__(name), "goal": str.__str__(goal)}
         shown = repr(primary)[:80]
-    except Exception:  # likewise
+    except Exception:  # a foreign object may raise anything
         shown = "a " + type(primary).__name__
     problems.append("primary_metric must be (name, 'maximize' or 'minimize'), not %s" % shown)
     return None
 
 
 def warn_of_params(params: Dict[str, Any], unknown: Sequence[str]) -> None:
-    """Warn of params that look like keys, and once of those without a plain form."""
+    """Warn about params that look like secrets, and about those in `unknown`, which have no plain form."""
     for name, value in params.items():
         if re.search(SECRET_SHAPES, value if isinstance(value, str) else json.dumps(value)):
-            console.warning("Param %r looks like a secret: everyone who can read the repository sees it." % name)
+            console.warning("Param %r looks like a secret: everyone who can read the repository can see it." % name)
     if unknown:
         more = " and %d more" % (len(unknown) - 10) if len(unknown) > 10 else ""
-        console.warning("Recording params that have no plain form as text: %s%s." % (", ".join(unknown[:10]), more))
+        console.warning("These params have no plain form and are recorded as text: %s%s." % (", ".join(unknown[:10]), more))
 
 
 def prepare_in_time(repository: Repository) -> bool:
-    """Prepare a repository for recording; False if it does not answer in time. Raises what makes it useless."""
+    """Prepare a repository for recording; return False if it does not answer in time.
+
+    Raises ReplicateError if the repository cannot be used.
+    """
+    if repository.storage.has_journals:
+        repository.prepare()
+        return True
     outcome: List[Optional[BaseException]] = []
 
     def prepare() -> None:
         try:
             repository.prepare()
             outcome.append(None)
-        except BaseException as error:  # raised below, in the thread of the caller
+        except BaseException as error:  # raised below, in the caller's thread
             outcome.append(error)
 
-    if repository.storage.has_journals:
-        repository.prepare()
-        return True
     thread = threading.Thread(target=prepare, name="replicate-prepare", daemon=True)
     thread.start()
     thread.join(REACH_SECONDS)
@@ -6553,7 +6567,7 @@ def prepare_in_time(repository: Repository) -> bool:
 
 
 def warn_if_disk_is_low(directory: str, size: int, reported: Set[str]) -> None:
-    """Warn once when what is about to be written leaves little room."""
+    """Warn once if writing `size` bytes leaves little space on the disk."""
     while not os.path.isdir(directory):
         directory = os.path.dirname(directory)
     try:
@@ -6562,16 +6576,16 @@ def warn_if_disk_is_low(directory: str, size: int, reported: Set[str]) -> None:
         return
     if free < size + LOW_DISK_BYTES and "disk" not in reported:
         reported.add("disk")
-        console.warning("The disk of %s is nearly full: saving %s, only %s are free." %
+        console.warning("The disk of %s is nearly full: saving %s with only %s free." %
                         (directory, format_size(size), format_size(free)))
 
 
 def warn_if_code_is_large(sources: Sequence[Source]) -> None:
-    """Warn when init() saves surprisingly much, and name the largest files."""
+    """Warn if init() saves surprisingly much, and name the largest files."""
     size = sum(source.size for source in sources)
     if size > LARGE_CODE_BYTES:
         largest = sorted(sources, key=lambda source: -source.size)[:3]
-        console.warning("init() saves %s in %s. The largest are %s. List what you do not need in .replicateignore." % (
+        console.warning("init() saves %s in %s. The largest are %s. List those you do not need in .replicateignore." % (
             format_size(size), plural(len(sources), "file"),
             ", ".join("%s (%s)" % (source.name, format_size(source.size)) for source in largest)))
 
@@ -6579,39 +6593,41 @@ def warn_if_code_is_large(sources: Sequence[Source]) -> None:
 # What happens when the process ends.
 
 _recorders: List[Recorder] = []  # those that take checkpoints
-_stopped_in_flight: List[Tuple[Recorder, type, int]] = []  # with the exception, and its id(), that was on its way then
-_resuming = threading.RLock()    # held while one is made for an experiment that is there already
+_stopped_while_raising: List[Tuple[Recorder, type, int]] = []  # with the type and id() of the exception then propagating
+_resuming = threading.RLock()    # held while a recorder resumes an experiment
 
 
 def active_recorder(key: Tuple[str, str]) -> Optional[Recorder]:
-    """The recorder of this process for an experiment in a repository."""
+    """This process's recorder with that Recorder.key(), unless it is closed."""
     return next((recorder for recorder in list(_recorders) if recorder.key() == key and not recorder.closed), None)
 
 
 class Termination:
-    """Handles SIGTERM, as schedulers send it: stops every experiment, then does what would have happened anyway.
+    """Handles SIGTERM, which schedulers send: stops every experiment, then does what the handler before it did.
 
-    As a context it puts the signal off while the main thread is inside recording code, whose locks it would need. What
-    says so is the frame of the function with the context, and whether that is still on the stack: where Ctrl-C falls
-    between entering and leaving, the next signal is handled all the same.
+    As a context it defers the signal while the main thread is inside recording code, since the handler needs the same
+    locks. The main thread is inside while the frame that entered the context is on the stack; so if Ctrl-C prevents
+    leaving the context, later signals are handled all the same.
     """
 
     def __init__(self) -> None:
-        self.ending = False             # nothing new is recorded any more
-        self._frame: Any = None
-        self._waiting: Optional[Tuple[int, Any]] = None
-        self._previous: List[Any] = []  # the handlers that ours took the place of, the latest last
-        self._active = 0                # how many of ours are running: a script's handler may call the one before it
+        self.ending = False             # nothing new is recorded
+        self._frame: Any = None         # that entered the context
+        self._deferred: Optional[Tuple[int, Any]] = None
+        self._previous: List[Any] = []  # the handlers that ours replaced, the latest last
+        self._active = 0                # running calls of ours: a script's handler may call the one before it
         self._mask: Any = None
+        self._watches_forks = False     # in this process, or in one that it was forked from
 
     def install(self) -> None:
-        """Take over SIGTERM, unless the program ignores it or this is not the main thread."""
+        """Handle SIGTERM from now on, unless the program ignores it or this is not the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         current = signal.getsignal(signal.SIGTERM)
         if current in (None, signal.SIG_IGN) or self._is_ours(current):
             return
-        if not self._previous and hasattr(os, "register_at_fork"):
+        if not self._watches_forks and hasattr(os, "register_at_fork"):
+            self._watches_forks = True
             os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
                                 after_in_child=self._in_child)
         self._previous.append(current)
@@ -6619,14 +6635,14 @@ class Termination:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal is being put off."""
-        return self._waiting is not None
+        """Whether a signal is deferred."""
+        return self._deferred is not None
 
     def _is_ours(self, handler: Any) -> bool:
         return getattr(handler, "__self__", None) is self
 
     def _is_inside(self, frame: Any) -> bool:
-        """Whether a frame of the main thread is in the context, or called from it."""
+        """Whether a frame of the main thread is the one that entered the context, or was called from it."""
         while self._frame is not None and frame is not None:
             if frame is self._frame:
                 return True
@@ -6635,7 +6651,7 @@ class Termination:
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._is_inside(frame):
-            self._waiting = (number, frame)
+            self._deferred = (number, frame)
         else:
             self._finish(number, frame)
 
@@ -6663,12 +6679,12 @@ class Termination:
     def __exit__(self, *exc_info: Any) -> None:
         if self._frame is sys._getframe(1):
             self._frame = None
-            if self._waiting:
-                waiting, self._waiting = self._waiting, None
-                self._finish(*waiting)
+            if self._deferred:
+                deferred, self._deferred = self._deferred, None
+                self._finish(*deferred)
 
-    # A child records nothing, so that it gets back the handler that was there before. A signal that comes while it
-    # starts would be lost, since Python forgets what its own handlers have noted before a fork.
+    # A forked child records nothing, so it gets the first handler back. SIGTERM is blocked while the child starts, since
+    # Python drops the signals there that have arrived but were not handled yet.
 
     def _before_fork(self) -> None:
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -6679,14 +6695,14 @@ class Termination:
     def _in_child(self) -> None:
         global _resuming
         _resuming = threading.RLock()
-        self.ending, self._frame, self._waiting = False, None, None
+        self.ending, self._frame, self._deferred = False, None, None
         if self._is_ours(signal.getsignal(signal.SIGTERM)):
             signal.signal(signal.SIGTERM, self._previous[0])
         self._previous.clear()
         for recorder in _recorders:
             recorder.forget()
         _recorders.clear()
-        _stopped_in_flight.clear()
+        _stopped_while_raising.clear()
         exit_calls.error = None
         self._after_fork()
 
@@ -6695,21 +6711,21 @@ termination = Termination()
 
 
 class ExitCalls:
-    """Learns of sys.exit(), whose code the interpreter tells nobody, by taking its place while a run is open."""
+    """Notes the exit code of sys.exit(), which the interpreter does not reveal, by replacing it while a run is open."""
 
     def __init__(self) -> None:
-        self.error: Optional[SystemExit] = None  # of the last call; a checkpoint after it shows that it was caught
-        self._original: Any = sys.exit           # stays, since a module may have taken ours with `from sys import exit`
+        self.error: Optional[SystemExit] = None  # of the last call; a later checkpoint clears it: it was caught
+        self._original: Any = sys.exit           # kept after ignore(): a module may have imported ours by name
         self._is_placed = False
 
     def watch(self) -> None:
-        """Take the place of sys.exit."""
+        """Replace sys.exit."""
         self.error = None
         if not self._is_placed:
             self._original, sys.exit, self._is_placed = sys.exit, self._exit, True  # type: ignore[assignment]
 
     def ignore(self) -> None:
-        """Give the place back, unless somebody else has taken it since."""
+        """Restore sys.exit, unless somebody else has replaced it since."""
         if self._is_placed and sys.exit == self._exit:
             sys.exit, self._is_placed = self._original, False
 
@@ -6725,9 +6741,9 @@ exit_calls = ExitCalls()
 
 
 def uncaught_error() -> Optional[BaseException]:
-    """What ends the process, asked at its very end: an exception, a call of sys.exit(), or nothing.
+    """The exception or sys.exit() that ends the process, or None; to be called at its very end.
 
-    In a session where people type, an exception ends only what was typed.
+    In an interactive session an exception ends only one command, so it does not count.
     """
     if hasattr(sys, "ps1") or sys.flags.interactive or "ipykernel" in sys.modules:
         return None
@@ -6736,7 +6752,7 @@ def uncaught_error() -> Optional[BaseException]:
 
 def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recorder]] = None,
              outcome: Optional[Dict[str, str]] = None) -> None:
-    """Stop these experiments, or all that this process records; what takes longer than the timeout is left pending."""
+    """Stop these recorders, or all of this process; what takes longer than the timeout (seconds) is left pending."""
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     with termination:
         try:
@@ -6747,21 +6763,21 @@ def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recor
         except KeyboardInterrupt:
             if recorders is not None:
                 raise
-            console.warning("Interrupted: the next replicate command here does what was left to do.")
+            console.warning("Interrupted: the next replicate command here finishes the rest.")
 
 
 def stop_at_exit() -> None:
-    """Stop every experiment for good: threads that run on start none again."""
+    """Stop every experiment at the end of the process, and let threads that still run start no other."""
     termination.ending = True
     error = uncaught_error()
     stop_all(outcome=ending(error))
-    for recorder, kind, number in _stopped_in_flight:
+    for recorder, kind, number in _stopped_while_raising:
         if error is not None and type(error) is kind and (kind is SystemExit or id(error) == number):
             recorder.amend(ending(error))
 
 
 def install_exit_hooks() -> None:
-    """Stop experiments at the end of the process."""
+    """Have experiments stopped at the end of the process, or by SIGTERM."""
     import atexit
     atexit.unregister(stop_at_exit)
     atexit.register(stop_at_exit)
@@ -6894,7 +6910,7 @@ class Project:
         stop_all(None, [recorder], outcome or ending(error))
         if in_flight is not None and error is None and outcome is None:
             # stopped in `finally:`, say: only the end of the process shows whether the exception ends it
-            _stopped_in_flight.append((recorder, type(in_flight), id(in_flight)))
+            _stopped_while_raising.append((recorder, type(in_flight), id(in_flight)))
 
     def refresh(self, experiment: Experiment) -> None:
         """See Experiment.refresh."""
@@ -7064,13 +7080,9 @@ def normal_path(path: str) -> str:
 
 
 def unrecorded_checkpoint(experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any) -> Checkpoint:
-    """Add a checkpoint to an experiment in memory only."""
-    last = experiment.checkpoints[-1]._document if experiment.checkpoints else None
-    item = new_checkpoint(str(path) if path else None, _valid_step(step, last, []), _valid_metrics(metrics, []),
-                          _valid_primary(primary_metric, []), last["created"] if last else "")
-    checkpoint = Checkpoint(item, experiment)
-    experiment.checkpoints.append(checkpoint)
-    return checkpoint
+    """A checkpoint in memory only."""
+    return next_checkpoint(experiment, str(path) if path else None, step, _valid_metrics(metrics, []),
+                           _valid_primary(primary_metric, []), [])
 
 
 # -- creating and resuming experiments

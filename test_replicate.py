@@ -2627,7 +2627,7 @@ def test_what_a_bucket_has_stays_when_the_pending_area_is_deleted(bucket, projec
     script.expect("saved")
     until(lambda: len(bucket.checkpoints()) == 1 and not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
     shutil.rmtree(str(project / ".replicate/pending"))
-    until(lambda: "it is not recorded any more" in script.stderr)
+    until(lambda: "it is no longer recorded" in script.stderr)
     script.go()
     assert "was removed from file://" in script.end()
     assert bucket.steps() == [0]
@@ -4087,6 +4087,22 @@ def test_the_background_reads_what_shrinks_once(project, tmp_path, counted_reads
     replicate.shrink_archive(storage, "checkpoints", PACKED_ID)
     assert size < sum(counted_reads) < size * 1.02
     assert os.path.getsize(storage.path("checkpoints/%s.tar.gz" % PACKED_ID)) < 0.7 * size
+
+
+def test_an_archive_that_is_removed_just_before_its_smaller_copy_takes_its_place_stays_removed(project, tmp_path, monkeypatch):
+    fill(project, {"tokens": bytes(1 << 20)})
+    storage = replicate.DiskStorage(str(tmp_path / "store"))
+    replicate.save_archive(storage, "checkpoints", PACKED_ID, replicate.find_sources(str(project), "tokens"))
+    move_in = storage._move_in
+
+    def remove_first(path, key):
+        storage.delete([key] + [entry.key for entry in storage.list("tmp/")])
+        move_in(path, key)
+
+    monkeypatch.setattr(storage, "_move_in", remove_first)
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.shrink_archive(storage, "checkpoints", PACKED_ID)
+    assert list(storage.list("checkpoints/")) == []
 
 
 def test_a_table_that_spans_several_fields(project, tmp_path):
@@ -5808,7 +5824,7 @@ def test_threads_share_one_recorder_of_an_experiment(repo, monkeypatch):
     def work():
         for _ in range(20):
             experiment = replicate.Project().experiments.get("1e")
-            assert experiment.checkpoint(metrics={"x": 1}, quiet=True) is experiment.checkpoints[-1]
+            assert experiment.checkpoint(metrics={"x": 1}, quiet=True) in experiment.checkpoints
     monkeypatch.setattr(replicate.Recorder, "start", counted)
     in_sixteen_threads(work)
     assert len(made) == 1
@@ -5863,6 +5879,22 @@ def test_a_forked_child_neither_records_nor_stops(repo, end):
     assert int(lines[1]) == {"raise ValueError": 256, "os.kill(os.getpid(), 15)": 15}.get(end, 0)
     assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 1}, {"n": 2}]
     assert leftovers(repo) == []
+
+
+def test_a_forked_child_that_records_and_forks_still_gets_sigterm(repo):
+    done = train("""
+        child = os.fork()
+        if not child:
+            own = replicate.init(quiet=True)
+            if not os.fork():
+                os._exit(0)
+            os.wait()
+            os.kill(os.getpid(), 15)
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+        """)
+    assert done.stdout == "15\n", done.stderr
+    assert sorted(item["outcome"]["status"] for item in stored_documents(repo)) == ["completed", "terminated"]
 
 
 def test_multiprocessing_children_neither_record_nor_stop_and_die_when_they_are_terminated(project, repo):
