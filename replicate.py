@@ -7069,8 +7069,8 @@ def being_recorded(experiment: Experiment) -> ReplicateError:
 
 
 def merged_document(documents: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-    """The first of an experiment's documents, with the checkpoints of all, oldest first."""
-    items = {item["id"]: item for document in documents for item in document.get("checkpoints") or ()}
+    """The first of an experiment's documents, with the checkpoints of all, oldest first. Earlier documents win."""
+    items = {item["id"]: item for document in reversed(documents) for item in document.get("checkpoints") or ()}
     return dict(documents[0], checkpoints=sorted(items.values(), key=lambda item: canonical_time(item["created"])))
 
 
