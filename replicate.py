@@ -26,8 +26,8 @@ Seven journeys lead through them:
 
     record      init() and Project.create() or resume() [9], Recorder: checkpoint() packs files [6] and appends to a journal, a
                 thread folds that into the document, another compresses, and uploads to a bucket [8]
-    list        print_list() [11], Repository.rows() and their cache [7], filters and sorting [4], render_list() [10]
-    show, diff  the commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment(),
+    list        print_list() [11], list_rows() and RowCache [7], filters and sorting [4], render_list() [10]
+    show, diff  the commands [11], find_item() [7], Experiment [3], compare_files() [7], render_experiment(),
                 render_diff() [10]
     plot,       plot_command(), report_command() [11], Experiment [3], render_plot(), report_data() and render_report() [10]
     report
@@ -4225,8 +4225,8 @@ class Repository:
     def prepare(self) -> None:
         """Make it ready for recording. Raises what check_version raises, and WriteError."""
         exists = self.check_version()
+        remove_leftovers(self)
         self.storage.prepare()
-        self._remove_leftovers()
         if not exists:
             self.storage.write("repository.json", encode_json({"version": REPOSITORY_VERSION}, indent=None))
 
@@ -4250,44 +4250,12 @@ class Repository:
 
     def experiments(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Experiment]:
         """Every readable experiment with all of its checkpoints, oldest first; skipped(key, reason) is told of others."""
-        waiting = self._waiting()
-        found = list(map(Experiment, self.documents(self._entries(skipped), waiting, skipped)))
+        waiting = self.waiting_lines()
+        found = list(map(Experiment, self.documents(self.document_entries(skipped), waiting, skipped)))
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
-    def rows(self) -> List[Row]:
-        """A row for each readable experiment, oldest first; only documents that changed are read again."""
-        running, waiting = self.running(), self._waiting()
-        entries = {entry.name[:-5]: entry for entry in self._entries()}
-        cache = RowCache(self.url)
-        found = {row.id: row for row in cache.rows()
-                 if row.id in entries and row.id not in waiting and row.version == entries[row.id].version}
-        forgotten = cache.count - len(found)
-        stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
-        new: Dict[str, Row] = {}
-        unpublished, index = cache.unpublished + len(stale), None
-        if self.storage.has_index and unpublished >= RowIndex.MIN_STALE:
-            unpublished, index = 0, RowIndex(self.storage)
-            new = {row.id: row for row in index.rows(stale)}
-        missing = [entry for entry in stale if entry.name[:-5] not in new]
-        for document in self.documents(missing, waiting):
-            experiment_id = document["id"]
-            settled = experiment_id not in waiting and cache.is_settled(entries[experiment_id], self.storage)
-            new[experiment_id] = Row.of(document, entries[experiment_id].version if settled else "")
-        found.update(new)
-        if index is not None and index.lacks(entries.values()) >= max(RowIndex.MIN_STALE, len(entries) // 10):
-            index.publish(self.storage, found.values())
-        if forgotten or new or unpublished != cache.unpublished:
-            cache.update([row for row in new.values() if row.version], entries, unpublished)
-        for experiment_id in running & found.keys():
-            found[experiment_id].running = True
-        return sorted(found.values(), key=lambda row: (canonical_time(row.summary["created"]), row.id))
-
-    def _waiting(self) -> Dict[str, List[bytes]]:
-        """The contents of the journals by experiment; read before the documents, into which they may be folded."""
-        return {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
-
-    def _entries(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Entry]:
-        """The documents in the storage; skipped(key, reason) is told of each file of another name."""
+    def document_entries(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Entry]:
+        """Return the entries of the documents, and call skipped(key, reason) for each file with another kind of name."""
         entries = []
         for entry in self.storage.list(EXPERIMENTS):
             if entry.name.endswith(".json") and is_id(entry.name[:-5]):
@@ -4298,7 +4266,7 @@ class Repository:
 
     def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
                   skipped: Callable[[str, str], None] = warn_of_skipped) -> Iterator[Dict[str, Any]]:
-        """The readable documents of these entries, with their journals; skipped(key, reason) is told of each of the others."""
+        """Yield the documents of these entries with what waits in journals; call skipped(key, reason) for unreadable ones."""
         def read(entry: Entry) -> Any:
             try:
                 return self.storage.read(entry.key, entry)
@@ -4332,16 +4300,16 @@ class Repository:
     def running(self) -> Set[str]:
         """The IDs of the experiments whose last heartbeat is recent."""
         return {entry.name[:-5] for entry in self.storage.list(HEARTBEATS)
-                if entry.name.endswith(".json") and self._is_recent(entry)}
+                if entry.name.endswith(".json") and self.is_recent(entry)}
 
     def is_running(self, experiment_id: str) -> bool:
         """Whether the last heartbeat of an experiment is recent."""
         try:
-            return self._is_recent(self.storage.stat(heartbeat_key(experiment_id)))
+            return self.is_recent(self.storage.stat(heartbeat_key(experiment_id)))
         except DoesNotExist:
             return False
 
-    def _is_recent(self, entry: Entry) -> bool:
+    def is_recent(self, entry: Entry) -> bool:
         """By the heartbeat's content on disk, by its own modification time and the server's clock on a bucket."""
         if not self.storage.has_journals:
             return entry.modified > time.time() + self.storage.clock_skew - HEARTBEAT_TIMEOUT
@@ -4361,6 +4329,10 @@ class Repository:
             if is_id(experiment_id) and rest.endswith(".jsonl"):
                 found.setdefault(experiment_id, []).append(entry.key)
         return {experiment_id: sorted(keys) for experiment_id, keys in found.items()}  # oldest first
+
+    def waiting_lines(self) -> Dict[str, List[bytes]]:
+        """The contents of the journals of each experiment. Read them before the documents, or a fold() may hide them."""
+        return {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
 
     def _contents(self, keys: Iterable[str]) -> List[bytes]:
         contents = []
@@ -4390,110 +4362,7 @@ class Repository:
         self.storage.update(document_key(experiment_id), change)
         return text
 
-    def _remove_leftovers(self) -> None:
-        """Remove the temporary files and heartbeats of killed processes from a disk, where it may be written."""
-        if not isinstance(self.storage, DiskStorage):
-            return
-        try:
-            for entry in self.storage.list("tmp/"):
-                if entry.name.endswith(LIVE_LOCK) and self.storage.read(entry.key) == os.fsencode(platform.node()):
-                    self._remove_heartbeat_of_dead(entry.name[:-len(LIVE_LOCK)])
-            self.storage.remove_leftovers()
-            self.storage.delete([entry.key for entry in self.storage.list(HEARTBEATS)
-                                 if is_id(entry.name[:-5]) and not self._is_recent(entry)])
-        except ReplicateError as error:
-            console.debug(str(error))
-
-    def live_lock(self, experiment_id: str) -> FileLock:
-        """The lock that a process of some machine, which its file names, holds while it records an experiment here."""
-        return FileLock(self.storage.path("tmp/" + experiment_id + LIVE_LOCK))  # type: ignore[attr-defined]
-
-    def _remove_heartbeat_of_dead(self, experiment_id: str) -> None:
-        lock = self.live_lock(experiment_id)
-        try:
-            if is_id(experiment_id) and lock.acquire(wait=False):
-                if lock.is_held:
-                    self.storage.delete([heartbeat_key(experiment_id)])
-                lock.release(remove=lock.is_held)
-        except OSError:  # it belongs to somebody else
-            return
-
-    def fold_abandoned(self) -> None:
-        """Fold the journals of killed processes and remove what else they left, where this repository may be written."""
-        if not isinstance(self.storage, DiskStorage):
-            return
-        self._remove_leftovers()
-        for experiment_id, keys in self.journals().items():
-            for key in keys:
-                lock = FileLock(self.storage.path(key), os.O_APPEND)
-                try:
-                    if not lock.acquire(wait=False):
-                        continue
-                except OSError:  # no permission to write: it is merged on every reading
-                    return
-                done = False
-                try:
-                    self.fold(experiment_id, [key])
-                    done = True
-                except (ExperimentGone, DoesNotExist):
-                    done = True
-                except ReplicateError as error:
-                    console.debug("A journal could not be folded: %s" % error)
-                finally:
-                    lock.release(remove=done)
-
-    # -- finding
-
-    def find(self, prefix: str) -> Tuple[Experiment, Optional[Checkpoint]]:
-        """The experiment of that name, or the experiment or checkpoint (then with its experiment) whose ID starts so.
-
-        Raises DoesNotExist.
-        """
-        return self.find_all([prefix])[0]
-
-    def find_all(self, prefixes: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
-        """One experiment or checkpoint for each name or start of an ID; raises DoesNotExist for the first that fits none or several."""
-        rows: Optional[List[Row]] = None
-        loaded: Dict[str, Experiment] = {}
-
-        def load(experiment_id: str) -> Experiment:
-            if experiment_id not in loaded:
-                loaded[experiment_id] = Experiment(self.load(experiment_id))
-            return loaded[experiment_id]
-
-        found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
-        for prefix in prefixes:
-            if len(prefix) == 64 and is_id(prefix):  # a whole ID, as `ls -q` prints it, needs no search
-                try:
-                    found.append((load(prefix), None))
-                    continue
-                except DoesNotExist:
-                    pass
-            if rows is None:
-                rows = self.rows()
-            candidates: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
-            if not is_id(prefix):
-                candidates = [(row.id, load(row.id), None) for row in rows if prefix and text_in(row.summary, "name") == prefix]
-            for row in rows if is_id(prefix) else ():
-                if row.id.startswith(prefix):
-                    candidates.append((row.id, load(row.id), None))
-                if row.may_have_checkpoint(prefix):
-                    candidates.extend((checkpoint.id, load(row.id), checkpoint) for checkpoint in load(row.id).checkpoints
-                                      if checkpoint.id.startswith(prefix))
-            candidates = [candidate for candidate in candidates if candidate[0] == prefix] or candidates
-            if not candidates:
-                raise DoesNotExist("Experiment or checkpoint not found: %s" % (prefix or "the ID is empty"))
-            if len(candidates) > 1:
-                kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", item_id[:max(SHORT_ID, len(prefix) + 3)])
-                         for item_id, _, checkpoint in candidates]
-                raise DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
-                    "ID " + prefix if is_id(prefix) else "name %r" % prefix, ", ".join(kinds[:5]),
-                    " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "",
-                    "more of it" if is_id(prefix) else "one of these IDs"))
-            found.append(candidates[0][1:])
-        return found
-
-    # -- removing
+    # -- changing and removing
 
     def remove_experiment(self, experiment: Experiment) -> None:
         """Remove an experiment and all that belongs to it, its document last. Raises WriteError."""
@@ -4562,26 +4431,27 @@ class Repository:
                 pass
         return Archive(self.storage, archive_key(kind, item_id))
 
-    def layers(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
-        """(kind, ID) of the archives that make up a checkout, the uppermost last."""
-        found = [("experiments", experiment.id)] if experiment.path else []
-        return found + ([("checkpoints", checkpoint.id)] if checkpoint and checkpoint.path else [])
 
-    def open_file(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
-        """A saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist."""
-        import tempfile
-        for kind, item_id in reversed(self.layers(experiment, checkpoint)):
-            with reading_archive(self, kind, item_id):
-                file = tempfile.TemporaryFile()
-                if self.archive(kind, item_id).copy_file(path, item_id, file):
-                    file.seek(0)
-                    return file
-                file.close()
-        owner = checkpoint or experiment
-        if checkpoint and checkpoint.pruned:
-            raise DoesNotExist("%s Experiment %s itself has no file %s." % (
-                pruned_files(checkpoint), experiment.short_id(), path))
-        raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
+def layers_of(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
+    """Return (kind, ID) of each archive that makes up a checkout, the one that wins last."""
+    found = [("experiments", experiment.id)] if experiment.path else []
+    return found + ([("checkpoints", checkpoint.id)] if checkpoint and checkpoint.path else [])
+
+
+def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
+    """Return a saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist, ReadError."""
+    import tempfile
+    for kind, item_id in reversed(layers_of(experiment, checkpoint)):
+        with reading_archive(repository, kind, item_id):
+            file = tempfile.TemporaryFile()
+            if repository.archive(kind, item_id).copy_file(path, item_id, file):
+                file.seek(0)
+                return file
+            file.close()
+    if checkpoint and checkpoint.pruned:
+        raise DoesNotExist("%s Experiment %s itself has no file %s." % (
+            pruned_files(checkpoint), experiment.short_id(), path))
+    raise DoesNotExist("%s has no file %s." % ((checkpoint or experiment).short_id(), path))
 
 
 def pruned_files(checkpoint: Checkpoint) -> str:
@@ -4594,6 +4464,58 @@ def stored_archives(storage: Storage, kind: str) -> Dict[str, Entry]:
     """The archives of a kind, 'experiments' or 'checkpoints', by the ID of what they belong to."""
     names = [(entry.name.partition("."), entry) for entry in storage.list(kind + "/")]
     return {item_id: entry for (item_id, _, ending), entry in names if is_id(item_id) and ending == "tar.gz"}
+
+
+# What killed processes leave on a disk.
+
+def live_lock(storage: DiskStorage, experiment_id: str) -> FileLock:
+    """The lock that a process holds while it records an experiment here; its file names the machine."""
+    return FileLock(storage.path("tmp/" + experiment_id + LIVE_LOCK))
+
+
+def remove_leftovers(repository: Repository) -> None:
+    """Remove the temporary files and heartbeats of killed processes from a disk, as far as permissions allow."""
+    storage = repository.storage
+    if not isinstance(storage, DiskStorage):
+        return
+    try:
+        for entry, lock in storage.leftovers("tmp/"):
+            try:
+                if entry.name.endswith(LIVE_LOCK) and lock.is_held:
+                    if storage.read(entry.key) == os.fsencode(platform.node()):  # locks may not reach other machines
+                        storage.delete([heartbeat_key(entry.name[:-len(LIVE_LOCK)])])
+            finally:
+                lock.release()
+        storage.delete([entry.key for entry in storage.list(HEARTBEATS)
+                        if is_id(entry.name[:-5]) and not repository.is_recent(entry)])
+    except ReplicateError as error:
+        console.debug(str(error))
+
+
+def fold_abandoned(repository: Repository) -> None:
+    """Fold the journals of killed processes and remove what else they left, as far as permissions allow."""
+    storage = repository.storage
+    if not isinstance(storage, DiskStorage):
+        return
+    remove_leftovers(repository)
+    for experiment_id, keys in repository.journals().items():
+        for key in keys:
+            lock = FileLock(storage.path(key), os.O_APPEND)
+            try:
+                if not lock.acquire(wait=False):
+                    continue
+            except OSError:  # no permission to write: every reader merges it
+                return
+            done = False
+            try:
+                repository.fold(experiment_id, [key])
+                done = True
+            except (ExperimentGone, DoesNotExist):
+                done = True
+            except ReplicateError as error:
+                console.debug("A journal could not be folded: %s" % error)
+            finally:
+                lock.release(remove=done)
 
 
 class Usage:
@@ -4679,7 +4601,7 @@ class Verification:
             self._leftovers(unowned("checkpoints", {
                 checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints if not checkpoint.pruned}))
         self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
-                         if entry.name[:-5] not in present and not self.repository._is_recent(entry)])
+                         if entry.name[:-5] not in present and not self.repository.is_recent(entry)])
         return len(present), [place for experiment in experiments for place in archives_of(experiment)]
 
     def _age_limit(self, experiments: Sequence[Experiment]) -> float:
@@ -4703,7 +4625,7 @@ class Verification:
             else:
                 self.fault(entry.key, "it belongs to nobody; --fix removes it")
         if self.fix:
-            self.repository.fold_abandoned()
+            fold_abandoned(self.repository)
         for entry, _ in self.storage.leftovers(JOURNALS):
             self.fault(entry.key, "a killed run left it; with --fix it is folded into its experiment")
 
@@ -4757,6 +4679,93 @@ def archives_of(experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
     """(kind, ID, the experiment) of each archive that an experiment should have."""
     items = [("experiments", experiment), *[("checkpoints", checkpoint) for checkpoint in experiment.checkpoints]]
     return [(kind, item.id, experiment) for kind, item in items if item.path]  # type: ignore[attr-defined]
+
+
+# Experiments are listed, and found by name or ID, from rows.
+
+def list_rows(repository: Repository) -> List[Row]:
+    """Return a row for each readable experiment, oldest first. Reads only documents that changed since the last listing."""
+    storage = repository.storage
+    running, waiting = repository.running(), repository.waiting_lines()
+    entries = {entry.name[:-5]: entry for entry in repository.document_entries()}
+    cache = RowCache(repository.url)
+    found = {row.id: row for row in cache.rows()
+             if row.id in entries and row.id not in waiting and row.version == entries[row.id].version}
+    forgotten = cache.count - len(found)
+    stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
+    new: Dict[str, Row] = {}
+    unpublished, index = cache.unpublished + len(stale), None
+    if storage.has_index and unpublished >= RowIndex.MIN_STALE:
+        unpublished, index = 0, RowIndex(storage)
+        new = {row.id: row for row in index.rows(stale)}
+    missing = [entry for entry in stale if entry.name[:-5] not in new]
+    for document in repository.documents(missing, waiting):
+        experiment_id = document["id"]
+        settled = experiment_id not in waiting and cache.is_settled(entries[experiment_id], storage)
+        new[experiment_id] = Row.of(document, entries[experiment_id].version if settled else "")
+    found.update(new)
+    if index is not None and index.lacks(entries.values()) >= max(RowIndex.MIN_STALE, len(entries) // 10):
+        index.publish(storage, found.values())
+    if forgotten or new or unpublished != cache.unpublished:
+        cache.update([row for row in new.values() if row.version], entries, unpublished)
+    for experiment_id in running & found.keys():
+        found[experiment_id].running = True
+    return sorted(found.values(), key=lambda row: (canonical_time(row.summary["created"]), row.id))
+
+
+def find_item(repository: Repository, name: str) -> Tuple[Experiment, Optional[Checkpoint]]:
+    """Return the experiment of that name, or the experiment or checkpoint (with its experiment) whose ID starts with it.
+
+    Raises DoesNotExist.
+    """
+    return find_items(repository, [name])[0]
+
+
+def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
+    """Find each of several names like find_item(). Raises DoesNotExist for the first that fits none or several."""
+    rows: Optional[List[Row]] = None
+    loaded: Dict[str, Experiment] = {}
+
+    def load(experiment_id: str) -> Experiment:
+        if experiment_id not in loaded:
+            loaded[experiment_id] = Experiment(repository.load(experiment_id))
+        return loaded[experiment_id]
+
+    found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
+    for name in names:
+        if len(name) == 64 and is_id(name):  # a whole ID, as `ls -q` prints it, needs no search
+            try:
+                found.append((load(name), None))
+                continue
+            except DoesNotExist:
+                pass
+        if rows is None:
+            rows = list_rows(repository)
+        matches: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
+        if not is_id(name):
+            matches = [(row.id, load(row.id), None) for row in rows if name and text_in(row.summary, "name") == name]
+        for row in rows if is_id(name) else ():
+            if row.id.startswith(name):
+                matches.append((row.id, load(row.id), None))
+            if row.may_have_checkpoint(name):
+                matches.extend((checkpoint.id, load(row.id), checkpoint) for checkpoint in load(row.id).checkpoints
+                               if checkpoint.id.startswith(name))
+        matches = [match for match in matches if match[0] == name] or matches
+        if not matches:
+            raise DoesNotExist("Experiment or checkpoint not found: %s" % (name or "the ID is empty"))
+        if len(matches) > 1:
+            raise ambiguous(name, matches)
+        found.append(matches[0][1:])
+    return found
+
+
+def ambiguous(name: str, matches: Sequence[Tuple[str, Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
+    """The error for a name or the start of an ID that fits several; matches: (ID, experiment, checkpoint)."""
+    kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", item_id[:max(SHORT_ID, len(name) + 3)])
+             for item_id, _, checkpoint in matches]
+    return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
+        "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
+        " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
 
 
 class RowCache:
@@ -5866,7 +5875,7 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent,
     """Upload what ended processes left behind; returns the IDs of the experiments that live ones still record."""
     busy = []
     for area in pending_areas(pending):
-        area.fold_abandoned()
+        fold_abandoned(area)
         for entry in list(area.storage.list(EXPERIMENTS)):
             experiment_id = entry.name[:-5]
             if not is_id(experiment_id):
@@ -6174,7 +6183,7 @@ class Recorder:
         self.document = LiveDocument(repository, experiment, self.changed)
         self.worker = Worker(self, remote, prepared, lock)
         self._saving: List[Any] = []                  # a lock for each call of checkpoint(), held while it lasts
-        self._live: Optional[FileLock] = None         # see Repository.live_lock(); a pending area has its owner's lock
+        self._live: Optional[FileLock] = None         # see live_lock(); a pending area has its owner's lock
         self._keys = [archive_key("experiments", experiment.id)]  # and the archives that this run writes
         self._reported: Set[str] = set()
         self._next_message = 0.0
@@ -6185,7 +6194,7 @@ class Recorder:
     def claim(self) -> bool:
         """Show that this process records the experiment; False if another one of this disk does."""
         if self._live is None and not self.worker.remote:
-            live = self.repository.live_lock(self.experiment.id)
+            live = live_lock(self.storage, self.experiment.id)
             try:
                 if not live.acquire(wait=False):
                     return False
@@ -7074,8 +7083,8 @@ class Project:
         if self._location.url is None:
             return None
         try:
-            self.repository.fold_abandoned()
-            rows = self.repository.rows()
+            fold_abandoned(self.repository)
+            rows = list_rows(self.repository)
         except NoBucket:
             return None
         except Unreachable as error:
@@ -7105,7 +7114,7 @@ class Project:
             sources = find_sources(self.directory, saved, self._excluded()) if saved else []
         except (TypeError, ValueError) as error:
             raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
-        self.repository.fold_abandoned()
+        fold_abandoned(self.repository)
         if self.is_running(experiment):
             raise being_recorded(experiment)
         self.refresh(experiment)
@@ -7182,7 +7191,7 @@ class Project:
 
     def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
         """See Checkpoint.open."""
-        return self.repository.open_file(experiment, checkpoint, normal_path(path))
+        return open_saved_file(self.repository, experiment, checkpoint, normal_path(path))
 
     def saved_files(self, item: Union[Experiment, Checkpoint]) -> Any:
         """The files that an experiment or checkpoint saved, to be compared. Raises DoesNotExist, ReadError."""
@@ -7212,7 +7221,7 @@ class Project:
 
         Raises DoesNotExist, ReadError, WriteError.
         """
-        layers = self.repository.layers(experiment, checkpoint)
+        layers = layers_of(experiment, checkpoint)
         pruned = pruned_files(checkpoint) if checkpoint and checkpoint.pruned else ""
         if not layers:
             raise DoesNotExist("Nothing to check out: %s" % (
@@ -7330,7 +7339,7 @@ class ExperimentCollection:
                 names[0][:SHORT_ID], str(error).rstrip("."))) from error
 
     def _get_named(self, project: Project, name: str) -> Experiment:
-        experiment, _ = project.repository.find(name)
+        experiment, _ = find_item(project.repository, name)
         experiment.project = project
         return experiment
 
@@ -9053,7 +9062,7 @@ def opened_project(args: argparse.Namespace, fold: bool = True) -> Project:
     if explicit and isinstance(storage, DiskStorage) and not os.path.isdir(storage.root):
         raise ReadError("There is no repository at %s: no such directory." % project.repository.url)
     if fold:
-        project.repository.fold_abandoned()
+        fold_abandoned(project.repository)
     return project
 
 
@@ -9066,7 +9075,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     name, descending = parse_sort("started" if args.sort is None else args.sort)
     repository = opened_project(args).repository
     columns = args.columns or ()
-    rows = matching_rows(repository.rows(), args.filter, [name, *(column.lstrip("~") for column in columns)])
+    rows = matching_rows(list_rows(repository), args.filter, [name, *(column.lstrip("~") for column in columns)])
     rows = sort_rows([row for row in rows if row.running or not only_running], name, descending)
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
@@ -9119,7 +9128,7 @@ def ps_command(args: argparse.Namespace) -> int:
 def show_command(args: argparse.Namespace) -> int:
     """View information about an experiment or checkpoint"""
     repository = opened_project(args).repository
-    experiment, checkpoint = repository.find(args.id)
+    experiment, checkpoint = find_item(repository, args.id)
     if args.json:
         say_json([shown_json((checkpoint or experiment).to_json()) + "\n"])
         return 0
@@ -9169,9 +9178,9 @@ WATCH_SECONDS = 2.0
 def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tuple[List[Experiment], bool]:
     """The experiments that the arguments of `plot` name, and whether one of them is running."""
     if args.ids:
-        found = [experiment for experiment, _ in repository.find_all(args.ids)]
+        found = [experiment for experiment, _ in find_items(repository, args.ids)]
         return found, any(repository.is_running(experiment.id) for experiment in found)
-    rows = [row for row in matching_rows(repository.rows(), args.filter) if row.latest][-args.number:]
+    rows = [row for row in matching_rows(list_rows(repository), args.filter) if row.latest][-args.number:]
     return [Experiment(repository.load(row.id)) for row in rows], any(row.running for row in rows)
 
 
@@ -9211,10 +9220,10 @@ def report_command(args: argparse.Namespace) -> int:
     if not args.output and os.path.lexists(path) and not is_report(path):
         raise ReplicateError("%s is already there, and is no report. Name another file with -o." % path)
     repository = opened_project(args).repository
-    chosen = {row.id for row in matching_rows(repository.rows(), args.filter)}
+    chosen = {row.id for row in matching_rows(list_rows(repository), args.filter)}
     experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
     if args.ids:
-        named = {experiment.id for experiment, _ in repository.find_all(args.ids)}
+        named = {experiment.id for experiment, _ in find_items(repository, args.ids)}
         experiments = [experiment for experiment in experiments if experiment.id in named]
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
@@ -9261,7 +9270,7 @@ def diff_command(args: argparse.Namespace) -> int:
     if args.path and not args.code:
         raise UsageError("--path needs --code.")
     project = opened_project(args)
-    found = project.repository.find_all(args.ids)
+    found = find_items(project.repository, args.ids)
     experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
     if args.code:
         changes = [change for items in (experiments, checkpoints) if any(items)
@@ -9339,7 +9348,7 @@ def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint
 def checkout_command(args: argparse.Namespace) -> int:
     """Copy files from an experiment or checkpoint into the project directory"""
     project = opened_project(args)
-    experiment, checkpoint = project.repository.find(args.id)
+    experiment, checkpoint = find_item(project.repository, args.id)
     if checkpoint is None:
         checkpoint = chosen_checkpoint(experiment, "Checking out")
     directory = args.output_directory or project.directory
@@ -9374,7 +9383,7 @@ def rm_command(args: argparse.Namespace) -> int:
     To remove experiments or checkpoints, pass any number of IDs (or prefixes).
     """
     repository = opened_project(args).repository
-    found = repository.find_all(args.ids)
+    found = find_items(repository, args.ids)
     experiments = {experiment.id: experiment for experiment, checkpoint in found if checkpoint is None}
     checkpoints = {checkpoint.id: (experiment, checkpoint) for experiment, checkpoint in found
                    if checkpoint is not None and experiment.id not in experiments}
@@ -9403,7 +9412,7 @@ How much do the failed experiments take?
 def du_command(args: argparse.Namespace) -> int:
     """Show how much the files of each experiment take"""
     repository = opened_project(args).repository
-    rows = repository.rows()
+    rows = list_rows(repository)
     usage = Usage(repository.storage, rows)
     rows = sorted(matching_rows(rows, args.filter), key=lambda row: usage.total(row.id), reverse=True)
     if args.json:
@@ -9439,7 +9448,7 @@ def verify_command(args: argparse.Namespace) -> int:
     repository = opened_project(args, fold=False).repository
     verification = Verification(repository, args.fix)
     if args.ids:
-        found = repository.find_all(args.ids)
+        found = find_items(repository, args.ids)
         places = [place for experiment, checkpoint in found for place in archives_of(experiment)
                   if checkpoint is None or place[1] == checkpoint.id]
         count = len({experiment.id for experiment, _ in found})
@@ -9475,7 +9484,7 @@ def prune_command(args: argparse.Namespace) -> int:
     checkpoints count as the best.
     """
     repository = opened_project(args).repository
-    chosen = {row.id for row in matching_rows(repository.rows(), args.filter) if not row.running}
+    chosen = {row.id for row in matching_rows(list_rows(repository), args.filter) if not row.running}
     archives = stored_archives(repository.storage, "checkpoints")
     found = [Pruning(experiment, archives, args.keep_best, args.keep_latest) for experiment in repository.experiments()
              if experiment.id in chosen]
@@ -9540,7 +9549,7 @@ def tag_command(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError("%s." % error) from error
     repository = opened_project(args).repository
-    experiment, checkpoint = repository.find(args.id)
+    experiment, checkpoint = find_item(repository, args.id)
     if checkpoint:
         raise ReplicateError("%s is a checkpoint. Experiments are tagged: this one's is %s." % (
             checkpoint.short_id(), experiment.short_id()))
@@ -9689,7 +9698,7 @@ def rerun_experiment(args: argparse.Namespace) -> int:
     With the ID of a checkpoint, its files are checked out as well.
     """
     project = opened_project(args)
-    experiment, checkpoint = project.repository.find(args.id)
+    experiment, checkpoint = find_item(project.repository, args.id)
     directory = args.output_directory or new_directory("rerun-" + experiment.short_id())
     place, words = words_to_rerun(experiment)
     if os.path.lexists(directory):
@@ -9794,7 +9803,7 @@ def mention_other_pending(directory: str, pending: Repository) -> None:
 def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[str], sent: Sent) -> None:
     """Copy experiments (all, or those named) between repositories. Raises DoesNotExist, ReadError, WriteError."""
     target.prepare()
-    experiments = [experiment for experiment, _ in source.find_all(prefixes)] if prefixes else source.experiments()
+    experiments = [experiment for experiment, _ in find_items(source, prefixes)] if prefixes else source.experiments()
     with Progress("Copying", 0) as progress:
         for experiment in experiments:
             document = experiment.to_json()
@@ -9858,7 +9867,7 @@ def demo_command(args: argparse.Namespace) -> int:
         if run.returncode:
             raise ReplicateError("The demo's training script failed: its output is above.")
     say("\n")
-    rows = Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).rows()
+    rows = list_rows(Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)))
     say_all(render_list(rows, datetime.datetime.now(datetime.timezone.utc), width=terminal_width(sys.stdout)))
     best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
@@ -10121,7 +10130,7 @@ def rows_to_complete(words: Sequence[str]) -> List[Row]:
     values = {name: words[number + 1] for number, name in enumerate(words[:-1])}
     project = Project(values.get("-R", values.get("--repository")), values.get("-D", values.get("--project-directory")))
     url = project._location.url or ""
-    return project.repository.rows() if url.startswith("file://") else RowCache(url).rows()
+    return list_rows(project.repository) if url.startswith("file://") else RowCache(url).rows()
 
 
 def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:
