@@ -3170,73 +3170,33 @@ def _wildcard_expression(pattern: bytes, anchored: bool) -> Optional[bytes]:
     return b"".join(parts)
 
 
-_POSIX_CLASSES = {b"alnum": "isalnum", b"alpha": "isalpha", b"digit": "isdigit", b"lower": "islower",
-                  b"upper": "isupper"}
-
-
-def _posix_class(name: bytes) -> Optional[Set[int]]:
-    """The byte values of [:name:] in the C locale."""
-    if name in _POSIX_CLASSES:
-        return {code for code in range(128) if getattr(chr(code), _POSIX_CLASSES[name])()}
-    sets = {b"blank": b" \t", b"space": b" \t\n\v\f\r", b"xdigit": b"0123456789abcdefABCDEF",
-            b"cntrl": bytes(range(32)) + b"\x7f", b"print": bytes(range(32, 127)), b"graph": bytes(range(33, 127)),
-            b"punct": bytes(code for code in range(33, 127) if not chr(code).isalnum())}
-    return set(sets[name]) if name in sets else None
+# The POSIX classes of the C locale, as they stand in the brackets of a regular expression.
+_POSIX_CLASSES = {b"alnum": rb"0-9A-Za-z", b"alpha": rb"A-Za-z", b"blank": rb" \t", b"cntrl": rb"\x00-\x1f\x7f",
+                  b"digit": rb"0-9", b"graph": rb"!-~", b"lower": rb"a-z", b"print": rb" -~", b"punct": rb"!-/:-@\[-`{-~",
+                  b"space": rb"\t-\r ", b"upper": rb"A-Z", b"xdigit": rb"0-9A-Fa-f"}
+_BRACKET_ITEM = rb"\[:([^]]*):\]|(\\.|[^\\])(?:-(?!\])(\\.|[^\\]))?"  # [:class:], a character, or a range of them
 
 
 def _bracket_expression(pattern: bytes, position: int) -> Optional[Tuple[bytes, int]]:
-    """(expression, next position) of the bracket whose '[' stands before position; None if it is malformed."""
+    """Return (regular expression, next position) for the bracket that opens before position; None if it is malformed."""
     negated = pattern[position:position + 1] in (b"!", b"^")
-    position += negated
-    members: Set[int] = set()
-    previous: Optional[int] = None
-    first = True
-    while True:
-        if position >= len(pattern):
+    start = position = position + negated
+    parts: List[bytes] = []
+    while position == start or pattern[position:position + 1] != b"]":  # a first ] is a member
+        item = re.compile(_BRACKET_ITEM, re.DOTALL).match(pattern, position)
+        if item is None:
             return None
-        code = pattern[position]
-        if code == 0x5d and not first:  # ]
-            break
-        first = False
-        if code == 0x5c:  # backslash
-            position += 1
-            if position >= len(pattern):
+        name, first, last = item.groups()
+        if name is not None:
+            if name not in _POSIX_CLASSES:
                 return None
-            previous = pattern[position]
-            members.add(previous)
-        elif (code == 0x2d and previous is not None and position + 1 < len(pattern)
-              and pattern[position + 1] != 0x5d):  # a range
-            position += 1
-            if pattern[position] == 0x5c:
-                position += 1
-                if position >= len(pattern):
-                    return None
-            members.update(range(previous, pattern[position] + 1))
-            previous = None
-        elif code == 0x5b and pattern[position + 1:position + 2] == b":":  # [:name:]
-            end = pattern.find(b"]", position + 2)
-            if end < 0:
-                return None
-            if pattern[end - 1] == 0x3a and end - 1 >= position + 2:
-                members_of_class = _posix_class(pattern[position + 2:end - 1])
-                if members_of_class is None:
-                    return None
-                members |= members_of_class
-                previous = None
-                position = end
-            else:
-                previous = code
-                members.add(code)
+            parts.append(_POSIX_CLASSES[name])
         else:
-            previous = code
-            members.add(code)
-        position += 1
-    if negated:
-        members = set(range(256)) - members
-    members.discard(0x2f)
-    if not members:
-        return b"(?!)", position + 1
-    return b"[" + b"".join(b"\\x%02x" % code for code in sorted(members)) + b"]", position + 1
+            parts.append(re.escape(first[-1:]))
+            if last is not None and first[-1:] < last[-1:]:  # git takes z-a for z alone
+                parts.append(b"-" + re.escape(last[-1:]))
+        position = item.end()
+    return b"(?!/)[%s%s]" % (b"^" if negated else b"", b"".join(parts)), position + 1
 
 
 class Source:
