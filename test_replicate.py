@@ -8329,7 +8329,7 @@ def test_verify_finds_what_is_gone_damaged_or_belongs_to_nobody(place, project, 
     found = faults(call)
     assert found.pop(gone) == "it is gone; it belongs to experiment %s" % first.short_id()
     assert "cut off" in found.pop(torn) and "damaged" in found.pop(flipped) and "not below the folder" in found.pop(other)
-    assert found.pop(code) == "its files are not those that the experiment recorded"
+    assert found.pop(code) == "its files differ from those that the experiment recorded"
     assert found == {}  # what may become somebody's yet is none
     assert set(faults(call, second.id)) == set() and set(faults(call, first.checkpoints[0].id)) == {gone}
     assert set(faults(call, first.id)) == {gone, torn, flipped, other, code}
