@@ -4655,7 +4655,7 @@ def list_rows(repository: Repository) -> List[Row]:
     stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
     new: Dict[str, Row] = {}
     unpublished, index = cache.unpublished + len(stale), None
-    if storage.has_index and unpublished >= RowIndex.MIN_STALE:
+    if storage.has_index and unpublished >= RowIndex.MIN_STALE:  # one object instead of many documents
         unpublished, index = 0, RowIndex(storage)
         new = {row.id: row for row in index.rows(stale)}
     missing = [entry for entry in stale if entry.name[:-5] not in new]
@@ -4701,28 +4701,33 @@ def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Exper
                 pass
         if rows is None:
             rows = list_rows(repository)
-        matches: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
-        if not is_id(name):
-            matches = [(row.id, load(row.id), None) for row in rows if name and text_in(row.summary, "name") == name]
-        for row in rows if is_id(name) else ():
-            if row.id.startswith(name):
-                matches.append((row.id, load(row.id), None))
-            if row.may_have_checkpoint(name):
-                matches.extend((checkpoint.id, load(row.id), checkpoint) for checkpoint in load(row.id).checkpoints
-                               if checkpoint.id.startswith(name))
-        matches = [match for match in matches if match[0] == name] or matches
+        matches = _matches(name, rows, load)
         if not matches:
             raise DoesNotExist("Experiment or checkpoint not found: %s" % (name or "the ID is empty"))
         if len(matches) > 1:
-            raise ambiguous(name, matches)
-        found.append(matches[0][1:])
+            raise _ambiguous(name, matches)
+        found.append(matches[0])
     return found
 
 
-def ambiguous(name: str, matches: Sequence[Tuple[str, Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
-    """Return the error for a name or the start of an ID that fits several. matches: (ID, experiment, checkpoint)."""
-    kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", item_id[:max(SHORT_ID, len(name) + 3)])
-             for item_id, _, checkpoint in matches]
+def _matches(name: str, rows: Sequence[Row],
+             load: Callable[[str], Experiment]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
+    """Return the experiments of that name, or those and the checkpoints whose ID it is or else starts with it."""
+    if not is_id(name):
+        return [(load(row.id), None) for row in rows if name and text_in(row.summary, "name") == name]
+    found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
+    for row in rows:
+        if row.id.startswith(name):
+            found.append((load(row.id), None))
+        if row.may_have_checkpoint(name):
+            found += [(load(row.id), checkpoint) for checkpoint in load(row.id).checkpoints if checkpoint.id.startswith(name)]
+    return [match for match in found if (match[1] or match[0]).id == name] or found
+
+
+def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
+    """Return the error for a name or the start of an ID that fits several."""
+    kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment",
+                        (checkpoint or experiment).id[:max(SHORT_ID, len(name) + 3)]) for experiment, checkpoint in matches]
     return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
         "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
         " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
@@ -5115,8 +5120,9 @@ class Checkout:
                 if path in self.files:
                     return
         if not self.files:
-            raise DoesNotExist("There is no file or directory %s in it.%s" % (path, nearest(path, names)) if path
-                               else "No file is saved in it.")
+            owner = "%s %s" % (layers[-1][0][:-1], layers[-1][1][:SHORT_ID])
+            raise DoesNotExist("There is no file or directory %s in %s.%s" % (path, owner, nearest(path, names)) if path
+                               else "The archive of %s is empty." % owner)
 
     def check_target(self) -> None:
         """Raise WriteError if a staged file cannot be moved into place safely."""
