@@ -4488,7 +4488,7 @@ FLOODS = {
     "pax records": (lambda: iter([pax_block(*[b"6 %c=b\n" % (97 + number % 26) for number in range(10000)])]),
                     "more than 256 records"),
     "depth": (lambda: iter([tar_block("L", PACKED_ID.encode() + b"/a" * 1500, tarfile.GNUTYPE_LONGNAME), tar_block("x")]),
-              "more than 255 directories"),
+              "more than 255 nested directories"),
     "directories": (lambda: (tar_block("%s/d%d" % (PACKED_ID, number % 10), kind=tarfile.DIRTYPE) * 1000 for number in range(1000)),
                     "more than 100000 directories"),
     "one name": (lambda: (tar_block("%s/same" % PACKED_ID) * 1000 for _ in range(1000)), "more than 100000 directories and repeated"),
