@@ -26,8 +26,8 @@ To follow one task through the code, read in this order:
 
     record      init(), create_experiment() [9]; Recorder.checkpoint() packs the files [6] and appends to a journal [8]; in
                 the background, threads fold the journal into the document, compress archives and upload to buckets [8]
-    list        print_list() [11], Repository.rows() and its cache [7], filters and sorting [4], render_list() [10]
-    show, diff  their commands [11], Repository.find() [7], Experiment [3], compare_files() [7], render_experiment() and
+    list        print_list() [11], list_rows() and RowCache [7], filters and sorting [4], render_list() [10]
+    show, diff  their commands [11], find_item() [7], Experiment [3], compare_files() [7], render_experiment() and
                 render_diff() [10]
     plot        plot_command() [11], Experiment [3], render_plot() [10]
     report      report_command() [11], report_data() and render_report() [10]
@@ -1401,18 +1401,20 @@ def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]])
             parse_time(document["created"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReadError("created is not an RFC 3339 time") from error
-    for key, kinds in fields.items():
-        for wrong in {type(document.get(key)) for document in documents}.difference(kinds):
-            raise ReadError("%s has the wrong type (%s)" % (key, wrong.__name__))
+    for document in documents:
+        for key, kinds in fields.items():
+            kind = type(document.get(key))
+            if kind not in kinds:
+                raise ReadError("%s has the wrong type (%s)" % (key, kind.__name__))
 
 
 def _check_depth(value: Any) -> None:
     """Raise ReadError if containers are nested more deeply than recursive code can follow."""
-    level = [value]
+    level, containers = [value], {dict, list}
     for _ in range(MAX_NESTING):
         level = [item for container in level
                  for item in (container.values() if type(container) is dict else container)
-                 if type(item) in (dict, list)]
+                 if type(item) in containers]
         if not level:
             return
     raise ReadError("it is nested too deeply")
@@ -3020,11 +3022,11 @@ BACKENDS: Dict[str, Callable[[str], Storage]] = {kind.scheme: kind for kind in (
 
 NEVER_SAVED = (".replicate", ".keepsake", ".git", ".mypy_cache", "__pycache__", ".ipynb_checkpoints", ".env")
 STAGING_PREFIX = ".replicate-checkout-"
-SUGGESTED_NAMES = 10000  # that are remembered to suggest one of
+SUGGESTED_NAMES = 10000  # remembered by a checkout, so that it can suggest the nearest one
 
 
 class IgnoreRules:
-    """The patterns of .gitignore syntax that hold in a project; see gitignore(5) for the rules."""
+    """The ignore patterns of a project, in the syntax of gitignore(5)."""
 
     def __init__(self) -> None:
         self._rules: List[Tuple[str, Any, bool, bool]] = []  # folder, compiled pattern, negated, directories only
@@ -3034,21 +3036,18 @@ class IgnoreRules:
         for name in IGNORE_NAMES:
             try:
                 with open_regular(os.path.join(directory, name), follow=True) as file:
-                    self.add(file.read(), folder)
+                    content = file.read()
             except Unreadable:
                 continue
-
-    def add(self, content: bytes, folder: str = "") -> None:
-        """Add the lines of one ignore file."""
-        if content.startswith(b"\xef\xbb\xbf"):
-            content = content[3:]
-        for line in content.split(b"\n"):
-            rule = _ignore_rule(line[:-1] if line.endswith(b"\r") else line)
-            if rule:
-                self._rules.append((folder,) + rule)
+            if content.startswith(b"\xef\xbb\xbf"):  # a byte order mark
+                content = content[3:]
+            for line in content.split(b"\n"):
+                rule = _ignore_rule(line[:-1] if line.endswith(b"\r") else line)
+                if rule:
+                    self._rules.append((folder,) + rule)
 
     def excludes(self, path: str, is_directory: bool) -> bool:
-        """Whether a path, whose parents are not excluded, is: the last pattern that matches it decides."""
+        """Return whether the last pattern that matches a path ignores it; none of its parents may be ignored."""
         for folder, pattern, negated, directories_only in reversed(self._rules):
             if path.startswith(folder) and (is_directory or not directories_only):
                 if pattern.match(os.fsencode(path[len(folder):])):
@@ -3057,7 +3056,7 @@ class IgnoreRules:
 
 
 def _ignore_rule(line: bytes) -> Optional[Tuple[Any, bool, bool]]:
-    """(compiled pattern, negated, directories only) of one line; None for comments and the like."""
+    """Return (compiled pattern, negated, directories only) for one line; None for comments and lines that match nothing."""
     if line.startswith(b"#"):
         return None
     stripped = line.rstrip(b" ")
@@ -3081,7 +3080,7 @@ def _ignore_rule(line: bytes) -> Optional[Tuple[Any, bool, bool]]:
 
 
 def _wildcard_expression(pattern: bytes, anchored: bool) -> Optional[bytes]:
-    """A regular expression for a gitignore pattern; None for one that can never match."""
+    """Return a regular expression for a gitignore pattern; None for one that can never match."""
     parts: List[bytes] = []
     position = 0
     while position < len(pattern):
@@ -3091,25 +3090,24 @@ def _wildcard_expression(pattern: bytes, anchored: bool) -> Optional[bytes]:
         if character == b"*":
             while pattern[position:position + 1] == b"*":
                 position += 1
-            # Git compares what stands before the first wildcard by itself, so that "**" may start the rest.
+            # Git compares the text before the first wildcard by itself, so "**" may also start the rest.
             first = pattern[start - 1:start] in (b"", b"/") or not re.search(rb"[*?\[\\]", pattern[:start])
             alone = first and pattern[position:position + 1] in (b"", b"/")
-            if position - start > 1 and alone and anchored:
-                if position == len(pattern):
-                    parts.append(b".*")
-                else:
-                    parts.append(b"(?:.*/)?")
-                    position += 1
-            else:
+            if not (position - start > 1 and alone and anchored):
                 parts.append(b"[^/]*")
+            elif position == len(pattern):
+                parts.append(b".*")
+            else:
+                parts.append(b"(?:.*/)?")
+                position += 1
         elif character == b"?":
             parts.append(b"[^/]")
         elif character == b"[":
             found = _bracket_expression(pattern, position)
             if found is None:
                 return None
-            parts.append(found[0])
-            position = found[1]
+            expression, position = found
+            parts.append(expression)
         elif character == b"\\":
             if position == len(pattern):
                 return None
@@ -3120,73 +3118,33 @@ def _wildcard_expression(pattern: bytes, anchored: bool) -> Optional[bytes]:
     return b"".join(parts)
 
 
-_POSIX_CLASSES = {b"alnum": "isalnum", b"alpha": "isalpha", b"digit": "isdigit", b"lower": "islower",
-                  b"upper": "isupper"}
-
-
-def _posix_class(name: bytes) -> Optional[Set[int]]:
-    """The byte values of [:name:] in the C locale."""
-    if name in _POSIX_CLASSES:
-        return {code for code in range(128) if getattr(chr(code), _POSIX_CLASSES[name])()}
-    sets = {b"blank": b" \t", b"space": b" \t\n\v\f\r", b"xdigit": b"0123456789abcdefABCDEF",
-            b"cntrl": bytes(range(32)) + b"\x7f", b"print": bytes(range(32, 127)), b"graph": bytes(range(33, 127)),
-            b"punct": bytes(code for code in range(33, 127) if not chr(code).isalnum())}
-    return set(sets[name]) if name in sets else None
+# The POSIX classes of the C locale, as they stand in the brackets of a regular expression.
+_POSIX_CLASSES = {b"alnum": rb"0-9A-Za-z", b"alpha": rb"A-Za-z", b"blank": rb" \t", b"cntrl": rb"\x00-\x1f\x7f",
+                  b"digit": rb"0-9", b"graph": rb"!-~", b"lower": rb"a-z", b"print": rb" -~", b"punct": rb"!-/:-@\[-`{-~",
+                  b"space": rb"\t-\r ", b"upper": rb"A-Z", b"xdigit": rb"0-9A-Fa-f"}
+_BRACKET_ITEM = rb"\[:([^]]*):\]|(\\.|[^\\])(?:-(?!\])(\\.|[^\\]))?"  # [:class:], a character, or a range of them
 
 
 def _bracket_expression(pattern: bytes, position: int) -> Optional[Tuple[bytes, int]]:
-    """(expression, next position) of the bracket whose '[' stands before position; None if it is malformed."""
+    """Return (regular expression, next position) for the bracket that opens before position; None if it is malformed."""
     negated = pattern[position:position + 1] in (b"!", b"^")
-    position += negated
-    members: Set[int] = set()
-    previous: Optional[int] = None
-    first = True
-    while True:
-        if position >= len(pattern):
+    start = position = position + negated
+    parts: List[bytes] = []
+    while position == start or pattern[position:position + 1] != b"]":  # a first ] is a member
+        item = re.compile(_BRACKET_ITEM, re.DOTALL).match(pattern, position)
+        if item is None:
             return None
-        code = pattern[position]
-        if code == 0x5d and not first:  # ]
-            break
-        first = False
-        if code == 0x5c:  # backslash
-            position += 1
-            if position >= len(pattern):
+        name, first, last = item.groups()
+        if name is not None:
+            if name not in _POSIX_CLASSES:
                 return None
-            previous = pattern[position]
-            members.add(previous)
-        elif (code == 0x2d and previous is not None and position + 1 < len(pattern)
-              and pattern[position + 1] != 0x5d):  # a range
-            position += 1
-            if pattern[position] == 0x5c:
-                position += 1
-                if position >= len(pattern):
-                    return None
-            members.update(range(previous, pattern[position] + 1))
-            previous = None
-        elif code == 0x5b and pattern[position + 1:position + 2] == b":":  # [:name:]
-            end = pattern.find(b"]", position + 2)
-            if end < 0:
-                return None
-            if pattern[end - 1] == 0x3a and end - 1 >= position + 2:
-                members_of_class = _posix_class(pattern[position + 2:end - 1])
-                if members_of_class is None:
-                    return None
-                members |= members_of_class
-                previous = None
-                position = end
-            else:
-                previous = code
-                members.add(code)
+            parts.append(_POSIX_CLASSES[name])
         else:
-            previous = code
-            members.add(code)
-        position += 1
-    if negated:
-        members = set(range(256)) - members
-    members.discard(0x2f)
-    if not members:
-        return b"(?!)", position + 1
-    return b"[" + b"".join(b"\\x%02x" % code for code in sorted(members)) + b"]", position + 1
+            parts.append(re.escape(first[-1:]))
+            if last is not None and first[-1:] < last[-1:]:  # git takes z-a for z alone
+                parts.append(b"-" + re.escape(last[-1:]))
+        position = item.end()
+    return b"(?!/)[%s%s]" % (b"^" if negated else b"", b"".join(parts)), position + 1
 
 
 class Source:
@@ -3196,20 +3154,20 @@ class Source:
 
     def __init__(self, name: str, path: str, size: int) -> None:
         self.name = name  # relative to the project directory, with forward slashes
-        self.path = path  # where it is: behind the link, if the name is one
+        self.path = path  # of the file itself, if the name is a link to it
         self.size = size  # bytes, when it was found
 
 
 def relative_path(path: Any, directory: str) -> str:
-    """A path given by the user, relative to the project directory, with forward slashes ('.' for all of it).
+    """Return a user's path relative to the project directory, with forward slashes ('.' for all of it).
 
-    Raises TypeError for no path at all, ValueError for one that is empty, missing or outside.
+    Raises TypeError if it is not a path, ValueError if it is empty, missing or outside the project.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError("path must be a string, not %s" % type(path).__name__)
     text = os.fspath(path)
     if not isinstance(text, str) or not text or "\0" in text:
-        raise ValueError("path is empty" if not text else "path %r is no file name" % (text,))
+        raise ValueError("path is empty" if not text else "path %r is not a file name" % (text,))
     full = os.path.abspath(os.path.join(directory, text))
     relative = os.path.relpath(full, directory)
     if relative.split(os.sep)[0] == os.pardir:
@@ -3224,40 +3182,40 @@ def relative_path(path: Any, directory: str) -> str:
 
 def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
                  warn: Callable[[str], None] = console.warning) -> List[Source]:
-    """The files to save at path (as relative_path gives it), sorted by name, without what is never saved or ignored.
+    """Return the files to save at path (see relative_path()), sorted by name, without those ignored or never saved.
 
-    excluded are absolute directories to leave out (a repository inside the project). The named path itself is saved
-    even if an ignore file lists it: whoever names it wants it. Raises ValueError where it may never be saved.
+    excluded: absolute directories to leave out (a repository inside the project). The path itself is saved even if an
+    ignore file lists it: the user asked for it. Raises ValueError if it is never saved.
     """
     for part in path.split("/"):
         if is_never_saved(part):
             raise ValueError("path %r is never saved: it is inside %s" % (path, part))
         if part != "." and (is_unsafe(part) or is_protected(part)):
-            raise ValueError("path %r is not saved: a file of such a name could not be checked out" % path)
+            raise ValueError("path %r is not saved: a file with this name could not be checked out" % path)
     top = os.path.join(directory, path)
     rules = IgnoreRules()
     rules.read(directory, "")
     if os.path.isdir(top) and path != ".":
         rules.read(top, path + "/")
-    found: List[Source] = []
     if os.path.isdir(top):
-        _walk(top, "" if path == "." else path + "/", rules, {os.path.realpath(item) for item in excluded}, warn, found)
+        left_out = {os.path.realpath(item) for item in excluded}
+        found = _files_below(top, "" if path == "." else path + "/", rules, left_out, warn)
     else:
-        _add_file(found, path, top, warn)
-    found.sort(key=lambda source: source.name)
-    return found
+        found = _regular_file(path, top, warn)
+    return sorted(found, key=lambda source: source.name)
 
 
-RERUN_MARK = os.path.join(".replicate", "rerun")  # a file in a folder that `replicate rerun` has made
+RERUN_MARK = os.path.join(".replicate", "rerun")  # a file in each folder that `replicate rerun` makes
 
 
 def is_never_saved(name: str) -> bool:
-    """Whether files and directories of that name stay out of every archive."""
+    """Return whether files and directories of that name stay out of every archive."""
     return name in NEVER_SAVED or name.startswith((".env.", STAGING_PREFIX))
 
 
-def _walk(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[str], warn: Callable[[str], None],
-          found: List[Source]) -> None:
+def _files_below(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[str],
+                 warn: Callable[[str], None]) -> Iterator[Source]:
+    """Yield the files to save in a directory, and warn of others; prefix is its path in the project ('' or 'a/b/')."""
     try:
         with os.scandir(directory) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
@@ -3269,52 +3227,54 @@ def _walk(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[str], w
         if is_never_saved(entry.name):
             continue
         if is_unsafe(entry.name) or is_protected(entry.name):
-            warn("%s is not saved: a file of such a name could not be checked out." % name)
+            warn("%s is not saved: a file with this name could not be checked out." % name)
             continue
         is_directory = entry.is_dir(follow_symlinks=False)
         if rules.excludes(name, is_directory):
             continue
         if is_directory:
             if not _is_separate(entry.path) and not (excluded and os.path.realpath(entry.path) in excluded):
-                _walk(entry.path, name + "/", rules, excluded, warn, found)
+                yield from _files_below(entry.path, name + "/", rules, excluded, warn)
         elif entry.is_symlink() and os.path.isdir(entry.path):
             warn("%s is not saved: it is a link to a directory." % name)
         else:
-            _add_file(found, name, entry.path, warn)
+            yield from _regular_file(name, entry.path, warn)
 
 
 def _is_separate(directory: str) -> bool:
-    """Whether a folder in a project is a virtual environment, or has been made by `replicate rerun`."""
+    """Return whether a folder in a project is a virtual environment or the work of `replicate rerun`."""
     return any(os.path.exists(os.path.join(directory, name)) for name in ("pyvenv.cfg", "conda-meta", RERUN_MARK))
 
 
-def _add_file(found: List[Source], name: str, path: str, warn: Callable[[str], None]) -> None:
+def _regular_file(name: str, path: str, warn: Callable[[str], None]) -> Iterator[Source]:
+    """Yield a file if it is a regular one; sockets and the like are skipped."""
     try:
         status = os.stat(path)
     except OSError as error:
         warn("%s is not saved: %s." % (name, short_reason(error)))
         return
     if stat.S_ISREG(status.st_mode):
-        found.append(Source(name, os.path.realpath(path) if os.path.islink(path) else path, status.st_size))
+        yield Source(name, os.path.realpath(path) if os.path.islink(path) else path, status.st_size)
 
 
-# An archive is a .tar.gz in many gzip members, which every reader takes for one file. Members start at files or every
-# MEMBER_BYTES, so that they can be packed and unpacked in parallel and read singly. What does not shrink is stored.
-# Behind the data stand empty gzip members whose extra fields (RFC 1952, subfield "RV") hold a table of contents, as
-# zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset in the tar, size, CRC-32]...]};
-# the last of them has a fixed length and says where the first one starts. Older tables have no CRC-32.
+# An archive is a .tar.gz of many gzip members, which every reader takes for one file. A member starts at a file or at
+# each MEMBER_BYTES of a large one, so that threads can pack and unpack members and a reader can fetch one file alone.
+# Data that does not shrink is stored uncompressed. Empty gzip members at the end hold a table of contents in their extra
+# fields (RFC 1952, subfield "RV"): zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset
+# in the tar, size, CRC-32]...]}. The last one has a fixed length and says where the first one starts. Older tables have
+# no CRC-32.
 
-MEMBER_BYTES = 1 << 20            # of a large file that stand in one gzip member
+MEMBER_BYTES = 1 << 20            # of a large file in one gzip member
 GROUP_BYTES = 256 << 10           # small files share a member up to this size
-MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is not believed,
-MAX_TABLE_ENTRIES = 500000        # and neither is one with more members and files
-STORED_BYTES = 65535              # of a stored deflate block, the most that it can hold
-PIECE_BYTES = 64 << 10            # of an archive without a table that are decompressed at a time
-LEVEL = 1                         # of zlib: higher ones take much longer for little
-SHRINKS = 0.9                     # what compresses to less than this is worth compressing
-SAMPLED_MEMBERS = 8               # of a large file of which the first is sampled
-SAMPLE_BYTES = 16 << 10           # looked at to see whether compression pays
-SETTLING_SECONDS = 0.005          # two changes in this time can leave the same modification time
+MAX_MEMBER_BYTES = 16 << 20       # a table of contents that claims more is ignored,
+MAX_TABLE_ENTRIES = 500000        # and so is one with more members and files
+STORED_BYTES = 65535              # the most that a stored deflate block can hold
+PIECE_BYTES = 64 << 10            # compressed bytes read at a time
+LEVEL = 1                         # of zlib: higher levels take much longer and gain little
+SHRINKS = 0.9                     # data that shrinks to less than this part of its size is compressed
+SAMPLED_MEMBERS = 8               # one in so many members of a large file is sampled
+SAMPLE_BYTES = 16 << 10           # of data, to see whether it shrinks
+SETTLING_SECONDS = 0.005          # two changes within it can leave the same modification time
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 GZIP_EXTRA_HEADER = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
 GZIP_EMPTY_BODY = b"\x03\x00" + bytes(8)
@@ -3330,7 +3290,7 @@ class Table:
         self.files = files      # (name in the project, offset of its header in the tar, size, CRC-32 or None)
 
     def encode(self) -> bytes:
-        """The gzip members that hold it."""
+        """Return the gzip members that hold it."""
         content = encode_json({"members": self.members, "files": self.files}, indent=None)
         packed = zlib.compress(content)
         fields = b"".join(_extra_member(packed[start:start + MAX_FIELD_BYTES])
@@ -3340,7 +3300,7 @@ class Table:
 
     @classmethod
     def read(cls, read_range: Callable[[int, int], bytes], size: int) -> Optional[Table]:
-        """The table of an archive of that size, or None where there is none that can be believed."""
+        """Return the table of an archive of size bytes, or None if it has none that can be trusted."""
         tail_start = max(0, size - 65536)
         tail = read_range(tail_start, size)
         field = _extra_field(tail[-FOOTER_BYTES:])
@@ -3381,13 +3341,13 @@ class Table:
 
 
 def _extra_member(data: bytes) -> bytes:
-    """An empty gzip member with data in its extra field."""
+    """Return an empty gzip member with data in its extra field."""
     return (GZIP_EXTRA_HEADER + (len(data) + 4).to_bytes(2, "little") + b"RV" + len(data).to_bytes(2, "little") + data +
             GZIP_EMPTY_BODY)
 
 
 def _extra_field(data: bytes) -> Optional[Tuple[bytes, int]]:
-    """(content, length of the member) of the member made by _extra_member at the start of data."""
+    """Return (content, length) of the member at the start of data; None if _extra_member() did not make it."""
     length = int.from_bytes(data[14:16], "little")
     if (data[:10] != GZIP_EXTRA_HEADER or data[12:14] != b"RV" or data[10:12] != (length + 4).to_bytes(2, "little")
             or data[16 + length:16 + length + len(GZIP_EMPTY_BODY)] != GZIP_EMPTY_BODY):
@@ -3410,13 +3370,13 @@ class ArchiveWriter:
         self.note(len(member), size)
 
     def note(self, compressed: int, size: int) -> None:
-        """Count a member that stands in its place already."""
+        """Count a member that is already in its place."""
         self.table.members.append((compressed, size))
         self.position += compressed
         self.offset += size
 
     def finish(self) -> None:
-        """Append the table, with which the file ends."""
+        """Append the table, and end the file there."""
         table = self.table.encode()
         write_at(self.file, table, self.position)
         self.file.truncate(self.position + len(table))
@@ -3424,9 +3384,9 @@ class ArchiveWriter:
 
 def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
          warn: Callable[[str], None] = console.warning) -> Tuple[Table, bool]:
-    """Write the archive of sources to an unbuffered file: small files compressed, large ones as they are, which takes
-    no longer than a copy. Returns its table, and whether a large one would shrink, so that recompress() pays.
-    Raises OSError.
+    """Write the archive of sources to an unbuffered file; large files stay uncompressed, so that this is as fast as a copy.
+
+    Returns its table, and whether recompress() would shrink a large file. Raises OSError.
     """
     writer = ArchiveWriter(file)
     shrinks = False
@@ -3446,7 +3406,7 @@ def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
 
 
 def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
-    """Small files in groups that each become one gzip member."""
+    """Yield groups of small files, each for one gzip member."""
     group: List[Source] = []
     waiting = 0
     for source in sources:
@@ -3461,7 +3421,7 @@ def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
 
 def pack_group(archive_id: str,
                sources: Sequence[Source]) -> Tuple[List[Tuple[str, int, int, int]], int, bytes, List[str]]:
-    """([(name, offset in it, size, CRC-32)], size of the tar of these files, its gzip member, what went wrong)."""
+    """Return ([(name, offset in the tar, size, CRC-32)], size of the tar, its gzip member, problems) for a group of files."""
     files: List[Tuple[str, int, int, int]] = []
     parts: List[bytes] = []
     problems: List[str] = []
@@ -3480,11 +3440,11 @@ def pack_group(archive_id: str,
     return files, offset, gzip_member(b"".join(parts)) if parts else b"", problems
 
 
-CHANGED = "%s changed while it was saved: the saved copy may mix its old and its new content."
+CHANGED = "%s changed while it was saved: the saved copy may mix old and new content."
 
 
 def read_small(source: Source) -> Tuple[bytes, os.stat_result, bool]:
-    """(content, status, whether it changed under two readings) of a small file. Raises OSError."""
+    """Return (content, status, whether it changed during both of two readings) of a small file. Raises OSError."""
     with open_regular(source.path) as stream:
         for _ in range(2):
             before = os.fstat(stream.fileno())
@@ -3496,7 +3456,7 @@ def read_small(source: Source) -> Tuple[bytes, os.stat_result, bool]:
 
 
 def store_large(writer: ArchiveWriter, archive_id: str, source: Source, warn: Callable[[str], None]) -> bool:
-    """Append a large file as it is; whether it would shrink. Raises OSError where the archive cannot be written."""
+    """Append a large file uncompressed; return whether it would shrink. Raises OSError if the archive cannot be written."""
     try:
         with open_regular(source.path) as stream:
             for is_last in (False, True):
@@ -3519,16 +3479,16 @@ def store_large(writer: ArchiveWriter, archive_id: str, source: Source, warn: Ca
 
 
 class LargeFile:
-    """A file that is stored as it is, in gzip members that several threads read and write."""
+    """A file that several threads store uncompressed, in gzip members."""
 
     def __init__(self, stream: BinaryIO, size: int, header: bytes, writer: ArchiveWriter) -> None:
-        self.is_complete = True  # False once it has turned out to be shorter
-        self.shrinks = False     # whether samples of it do
+        self.is_complete = True  # False if it turns out to be shorter
+        self.shrinks = False     # True if a sample of it shrinks
         self.crc = 0             # CRC-32 of what was stored
         self._stream, self._size, self._header, self._writer = stream, size, header, writer
 
     def store(self) -> List[int]:
-        """Write the members to where the next ones go; the sizes of their contents. Raises Unreadable, OSError."""
+        """Write the members at the writer's position, and return the sizes of their contents. Raises Unreadable, OSError."""
         position = self._writer.position
         pieces, sizes = [], []
         for start in range(0, max(self._size, 1), MEMBER_BYTES):
@@ -3545,7 +3505,7 @@ class LargeFile:
         return sizes
 
     def _store_piece(self, piece: Tuple[int, int, bytes, bytes, int]) -> int:
-        """Store one, and return the CRC-32 of its part of the file."""
+        """Store one member, and return the CRC-32 of its part of the file."""
         start, length, head, tail, position = piece
         try:
             data = os.pread(self._stream.fileno(), length, start)
@@ -3562,14 +3522,14 @@ class LargeFile:
         return crc
 
 
-# CRC-32 of a text whose parts were summed by themselves: the sum of the first part, times x^(bits of the second) modulo
-# the polynomial, plus that of the second (Ross Williams, "A painless guide to CRC error detection algorithms", 1993).
+# The CRC-32 of two parts together is that of the first, times x^(bits of the second) modulo the polynomial, plus that of
+# the second (Ross Williams, "A painless guide to CRC error detection algorithms", 1993).
 
-CRC_POLYNOMIAL = 0xedb88320  # of gzip and zip, with the coefficient of x^0 in bit 31, like all sums
+CRC_POLYNOMIAL = 0xedb88320  # of gzip and zip; bit 31 is the coefficient of x^0, as in every CRC here
 
 
 def crc_product(one: int, other: int) -> int:
-    """The product of two polynomials modulo that of CRC-32."""
+    """Return the product of two polynomials modulo that of CRC-32."""
     product = 0
     for bit in range(31, -1, -1):
         if one >> bit & 1:
@@ -3579,7 +3539,7 @@ def crc_product(one: int, other: int) -> int:
 
 
 def crc_shift(length: int) -> int:
-    """What the CRC-32 of a text is multiplied by when so many bytes follow."""
+    """Return the factor for the CRC-32 of data that `length` more bytes follow."""
     power, square, exponent = 1 << 31, 1 << 30, 8 * length
     while exponent:
         if exponent & 1:
@@ -3590,48 +3550,46 @@ def crc_shift(length: int) -> int:
 
 
 def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
-    """Whether a file was not written to between two looks at it."""
+    """Return whether nobody wrote to a file between two looks at it."""
     return ((before.st_size, before.st_mtime_ns, before.st_ctime_ns) ==
             (after.st_size, after.st_mtime_ns, after.st_ctime_ns))
 
 
 def settle(status: os.stat_result) -> None:
-    """Wait until a further change would give the file another modification time."""
+    """Wait until another change would give the file another modification time."""
     age = time.time() - status.st_mtime
     if 0 <= age < SETTLING_SECONDS:
         time.sleep(SETTLING_SECONDS - age)
 
 
 def write_at(file: BinaryIO, data: Union[bytes, memoryview], position: int) -> None:
-    """Write all of data to a place of an unbuffered file."""
+    """Write all of data at a position of an unbuffered file."""
     written = os.pwrite(file.fileno(), data, position)
     while written < len(data):
         written += os.pwrite(file.fileno(), memoryview(data)[written:], position + written)
 
 
 def read_up_to(stream: BinaryIO, length: int) -> bytes:
-    """The next bytes of a stream: so many, or all that there are."""
-    data = stream.read(length)
-    if len(data) == length or not data:
-        return data
-    parts = [data]
-    left = length - len(data)
-    while left and data:
-        data = stream.read(left)
+    """Return the next length bytes of a stream, or fewer at its end."""
+    parts: List[bytes] = []
+    while length:
+        data = stream.read(length)
+        if not data:
+            break
         parts.append(data)
-        left -= len(data)
+        length -= len(data)
     return b"".join(parts)
 
 
 def tar_header(archive_id: str, name: str, status: os.stat_result, size: int) -> bytes:
-    """The header blocks of a file, in GNU format, without its owner."""
+    """Return the header blocks of a file, in GNU format and without its owner."""
     member = tarfile.TarInfo("%s/%s" % (archive_id, name))
     member.size, member.mode, member.mtime = size, status.st_mode & 0o777, max(0, int(status.st_mtime))
     return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def gzip_member(data: bytes) -> bytes:
-    """A gzip member that holds data: compressed if that pays, stored otherwise."""
+    """Return a gzip member that holds data: compressed if that pays, else stored."""
     if not does_shrink(data):
         return stored_member(data)
     packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 31)
@@ -3640,14 +3598,14 @@ def gzip_member(data: bytes) -> bytes:
 
 
 def does_shrink(data: bytes) -> bool:
-    """Whether a sample of data shrinks enough to be compressed."""
+    """Return whether a sample of data shrinks enough for compression to pay."""
     half = SAMPLE_BYTES // 2
     sample = data if len(data) <= SAMPLE_BYTES else data[len(data) // 4:][:half] + data[len(data) // 4 * 3:][:half]
     return len(zlib.compress(sample, LEVEL)) < SHRINKS * len(sample)
 
 
 def stored_member(data: bytes, crc: Optional[int] = None) -> bytes:
-    """A gzip member that holds data, whose CRC-32 may be known, as it is: in full stored blocks (RFC 1951, 3.2.4)."""
+    """Return a gzip member that holds data in stored blocks (RFC 1951, 3.2.4). crc: the CRC-32 of data, if known."""
     view = memoryview(data)
     parts: List[Any] = [GZIP_HEADER]
     for start in range(0, len(view), STORED_BYTES):
@@ -3658,14 +3616,14 @@ def stored_member(data: bytes, crc: Optional[int] = None) -> bytes:
 
 
 def stored_size(size: int) -> int:
-    """The length of the gzip member that stores size bytes."""
+    """Return the length of the gzip member that stores size bytes."""
     return len(GZIP_HEADER) + size + 5 * -(-size // STORED_BYTES) + 8
 
 
 def recompress(archive: Archive, file: BinaryIO, check: Callable[[], Any]) -> None:
-    """Write one of our archives to another file, with its stored members compressed where that pays.
+    """Copy one of our archives to a file, and compress its stored members where that pays.
 
-    check() is called before each member, and raises what ends the work early. Raises ReadError, OSError.
+    Calls check() before each member; what that raises ends the work. Raises ReadError, OSError.
     """
     from itertools import accumulate
     table = archive.table
@@ -3687,7 +3645,7 @@ def recompress(archive: Archive, file: BinaryIO, check: Callable[[], Any]) -> No
 
 
 def inflate_member(data: bytes, size: int) -> bytes:
-    """The content of one gzip member that must hold exactly size bytes. Raises ReadError."""
+    """Return the content of a gzip member that must hold exactly size bytes. Raises ReadError."""
     unpacker = zlib.decompressobj(31)
     try:
         content = unpacker.decompress(data, size + 1)
@@ -3699,7 +3657,7 @@ def inflate_member(data: bytes, size: int) -> bytes:
 
 
 class Archive:
-    """A stored .tar.gz, ours or the peer's, opened for reading."""
+    """A .tar.gz in a storage, ours or Keepsake's, open for reading."""
 
     def __init__(self, storage: Storage, key: str) -> None:
         """Raises DoesNotExist, ReadError."""
@@ -3708,21 +3666,21 @@ class Archive:
         self.table = Table.read(self.read_range, self.size) if self.size > FOOTER_BYTES else None
 
     def has_lost_table(self) -> bool:
-        """Whether it ends like an archive with a table of contents, which cannot be believed."""
+        """Return whether it has a table of contents that is damaged."""
         return self.table is None and self.size > FOOTER_BYTES and self.read_range(
             self.size - FOOTER_BYTES, self.size).startswith(GZIP_EXTRA_HEADER)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """The bytes [start, end) of the archive. Raises ReadError."""
+        """Return the bytes [start, end) of the archive. Raises ReadError."""
         with self._open(start, end) as stream:
             return read_fully(stream, end - start)
 
     def files(self, wanted: Callable[[str], bool], archive_id: str,
               name: Optional[str] = None) -> Iterator[Tuple[TarMember, Iterator[Any]]]:
-        """(member, pieces of its content) of each wanted file; only the one called name if the table leads to it.
+        """Yield (member, pieces of its content) for each wanted file; of a name that the table lists, read only that file.
 
-        Take the pieces of a file before you ask for the next file. Raises ReadError for every member that is no plain
-        file or directory below `<archive_id>/`, and the errors of zlib and tarfile: see reading_archive.
+        Take the pieces of a file before you ask for the next one. Raises ReadError for a member that is neither a plain
+        file nor a directory below `<archive_id>/`, and the errors of zlib and tarfile: see reading_archive.
         """
         located = self._located(name, archive_id) if name else None
         for member, pieces in [located] if located else read_tar(self._content(), archive_id):
@@ -3730,7 +3688,7 @@ class Archive:
                 yield member, pieces
 
     def sums(self, archive_id: str) -> Dict[str, Tuple[int, int]]:
-        """(size, CRC-32) of each file by name: as the table says, or else of all that is in it. Raises like files()."""
+        """Return (size, CRC-32) of each file by name, from the table if it has them. Raises like files()."""
         found: Dict[str, Tuple[int, int]] = {}
         if self.table and all(crc is not None for *_, crc in self.table.files):
             for name, _, size, known in self.table.files:
@@ -3740,7 +3698,7 @@ class Archive:
             return self.read_sums(archive_id, progress.add)
 
     def read_sums(self, archive_id: str, progress: Callable[[int], None]) -> Dict[str, Tuple[int, int]]:
-        """(size, CRC-32) of each file by name, of all that is in the archive. Raises like files()."""
+        """Read all files, and return (size, CRC-32) of each by name. Raises like files()."""
         found: Dict[str, Tuple[int, int]] = {}
         for member, pieces in self.files(lambda name: True, archive_id):
             crc = 0
@@ -3751,16 +3709,16 @@ class Archive:
         return found
 
     def contents(self, archive_id: str, sizes: Dict[str, int]) -> Dict[str, bytes]:
-        """The content of these files. Raises ReadError where one is larger than that; see files()."""
+        """Return the content of these files. Raises ReadError if one is larger than its size here, and like files()."""
         chosen = [self.files(sizes.__contains__, archive_id)] if self.table is None else [
             self.files(name.__eq__, archive_id, name) for name in sorted(sizes)]
         return {member.name: b"".join(_limited(pieces, sizes[member.name])) for files in chosen for member, pieces in files}
 
     def copy_file(self, name: str, archive_id: str, target: BinaryIO) -> bool:
-        """Write the file called name to target; False if there is none."""
+        """Write the file called name to target, and return whether there is one."""
         found = False
-        for _, pieces in self.files(lambda candidate: candidate == name, archive_id, name):
-            target.seek(0)  # of several the last one counts, as in a checkout
+        for _, pieces in self.files(name.__eq__, archive_id, name):
+            target.seek(0)  # the last of several wins, as in a checkout
             target.truncate()
             target.writelines(pieces)
             found = True
@@ -3779,7 +3737,7 @@ class Archive:
         return None
 
     def _content(self, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
-        """The tar in pieces: from offset start to the end of the gzip member that holds offset end, or all of it."""
+        """Yield the tar in pieces: from offset start to the end of the gzip member that holds offset end, or all of it."""
         first, last, skip = 0, self.size, 0
         if end is not None:
             position = compressed_position = 0
@@ -3797,7 +3755,7 @@ class Archive:
 
 
 def read_fully(stream: BinaryIO, length: int) -> bytes:
-    """Exactly length bytes; raises ReadError if the stream ends before."""
+    """Return exactly length bytes. Raises ReadError if the stream ends early."""
     data = read_up_to(stream, length)
     if len(data) < length:
         raise ReadError("it is cut off")
@@ -3805,7 +3763,7 @@ def read_fully(stream: BinaryIO, length: int) -> bytes:
 
 
 def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
-    """pieces, up to a total length; raises ReadError beyond it."""
+    """Yield pieces up to a total length. Raises ReadError beyond it."""
     for piece in pieces:
         limit -= len(piece)
         if limit < 0:
@@ -3814,12 +3772,12 @@ def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
 
 
 def gunzip(stream: BinaryIO) -> Iterator[bytes]:
-    """The content of a gzip file of one or more members, in pieces. Raises EOFError, zlib.error."""
+    """Yield the content of a gzip file of one or more members in pieces. Raises EOFError, zlib.error."""
     unpacker, is_inside, is_first = zlib.decompressobj(31), False, True
     for data in iter(lambda: stream.read(PIECE_BYTES), b""):
         while data:
             if not (is_inside or is_first):
-                data = data.lstrip(b"\0")  # zeros may stand behind a member
+                data = data.lstrip(b"\0")  # zeros may follow a member
                 if not data:
                     break
             is_inside, is_first = True, False
@@ -3835,7 +3793,7 @@ def gunzip(stream: BinaryIO) -> Iterator[bytes]:
 
 
 class TarMember:
-    """A header of a tar."""
+    """A file or directory in a tar."""
 
     __slots__ = ("name", "size", "mode", "is_directory")
 
@@ -3844,41 +3802,41 @@ class TarMember:
 
 
 class TarReader:
-    """Members of an untrusted tar stream; anything but regular files and directories is a ReadError.
+    """Reads an untrusted tar stream. Raises ReadError for anything but regular files and directories.
 
-    What costs a hostile archive nothing and us time or memory is bounded, each far above what honest archives hold.
+    The limits keep a small hostile archive from costing much time or memory. Each is far above what honest archives hold.
     """
 
     MAX_HEADER_BYTES = 64 << 10
     MAX_HEADERS = 8              # long names and PAX headers before one member
     MAX_RECORDS = 256            # of a PAX header
     MAX_NAME_BYTES = 4096
-    MAX_DEPTH = 255              # directories within each other
+    MAX_DEPTH = 255              # nested directories
     MAX_IDLE_MEMBERS = 100000    # directories and repeated names
     MAX_MEMBERS = 2000000
     MAX_NAMES_BYTES = 64 << 20   # of all names together
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
-        self._names: Set[int] = set()  # hashes of those so far
+        self._names: Set[int] = set()  # hashes of the names so far
         self._names_bytes = 0
         self._idle_members = 0
         self._buffer = memoryview(b"")
-        self._left = 0     # bytes of the current member's content
-        self._padding = 0  # and of the padding behind it
+        self._left = 0     # bytes of the current member's content,
+        self._padding = 0  # and of the padding after it
 
     def members(self) -> Iterator[TarMember]:
-        """Each member; take its content from data() before you ask for the next one."""
+        """Yield each member. Take its content from data() before you ask for the next one."""
         overrides: Dict[str, str] = {}
         headers = 0
         while True:
             self._left += self._padding
-            for _ in self.data():  # what nobody has taken
+            for _ in self.data():  # skip what nobody has taken
                 pass
             self._left, self._padding = 512, 0
             block = b"".join(self.data())
             if not block.strip(b"\0"):
-                for _ in self._pieces:  # so that the checksum at the end is looked at
+                for _ in self._pieces:  # so that zlib checks the checksum at the end
                     pass
                 return
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -3895,7 +3853,7 @@ class TarReader:
             name = overrides.get("path", info.name)
             if any(key.startswith("GNU.sparse") for key in overrides) or info.type not in (
                     tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
-                raise ReadError("%s in it is no regular file or directory" % (escape_control(name) or "something"))
+                raise ReadError("%s in it is not a regular file or directory" % (escape_control(name) or "something"))
             is_directory = info.type == tarfile.DIRTYPE
             if is_directory:
                 self._left = self._padding = 0
@@ -3904,12 +3862,12 @@ class TarReader:
             yield TarMember(name, size, info.mode, is_directory)
 
     def _check_bounds(self, name: str, is_directory: bool) -> None:
-        """Raises ReadError where a name or the number of members is beyond reason."""
+        """Raise ReadError if a name or the number of members exceeds a limit."""
         length = len(name.encode("utf-8", "surrogateescape"))
         if length > self.MAX_NAME_BYTES:
             raise ReadError("it has a file name of %d bytes, more than %d" % (length, self.MAX_NAME_BYTES))
         if name.count("/") > self.MAX_DEPTH:
-            raise ReadError("it has more than %d directories within each other" % self.MAX_DEPTH)
+            raise ReadError("it has more than %d nested directories" % self.MAX_DEPTH)
         if is_directory or hash(name) in self._names:
             self._idle_members += 1
             if self._idle_members > self.MAX_IDLE_MEMBERS:
@@ -3920,10 +3878,10 @@ class TarReader:
         if len(self._names) > self.MAX_MEMBERS:
             raise ReadError("it has more than %d files" % self.MAX_MEMBERS)
         if self._names_bytes > self.MAX_NAMES_BYTES:
-            raise ReadError("its file names are longer than %s together" % format_size(self.MAX_NAMES_BYTES))
+            raise ReadError("its file names take more than %s" % format_size(self.MAX_NAMES_BYTES))
 
     def data(self) -> Iterator[memoryview]:
-        """The content of the current member in pieces."""
+        """Yield the content of the current member in pieces."""
         while self._left:
             while not self._buffer:
                 piece = next(self._pieces, None)
@@ -3936,7 +3894,7 @@ class TarReader:
             yield taken
 
     def _extended_header(self, kind: bytes, size: int) -> Dict[str, str]:
-        """What a GNU long name or a PAX header says of the next member."""
+        """Return what a GNU long name or a PAX header says about the next member."""
         if size > self.MAX_HEADER_BYTES:
             raise ReadError("it has a header of %d bytes, more than %d" % (size, self.MAX_HEADER_BYTES))
         content = b"".join(self.data())
@@ -3948,7 +3906,7 @@ class TarReader:
 
 
 def read_pax(content: bytes) -> Dict[str, str]:
-    """The records of a PAX header ("<length> <key>=<value>\\n"; POSIX.1-2001). Raises ReadError."""
+    """Return the records of a PAX header ("<length> <key>=<value>\\n"; POSIX.1-2001). Raises ReadError."""
     records: Dict[str, str] = {}
     position = count = 0
     while position < len(content):
@@ -3969,7 +3927,10 @@ def read_pax(content: bytes) -> Dict[str, str]:
 
 
 def read_tar(content: Iterator[bytes], archive_id: str) -> Iterator[Tuple[TarMember, Iterator[memoryview]]]:
-    """(member with its path in the project, pieces of its content) of each file. Raises ReadError, EOFError, TarError."""
+    """Yield (member with its path in the project, pieces of its content) for each file.
+
+    Raises ReadError, EOFError, TarError.
+    """
     reader = TarReader(content)
     for member in reader.members():
         member.name = safe_name(member, archive_id)
@@ -3978,34 +3939,34 @@ def read_tar(content: Iterator[bytes], archive_id: str) -> Iterator[Tuple[TarMem
 
 
 def safe_name(member: TarMember, archive_id: str) -> str:
-    """The member's path in the project, or '' for its top directory. Raises ReadError for a dangerous one."""
+    """Return a member's path in the project, '' for the top directory. Raises ReadError for a dangerous one."""
     name = member.name
     parts = name.rstrip("/").split("/")
     if parts[0] != archive_id:
         raise ReadError("%s in it is not below the folder %s" % (escape_control(name), archive_id[:SHORT_ID]))
     for part in parts[1:]:
         if is_unsafe(part):
-            raise ReadError("%s in it is no safe file name" % escape_control(name))
+            raise ReadError("%s in it is not a safe file name" % escape_control(name))
         if is_protected(part):
             raise ReadError("%s in it would be written into %s" % (escape_control(name), escape_control(part)))
     return "/".join(parts[1:])
 
 
 def is_unsafe(part: str) -> bool:
-    """Whether a path component means something else than a plain name on some system."""
+    """Return whether a path component is more than a plain name on some system."""
     return (part in ("", ".", "..") or "\\" in part or "\0" in part or len(part) > 255
             or re.match(r"[A-Za-z]:", part) is not None)
 
 
 def is_protected(part: str) -> bool:
-    """Whether a path component names .git or .replicate on any file system (case, dots, ignorable characters)."""
+    """Return whether a path component names .git or .replicate on any file system (case, dots, ignorable characters)."""
     plain = re.sub("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]", "", part).lower().rstrip(". ").partition(":")[0]
     return plain in (".git", ".replicate", "git~1", "replic~1") or plain.startswith(STAGING_PREFIX)
 
 
 def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
               progress: Optional[Progress] = None) -> Set[str]:
-    """Write files below a private directory; returns their names. Raises ReadError, OSError."""
+    """Write files below a private directory, and return their names. Raises ReadError, OSError."""
     written: Set[str] = set()
     for member, pieces in files:
         path = os.path.join(directory, *member.name.split("/"))
@@ -4025,7 +3986,7 @@ def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
 
 
 def code_digest(sums: Dict[str, Tuple[int, int]]) -> str:
-    """SHORT_ID hex digits that stand for the names and contents of files; sums: (size, CRC-32) by name."""
+    """Return SHORT_ID hex digits that identify the names and contents of files. sums: (size, CRC-32) by name."""
     import hashlib
     lines = ["%s\0%d\0%08x\n" % (name, *sums[name]) for name in sorted(sums)]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:SHORT_ID]
@@ -4042,29 +4003,30 @@ LIVE_LOCK = ".live.lock"
 
 
 def document_key(experiment_id: str) -> str:
-    """Where an experiment's document is."""
+    """Return the key of an experiment's document."""
     return "%s%s.json" % (EXPERIMENTS, experiment_id)
 
 
 def heartbeat_key(experiment_id: str) -> str:
-    """Where an experiment's heartbeat is."""
+    """Return the key of an experiment's heartbeat."""
     return "%s%s.json" % (HEARTBEATS, experiment_id)
 
 
 def archive_key(kind: str, item_id: str) -> str:
-    """kind is 'experiments' or 'checkpoints'."""
+    """Return the key of an archive; kind is 'experiments' or 'checkpoints'."""
     return "%s/%s.tar.gz" % (kind, item_id)
 
 
 class ExperimentGone(ReplicateError):
-    """The document of an experiment that is being recorded was removed."""
+    """Somebody removed an experiment that is being recorded."""
 
 
 class Journal:
-    """Checkpoints that are not in their experiment's document yet, a JSON line each; locked while its writer lives.
+    """A file of checkpoints that are not in their experiment's document yet, one JSON line each.
 
-    `{"checkpoint": {...}}` adds one, `{"removed": "<id>"}` takes one out again, `{"pruned": "<id>"}` only its files. Its
-    name is made of the experiment's ID and the time. Readers skip a torn line, which a full disk or a killed process leaves.
+    `{"checkpoint": {...}}` adds a checkpoint, `{"removed": "<id>"}` removes it again, `{"pruned": "<id>"}` only its files.
+    The experiment's ID and the time make the file's name, and its writer keeps it locked. A full disk or a killed process
+    leaves a torn line, which readers skip.
     """
 
     def __init__(self, storage: DiskStorage, experiment_id: str) -> None:
@@ -4074,19 +4036,19 @@ class Journal:
         self._lock.acquire()
 
     def append(self, line: bytes) -> None:
-        """Add a line; it survives the death of the process from here on. Raises OSError."""
+        """Add a line, which then survives the death of the process. Raises OSError."""
         data = b"\n" + line + b"\n"
         written = os.write(self._lock.descriptor, data)
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self, remove: bool) -> None:
-        """Give it up: removed if its lines are in the document, else left for whoever comes next."""
+        """Unlock the file. remove: delete it, since its lines are in the document."""
         self._lock.release(remove)
 
 
-def read_journals(journals: Iterable[bytes]) -> Tuple[Dict[str, Dict[str, Any]], Set[str]]:
-    """(the checkpoints in journals by ID, the IDs of all that were pruned)."""
+def read_journals(journals: Iterable[bytes], known: Container[str]) -> Tuple[List[Dict[str, Any]], Set[str]]:
+    """Return (the checkpoints in journals whose IDs are not known, oldest first; the IDs of all that were pruned)."""
     added: Dict[str, Dict[str, Any]] = {}
     removed: Set[str] = set()
     pruned: Set[str] = set()
@@ -4104,35 +4066,24 @@ def read_journals(journals: Iterable[bytes]) -> Tuple[Dict[str, Dict[str, Any]],
         except (ReadError, TypeError, KeyError, AttributeError):
             torn += 1
     if torn:
-        console.debug("Skipped %s of a journal." % plural(torn, "torn line"))
+        console.debug("Skipped %s in a journal." % plural(torn, "torn line"))
     strip_files(added.values(), pruned)
-    return {item_id: item for item_id, item in added.items() if item_id not in removed}, pruned
+    new = [item for item_id, item in added.items() if item_id not in removed and item_id not in known]
+    return sorted(new, key=lambda item: canonical_time(item["created"])), pruned
 
 
-def new_checkpoints(known: Container[str], added: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The added checkpoints whose IDs are not known, oldest first."""
-    return sorted((item for item_id, item in added.items() if item_id not in known),
-                  key=lambda item: canonical_time(item["created"]))
-
-
-def merge_checkpoints(document: Dict[str, Any], journals: Iterable[bytes]) -> None:
-    """Put what journals say into a document."""
-    present = document.get("checkpoints") or []
-    added, pruned = read_journals(journals)
-    strip_files(present, pruned)
-    note_pruned(document, pruned - {item["id"] for item in present} - added.keys())
-    new = new_checkpoints({item["id"] for item in present}, added)
+def merge_journals(document: Dict[str, Any], journals: Iterable[bytes]) -> None:
+    """Add the new checkpoints in journals to a document, and take out the files of pruned ones."""
+    items = document.get("checkpoints") or []
+    new, pruned = read_journals(journals, {item["id"] for item in items})
+    strip_files(items, pruned)
     if new:
-        document["checkpoints"] = present + new
-
-
-def warn_of_skipped(key: str, reason: str) -> None:
-    """Warn of a document that cannot be used."""
-    console.warning("Skipped %s: %s." % (escape_control(key), reason))
+        document["checkpoints"] = items = items + new
+    note_pruned(document, pruned - {item["id"] for item in items})
 
 
 def note_pruned(header: Dict[str, Any], ids: Set[str]) -> bool:
-    """Keep in a pending document which checkpoints are to be pruned in the bucket, where they are; whether that changed it."""
+    """Note in a pending document which uploaded checkpoints to prune in the bucket; return whether that changed it."""
     known = set(texts_in(header, PRUNED_KEY))
     if not header.get(SENT_KEY) or ids <= known:
         return False
@@ -4140,10 +4091,20 @@ def note_pruned(header: Dict[str, Any], ids: Set[str]) -> bool:
     return True
 
 
-class Repository:
-    """Experiments and checkpoints in a storage; the layout is described in the README.
+def decode_document(data: bytes, experiment_id: str) -> Dict[str, Any]:
+    """Return the document of an experiment. Raises ReadError if data is not a valid one."""
+    return checked_experiment(decode_json(data, "it"), experiment_id)
 
-    pending: a repository on disk that holds what has not been sent to this one yet.
+
+def warn_of_skipped(key: str, reason: str) -> None:
+    """Warn that a document cannot be used."""
+    console.warning("Skipped %s: %s." % (escape_control(key), reason))
+
+
+class Repository:
+    """Experiments and checkpoints in a storage. The README describes the layout.
+
+    pending: the repository on disk that holds what has not been uploaded to this one yet.
     """
 
     def __init__(self, url: str, storage: Optional[Storage] = None, pending: Optional[Repository] = None) -> None:
@@ -4154,7 +4115,7 @@ class Repository:
     # -- the format version
 
     def check_version(self) -> bool:
-        """Whether it has been written to. Raises IncompatibleRepositoryVersion, CorruptedRepositorySpec."""
+        """Return whether anybody has written to it. Raises IncompatibleRepositoryVersion, CorruptedRepositorySpec."""
         try:
             data = self.storage.read("repository.json")
         except DoesNotExist:
@@ -4162,21 +4123,21 @@ class Repository:
         try:
             version = decode_json(data, "repository.json")["version"]
             if type(version) is not int or version < 1:
-                raise ReadError("its version is no number")
+                raise ReadError("its version is not a number")
         except (ReadError, TypeError, KeyError) as error:
             raise CorruptedRepositorySpec("The file repository.json of %s is damaged: it should be {\"version\": 1}." %
                                           self.url) from error
         if version > REPOSITORY_VERSION:
             raise IncompatibleRepositoryVersion(
-                "The repository %s has format version %d, and this Replicate (%s) knows %d: install a newer one." %
+                "The repository %s has format version %d, but Replicate %s only knows version %d: install a newer one." %
                 (self.url, version, __version__, REPOSITORY_VERSION))
         return True
 
     def prepare(self) -> None:
-        """Make it ready for recording. Raises what check_version raises, and WriteError."""
+        """Make it ready for recording. Raises WriteError, and like check_version()."""
         exists = self.check_version()
+        remove_leftovers(self)
         self.storage.prepare()
-        self._remove_leftovers()
         if not exists:
             self.storage.write("repository.json", encode_json({"version": REPOSITORY_VERSION}, indent=None))
 
@@ -4187,57 +4148,25 @@ class Repository:
         self.storage.write(document_key(document["id"]), DocumentText(document).data())
 
     def load(self, experiment_id: str) -> Dict[str, Any]:
-        """The document of an experiment, with what is in its journals. Raises DoesNotExist, ReadError."""
-        waiting = self._contents(self.journals().get(experiment_id, ()))  # first: they may be folded meanwhile
+        """Return the document of an experiment, merged with its journals. Raises DoesNotExist, ReadError."""
+        waiting = self._contents(self.journals().get(experiment_id, ()))  # before the document, into which they are folded
         try:
             data = self.storage.read(document_key(experiment_id))
         except DoesNotExist as error:
             raise DoesNotExist("Experiment %s does not exist in %s." %
                                (experiment_id[:SHORT_ID], self.url)) from error
-        document = self._decode(data, experiment_id)
-        merge_checkpoints(document, waiting)
+        document = decode_document(data, experiment_id)
+        merge_journals(document, waiting)
         return document
 
     def experiments(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Experiment]:
-        """Every readable experiment with all of its checkpoints, oldest first; skipped(key, reason) is told of others."""
-        waiting = self._waiting()
-        found = list(map(Experiment, self.documents(self._entries(skipped), waiting, skipped)))
+        """Return every readable experiment with all its checkpoints, oldest first; call skipped(key, reason) for others."""
+        waiting = self.journal_contents()
+        found = list(map(Experiment, self.documents(self.document_entries(skipped), waiting, skipped)))
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
-    def rows(self) -> List[Row]:
-        """A row for each readable experiment, oldest first; only documents that changed are read again."""
-        running, waiting = self.running(), self._waiting()
-        entries = {entry.name[:-5]: entry for entry in self._entries()}
-        cache = RowCache(self.url)
-        found = {row.id: row for row in cache.rows()
-                 if row.id in entries and row.id not in waiting and row.version == entries[row.id].version}
-        forgotten = cache.count - len(found)
-        stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
-        new: Dict[str, Row] = {}
-        unpublished, index = cache.unpublished + len(stale), None
-        if self.storage.has_index and unpublished >= RowIndex.MIN_STALE:
-            unpublished, index = 0, RowIndex(self.storage)
-            new = {row.id: row for row in index.rows(stale)}
-        missing = [entry for entry in stale if entry.name[:-5] not in new]
-        for document in self.documents(missing, waiting):
-            experiment_id = document["id"]
-            settled = experiment_id not in waiting and cache.is_settled(entries[experiment_id], self.storage)
-            new[experiment_id] = Row.of(document, entries[experiment_id].version if settled else "")
-        found.update(new)
-        if index is not None and index.lacks(entries.values()) >= max(RowIndex.MIN_STALE, len(entries) // 10):
-            index.publish(self.storage, found.values())
-        if forgotten or new or unpublished != cache.unpublished:
-            cache.update([row for row in new.values() if row.version], entries, unpublished)
-        for experiment_id in running & found.keys():
-            found[experiment_id].running = True
-        return sorted(found.values(), key=lambda row: (canonical_time(row.summary["created"]), row.id))
-
-    def _waiting(self) -> Dict[str, List[bytes]]:
-        """The contents of the journals by experiment; read before the documents, into which they may be folded."""
-        return {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
-
-    def _entries(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Entry]:
-        """The documents in the storage; skipped(key, reason) is told of each file of another name."""
+    def document_entries(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Entry]:
+        """Return the entries of the documents, and call skipped(key, reason) for each file with another kind of name."""
         entries = []
         for entry in self.storage.list(EXPERIMENTS):
             if entry.name.endswith(".json") and is_id(entry.name[:-5]):
@@ -4248,7 +4177,10 @@ class Repository:
 
     def documents(self, entries: Sequence[Entry], waiting: Dict[str, List[bytes]],
                   skipped: Callable[[str, str], None] = warn_of_skipped) -> Iterator[Dict[str, Any]]:
-        """The readable documents of these entries, with their journals; skipped(key, reason) is told of each of the others."""
+        """Yield the documents of these entries, merged with their journals; call skipped(key, reason) for unreadable ones.
+
+        waiting: see journal_contents().
+        """
         def read(entry: Entry) -> Any:
             try:
                 return self.storage.read(entry.key, entry)
@@ -4259,18 +4191,15 @@ class Repository:
             try:
                 if isinstance(data, ReplicateError):
                     raise data
-                document = self._decode(data, entry.name[:-5])
+                document = decode_document(data, entry.name[:-5])
             except DoesNotExist:  # somebody removed it meanwhile
                 continue
             except ReplicateError as error:
                 skipped(entry.key, str(error).rstrip("."))
                 continue
             if document["id"] in waiting:
-                merge_checkpoints(document, waiting[document["id"]])
+                merge_journals(document, waiting[document["id"]])
             yield document
-
-    def _decode(self, data: bytes, experiment_id: str) -> Dict[str, Any]:
-        return checked_experiment(decode_json(data, "it"), experiment_id)
 
     # -- heartbeats
 
@@ -4280,19 +4209,19 @@ class Repository:
             {"experiment_id": experiment_id, "last_heartbeat": timestamp()}, indent=None))
 
     def running(self) -> Set[str]:
-        """The IDs of the experiments whose last heartbeat is recent."""
+        """Return the IDs of the experiments whose last heartbeat is recent."""
         return {entry.name[:-5] for entry in self.storage.list(HEARTBEATS)
-                if entry.name.endswith(".json") and self._is_recent(entry)}
+                if entry.name.endswith(".json") and self.is_recent(entry)}
 
     def is_running(self, experiment_id: str) -> bool:
-        """Whether the last heartbeat of an experiment is recent."""
+        """Return whether the last heartbeat of an experiment is recent."""
         try:
-            return self._is_recent(self.storage.stat(heartbeat_key(experiment_id)))
+            return self.is_recent(self.storage.stat(heartbeat_key(experiment_id)))
         except DoesNotExist:
             return False
 
-    def _is_recent(self, entry: Entry) -> bool:
-        """By the heartbeat's content on disk, by its own modification time and the server's clock on a bucket."""
+    def is_recent(self, entry: Entry) -> bool:
+        """Return whether a heartbeat is recent: on disk by its content, on a bucket by its modification time there."""
         if not self.storage.has_journals:
             return entry.modified > time.time() + self.storage.clock_skew - HEARTBEAT_TIMEOUT
         try:
@@ -4304,13 +4233,17 @@ class Repository:
     # -- journals
 
     def journals(self) -> Dict[str, List[str]]:
-        """The keys of the journals of each experiment that has some."""
+        """Return the keys of each experiment's journals, oldest first."""
         found: Dict[str, List[str]] = {}
         for entry in self.storage.list(JOURNALS) if self.storage.has_journals else ():
             experiment_id, _, rest = entry.name.partition(".")
             if is_id(experiment_id) and rest.endswith(".jsonl"):
                 found.setdefault(experiment_id, []).append(entry.key)
-        return {experiment_id: sorted(keys) for experiment_id, keys in found.items()}  # oldest first
+        return {experiment_id: sorted(keys) for experiment_id, keys in found.items()}
+
+    def journal_contents(self) -> Dict[str, List[bytes]]:
+        """Return the contents of each experiment's journals. Read them before the documents, into which they are folded."""
+        return {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
 
     def _contents(self, keys: Iterable[str]) -> List[bytes]:
         contents = []
@@ -4323,127 +4256,24 @@ class Repository:
 
     def fold(self, experiment_id: str, keys: Sequence[str], text: Optional[DocumentText] = None,
              more: bytes = b"", final: Optional[Dict[str, Any]] = None) -> Optional[DocumentText]:
-        """Put the checkpoints in these journals and in `more` lines of one, and final keys, into a document.
+        """Merge these journals, `more` journal lines and final keys into a document, and return its text.
 
-        text: what the last fold() returned, so that a document that nobody else changed need not be parsed again.
-        Raises ExperimentGone if there is no document any more, WriteError, ReadError.
+        text: what the last fold() returned; saves parsing a document that nobody else changed.
+        Raises ExperimentGone if the document is gone, WriteError, ReadError.
         """
         def change(old: Optional[bytes]) -> Optional[bytes]:
             nonlocal text
             if old is None:
                 raise ExperimentGone("Experiment %s was removed from %s." % (experiment_id[:SHORT_ID], self.url))
             if text is None or text.data() != old:
-                text = DocumentText(self._decode(old, experiment_id))
+                text = DocumentText(decode_document(old, experiment_id))
             is_changed = text.merge(self._contents(keys) + [more], final or {})
             return text.data() if is_changed else None
 
         self.storage.update(document_key(experiment_id), change)
         return text
 
-    def _remove_leftovers(self) -> None:
-        """Remove the temporary files and heartbeats of killed processes from a disk, where it may be written."""
-        if not isinstance(self.storage, DiskStorage):
-            return
-        try:
-            for entry in self.storage.list("tmp/"):
-                if entry.name.endswith(LIVE_LOCK) and self.storage.read(entry.key) == os.fsencode(platform.node()):
-                    self._remove_heartbeat_of_dead(entry.name[:-len(LIVE_LOCK)])
-            self.storage.remove_leftovers()
-            self.storage.delete([entry.key for entry in self.storage.list(HEARTBEATS)
-                                 if is_id(entry.name[:-5]) and not self._is_recent(entry)])
-        except ReplicateError as error:
-            console.debug(str(error))
-
-    def live_lock(self, experiment_id: str) -> FileLock:
-        """The lock that a process of some machine, which its file names, holds while it records an experiment here."""
-        return FileLock(self.storage.path("tmp/" + experiment_id + LIVE_LOCK))  # type: ignore[attr-defined]
-
-    def _remove_heartbeat_of_dead(self, experiment_id: str) -> None:
-        lock = self.live_lock(experiment_id)
-        try:
-            if is_id(experiment_id) and lock.acquire(wait=False):
-                if lock.is_held:
-                    self.storage.delete([heartbeat_key(experiment_id)])
-                lock.release(remove=lock.is_held)
-        except OSError:  # it belongs to somebody else
-            return
-
-    def fold_abandoned(self) -> None:
-        """Fold the journals of killed processes and remove what else they left, where this repository may be written."""
-        if not isinstance(self.storage, DiskStorage):
-            return
-        self._remove_leftovers()
-        for experiment_id, keys in self.journals().items():
-            for key in keys:
-                lock = FileLock(self.storage.path(key), os.O_APPEND)
-                try:
-                    if not lock.acquire(wait=False):
-                        continue
-                except OSError:  # no permission to write: it is merged on every reading
-                    return
-                done = False
-                try:
-                    self.fold(experiment_id, [key])
-                    done = True
-                except (ExperimentGone, DoesNotExist):
-                    done = True
-                except ReplicateError as error:
-                    console.debug("A journal could not be folded: %s" % error)
-                finally:
-                    lock.release(remove=done)
-
-    # -- finding
-
-    def find(self, prefix: str) -> Tuple[Experiment, Optional[Checkpoint]]:
-        """The experiment of that name, or the experiment or checkpoint (then with its experiment) whose ID starts so.
-
-        Raises DoesNotExist.
-        """
-        return self.find_all([prefix])[0]
-
-    def find_all(self, prefixes: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
-        """One experiment or checkpoint for each name or start of an ID; raises DoesNotExist for the first that fits none or several."""
-        rows: Optional[List[Row]] = None
-        loaded: Dict[str, Experiment] = {}
-
-        def load(experiment_id: str) -> Experiment:
-            if experiment_id not in loaded:
-                loaded[experiment_id] = Experiment(self.load(experiment_id))
-            return loaded[experiment_id]
-
-        found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
-        for prefix in prefixes:
-            if len(prefix) == 64 and is_id(prefix):  # a whole ID, as `ls -q` prints it, needs no search
-                try:
-                    found.append((load(prefix), None))
-                    continue
-                except DoesNotExist:
-                    pass
-            if rows is None:
-                rows = self.rows()
-            candidates: List[Tuple[str, Experiment, Optional[Checkpoint]]] = []
-            if not is_id(prefix):
-                candidates = [(row.id, load(row.id), None) for row in rows if prefix and text_in(row.summary, "name") == prefix]
-            for row in rows if is_id(prefix) else ():
-                if row.id.startswith(prefix):
-                    candidates.append((row.id, load(row.id), None))
-                if row.may_have_checkpoint(prefix):
-                    candidates.extend((checkpoint.id, load(row.id), checkpoint) for checkpoint in load(row.id).checkpoints
-                                      if checkpoint.id.startswith(prefix))
-            candidates = [candidate for candidate in candidates if candidate[0] == prefix] or candidates
-            if not candidates:
-                raise DoesNotExist("Experiment or checkpoint not found: %s" % (prefix or "the ID is empty"))
-            if len(candidates) > 1:
-                kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", item_id[:max(SHORT_ID, len(prefix) + 3)])
-                         for item_id, _, checkpoint in candidates]
-                raise DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
-                    "ID " + prefix if is_id(prefix) else "name %r" % prefix, ", ".join(kinds[:5]),
-                    " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "",
-                    "more of it" if is_id(prefix) else "one of these IDs"))
-            found.append(candidates[0][1:])
-        return found
-
-    # -- removing
+    # -- changing and removing
 
     def remove_experiment(self, experiment: Experiment) -> None:
         """Remove an experiment and all that belongs to it, its document last. Raises WriteError."""
@@ -4461,31 +4291,29 @@ class Repository:
         self.storage.delete([archive_key("checkpoints", checkpoint.id)] +
                             (self._temporary_keys([checkpoint.id]) if self.storage.has_journals else []))
 
-        def change(old: Optional[bytes]) -> Optional[bytes]:
-            if old is None:
-                return None
+        def change(document: Dict[str, Any]) -> None:
             for key in self.journals().get(experiment.id, ()):
                 self._append_removal(key, checkpoint.id)
-            document = self._decode(old, experiment.id)
-            document["checkpoints"] = [item for item in document.get("checkpoints") or ()
-                                       if item["id"] != checkpoint.id]
-            return encode_json(document)
+            document["checkpoints"] = [item for item in document.get("checkpoints") or () if item["id"] != checkpoint.id]
 
-        self.storage.update(document_key(experiment.id), change)
+        try:
+            self.edit(experiment.id, change)
+        except DoesNotExist:  # somebody removed the experiment meanwhile
+            pass
 
     def edit(self, experiment_id: str, change: Callable[[Dict[str, Any]], Any]) -> None:
-        """Have change(document) change the document of an experiment in place. Raises DoesNotExist, WriteError."""
+        """Store the document of an experiment after change(document) has changed it. Raises DoesNotExist, WriteError."""
         def changed(old: Optional[bytes]) -> Optional[bytes]:
             if old is None:
                 raise DoesNotExist("Experiment %s does not exist in %s." % (experiment_id[:SHORT_ID], self.url))
-            document = self._decode(old, experiment_id)
+            document = decode_document(old, experiment_id)
             change(document)
             return encode_json(document)
 
         self.storage.update(document_key(experiment_id), changed)
 
     def _append_removal(self, key: str, checkpoint_id: str) -> None:
-        """Note in a journal that its checkpoint of that ID is not to be folded."""
+        """Note in a journal that nobody may fold this checkpoint."""
         try:
             descriptor = os.open(self.storage.path(key), os.O_WRONLY | os.O_APPEND | CLOEXEC)  # type: ignore
         except FileNotFoundError:
@@ -4496,7 +4324,7 @@ class Repository:
             os.close(descriptor)
 
     def _temporary_keys(self, ids: Sequence[str]) -> List[str]:
-        """What killed processes left in tmp/ of these experiments and checkpoints."""
+        """Return the keys of the files that killed processes left in tmp/ of these experiments and checkpoints."""
         known = set(ids)
         return [entry.key for entry in self.storage.list("tmp/") if entry.name.partition(".")[0] in known
                 and not entry.name.endswith(".lock")]
@@ -4504,7 +4332,7 @@ class Repository:
     # -- files
 
     def archive(self, kind: str, item_id: str) -> Archive:
-        """The archive of an experiment or checkpoint. Raises DoesNotExist, ReadError."""
+        """Return the archive of an experiment or checkpoint, wherever it is. Raises DoesNotExist, ReadError."""
         if self.pending is not None:
             try:
                 return self.pending.archive(kind, item_id)
@@ -4512,42 +4340,95 @@ class Repository:
                 pass
         return Archive(self.storage, archive_key(kind, item_id))
 
-    def layers(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
-        """(kind, ID) of the archives that make up a checkout, the uppermost last."""
-        found = [("experiments", experiment.id)] if experiment.path else []
-        return found + ([("checkpoints", checkpoint.id)] if checkpoint and checkpoint.path else [])
 
-    def open_file(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
-        """A saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist."""
-        import tempfile
-        for kind, item_id in reversed(self.layers(experiment, checkpoint)):
-            with reading_archive(self, kind, item_id):
-                file = tempfile.TemporaryFile()
-                if self.archive(kind, item_id).copy_file(path, item_id, file):
-                    file.seek(0)
-                    return file
-                file.close()
-        owner = checkpoint or experiment
-        if checkpoint and checkpoint.pruned:
-            raise DoesNotExist("%s Experiment %s itself has no file %s." % (
-                pruned_files(checkpoint), experiment.short_id(), path))
-        raise DoesNotExist("%s has no file %s." % (owner.short_id(), path))
+def layers_of(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
+    """Return (kind, ID) of each archive that makes up a checkout, the one that wins last."""
+    found = [("experiments", experiment.id)] if experiment.path else []
+    return found + ([("checkpoints", checkpoint.id)] if checkpoint and checkpoint.path else [])
+
+
+def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
+    """Return a saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist, ReadError."""
+    import tempfile
+    for kind, item_id in reversed(layers_of(experiment, checkpoint)):
+        with reading_archive(repository, kind, item_id):
+            file = tempfile.TemporaryFile()
+            if repository.archive(kind, item_id).copy_file(path, item_id, file):
+                file.seek(0)
+                return file
+            file.close()
+    if checkpoint and checkpoint.pruned:
+        raise DoesNotExist("%s Experiment %s itself has no file %s." % (
+            pruned_files(checkpoint), experiment.short_id(), path))
+    raise DoesNotExist("%s has no file %s." % ((checkpoint or experiment).short_id(), path))
 
 
 def pruned_files(checkpoint: Checkpoint) -> str:
-    """A sentence about the files of a pruned checkpoint."""
+    """Return a sentence about the files of a pruned checkpoint."""
     return "The files of checkpoint %s (%s) were pruned; only its metrics were kept." % (
         checkpoint.short_id(), checkpoint.pruned)
 
 
 def stored_archives(storage: Storage, kind: str) -> Dict[str, Entry]:
-    """The archives of a kind, 'experiments' or 'checkpoints', by the ID of what they belong to."""
+    """Return the archives of a kind, 'experiments' or 'checkpoints', by the ID of their owner."""
     names = [(entry.name.partition("."), entry) for entry in storage.list(kind + "/")]
     return {item_id: entry for (item_id, _, ending), entry in names if is_id(item_id) and ending == "tar.gz"}
 
 
+# What killed processes leave on a disk.
+
+def live_lock(storage: DiskStorage, experiment_id: str) -> FileLock:
+    """Return the lock that a process holds while it records an experiment here. The file holds the machine's name."""
+    return FileLock(storage.path("tmp/" + experiment_id + LIVE_LOCK))
+
+
+def remove_leftovers(repository: Repository) -> None:
+    """Remove the temporary files and heartbeats of killed processes from a disk, as far as permissions allow."""
+    storage = repository.storage
+    if not isinstance(storage, DiskStorage):
+        return
+    try:
+        for entry, lock in storage.leftovers("tmp/"):
+            try:
+                if entry.name.endswith(LIVE_LOCK) and lock.is_held:
+                    if storage.read(entry.key) == os.fsencode(platform.node()):  # locks may not reach other machines
+                        storage.delete([heartbeat_key(entry.name[:-len(LIVE_LOCK)])])
+            finally:
+                lock.release()
+        storage.delete([entry.key for entry in storage.list(HEARTBEATS)
+                        if is_id(entry.name[:-5]) and not repository.is_recent(entry)])
+    except ReplicateError as error:
+        console.debug(str(error))
+
+
+def fold_abandoned(repository: Repository) -> None:
+    """Fold the journals of killed processes and remove what else they left, as far as permissions allow."""
+    storage = repository.storage
+    if not isinstance(storage, DiskStorage):
+        return
+    remove_leftovers(repository)
+    for experiment_id, keys in repository.journals().items():
+        for key in keys:
+            lock = FileLock(storage.path(key), os.O_APPEND)
+            try:
+                if not lock.acquire(wait=False):
+                    continue
+            except OSError:  # no permission to write: every reader merges it
+                return
+            done = False
+            try:
+                repository.fold(experiment_id, [key])
+                done = True
+            except (ExperimentGone, DoesNotExist):
+                done = True
+            except ReplicateError as error:
+                console.debug("A journal could not be folded: %s" % error)
+            finally:
+                lock.release(remove=done)
+
+
 class Usage:
-    """What the archives of a repository take, in bytes: of each of these experiments, and of none."""
+    """The bytes that archives take: code and weights by experiment, unowned for each archive without one."""
 
     def __init__(self, storage: Storage, rows: Sequence[Row]) -> None:
         code, weights = stored_archives(storage, "experiments"), stored_archives(storage, "checkpoints")
@@ -4563,12 +4444,12 @@ class Usage:
                 self.weights[owner] += entry.size
 
     def total(self, experiment_id: str) -> int:
-        """The bytes of one experiment."""
+        """Return the bytes of one experiment."""
         return self.code[experiment_id] + self.weights[experiment_id]
 
 
 class Pruning:
-    """The files of an experiment's checkpoints that are to be removed, while their metrics are kept."""
+    """The checkpoints of an experiment that lose their files; their metrics stay."""
 
     def __init__(self, experiment: Experiment, archives: Dict[str, Entry], keep_best: int, keep_latest: int) -> None:
         items = [checkpoint._document for checkpoint in experiment.checkpoints]
@@ -4580,7 +4461,7 @@ class Pruning:
         self.bytes = sum(self._sizes.values())
 
     def run(self, repository: Repository) -> Tuple[int, int]:
-        """Note it in the document, then remove the archives; (checkpoints, bytes) removed.
+        """Mark the checkpoints as pruned in the document, then remove their archives. Return (checkpoints, bytes) removed.
 
         Raises DoesNotExist, ReadError, WriteError.
         """
@@ -4597,11 +4478,11 @@ class Pruning:
         return len(ids), sum(self._sizes.get(item_id, 0) for item_id in ids)
 
 
-LEFTOVER_SECONDS = 86400.0  # an archive of no experiment is older: documents are written after their archives
+LEFTOVER_SECONDS = 86400.0  # before an archive of no experiment is a leftover: recording writes archives first
 
 
 class Verification:
-    """Looks at everything that a repository holds, and notes what is wrong."""
+    """Checks everything in a repository, and collects the faults."""
 
     def __init__(self, repository: Repository, fix: bool) -> None:
         self.repository, self.fix = repository, fix
@@ -4614,8 +4495,8 @@ class Verification:
         self.faults.append((key, reason))
 
     def run(self) -> Tuple[int, List[Tuple[str, str, Experiment]]]:
-        """Look at all but the archives that belong to somebody; (how many experiments there are, those archives)."""
-        self._journals()
+        """Check all but the archives of experiments; return (number of experiments, those archives)."""
+        self._killed_processes()
         experiments = self.repository.experiments(self.fault)
         present = {entry.name[:-5] for entry in self.storage.list(EXPERIMENTS)}
         limit = self._age_limit(experiments)
@@ -4629,12 +4510,13 @@ class Verification:
             self._leftovers(unowned("checkpoints", {
                 checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints if not checkpoint.pruned}))
         self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
-                         if entry.name[:-5] not in present and not self.repository._is_recent(entry)])
+                         if entry.name[:-5] not in present and not self.repository.is_recent(entry)])
         return len(present), [place for experiment in experiments for place in archives_of(experiment)]
 
     def _age_limit(self, experiments: Sequence[Experiment]) -> float:
-        """Since when an archive may belong to somebody who has not written its document yet, in seconds since the epoch:
-        a running experiment may wait for space on a full disk, or still be uploading.
+        """Return the time in seconds since the epoch before which an archive without a document is a leftover.
+
+        A running experiment may still be uploading, or waiting for disk space.
         """
         running = self.repository.running()
         since = [experiment.created.timestamp() for experiment in experiments if experiment.id in running]
@@ -4642,8 +4524,8 @@ class Verification:
             return 0.0
         return min([time.time() + self.storage.clock_skew - LEFTOVER_SECONDS, *since])
 
-    def _journals(self) -> None:
-        """Note or fold what killed processes left."""
+    def _killed_processes(self) -> None:
+        """Report or clean up what killed processes left on a disk."""
         if not isinstance(self.storage, DiskStorage):
             return
         for entry, lock in self.storage.leftovers("tmp/"):
@@ -4653,12 +4535,12 @@ class Verification:
             else:
                 self.fault(entry.key, "it belongs to nobody; --fix removes it")
         if self.fix:
-            self.repository.fold_abandoned()
+            fold_abandoned(self.repository)
         for entry, _ in self.storage.leftovers(JOURNALS):
-            self.fault(entry.key, "a killed run left it; with --fix it is folded into its experiment")
+            self.fault(entry.key, "a killed run left it; --fix folds it into its experiment")
 
     def _leftovers(self, keys: Sequence[str]) -> None:
-        """Note or remove what belongs to nobody."""
+        """Report or remove objects that belong to nobody."""
         if self.fix:
             self.storage.delete(keys)
             self.removed += keys
@@ -4667,7 +4549,7 @@ class Verification:
             self.fault(key, "it belongs to nobody; --fix removes it")
 
     def check_archives(self, places: Sequence[Tuple[str, str, Experiment]]) -> None:
-        """Read archives in full, and compare them with their checksums."""
+        """Read these archives in full, and compare them with their checksums."""
         def problem(place: Tuple[str, str, Experiment]) -> Optional[str]:
             kind, item_id, experiment = place
             try:
@@ -4675,14 +4557,14 @@ class Verification:
                     archive = self.repository.archive(kind, item_id)
                     found = archive.read_sums(item_id, progress.add)
                     if archive.table and found != archive.sums(item_id):
-                        return "its files are not those of its table of contents"
+                        return "its files differ from its table of contents"
                     if archive.has_lost_table():
                         return "its table of contents is damaged; its files are not"
                     if kind == "experiments" and experiment.code not in (None, code_digest(found)):
-                        return "its files are not those that the experiment recorded"
+                        return "its files differ from those that the experiment recorded"
             except DoesNotExist:
-                is_wanted = place in self._places_now(experiment)
-                return "it is gone; it belongs to experiment %s" % experiment.short_id() if is_wanted else None
+                is_expected = self._is_expected(kind, item_id, experiment.id)
+                return "it is gone; it belongs to experiment %s" % experiment.short_id() if is_expected else None
             except ReadError as error:
                 cause = error.__cause__ or error
                 reason = short_reason(cause).rstrip(".").rpartition("decompressing data: ")[2]
@@ -4694,33 +4576,125 @@ class Verification:
                 if reason:
                     self.fault(archive_key(kind, item_id), reason)
 
-    def _places_now(self, experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
-        """archives_of() an experiment as it is now: it may have been removed or pruned."""
+    def _is_expected(self, kind: str, item_id: str, experiment_id: str) -> bool:
+        """Return whether an experiment should still have an archive: somebody may have removed or pruned it meanwhile."""
         try:
-            now = Experiment(self.repository.load(experiment.id))
+            now = Experiment(self.repository.load(experiment_id))
         except DoesNotExist:
-            return []
-        return [(kind, item_id, experiment) for kind, item_id, _ in archives_of(now)]
+            return False
+        return (kind, item_id) in [place[:2] for place in archives_of(now)]
 
 
 def archives_of(experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
-    """(kind, ID, the experiment) of each archive that an experiment should have."""
+    """Return (kind, ID, the experiment) of each archive that an experiment should have."""
     items = [("experiments", experiment), *[("checkpoints", checkpoint) for checkpoint in experiment.checkpoints]]
     return [(kind, item.id, experiment) for kind, item in items if item.path]  # type: ignore[attr-defined]
 
 
-class RowCache:
-    """The rows of one repository that this user has listed, in an SQLite file.
+# Rows list experiments, and find them by name or ID.
 
-    A row counts only while its document has just the version that it had. A file that is locked, read-only, damaged
-    or on a full disk, or a Python without sqlite3, means that there is no cache: never an error, nor a long wait.
+def list_rows(repository: Repository) -> List[Row]:
+    """Return a row for each readable experiment, oldest first. Reads only documents that changed since the last listing."""
+    storage = repository.storage
+    running, waiting = repository.running(), repository.journal_contents()
+    entries = {entry.name[:-5]: entry for entry in repository.document_entries()}
+    cache = RowCache(repository.url)
+    found = {row.id: row for row in cache.rows()
+             if row.id in entries and row.id not in waiting and row.version == entries[row.id].version}
+    forgotten = cache.count - len(found)
+    stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
+    new: Dict[str, Row] = {}
+    unpublished, index = cache.unpublished + len(stale), None
+    if storage.has_index and unpublished >= RowIndex.MIN_STALE:  # one object instead of many documents
+        unpublished, index = 0, RowIndex(storage)
+        new = {row.id: row for row in index.rows(stale)}
+    missing = [entry for entry in stale if entry.name[:-5] not in new]
+    for document in repository.documents(missing, waiting):
+        experiment_id = document["id"]
+        settled = experiment_id not in waiting and cache.is_settled(entries[experiment_id], storage)
+        new[experiment_id] = Row.of(document, entries[experiment_id].version if settled else "")
+    found.update(new)
+    if index is not None and index.lacks(entries.values()) >= max(RowIndex.MIN_STALE, len(entries) // 10):
+        index.publish(storage, found.values())
+    if forgotten or new or unpublished != cache.unpublished:
+        cache.update([row for row in new.values() if row.version], entries, unpublished)
+    for experiment_id in running & found.keys():
+        found[experiment_id].running = True
+    return sorted(found.values(), key=lambda row: (canonical_time(row.summary["created"]), row.id))
+
+
+def find_item(repository: Repository, name: str) -> Tuple[Experiment, Optional[Checkpoint]]:
+    """Return the experiment of that name, or the experiment or checkpoint (with its experiment) whose ID starts with it.
+
+    Raises DoesNotExist.
+    """
+    return find_items(repository, [name])[0]
+
+
+def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
+    """Find each of several names like find_item(). Raises DoesNotExist for the first that fits none or several."""
+    rows: Optional[List[Row]] = None
+    loaded: Dict[str, Experiment] = {}
+
+    def load(experiment_id: str) -> Experiment:
+        if experiment_id not in loaded:
+            loaded[experiment_id] = Experiment(repository.load(experiment_id))
+        return loaded[experiment_id]
+
+    found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
+    for name in names:
+        if len(name) == 64 and is_id(name):  # a whole ID, as `ls -q` prints it, needs no search
+            try:
+                found.append((load(name), None))
+                continue
+            except DoesNotExist:
+                pass
+        if rows is None:
+            rows = list_rows(repository)
+        matches = _matches(name, rows, load)
+        if not matches:
+            raise DoesNotExist("Experiment or checkpoint not found: %s" % (name or "the ID is empty"))
+        if len(matches) > 1:
+            raise _ambiguous(name, matches)
+        found.append(matches[0])
+    return found
+
+
+def _matches(name: str, rows: Sequence[Row],
+             load: Callable[[str], Experiment]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
+    """Return the experiments of that name, or those and the checkpoints whose ID it is or else starts with it."""
+    if not is_id(name):
+        return [(load(row.id), None) for row in rows if name and text_in(row.summary, "name") == name]
+    found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
+    for row in rows:
+        if row.id.startswith(name):
+            found.append((load(row.id), None))
+        if row.may_have_checkpoint(name):
+            found += [(load(row.id), checkpoint) for checkpoint in load(row.id).checkpoints if checkpoint.id.startswith(name)]
+    return [match for match in found if (match[1] or match[0]).id == name] or found
+
+
+def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
+    """Return the error for a name or the start of an ID that fits several."""
+    kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment",
+                        (checkpoint or experiment).id[:max(SHORT_ID, len(name) + 3)]) for experiment, checkpoint in matches]
+    return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
+        "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
+        " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
+
+
+class RowCache:
+    """An SQLite file with the rows of a repository that this user has listed.
+
+    A row counts only while its document has the same version. If the file is locked, read-only, damaged or on a full disk,
+    or Python has no sqlite3, there is no cache: never an error or a long wait.
     """
 
     FORMAT = 5
     LOCK_SECONDS = 0.1         # to wait for another command
     MAX_FILES = 64             # repositories in the cache directory
-    BATCH = 500                # rows that are parsed together, so that they share the texts of their keys
-    SETTLED_SECONDS = 2.0      # a file that changed more recently could change again and look the same
+    BATCH = 500                # rows to parse together, so that they share the texts of their keys
+    SETTLED_SECONDS = 2.0      # a file that changed more recently may change again and look the same
 
     def __init__(self, url: str) -> None:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-100:]
@@ -4728,10 +4702,10 @@ class RowCache:
         self._path = os.path.join(base, "replicate", "%s-%08x.%d" % (name, zlib.crc32(os.fsencode(url)), self.FORMAT))
         self._listed = time.time()
         self.count = 0        # of rows in the file
-        self.unpublished = 0  # documents read since somebody looked at the index of the bucket
+        self.unpublished = 0  # documents read since this user last read the index of the bucket
 
     def rows(self) -> List[Row]:
-        """Every row in the file."""
+        """Return every row in the file."""
         def read(database: Any) -> List[Row]:
             self.unpublished = database.execute("PRAGMA user_version").fetchone()[0]
             cursor = database.execute("SELECT version, summary, checkpoints, checksum FROM rows")
@@ -4748,7 +4722,7 @@ class RowCache:
         return found
 
     def is_settled(self, entry: Entry, storage: Storage) -> bool:
-        """Whether the version of a document proves that nothing changes it unnoticed."""
+        """Return whether any further change would give a document another version."""
         return not storage.has_journals or entry.modified < self._listed - self.SETTLED_SECONDS
 
     def update(self, new: Sequence[Row], present: Container[str], unpublished: int) -> None:
@@ -4776,7 +4750,7 @@ class RowCache:
         return zlib.crc32("\0".join(values).encode("utf-8", "surrogatepass"))
 
     def _attempt(self, work: Callable[[Any], Any]) -> Any:
-        """What work(database) returns; None where the cache cannot be used."""
+        """Return what work(database) returns, or None if the cache cannot be used."""
         try:
             import sqlite3
         except ImportError:
@@ -4796,7 +4770,7 @@ class RowCache:
         return None
 
     def _make_room(self) -> None:
-        """Make the private directory and an empty file; of many files the oldest go."""
+        """Make the private directory and an empty file, and remove the oldest of too many files."""
         directory = os.path.dirname(self._path)
         try:
             os.makedirs(directory, 0o700, exist_ok=True)
@@ -4809,13 +4783,13 @@ class RowCache:
 
 
 class RowIndex:
-    """The rows that stand in a bucket, from which a machine that has never listed it starts.
+    """An object in a bucket with the rows of its experiments, for machines that have never listed it.
 
-    One line an experiment: `<ID> <version> <JSON>`, gzipped. Others wrote it, so it is checked like their documents.
+    One line per experiment, `<ID> <version> <JSON>`, gzipped. Others write it, so it is checked like their documents.
     """
 
     KEY = "index/rows-1.gz"
-    MIN_STALE = 100            # changed documents from which on the object is read or written
+    MIN_STALE = 100            # changed documents that make it worth reading or writing the object
     MAX_BYTES = 512 << 20      # when unpacked
 
     def __init__(self, storage: Storage) -> None:
@@ -4826,7 +4800,7 @@ class RowIndex:
         self._lines = {line[:line.find(b" {")]: line for line in data.split(b"\n") if b" {" in line}
 
     def rows(self, entries: Iterable[Entry]) -> Iterator[Row]:
-        """The rows of those entries whose version it knows."""
+        """Yield the rows of those entries whose version it has."""
         for entry in entries:
             line = self._lines.get(self._key(entry.name[:-5], entry.version))
             if line is None:
@@ -4835,17 +4809,17 @@ class RowIndex:
                 summary = decode_json(line[line.find(b"{"):], "a row")
                 checkpoint_ids = summary.pop("checkpoint_ids")
                 if type(checkpoint_ids) is not str:
-                    raise ReadError("checkpoint_ids is no text")
+                    raise ReadError("checkpoint_ids is not text")
                 yield Row(checked_summary(summary, entry.name[:-5]), entry.version, checkpoint_ids)
             except (ReadError, KeyError, TypeError, AttributeError):
                 continue
 
     def lacks(self, entries: Iterable[Entry]) -> int:
-        """How many of these entries have another version than it knows."""
+        """Return how many of these entries it lacks, or has in another version."""
         return sum(self._key(entry.name[:-5], entry.version) not in self._lines for entry in entries)
 
     def publish(self, storage: Storage, rows: Iterable[Row]) -> None:
-        """Write the object for others; without permission to write there is none."""
+        """Write the object for others, if this user may."""
         lines = [b"%s %s" % (self._key(row.id, row.version), encode_json(
             dict(row.summary, checkpoint_ids=row.checkpoint_ids), indent=None)) for row in rows]
         packer = zlib.compressobj(6, zlib.DEFLATED, 31)
@@ -4856,12 +4830,12 @@ class RowIndex:
 
     @staticmethod
     def _key(experiment_id: str, version: str) -> bytes:
-        """What a line starts with."""
+        """Return the start of a line."""
         return ("%s %s" % (experiment_id, version)).encode("utf-8", "replace")
 
 
 class DocumentText:
-    """An experiment document as it is stored, to which checkpoints are added without encoding the others again."""
+    """An experiment document as stored, to which checkpoints are added without encoding the others again."""
 
     def __init__(self, document: Dict[str, Any]) -> None:
         checkpoints = document.get("checkpoints")
@@ -4874,35 +4848,36 @@ class DocumentText:
         return encode_json(dict(self._header, checkpoints=0))[:-len(b"0\n}")]
 
     def data(self) -> bytes:
-        """All of it."""
+        """Return all of it."""
         return b"%s%s\n}" % (self._start, self._checkpoints)
 
     def merge(self, journals: Iterable[bytes], final: Dict[str, Any]) -> bool:
-        """Put what journals say and final keys into it; whether that changed it."""
-        added, pruned = read_journals(journals)
-        is_changed = note_pruned(self._header, pruned - self._ids - added.keys())
-        is_changed = merge_final_keys(self._header, final) or is_changed
-        if is_changed:
-            self._start = self._encoded_header()
+        """Do what merge_journals() does, and add final keys; return whether that changed anything."""
+        new, pruned = read_journals(journals, self._ids)
+        is_changed = bool(new)
         if pruned & self._ids:
-            present = json.loads(self._checkpoints)
-            if strip_files(present, pruned):
-                is_changed, self._checkpoints = True, encoded_checkpoints(present)
-        new = new_checkpoints(self._ids, added)
+            items = json.loads(self._checkpoints)
+            if strip_files(items, pruned):
+                is_changed = True
+                self._checkpoints = encoded_checkpoints(items)
         if new:
             lines = encoded_checkpoints(new)
             self._checkpoints = self._checkpoints[:-len(b"\n ]")] + b"," + lines[1:] if self._ids else lines
             self._ids.update(item["id"] for item in new)
-        return is_changed or bool(new)
+        is_header_changed = note_pruned(self._header, pruned - self._ids)
+        if merge_final_keys(self._header, final) or is_header_changed:
+            is_changed = True
+            self._start = self._encoded_header()
+        return is_changed
 
 
 def encoded_checkpoints(items: Optional[Sequence[Dict[str, Any]]]) -> bytes:
-    """The value of `checkpoints` in a document."""
-    return encode_json(items).replace(b"\n", b"\n ")  # no text in it has such a byte
+    """Return the value of `checkpoints` in a document."""
+    return encode_json(items).replace(b"\n", b"\n ")  # no JSON string holds a line break
 
 
 class reading_archive:
-    """A context in which what is wrong with an archive becomes a ReadError that names it."""
+    """A context that turns what is wrong with an archive into a ReadError or DoesNotExist that names it."""
 
     def __init__(self, repository: Repository, kind: str, item_id: str) -> None:
         self.repository, self.name = repository, "%s %s" % (kind[:-1], item_id[:SHORT_ID])
@@ -4912,22 +4887,22 @@ class reading_archive:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, DoesNotExist):
-            raise DoesNotExist("The files of %s are gone from %s: its archive is not there." %
+            raise DoesNotExist("The files of %s are gone from %s: its archive is missing." %
                                (self.name, self.repository.url)) from error
         if isinstance(error, (ReadError, EOFError, UnicodeError, ValueError, OverflowError, tarfile.TarError, zlib.error)):
             raise ReadError("The archive of %s in %s cannot be used: %s." %
                             (self.name, self.repository.url, short_reason(error).rstrip("."))) from error
 
 
-# Two sets of files, each with sums() and contents() as Archive has them, are compared for `diff` and for resuming.
+# `diff` and resuming compare two sets of files, each a SavedFiles or a PresentFiles.
 
-MAX_TEXT_BYTES = 1 << 20      # of a file whose lines are compared, if it has no null character in its start
+MAX_TEXT_BYTES = 1 << 20      # of a file to compare by lines, if it has no null character near its start
 MAX_TEXT_LINES = 20000
-MAX_TEXTS_BYTES = 64 << 20    # of all of them
+MAX_TEXTS_BYTES = 64 << 20    # of all such files
 
 
 class SavedFiles:
-    """The files in one archive of a repository."""
+    """The files in one archive of a repository; sums: (size, CRC-32) by name."""
 
     def __init__(self, repository: Repository, kind: str, item_id: str) -> None:
         """Raises DoesNotExist, ReadError."""
@@ -4937,13 +4912,13 @@ class SavedFiles:
             self.sums = self._archive.sums(item_id)
 
     def contents(self, names: Iterable[str]) -> Dict[str, bytes]:
-        """The content of each of these files. Raises ReadError."""
+        """Return the content of each of these files. Raises ReadError."""
         with reading_archive(*self._place):
             return self._archive.contents(self._place[2], {name: self.sums[name][0] for name in names})
 
 
 class PresentFiles:
-    """The files at a path of the project directory that would be saved now."""
+    """The files that would be saved now; sums: (size, CRC-32) by name."""
 
     def __init__(self, sources: Iterable[Source]) -> None:
         self._sources = {source.name: source for source in sources}
@@ -4959,7 +4934,7 @@ class PresentFiles:
             self.sums[name] = size, crc
 
     def contents(self, names: Iterable[str]) -> Dict[str, bytes]:
-        """The content of each of these files. Raises OSError."""
+        """Return the content of each of these files. Raises OSError."""
         found = {}
         for name in names:
             with open_regular(self._sources[name].path) as file:
@@ -4968,7 +4943,7 @@ class PresentFiles:
 
 
 class FileChange:
-    """A file that differs between two sets of files: the old and the new one."""
+    """A file that differs between an old and a new set of files."""
 
     def __init__(self, name: str, sizes: Tuple[Optional[int], Optional[int]]) -> None:
         self.name, self.sizes = name, sizes  # bytes; None where there is no such file
@@ -4980,24 +4955,24 @@ class FileChange:
         return "added" if self.sizes[0] is None else "removed" if self.sizes[1] is None else "changed"
 
     def to_json(self) -> Dict[str, Any]:
-        """For `diff --json`: sizes in bytes, and for a text how many lines were added and removed."""
+        """Return the element of `diff --json`: sizes in bytes, and for a text how many lines were added and removed."""
         added, removed = self.counts()
         lines = {} if self.lines is None else {"lines_added": added, "lines_removed": removed}
         return dict({"change": self.kind, "old_size": self.sizes[0], "new_size": self.sizes[1]}, **lines)
 
     def counts(self) -> Tuple[int, int]:
-        """How many lines were added and removed."""
+        """Return how many lines were added and removed."""
         body = [line[:1] for line in self.lines or ()]
         return body.count(b"+"), body.count(b"-")
 
 
 def changed_names(old: Any, new: Any) -> List[str]:
-    """The names of the files that differ between two sets of files, sorted."""
+    """Return the names of the files that differ between two sets of files, sorted."""
     return [name for name in sorted(old.sums.keys() | new.sums.keys()) if old.sums.get(name) != new.sums.get(name)]
 
 
 def compare_files(old: Any, new: Any, wanted: Callable[[str], bool] = lambda name: True) -> List[FileChange]:
-    """What changed from one set of files to another, by name. Raises ReadError, OSError."""
+    """Return the changes from one set of files to another, sorted by name. Raises ReadError, OSError."""
     changes = [FileChange(name, (old.sums.get(name, (None,))[0], new.sums.get(name, (None,))[0]))
                for name in changed_names(old, new) if wanted(name)]
     room, texts = MAX_TEXTS_BYTES, []
@@ -5016,26 +4991,26 @@ def compare_files(old: Any, new: Any, wanted: Callable[[str], bool] = lambda nam
 
 
 def changed_lines(old: Optional[bytes], new: Optional[bytes]) -> List[bytes]:
-    """The hunks of a unified diff between two texts, each line with its end."""
+    """Return the hunks of a unified diff between two texts, as lines with their line ends."""
     pair = [[line + b"\n" for line in (text or b"").split(b"\n")] for text in (old, new)]
     for lines in pair:
-        last = lines.pop()[:-1]  # behind the last line end
+        last = lines.pop()[:-1]  # after the last line end
         lines += [last + b"\n\\ No newline at end of file\n"] if last else []
     return list(difflib.diff_bytes(difflib.unified_diff, *pair, lineterm=b"\n"))[2:]  # type: ignore[arg-type]
 
 
 class Checkout:
-    """Files on their way from archives into a directory: staged in a private folder inside it, then moved."""
+    """Unpacks files from archives into a directory: first into a private folder there, then each file into its place."""
 
     def __init__(self, directory: str) -> None:
         self.directory = os.path.abspath(directory)
-        self._new: List[str] = []  # directories that are made for it
+        self._new: List[str] = []  # directories that do not exist yet
         folder = self.directory
         while not os.path.lexists(folder):
             self._new.append(folder)
             folder = os.path.dirname(folder)
         self._staging = ""
-        self.files: Set[str] = set()  # the names of those that are staged
+        self.files: Set[str] = set()  # the names of the staged files
 
     def __enter__(self) -> Checkout:
         import tempfile
@@ -5066,12 +5041,12 @@ class Checkout:
 
     def stage(self, repository: Repository, layers: Sequence[Tuple[str, str]], path: Optional[str],
               quiet: bool) -> None:
-        """Unpack the wanted files (all, or those at or below path) of archives, of which later ones win.
+        """Unpack all files of archives, or those at or below path; the last archive that has a file wins.
 
-        A file of an upper archive needs no lower one. Of a directory, what a lower archive had is left out with a warning
-        if that archive is gone. Raises DoesNotExist where an archive or path is not there, ReadError, WriteError.
+        If path is a directory of which a later archive has files, an earlier archive that is gone only draws a warning.
+        Raises DoesNotExist if an archive or path does not exist, ReadError, WriteError.
         """
-        names: List[str] = []  # some, to suggest one of
+        names: List[str] = []  # to suggest the nearest one
 
         def wanted(name: str) -> bool:
             if len(names) < SUGGESTED_NAMES:
@@ -5091,29 +5066,30 @@ class Checkout:
                         raise
                     console.warning("%s Only the checkpoint's own files are checked out." % error)
                 except OSError as error:
-                    raise WriteError("The files could not be written below %s: %s." %
-                                     (self.directory, short_reason(error))) from error
+                    raise WriteError("%s cannot be written: %s." % (self.directory, short_reason(error))) from error
                 if path in self.files:
                     return
         if not self.files:
-            raise DoesNotExist("There is no file or directory %s in it.%s" % (path, nearest(path, names)) if path
-                               else "No file is saved in it.")
+            owner = "%s %s" % (layers[-1][0][:-1], layers[-1][1][:SHORT_ID])
+            raise DoesNotExist("There is no file or directory %s in %s.%s" % (path, owner, nearest(path, names)) if path
+                               else "The archive of %s is empty." % owner)
 
     def check_target(self) -> None:
-        """Raises WriteError where a staged file cannot be moved into place safely."""
+        """Raise WriteError if a staged file cannot be moved into place safely."""
         for name in self.files:
             parts = name.split("/")
             for depth in range(1, len(parts)):
                 parent = os.path.join(self.directory, *parts[:depth])
                 if os.path.islink(parent) or (os.path.lexists(parent) and not os.path.isdir(parent)):
                     raise WriteError("%s is in the way of %s: it is %s. Nothing was changed." % (
-                        escape_control(parent), escape_control(name), "a link" if os.path.islink(parent) else "no directory"))
-            target = os.path.join(self.directory, *parts)
+                        escape_control(parent), escape_control(name),
+                        "a link" if os.path.islink(parent) else "not a directory"))
+            target = self._target(name)
             if os.path.isdir(target) and not os.path.islink(target):
                 raise WriteError("%s is in the way: it is a directory. Nothing was changed." % escape_control(target))
 
     def drop_foreign_configs(self) -> None:
-        """Leave out each configuration that would make its directory use another repository; says so."""
+        """Leave out each configuration that would make its directory use another repository, with a warning."""
         for name in [name for name in self.files if name.rpartition("/")[2] in CONFIG_NAMES]:
             folder = os.path.dirname(self._target(name))
             current = _configured_url(folder)
@@ -5130,12 +5106,12 @@ class Checkout:
         return os.path.join(self.directory, *name.split("/"))
 
     def conflicts(self) -> List[str]:
-        """The names of existing files that would get other content."""
+        """Return the names of existing files that would get other content."""
         return [name for name in sorted(self.files) if os.path.lexists(self._target(name))
                 and not same_content(self._staged(name), self._target(name))]
 
     def move(self) -> None:
-        """Move every staged file into place. Raises WriteError; files moved before stay whole."""
+        """Move every staged file into place. Raises WriteError; the files moved before it are whole."""
         for name in sorted(self.files):
             target = self._target(name)
             try:
@@ -5147,7 +5123,10 @@ class Checkout:
 
 
 def _configured_url(directory: str, config: Optional[str] = None) -> Optional[str]:
-    """The repository that a directory's configuration (or this one in its place) or default names; '' if unreadable."""
+    """Return the URL that a configuration names, by default the directory's own one or its .replicate/storage.
+
+    Returns None if there is none, '' if it cannot be read.
+    """
     if config is None:
         config = _search_upward(directory, CONFIG_NAMES, 1)
         if config is None:
@@ -5160,23 +5139,19 @@ def _configured_url(directory: str, config: Optional[str] = None) -> Optional[st
 
 
 def same_content(left: str, right: str) -> bool:
-    """Whether two names are regular files, not links, that hold the same bytes."""
+    """Return whether two paths are regular files, not links, with the same content."""
     try:
         with open_regular(left) as one, open_regular(right) as other:
             if os.fstat(one.fileno()).st_size != os.fstat(other.fileno()).st_size:
                 return False
-            while True:
-                piece = read_up_to(one, MEMBER_BYTES)
-                if piece != read_up_to(other, MEMBER_BYTES):
-                    return False
-                if not piece:
-                    return True
+            pairs = iter(lambda: (read_up_to(one, MEMBER_BYTES), read_up_to(other, MEMBER_BYTES)), (b"", b""))
+            return all(piece == opposite for piece, opposite in pairs)
     except OSError:
         return False
 
 
 def process_is_alive(pid: int) -> bool:
-    """Whether a process of this machine exists."""
+    """Return whether a process of this machine exists."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -5736,7 +5711,7 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
                 raise gone
             stripped.update(strip_files(checkpoints, pruned))
             return DocumentText(dict(header, checkpoints=checkpoints)).data()
-        theirs = target._decode(old, document["id"])
+        theirs = decode_document(old, document["id"])
         known = {item["id"] for item in theirs.get("checkpoints") or ()}
         new = [item for item in checkpoints if item["id"] not in known]
         theirs["checkpoints"] = (theirs.get("checkpoints") or []) + new
@@ -5798,7 +5773,7 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
     def change(old: Optional[bytes]) -> Optional[bytes]:
         if old is None:
             return None
-        kept = pending._decode(old, experiment_id)
+        kept = decode_document(old, experiment_id)
         items = kept.get("checkpoints") or ()
         kept["checkpoints"] = [item for item in items if item["id"] not in done]
         kept[SENT_KEY] = True
@@ -5815,7 +5790,7 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress
     """Upload what ended processes left pending; return the IDs of the experiments that running ones still record."""
     busy = []
     for area in pending_areas(pending):
-        area.fold_abandoned()
+        fold_abandoned(area)
         for entry in list(area.storage.list(EXPERIMENTS)):
             experiment_id = entry.name[:-5]
             if not is_id(experiment_id):
@@ -6252,7 +6227,7 @@ class Recorder:
         self.worker = Worker(self, remote, prepared, lock)
         self.messages = Messages()
         self._saving: List[Any] = []                  # a lock for each running checkpoint(), which holds it
-        self._live: Optional[FileLock] = None         # Repository.live_lock(); the pending area has owner_lock() instead
+        self._live: Optional[FileLock] = None         # see live_lock(); the pending area has owner_lock() instead
         self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
 
     def key(self) -> Tuple[str, str]:
@@ -6262,7 +6237,7 @@ class Recorder:
     def claim(self) -> bool:
         """Show that this process records the experiment; return False if another process on this disk does."""
         if self._live is None and not self.worker.remote:
-            live = self.repository.live_lock(self.experiment.id)
+            live = live_lock(self.storage, self.experiment.id)
             try:
                 if not live.acquire(wait=False):
                     return False
@@ -6940,7 +6915,7 @@ class Project:
 
     def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
         """See Checkpoint.open."""
-        return self.repository.open_file(experiment, checkpoint, normal_path(path))
+        return open_saved_file(self.repository, experiment, checkpoint, normal_path(path))
 
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False,
@@ -6950,7 +6925,7 @@ class Project:
 
         Raises DoesNotExist, ReadError, WriteError.
         """
-        layers = self.repository.layers(experiment, checkpoint)
+        layers = layers_of(experiment, checkpoint)
         pruned = pruned_files(checkpoint) if checkpoint and checkpoint.pruned else ""
         if not layers:
             raise DoesNotExist("Nothing to check out: %s" % (
@@ -7182,13 +7157,13 @@ def resumable_experiment(project: Project, which: str, also_running: bool = Fals
     also_running: consider experiments that are running, too. Raises DoesNotExist, ReadError.
     """
     if which != "auto":
-        project.repository.fold_abandoned()
+        fold_abandoned(project.repository)
         return project.experiments.get(which)
     if project.location.url is None:
         return None
     try:
-        project.repository.fold_abandoned()
-        rows = project.repository.rows()
+        fold_abandoned(project.repository)
+        rows = list_rows(project.repository)
     except NoBucket:
         return None
     except Unreachable as error:
@@ -7319,7 +7294,7 @@ class ExperimentCollection:
             raise ArgumentError("experiments.get(): the ID must be a string, not %s." % type(experiment_id).__name__)
         project = self._find_project()
         if experiment_id and not is_id(experiment_id):
-            experiment, _ = project.repository.find(experiment_id)
+            experiment, _ = find_item(project.repository, experiment_id)
             experiment.project = project
             return experiment
         names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS) if entry.name.endswith(".json")]
@@ -9074,7 +9049,7 @@ def open_project(args: argparse.Namespace, fold: bool = True) -> Project:
     if explicit and isinstance(storage, DiskStorage) and not os.path.isdir(storage.root):
         raise ReadError("There is no repository at %s: no such directory." % project.repository.url)
     if fold:
-        project.repository.fold_abandoned()
+        fold_abandoned(project.repository)
     return project
 
 
@@ -9087,7 +9062,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
     name, descending = parse_sort("started" if args.sort is None else args.sort)
     repository = open_project(args).repository
     columns = args.columns or ()
-    rows = matching_rows(repository.rows(), args.filter, [name, *(column.lstrip("~") for column in columns)])
+    rows = matching_rows(list_rows(repository), args.filter, [name, *(column.lstrip("~") for column in columns)])
     rows = sort_rows([row for row in rows if row.running or not only_running], name, descending)
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
@@ -9143,7 +9118,7 @@ def ps_command(args: argparse.Namespace) -> int:
 def show_command(args: argparse.Namespace) -> int:
     """View information about an experiment or checkpoint"""
     repository = open_project(args).repository
-    experiment, checkpoint = repository.find(args.id)
+    experiment, checkpoint = find_item(repository, args.id)
     if args.json:
         say_json((checkpoint or experiment).to_json())
         return 0
@@ -9192,9 +9167,9 @@ def plot_command(args: argparse.Namespace) -> int:
 def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tuple[List[Experiment], bool]:
     """Return the experiments that the arguments of `plot` name, and whether one of them is running."""
     if args.ids:
-        found = [experiment for experiment, _ in repository.find_all(args.ids)]
+        found = [experiment for experiment, _ in find_items(repository, args.ids)]
         return found, any(repository.is_running(experiment.id) for experiment in found)
-    rows = [row for row in matching_rows(repository.rows(), args.filter) if row.latest][-args.number:]
+    rows = [row for row in matching_rows(list_rows(repository), args.filter) if row.latest][-args.number:]
     return [Experiment(repository.load(row.id)) for row in rows], any(row.running for row in rows)
 
 
@@ -9236,10 +9211,10 @@ def report_command(args: argparse.Namespace) -> int:
     if not args.output and os.path.lexists(path) and not is_report(path):
         raise ReplicateError("%s already exists and is not a report. Choose another file with -o." % path)
     repository = open_project(args).repository
-    chosen = {row.id for row in matching_rows(repository.rows(), args.filter)}
+    chosen = {row.id for row in matching_rows(list_rows(repository), args.filter)}
     experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
     if args.ids:
-        named = {experiment.id for experiment, _ in repository.find_all(args.ids)}
+        named = {experiment.id for experiment, _ in find_items(repository, args.ids)}
         experiments = [experiment for experiment in experiments if experiment.id in named]
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
@@ -9292,7 +9267,7 @@ def diff_command(args: argparse.Namespace) -> int:
     if args.path and not args.code:
         raise UsageError("--path needs --code.")
     project = open_project(args)
-    found = project.repository.find_all(args.ids)
+    found = find_items(project.repository, args.ids)
     experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
     if args.code:
         say_patch([change for items in (experiments, checkpoints) if any(items)
@@ -9369,7 +9344,7 @@ def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint
 def checkout_command(args: argparse.Namespace) -> int:
     """Copy files from an experiment or checkpoint into the project directory"""
     project = open_project(args)
-    experiment, checkpoint = project.repository.find(args.id)
+    experiment, checkpoint = find_item(project.repository, args.id)
     if checkpoint is None:
         checkpoint = chosen_checkpoint(experiment, "Checking out")
     directory = args.output_directory or project.directory
@@ -9404,7 +9379,7 @@ def rm_command(args: argparse.Namespace) -> int:
     To remove experiments or checkpoints, pass any number of IDs (or prefixes).
     """
     repository = open_project(args).repository
-    found = repository.find_all(args.ids)
+    found = find_items(repository, args.ids)
     experiments = {experiment.id: experiment for experiment, checkpoint in found if checkpoint is None}
     checkpoints = {checkpoint.id: (experiment, checkpoint) for experiment, checkpoint in found
                    if checkpoint is not None and experiment.id not in experiments}
@@ -9432,7 +9407,7 @@ Show how much space the failed experiments take:
 def du_command(args: argparse.Namespace) -> int:
     """Show how much space each experiment takes"""
     repository = open_project(args).repository
-    rows = repository.rows()
+    rows = list_rows(repository)
     usage = Usage(repository.storage, rows)
     rows = sorted(matching_rows(rows, args.filter), key=lambda row: usage.total(row.id), reverse=True)
     if args.json:
@@ -9470,7 +9445,7 @@ def verify_command(args: argparse.Namespace) -> int:
     repository = open_project(args, fold=False).repository
     verification = Verification(repository, args.fix)
     if args.ids:
-        found = repository.find_all(args.ids)
+        found = find_items(repository, args.ids)
         places = [place for experiment, checkpoint in found for place in archives_of(experiment)
                   if checkpoint is None or place[1] == checkpoint.id]
         count = len({experiment.id for experiment, _ in found})
@@ -9506,7 +9481,7 @@ def prune_command(args: argparse.Namespace) -> int:
     primary metric tells which checkpoints are best; without one, the latest are.
     """
     repository = open_project(args).repository
-    chosen = {row.id for row in matching_rows(repository.rows(), args.filter) if not row.running}
+    chosen = {row.id for row in matching_rows(list_rows(repository), args.filter) if not row.running}
     archives = stored_archives(repository.storage, "checkpoints")
     found = [Pruning(experiment, archives, args.keep_best, args.keep_latest) for experiment in repository.experiments()
              if experiment.id in chosen]
@@ -9569,7 +9544,7 @@ def tag_command(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError("%s." % error) from error
     repository = open_project(args).repository
-    experiment, checkpoint = repository.find(args.id)
+    experiment, checkpoint = find_item(repository, args.id)
     if checkpoint:
         raise ReplicateError("%s is a checkpoint, and only experiments have tags. Tag its experiment instead: %s." % (
             checkpoint.short_id(), experiment.short_id()))
@@ -9722,7 +9697,7 @@ def rerun_experiment(args: argparse.Namespace) -> int:
     the checkpoint too. The same repository records the new run.
     """
     project = open_project(args)
-    experiment, checkpoint = project.repository.find(args.id)
+    experiment, checkpoint = find_item(project.repository, args.id)
     directory = args.output_directory or new_directory("rerun-" + experiment.short_id())
     place, words = words_to_rerun(experiment)
     if os.path.lexists(directory):
@@ -9835,7 +9810,7 @@ def mention_other_pending(directory: str, pending: Repository) -> None:
 def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[str], sent: Sent) -> None:
     """Copy experiments (all, or those named) between repositories. Raises DoesNotExist, ReadError, WriteError."""
     target.prepare()
-    experiments = [experiment for experiment, _ in source.find_all(prefixes)] if prefixes else source.experiments()
+    experiments = [experiment for experiment, _ in find_items(source, prefixes)] if prefixes else source.experiments()
     with Progress("Copying", 0) as progress:
         for experiment in experiments:
             document = experiment.to_json()
@@ -9899,7 +9874,7 @@ def demo_command(args: argparse.Namespace) -> int:
         if run.returncode:
             raise ReplicateError("The demo's training script failed: its output is above.")
     say("\n")
-    rows = Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)).rows()
+    rows = list_rows(Repository("file://" + os.path.join(os.path.abspath(directory), DEFAULT_STORAGE)))
     say("".join(render_list(rows, datetime.datetime.now(datetime.timezone.utc), width=terminal_width(sys.stdout))))
     best = min(rows, key=lambda row: row.value("loss"))
     program = "%s -D %s" % (program_name(), shlex.quote(directory))
@@ -10153,7 +10128,7 @@ def rows_to_complete(args: argparse.Namespace) -> List[Row]:
     """Return the rows of the repository that the flags name; of a bucket, only those in the cache."""
     project = Project(args.repository, args.project_directory)
     url = project.location.url or ""
-    return project.repository.rows() if url.startswith("file://") else RowCache(url).rows()
+    return list_rows(project.repository) if url.startswith("file://") else RowCache(url).rows()
 
 
 def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:

@@ -292,7 +292,7 @@ def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project
 def test_an_unexpected_failure_is_one_line_too(project):
     source = ("import replicate, sys\n"
               "def broken(self, *arguments): raise ZeroDivisionError('a bug')\n"
-              "replicate.Repository.rows = broken\n"
+              "replicate.list_rows = broken\n"
               "sys.exit(replicate.main(sys.argv[1:]))")
     write_repository(project / "repo", experiment_document(A))
     plain, verbose = run_script(source, "ls", check=False), run_script(source, "ls", "-v", check=False)
@@ -4505,7 +4505,7 @@ FLOODS = {
     "pax records": (lambda: iter([pax_block(*[b"6 %c=b\n" % (97 + number % 26) for number in range(10000)])]),
                     "more than 256 records"),
     "depth": (lambda: iter([tar_block("L", PACKED_ID.encode() + b"/a" * 1500, tarfile.GNUTYPE_LONGNAME), tar_block("x")]),
-              "more than 255 directories"),
+              "more than 255 nested directories"),
     "directories": (lambda: (tar_block("%s/d%d" % (PACKED_ID, number % 10), kind=tarfile.DIRTYPE) * 1000 for number in range(1000)),
                     "more than 100000 directories"),
     "one name": (lambda: (tar_block("%s/same" % PACKED_ID) * 1000 for _ in range(1000)), "more than 100000 directories and repeated"),
@@ -5025,21 +5025,21 @@ def prefixes(repo):
     *[(prefix, "not found") for prefix in ("AB1", "ab1" + "0" * 62, "*", "ab1*", "../", "../ab")]])
 def test_prefixes_that_name_nothing_or_too_much(repo, prefixes, prefix, words):
     with pytest.raises(replicate.DoesNotExist, match=words):
-        prefixes.find(prefix)
+        replicate.find_item(prefixes, prefix)
     write_repository(repo, experiment_document("ab2" + "0" * 61))
     with pytest.raises(replicate.DoesNotExist, match={"cd1": "not found", "ab": "ambiguous"}.get(prefix, words)):
         replicate.experiments.get(prefix)  # looks among experiments alone
 
 
 def test_prefixes(repo, prefixes):
-    found = prefixes.find
+    found = lambda prefix: replicate.find_item(prefixes, prefix)  # noqa: E731
     assert found("ab1")[0].short_id() == "ab10000" and found("ab1")[1] is None
     assert found("ab2")[0].short_id() == "ab10000" and found("ab2")[1].id == "ab2" + "0" * 61
     assert found("cd12")[0].short_id() == "ef10000"
     write_repository(repo, experiment_document("ab"))
     assert found("ab")[0].id == "ab"  # exact
     with pytest.raises(replicate.DoesNotExist, match="zz"):
-        prefixes.find_all(["ab1", "zz"])
+        replicate.find_items(prefixes, ["ab1", "zz"])
 
 
 def recorded_pair(project):
@@ -5141,7 +5141,7 @@ def test_a_document_that_is_being_updated_is_not_put_back_after_its_removal(repo
                                                                           slow_change))
     updating.start()
     assert inside.wait(20)
-    removing = threading.Thread(target=lambda: opened(repo).remove_experiment(opened(repo).find("1e")[0]))
+    removing = threading.Thread(target=lambda: opened(repo).remove_experiment(replicate.find_item(opened(repo), "1e")[0]))
     removing.start()
     removing.join(0.3)  # either it waits for the other, or it is through
     go_on.set()
@@ -7561,7 +7561,7 @@ def table(text):
 
 def listing(root, now="2006-01-02T15:02:05Z", show_all=False, running=()):
     """The table of `ls` at a given time."""
-    rows = replicate.Repository("file://%s" % root).rows()
+    rows = replicate.list_rows(replicate.Repository("file://%s" % root))
     for row in rows:
         row.running = row.id in running
     return "".join(replicate.render_list(rows, replicate.parse_time(now), show_all))
@@ -8362,7 +8362,7 @@ def test_verify_finds_what_is_gone_damaged_or_belongs_to_nobody(place, project, 
     found = faults(call)
     assert found.pop(gone) == "it is gone; it belongs to experiment %s" % first.short_id()
     assert "cut off" in found.pop(torn) and "damaged" in found.pop(flipped) and "not below the folder" in found.pop(other)
-    assert found.pop(code) == "its files are not those that the experiment recorded"
+    assert found.pop(code) == "its files differ from those that the experiment recorded"
     assert found == {}  # what may become somebody's yet is none
     assert set(faults(call, second.id)) == set() and set(faults(call, first.checkpoints[0].id)) == {gone}
     assert set(faults(call, first.id)) == {gone, torn, flipped, other, code}
