@@ -4411,7 +4411,8 @@ def fold_abandoned(repository: Repository) -> None:
         for key in keys:
             lock = FileLock(storage.path(key), os.O_APPEND)
             try:
-                if not lock.acquire(wait=False):
+                if not (lock.acquire(wait=False) and lock.is_held):  # on a disk without locks, a live run may write to it
+                    lock.release(remove=False)
                     continue
             except OSError:  # no permission to write: every reader merges it
                 return
@@ -5796,7 +5797,9 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress
             if not is_id(experiment_id):
                 continue
             lock = owner_lock(area, experiment_id)
-            if not lock.acquire(wait=False):
+            is_busy = not lock.acquire(wait=False)
+            if is_busy or (not lock.is_held and remote.is_running(experiment_id)):  # a disk may have no locks
+                lock.release(remove=False)
                 busy.append(experiment_id)
                 continue
             try:

@@ -1473,6 +1473,21 @@ def test_only_what_nobody_holds_is_removed_from_tmp(storage, tmp_path, monkeypat
     assert sorted(left()) == ["tmp/a", "tmp/a.lock", "tmp/a.part"]
 
 
+def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, project, call, monkeypatch):
+    """As on Lustre without flock, here by a function that says so; the checkpoints of a live run must not get lost."""
+    monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
+    monkeypatch.chdir(project)
+    experiment = replicate.init(quiet=True)
+    for step in range(3):
+        experiment.checkpoint(step=step, metrics={"loss": step}, quiet=True)
+        assert call("ls")[0] == 0
+        if not isinstance(place, DiskPlace):
+            until(lambda: place.documents())
+            assert call("push")[0] == 0
+    experiment.stop()
+    assert [item.step for item in replicate.experiments.get(experiment.id).checkpoints] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("moment", ["created", "locked", "written", "renamed"])
 def test_removing_leftovers_never_takes_a_file_in_use(storage, monkeypatch, moment):
     """Another process removes leftovers just then, or has opened the file before it is renamed, and locks it after that."""
