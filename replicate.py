@@ -6863,7 +6863,8 @@ class Project:
             try:
                 recorder = self.recorders.ready(experiment)
             except Exception as error:  # recording must never break training
-                console.error("Experiment %s cannot be recorded: %s." % (experiment.short_id(), _problem(error)))
+                if not termination.ending:
+                    console.error("Experiment %s cannot be recorded: %s." % (experiment.short_id(), _problem(error)))
                 break
             if recorder.gone:
                 recorder.report_gone()

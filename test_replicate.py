@@ -6140,7 +6140,7 @@ def shared_project():
 BECOMES_NOBODY = """
         import argparse, atexit, datetime, difflib, errno, fcntl, getpass, hashlib, json, locale, os, platform, pwd, queue, re, shlex
         import shutil, signal, stat, sys, tarfile, tempfile, textwrap, time, traceback, zlib  # while they can be read
-        import encodings.idna, encodings.unicode_escape, subprocess, replicate
+        import concurrent.futures, encodings.idna, encodings.unicode_escape, subprocess, replicate
         platform.uname()
         os.environ["HOME"] = "/nonexistent"
         replicate.find_location()
