@@ -2114,7 +2114,6 @@ class DiskStorage(Storage):
                 pass
         except OSError as error:
             raise WriteError("The repository %s cannot be written: %s." % (self.root, short_reason(error))) from error
-        self.remove_leftovers()
 
     def list(self, folder: str) -> Iterator[Entry]:
         try:
@@ -2225,11 +2224,6 @@ class DiskStorage(Storage):
                 self.delete([key])
         except OSError as error:
             raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
-
-    def remove_leftovers(self) -> None:
-        """Remove the files that killed processes left in tmp/."""
-        for _, lock in self.leftovers("tmp/"):
-            lock.release()
 
     def leftovers(self, folder: str) -> Iterator[Tuple[Entry, FileLock]]:
         """Yield the files that killed processes left in tmp/ or journals/, each locked until the next one is asked for.

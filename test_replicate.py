@@ -1435,6 +1435,10 @@ def test_a_file_lock_holds_between_processes_and_dies_with_its_holder(tmp_path, 
         assert os.path.exists(path)
 
 
+def remove_leftovers(storage):
+    replicate.remove_leftovers(replicate.Repository("file://" + storage.root, storage))
+
+
 @pytest.mark.parametrize("what", ["written", "updated"])
 def test_what_a_killed_process_left_goes_at_once_and_what_a_live_one_uses_stays(storage, training, what):
     script = training("""
@@ -1448,10 +1452,10 @@ def test_what_a_killed_process_left_goes_at_once_and_what_a_live_one_uses_stays(
     left = list(tree(storage.root))
     assert len(left) == 1 and left[0].startswith("tmp/x.")
     os.utime(storage.path(left[0]), (time.time() - 2 * 86400,) * 2)  # however long it takes
-    storage.prepare()
+    remove_leftovers(storage)
     assert list(tree(storage.root)) == left
     script.kill()
-    storage.prepare()
+    remove_leftovers(storage)
     assert tree(storage.root) == {}
 
 
@@ -1465,7 +1469,7 @@ def test_only_what_nobody_holds_is_removed_from_tmp(storage, tmp_path, monkeypat
             Path(storage.path(name)).write_bytes(b"x")
             if "/b" in name:
                 os.utime(storage.path(name), (time.time() - 2 * 86400,) * 2)
-        storage.prepare()
+        remove_leftovers(storage)
         return list(tree(storage.root))
 
     assert left() == ["tmp/a"]
@@ -1497,7 +1501,7 @@ def test_removing_leftovers_never_takes_a_file_in_use(storage, monkeypatch, mome
         seen.append(descriptor)
         if len(seen) == 1 and moment in ("created", "locked"):
             before = real(descriptor, wait) if moment == "locked" else None
-            other.remove_leftovers()
+            remove_leftovers(other)
             return before or real(descriptor, wait)
         if moment == "renamed":
             os.replace(storage.path("tmp/x.0.part"), storage.path("x"))
@@ -1506,10 +1510,10 @@ def test_removing_leftovers_never_takes_a_file_in_use(storage, monkeypatch, mome
     if moment == "renamed":
         storage.write("tmp/x.0.part", b"data")
         monkeypatch.setattr(replicate, "lock_descriptor", lock)
-        other.remove_leftovers()
+        remove_leftovers(other)
     else:
         monkeypatch.setattr(replicate, "lock_descriptor", lock)
-        storage.create("x", lambda file: (file.write(b"data"), moment == "written" and other.remove_leftovers()))
+        storage.create("x", lambda file: (file.write(b"data"), moment == "written" and remove_leftovers(other)))
     assert seen and tree(storage.root) == {"x": b"data"}
 
 
