@@ -2099,6 +2099,7 @@ class DiskStorage(Storage):
 
     scheme = "file"
     has_journals = True
+    updating = threading.RLock()  # held during an update on a disk without locks
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -2199,7 +2200,7 @@ class DiskStorage(Storage):
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
         try:
-            with self._lock(key):
+            with self._lock(key) as lock, self._one_thread(lock):
                 try:
                     old: Optional[bytes] = self.read(key)
                 except DoesNotExist:
@@ -2221,7 +2222,7 @@ class DiskStorage(Storage):
 
     def remove(self, key: str) -> None:
         try:
-            with self._lock(key):
+            with self._lock(key) as lock, self._one_thread(lock):
                 self.delete([key])
         except OSError as error:
             raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
@@ -2275,6 +2276,10 @@ class DiskStorage(Storage):
     def _lock(self, key: str) -> FileLock:
         """The lock that a process must hold to replace or remove the object."""
         return FileLock(self.path("tmp/%s.lock" % key.rpartition("/")[2]))
+
+    def _one_thread(self, lock: FileLock) -> Any:
+        """A context for one thread of this process at a time, unless the lock keeps them apart."""
+        return threading.Lock() if lock.is_held else DiskStorage.updating
 
     def _new_lock(self, name: str) -> FileLock:
         """The lock of a new temporary file."""
@@ -5798,7 +5803,8 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress
                 continue
             lock = owner_lock(area, experiment_id)
             is_busy = not lock.acquire(wait=False)
-            if is_busy or (not lock.is_held and remote.is_running(experiment_id)):  # a disk may have no locks
+            if is_busy or not lock.is_held and (  # a disk may have no locks
+                    active_recorder((remote.url, experiment_id)) or remote.is_running(experiment_id)):
                 lock.release(remove=False)
                 busy.append(experiment_id)
                 continue
@@ -6672,7 +6678,7 @@ class Termination:
 
     def _in_child(self) -> None:
         global _resuming
-        _resuming = threading.RLock()
+        _resuming, DiskStorage.updating = threading.RLock(), threading.RLock()
         self.ending, self._frame, self._deferred = False, None, None
         if self._is_ours(signal.getsignal(signal.SIGTERM)):
             signal.signal(signal.SIGTERM, self._previous[0])

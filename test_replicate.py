@@ -1473,11 +1473,12 @@ def test_only_what_nobody_holds_is_removed_from_tmp(storage, tmp_path, monkeypat
     assert sorted(left()) == ["tmp/a", "tmp/a.lock", "tmp/a.part"]
 
 
-def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, project, call, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"disable_heartbeat": True}])
+def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, project, call, monkeypatch, settings):
     """As on Lustre without flock, here by a function that says so; the checkpoints of a live run must not get lost."""
     monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
     monkeypatch.chdir(project)
-    experiment = replicate.init(quiet=True)
+    experiment = replicate.init(quiet=True, **settings)
     for step in range(3):
         experiment.checkpoint(step=step, metrics={"loss": step}, quiet=True)
         assert call("ls")[0] == 0
@@ -1486,6 +1487,15 @@ def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, proj
             assert call("push")[0] == 0
     experiment.stop()
     assert [item.step for item in replicate.experiments.get(experiment.id).checkpoints] == [0, 1, 2]
+
+
+def test_threads_update_one_object_one_after_the_other_even_without_locks(tmp_path, monkeypatch):
+    """The clock folds checkpoints into a pending document while the worker takes out those that were uploaded."""
+    monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
+    storage = replicate.DiskStorage(str(tmp_path))
+    for _ in range(25):
+        in_sixteen_threads(lambda: storage.update("counter", lambda old: b"%d" % (int(old or 0) + 1)))
+    assert storage.read("counter") == b"400"
 
 
 @pytest.mark.parametrize("moment", ["created", "locked", "written", "renamed"])
