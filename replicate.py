@@ -5174,6 +5174,7 @@ def process_is_alive(pid: int) -> bool:
 FOLD_INTERVAL = 1.0     # seconds between two writes of a document, at least;
 FOLD_SHARE = 50         # longer if a write is slow: this many times its duration,
 MAX_FOLD_INTERVAL = 8   # but at most this many seconds
+FOLD_HELP = 1.0         # seconds that the clock may be late before the worker folds in its place
 MAX_PACKING = 2         # archives waiting for compression before checkpoint() waits too
 TERMINATION_SECONDS = 10.0  # for stopping after SIGTERM, and for waiting until a bucket answers
 JOIN_SECONDS = 3.5          # the part of that for the last heartbeat: one request, see Storage.deadline
@@ -5943,13 +5944,16 @@ class Worker:
             with self.changed:
                 if recorder.gone or recorder.over:  # read under the lock, so that no notification is missed
                     return
-                pause = self._upload_at - time.monotonic()
+                late_fold = recorder.document.fold_at + FOLD_HELP if self.remote else float("inf")
+                pause = min(self._upload_at, late_fold) - time.monotonic()
                 if not (self.packing or self.stopping) and pause > 0:
                     self.changed.wait(min(pause, threading.TIMEOUT_MAX))
                     continue
                 last = self.stopping and len(self.packing) <= 1
             if self.packing:
                 self._compress(*self.packing[0])
+            if time.monotonic() >= late_fold:  # a slow heartbeat holds up the clock
+                recorder.fold()
             if self.remote and not recorder.over and (last or time.monotonic() >= self._upload_at):
                 self._upload(self.remote, last)
             if last:
@@ -6213,8 +6217,8 @@ class Recorder:
     """Records one experiment of this process into a repository on disk: the user's own, or the pending area of a bucket.
 
     checkpoint() writes the files and a line of the journal; as these survive a crash, nothing is lost. Two threads do the
-    rest: the clock folds the journal into the document and writes heartbeats, the worker compresses and uploads. Only they
-    use the network, so stop() never waits longer than its limits.
+    rest: the clock folds the journal into the document and writes heartbeats; the worker compresses and uploads, and folds
+    while a slow heartbeat holds up the clock. Only they use the network, so stop() never waits longer than its limits.
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, settings: RecordingSettings,

@@ -2641,6 +2641,23 @@ def test_the_end_of_the_upload_is_not_taken_for_a_removal(bucket, project, train
     assert bucket.steps() == [0] and pending_leftovers(project) == []
 
 
+def test_a_hanging_heartbeat_does_not_hold_up_checkpoints(bucket, project, monkeypatch):
+    monkeypatch.chdir(project)
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(repository, experiment_id):
+        asked.set()
+        answer.wait(60)
+
+    monkeypatch.setattr(replicate.Repository, "beat", hang)
+    experiment = replicate.init(quiet=True)
+    assert asked.wait(20)
+    experiment.checkpoint(metrics={"loss": 1}, quiet=True)
+    until(lambda: bucket.documents() and bucket.steps() == [0], 20)
+    answer.set()
+    experiment.stop()
+
+
 def test_what_a_bucket_has_stays_when_the_pending_area_is_deleted(bucket, project, training):
     script = training("""
         replicate.HEARTBEAT_INTERVAL = 0.05
