@@ -4416,8 +4416,10 @@ def fold_abandoned(repository: Repository) -> None:
         for key in keys:
             lock = FileLock(storage.path(key), os.O_APPEND)
             try:
-                if not (lock.acquire(wait=False) and lock.is_held):  # on a disk without locks, a live run may write to it
-                    lock.release(remove=False)
+                if not lock.acquire(wait=False):
+                    continue
+                if not lock.is_held and os.fstat(lock.descriptor).st_mtime > time.time() - LEFTOVER_SECONDS:
+                    lock.release(remove=False)  # on a disk without locks, a live run may write to it
                     continue
             except OSError:  # no permission to write: every reader merges it
                 return

@@ -5231,6 +5231,16 @@ def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_comm
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
 
 
+def test_where_files_cannot_be_locked_a_killed_process_s_journal_is_folded_a_day_later(repo, call, monkeypatch):
+    """A live process folds its journals within seconds, so a journal of yesterday belongs to none."""
+    monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
+    train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
+    assert call("ls")[0] == 0 and len(stored_documents(repo)[0]["checkpoints"]) == 1
+    for name in names_in(repo / "journals"):
+        os.utime(repo / "journals" / name, (time.time() - 90000,) * 2)
+    assert call("ls")[0] == 0 and len(stored_documents(repo)[0]["checkpoints"]) == 3 and names_in(repo / "journals") == []
+
+
 def test_a_live_process_s_journal_is_shown_but_left_to_it(repo):
     process = start_training(LEAVES_A_JOURNAL, "SIGSTOP")
     try:
