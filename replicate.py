@@ -5760,7 +5760,10 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
     finished: its recording has ended, so nothing of it stays here. pruned: see send_experiment(); those noted in the
     document are added. Raises ExperimentGone, after removing it here too, and Unreachable and the like.
     """
-    document = pending.load(experiment_id)
+    if finished:
+        document = pending.load(experiment_id)
+    else:  # what is only in the journal cannot be removed here after its upload, and would be uploaded again
+        document = decode_document(pending.storage.read(document_key(experiment_id)), experiment_id)
     noted = set(texts_in(document, PRUNED_KEY))
     pruned.update(noted)
     ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]

@@ -2641,6 +2641,23 @@ def test_the_end_of_the_upload_is_not_taken_for_a_removal(bucket, project, train
     assert bucket.steps() == [0] and pending_leftovers(project) == []
 
 
+def test_a_checkpoint_that_is_removed_right_after_its_upload_does_not_come_back(bucket, project, call, monkeypatch):
+    monkeypatch.chdir(project)
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(metrics={"loss": 0}, quiet=True)
+    until(lambda: bucket.documents() and bucket.steps() == [0])
+    recorder = experiment.project.recorders.find(experiment)
+    until(lambda: recorder.worker._upload_at == float("inf") and not recorder.worker.is_uploading)
+    recorder.document._last_fold = time.monotonic() + 1000  # the next upload comes before the next fold
+    experiment.checkpoint(metrics={"loss": 1}, quiet=True)
+    recorder.worker.upload_soon()
+    until(lambda: recorder.worker._upload_at == float("inf") and not recorder.worker.is_uploading)
+    uploaded = [item_id for item_id, step in bucket.checkpoints().items() if step == 1]
+    assert not uploaded or call("rm", "-f", *uploaded)[0] == 0
+    experiment.stop()
+    assert bucket.steps() == ([0] if uploaded else [0, 1])
+
+
 def test_a_hanging_heartbeat_does_not_hold_up_checkpoints(bucket, project, monkeypatch):
     monkeypatch.chdir(project)
     asked, answer = threading.Event(), threading.Event()
