@@ -2099,6 +2099,7 @@ class DiskStorage(Storage):
 
     scheme = "file"
     has_journals = True
+    updating = threading.RLock()  # held during an update on a disk without locks
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -2198,7 +2199,7 @@ class DiskStorage(Storage):
 
     def update(self, key: str, change: Callable[[Optional[bytes]], Optional[bytes]]) -> None:
         try:
-            with self._lock(key):
+            with self._lock(key) as lock, self._one_thread(lock):
                 try:
                     old: Optional[bytes] = self.read(key)
                 except DoesNotExist:
@@ -2220,7 +2221,7 @@ class DiskStorage(Storage):
 
     def remove(self, key: str) -> None:
         try:
-            with self._lock(key):
+            with self._lock(key) as lock, self._one_thread(lock):
                 self.delete([key])
         except OSError as error:
             raise WriteError("%s cannot be removed: %s." % (self.path(key), short_reason(error))) from error
@@ -2269,6 +2270,10 @@ class DiskStorage(Storage):
     def _lock(self, key: str) -> FileLock:
         """The lock that a process must hold to replace or remove the object."""
         return FileLock(self.path("tmp/%s.lock" % key.rpartition("/")[2]))
+
+    def _one_thread(self, lock: FileLock) -> Any:
+        """A context for one thread of this process at a time, unless the lock keeps them apart."""
+        return threading.Lock() if lock.is_held else DiskStorage.updating
 
     def _new_lock(self, name: str) -> FileLock:
         """The lock of a new temporary file."""
@@ -4405,8 +4410,10 @@ def fold_abandoned(repository: Repository) -> None:
         for key in keys:
             lock = FileLock(storage.path(key), os.O_APPEND)
             try:
-                if not (lock.acquire(wait=False) and lock.is_held):  # on a disk without locks, a live run may write to it
-                    lock.release(remove=False)
+                if not lock.acquire(wait=False):
+                    continue
+                if not lock.is_held and os.fstat(lock.descriptor).st_mtime > time.time() - LEFTOVER_SECONDS:
+                    lock.release(remove=False)  # on a disk without locks, a live run may write to it
                     continue
             except OSError:  # no permission to write: every reader merges it
                 return
@@ -5163,6 +5170,7 @@ def process_is_alive(pid: int) -> bool:
 FOLD_INTERVAL = 1.0     # seconds between two writes of a document, at least;
 FOLD_SHARE = 50         # longer if a write is slow: this many times its duration,
 MAX_FOLD_INTERVAL = 8   # but at most this many seconds
+FOLD_HELP = 1.0         # seconds that the clock may be late before the worker folds in its place
 MAX_PACKING = 2         # archives waiting for compression before checkpoint() waits too
 TERMINATION_SECONDS = 10.0  # for stopping after SIGTERM, and for waiting until a bucket answers
 JOIN_SECONDS = 3.5          # the part of that for the last heartbeat: one request, see Storage.deadline
@@ -5746,7 +5754,10 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
     finished: its recording has ended, so nothing of it stays here. pruned: see send_experiment(); those noted in the
     document are added. Raises ExperimentGone, after removing it here too, and Unreachable and the like.
     """
-    document = pending.load(experiment_id)
+    if finished:
+        document = pending.load(experiment_id)
+    else:  # what is only in the journal cannot be removed here after its upload, and would be uploaded again
+        document = decode_document(pending.storage.read(document_key(experiment_id)), experiment_id)
     noted = set(texts_in(document, PRUNED_KEY))
     pruned.update(noted)
     ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]
@@ -5792,7 +5803,8 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress
                 continue
             lock = owner_lock(area, experiment_id)
             is_busy = not lock.acquire(wait=False)
-            if is_busy or (not lock.is_held and remote.is_running(experiment_id)):  # a disk may have no locks
+            if is_busy or not lock.is_held and (  # a disk may have no locks
+                    active_recorder((remote.url, experiment_id)) or remote.is_running(experiment_id)):
                 lock.release(remove=False)
                 busy.append(experiment_id)
                 continue
@@ -5931,13 +5943,16 @@ class Worker:
             with self.changed:
                 if recorder.gone or recorder.over:  # read under the lock, so that no notification is missed
                     return
-                pause = self._upload_at - time.monotonic()
+                late_fold = recorder.document.fold_at + FOLD_HELP if self.remote else float("inf")
+                pause = min(self._upload_at, late_fold) - time.monotonic()
                 if not (self.packing or self.stopping) and pause > 0:
                     self.changed.wait(min(pause, threading.TIMEOUT_MAX))
                     continue
                 last = self.stopping and len(self.packing) <= 1
             if self.packing:
                 self._compress(*self.packing[0])
+            if time.monotonic() >= late_fold:  # a slow heartbeat holds up the clock
+                recorder.fold()
             if self.remote and not recorder.over and (last or time.monotonic() >= self._upload_at):
                 self._upload(self.remote, last)
             if last:
@@ -6201,8 +6216,8 @@ class Recorder:
     """Records one experiment of this process into a repository on disk: the user's own, or the pending area of a bucket.
 
     checkpoint() writes the files and a line of the journal; as these survive a crash, nothing is lost. Two threads do the
-    rest: the clock folds the journal into the document and writes heartbeats, the worker compresses and uploads. Only they
-    use the network, so stop() never waits longer than its limits.
+    rest: the clock folds the journal into the document and writes heartbeats; the worker compresses and uploads, and folds
+    while a slow heartbeat holds up the clock. Only they use the network, so stop() never waits longer than its limits.
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, settings: RecordingSettings,
@@ -6666,7 +6681,7 @@ class Termination:
 
     def _in_child(self) -> None:
         global _resuming
-        _resuming = threading.RLock()
+        _resuming, DiskStorage.updating = threading.RLock(), threading.RLock()
         self.ending, self._frame, self._deferred = False, None, None
         if self._is_ours(signal.getsignal(signal.SIGTERM)):
             signal.signal(signal.SIGTERM, self._previous[0])

@@ -1477,11 +1477,12 @@ def test_only_what_nobody_holds_is_removed_from_tmp(storage, tmp_path, monkeypat
     assert sorted(left()) == ["tmp/a", "tmp/a.lock", "tmp/a.part"]
 
 
-def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, project, call, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"disable_heartbeat": True}])
+def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, project, call, monkeypatch, settings):
     """As on Lustre without flock, here by a function that says so; the checkpoints of a live run must not get lost."""
     monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
     monkeypatch.chdir(project)
-    experiment = replicate.init(quiet=True)
+    experiment = replicate.init(quiet=True, **settings)
     for step in range(3):
         experiment.checkpoint(step=step, metrics={"loss": step}, quiet=True)
         assert call("ls")[0] == 0
@@ -1490,6 +1491,15 @@ def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, proj
             assert call("push")[0] == 0
     experiment.stop()
     assert [item.step for item in replicate.experiments.get(experiment.id).checkpoints] == [0, 1, 2]
+
+
+def test_threads_update_one_object_one_after_the_other_even_without_locks(tmp_path, monkeypatch):
+    """The clock folds checkpoints into a pending document while the worker takes out those that were uploaded."""
+    monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
+    storage = replicate.DiskStorage(str(tmp_path))
+    for _ in range(25):
+        in_sixteen_threads(lambda: storage.update("counter", lambda old: b"%d" % (int(old or 0) + 1)))
+    assert storage.read("counter") == b"400"
 
 
 @pytest.mark.parametrize("moment", ["created", "locked", "written", "renamed"])
@@ -2633,6 +2643,40 @@ def test_the_end_of_the_upload_is_not_taken_for_a_removal(bucket, project, train
         """)
     assert messages_of(script.end()) == [line for line in script.errors if "did not exist" in line]
     assert bucket.steps() == [0] and pending_leftovers(project) == []
+
+
+def test_a_checkpoint_that_is_removed_right_after_its_upload_does_not_come_back(bucket, project, call, monkeypatch):
+    monkeypatch.chdir(project)
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(metrics={"loss": 0}, quiet=True)
+    until(lambda: bucket.documents() and bucket.steps() == [0])
+    recorder = experiment.project.recorders.find(experiment)
+    until(lambda: recorder.worker._upload_at == float("inf") and not recorder.worker.is_uploading)
+    recorder.document._last_fold = time.monotonic() + 1000  # the next upload comes before the next fold
+    experiment.checkpoint(metrics={"loss": 1}, quiet=True)
+    recorder.worker.upload_soon()
+    until(lambda: recorder.worker._upload_at == float("inf") and not recorder.worker.is_uploading)
+    uploaded = [item_id for item_id, step in bucket.checkpoints().items() if step == 1]
+    assert not uploaded or call("rm", "-f", *uploaded)[0] == 0
+    experiment.stop()
+    assert bucket.steps() == ([0] if uploaded else [0, 1])
+
+
+def test_a_hanging_heartbeat_does_not_hold_up_checkpoints(bucket, project, monkeypatch):
+    monkeypatch.chdir(project)
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(repository, experiment_id):
+        asked.set()
+        answer.wait(60)
+
+    monkeypatch.setattr(replicate.Repository, "beat", hang)
+    experiment = replicate.init(quiet=True)
+    assert asked.wait(20)
+    experiment.checkpoint(metrics={"loss": 1}, quiet=True)
+    until(lambda: bucket.documents() and bucket.steps() == [0], 20)
+    answer.set()
+    experiment.stop()
 
 
 def test_what_a_bucket_has_stays_when_the_pending_area_is_deleted(bucket, project, training):
@@ -5206,6 +5250,16 @@ def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_comm
     assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 3
     assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
+
+
+def test_where_files_cannot_be_locked_a_killed_process_s_journal_is_folded_a_day_later(repo, call, monkeypatch):
+    """A live process folds its journals within seconds, so a journal of yesterday belongs to none."""
+    monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
+    train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
+    assert call("ls")[0] == 0 and len(stored_documents(repo)[0]["checkpoints"]) == 1
+    for name in names_in(repo / "journals"):
+        os.utime(repo / "journals" / name, (time.time() - 90000,) * 2)
+    assert call("ls")[0] == 0 and len(stored_documents(repo)[0]["checkpoints"]) == 3 and names_in(repo / "journals") == []
 
 
 def test_a_live_process_s_journal_is_shown_but_left_to_it(repo):
