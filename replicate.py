@@ -4389,9 +4389,10 @@ def remove_leftovers(repository: Repository) -> None:
     try:
         for entry, lock in storage.leftovers("tmp/"):
             try:
-                if entry.name.endswith(LIVE_LOCK) and lock.is_held:
+                experiment_id = entry.name[:-len(LIVE_LOCK)]
+                if entry.name.endswith(LIVE_LOCK) and is_id(experiment_id) and lock.is_held:
                     if storage.read(entry.key) == os.fsencode(platform.node()):  # locks may not reach other machines
-                        storage.delete([heartbeat_key(entry.name[:-len(LIVE_LOCK)])])
+                        storage.delete([heartbeat_key(experiment_id)])
             finally:
                 lock.release()
         storage.delete([entry.key for entry in storage.list(HEARTBEATS)
