@@ -25,6 +25,7 @@ import io
 import ipaddress
 import json
 import math
+import mmap
 import os
 import platform
 import queue
@@ -1610,6 +1611,12 @@ CLOUD_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS
               "AWS_EC2_METADATA_DISABLED": "true", "GOOGLE_CLOUD_PROJECT": "test"}
 
 
+def use_cloud(monkeypatch, **variables):
+    """Have credentials for every store, and these variables too."""
+    for variable, value in dict(CLOUD_KEYS, **variables).items():
+        monkeypatch.setenv(variable, value)
+
+
 class WireRequest:
     """One HTTP request as the proxy saw it: what kind of operation, of which key."""
 
@@ -1676,7 +1683,6 @@ class WireProxy:
         self.after = lambda request, status, headers, body: None
         self.shift = 0.0      # seconds that the store's clock is ahead
         self.sink = False     # whether large bodies are read and thrown away, as if they were stored
-        self.source = None    # (key, path of a local file), served without the store
         self.port = 0
         self._lock = threading.RLock()
         self._sockets = set()
@@ -1793,9 +1799,6 @@ class WireProxy:
                 raise WireCut
             if isinstance(action, tuple):
                 status, headers, body = action
-            elif self.source and request.kind in ("GET", "HEAD") and request.key == self.source[0]:
-                self._serve(handler, request)
-                return
             else:
                 status, headers, body = self.answer(request)
             self.after(request, status, headers, body)
@@ -1847,30 +1850,6 @@ class WireProxy:
         import termios
         with contextlib.suppress(OSError):
             until(lambda: not any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))), 10)
-
-    def _serve(self, handler, request):
-        """The local file of `source`, or a range of it, without holding it."""
-        size = os.path.getsize(self.source[1])
-        start, end = 0, size
-        if request.range:
-            first, _, last = request.range[len("bytes="):].partition("-")
-            start, end = int(first), min(size, int(last) + 1 if last else size)
-        handler.send_response_only(206 if request.range else 200)
-        if request.range:
-            handler.send_header("Content-Range", "bytes %d-%d/%d" % (start, end - 1, size))
-        handler.send_header("Content-Length", str(end - start))
-        handler.send_header("ETag", '"%032x"' % size)
-        handler.send_header("Last-Modified", email.utils.formatdate(0, usegmt=True))
-        handler.end_headers()
-        if request.method == "HEAD":
-            return
-        with open(self.source[1], "rb") as file:
-            file.seek(start)
-            while start < end:
-                data = file.read(min(end - start, 1 << 20))
-                handler.wfile.write(data)
-                start += len(data)
-                request.served += len(data)
 
     def answer(self, request):
         """(status, headers, body) from the store."""
@@ -2025,58 +2004,47 @@ class Shelf(WireProxy):
         return ("<ListBucketResult><Name>b</Name>%s</ListBucketResult>" % "".join(rows)).encode()
 
 
-def free_port():
+def served(*arguments):
+    """The port of a server, a process of its own, for as long as the session lasts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_server(*arguments):
-    """A server as a process of its own; (process, port) once it listens."""
-    port = free_port()
+        port = probe.getsockname()[1]
     process = subprocess.Popen([sys.executable, "-m", *[word.replace("PORT", str(port)) for word in arguments]],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    for _ in range(600):
+
+    def listens():
+        assert process.poll() is None, "The server %s does not start" % arguments[0]
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process, port
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.kill()
-    pytest.fail("The server %s does not start" % arguments[0])
+            return probe.connect_ex(("127.0.0.1", port)) == 0
 
-
-def served(*arguments):
-    """The port of a server for as long as the session lasts."""
-    process, port = start_server(*arguments)
-    yield port
-    process.kill()
-    process.wait()
+    try:
+        until(listens)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
 
 
 NO_BUCKETS = os.environ.get("REPLICATE_TEST_BUCKETS") == "0"  # before the fixture `sealed` hides it
 
 
-def skip_without_buckets():
+def store_served(sdk, *arguments):
+    """The port of a server of a store, where both it and the SDK are installed."""
     if NO_BUCKETS:
         pytest.skip("REPLICATE_TEST_BUCKETS=0: buckets are tested on another Python")
+    for module in (sdk, arguments[0].partition(".")[0]):
+        pytest.importorskip(module)
+    yield from served(*arguments)
 
 
 @pytest.fixture(scope="session")
 def s3_server():
-    skip_without_buckets()
-    pytest.importorskip("boto3")
-    pytest.importorskip("moto")
-    yield from served("moto.server", "-H", "127.0.0.1", "-p", "PORT")
+    yield from store_served("boto3", "moto.server", "-H", "127.0.0.1", "-p", "PORT")
 
 
 @pytest.fixture(scope="session")
 def gs_server():
-    skip_without_buckets()
-    pytest.importorskip("google.cloud.storage")
-    pytest.importorskip("gcp_storage_emulator")
-    yield from served("gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory")
+    yield from store_served("google.cloud.storage", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory")
 
 
 @pytest.fixture(scope="session")
@@ -2217,12 +2185,10 @@ def new_place(request, tmp_path, monkeypatch):
         name = "t" + uuid.uuid4().hex[:20]
         if kind == "file":
             return DiskPlace("file://%s" % (tmp_path / name), str(tmp_path / name))
-        for variable, value in CLOUD_KEYS.items():
-            monkeypatch.setenv(variable, value)
         scheme, slash, root = kind.partition("/")
         client = request.getfixturevalue(scheme + "_client")
         proxy = WireProxy(request.getfixturevalue(scheme + "_server"))
-        monkeypatch.setenv("AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST", proxy.address)
+        use_cloud(monkeypatch, **{"AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST": proxy.address})
         places.append((S3Place if scheme == "s3" else GSPlace)(
             "%s://%s%s%s" % (scheme, name, slash, root), name, root and root + "/", client, proxy))
         return places[-1]
@@ -2949,8 +2915,7 @@ def test_a_server_that_never_answers_is_given_up_by_the_deadline(scheme, silent_
     """TIMEOUT would hold each request up for a thousand seconds; a deadline that is near lets none begin."""
     pytest.importorskip({"s3": "boto3", "gs": "google.cloud.storage"}[scheme])
     address, connections = silent_server
-    for name, value in dict(CLOUD_KEYS, AWS_ENDPOINT_URL=address, STORAGE_EMULATOR_HOST=address).items():
-        monkeypatch.setenv(name, value)
+    use_cloud(monkeypatch, AWS_ENDPOINT_URL=address, STORAGE_EMULATOR_HOST=address)
     monkeypatch.setattr(replicate.CloudStorage, "TIMEOUT", 1000.0)
     monkeypatch.setattr(replicate.CloudStorage, "LAST_TIMEOUT", 0.2)
     (project / "large").write_bytes(bytes(9 << 20))
@@ -3365,9 +3330,7 @@ def kinds(proxy):
 def shelf(new_place, project, monkeypatch):
     """An S3 repository in memory, used by the project; `shelf.fill(count)` adds experiments."""
     made = Shelf()
-    for variable, value in CLOUD_KEYS.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", made.address)
+    use_cloud(monkeypatch, AWS_ENDPOINT_URL=made.address)
     (project / "replicate.yaml").write_text("repository: s3://shelf\n")
     made.put("repository.json", b'{"version":1}')
     dice = random.Random(5)
@@ -3642,17 +3605,18 @@ def test_two_machines_that_record_into_one_experiment_lose_nothing(bucket, proje
 
 # Much data.
 
-def run_in_little_memory(code, *arguments):
-    """Run a line of a script, which may take up 150 MB."""
-    done = run_script("""
-        import resource, sys, replicate
-        %s
+def run_in_little_memory(script, *arguments, megabytes=150):
+    """What a script prints that may take up so much memory."""
+    done = run_script("import sys, replicate\n" + textwrap.dedent(script) + textwrap.dedent("""
+        import resource
         try:  # ru_maxrss would count what the parent had before the exec
             print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
         except OSError:
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        """ % code, *arguments)
-    assert int(done.stdout) < 150 << 10, done.stdout
+        """), *arguments)
+    *printed, kilobytes = done.stdout.splitlines()
+    assert int(kilobytes) < megabytes << 10, done.stdout
+    return printed
 
 
 def test_memory_stays_small_while_gigabytes_are_uploaded(bucket, tmp_path):
@@ -3665,22 +3629,23 @@ def test_memory_stays_small_while_gigabytes_are_uploaded(bucket, tmp_path):
     assert bucket.proxy.count("PART") == size >> 23
 
 
-def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(s3_bucket, project, tmp_path):
+def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(shelf, tmp_path):
     """Stored without compression, as it would be of weights; 2 GB would take a slow machine too long."""
-    furnish(s3_bucket, experiment_document(hex_id("1e"), checkpoints=[checkpoint_document(hex_id("1c"), path="big")]))
+    put_documents(shelf, experiment_document(A, checkpoints=[checkpoint_document(C, path="big")]))
     size = 1 << 29
     with gzip.open(tmp_path / "archive", "wb", compresslevel=0) as file:
-        member = tarfile.TarInfo("%s/big" % hex_id("1c"))
+        member = tarfile.TarInfo("%s/big" % C)
         member.size = size
         file.write(member.tobuf())
         for _ in range(size >> 20):
             file.write(bytes(1 << 20))
         file.write(bytes(1024))
-    s3_bucket.proxy.source = ("checkpoints/%s.tar.gz" % hex_id("1c"), str(tmp_path / "archive"))
-    run_in_little_memory("assert replicate.main(['checkout', sys.argv[1], '-o', sys.argv[2]]) == 0", hex_id("1c"), tmp_path / "out")
+    with open(tmp_path / "archive", "rb") as file:
+        archive = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    shelf.put("checkpoints/%s.tar.gz" % C, archive)
+    run_in_little_memory("assert replicate.main(['checkout', sys.argv[1], '-o', sys.argv[2]]) == 0", C, tmp_path / "out")
     assert (tmp_path / "out/big").stat().st_size == size
-    served = sum(request.served for request in s3_bucket.proxy.seen("GET", "checkpoints/"))
-    assert served <= (tmp_path / "archive").stat().st_size + (1 << 20)
+    assert sum(request.served for request in shelf.seen("GET", "checkpoints/")) <= len(archive) + (1 << 20)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "archive").unlink()
 
@@ -3759,8 +3724,7 @@ def test_missing_gcs_credentials_are_one_sentence(project, call, monkeypatch):
 
 @pytest.mark.parametrize("url", ["s3://", "gs://a", "s3://bad_bucket!", "gs://../x", "s3://-x-"])
 def test_bad_bucket_names_are_refused(project, call, monkeypatch, url):
-    for variable, value in CLOUD_KEYS.items():
-        monkeypatch.setenv(variable, value)
+    use_cloud(monkeypatch)
     code, _, errors = call("ls", "-R", url)
     assert code == 1 and one_message(errors)
 
@@ -3873,13 +3837,6 @@ def git_repository(tmp_path):
     return directory
 
 
-def git_keeps(directory):
-    """The files that git itself would not ignore."""
-    done = subprocess.run(["git", "-c", "core.excludesFile=/dev/null", "ls-files", "-o", "-z", "--exclude-from",
-                           str(directory / ".replicateignore")], cwd=str(directory), check=True, capture_output=True)
-    return sorted(os.fsdecode(name) for name in done.stdout.split(b"\0") if name)
-
-
 @hypothesis.given(st.lists(IGNORE_PATTERNS, min_size=1, max_size=5),
                   st.lists(st.lists(st.sampled_from(IGNORE_NAMES_OF_FILES), min_size=1, max_size=4).map("/".join),
                            min_size=1, max_size=12), st.sampled_from(["\n", "\n", "\r\n"]))
@@ -3904,7 +3861,9 @@ def test_ignoring_is_what_git_does(git_repository, patterns, names, end):
         with contextlib.suppress(OSError):  # a file and a directory of one name
             fill(git_repository, {name: b""})
     (git_repository / ".replicateignore").write_bytes(end.join(patterns).encode())
-    assert source_names(git_repository) == git_keeps(git_repository)
+    kept = subprocess.run(["git", "-c", "core.excludesFile=/dev/null", "ls-files", "-o", "-z", "--exclude-from", ".replicateignore"],
+                          cwd=str(git_repository), check=True, capture_output=True).stdout
+    assert source_names(git_repository) == sorted(os.fsdecode(name) for name in kept.split(b"\0") if name)
 
 
 def test_ignore_files_of_either_name_in_the_project_and_the_saved_directory(project):
@@ -3932,20 +3891,14 @@ def test_what_is_never_saved(project):
 def test_links_fifos_and_sockets(project, tmp_path):
     fill(tmp_path, {"outside/file": b"outside", "outside/dir/x": b""})
     fill(project, {"real": b"content", "dir/x": b"x"})
-    os.symlink("real", str(project / "link"))
-    os.symlink(str(tmp_path / "outside/file"), str(project / "far"))
-    os.symlink("dir", str(project / "dirlink"))
-    os.symlink("nowhere", str(project / "dangling"))
-    os.symlink("loop", str(project / "loop"))
-    os.mkfifo(str(project / "fifo"))
-    server = socket.socket(socket.AF_UNIX)
-    server.bind("socket")
+    for name, target in (("link", "real"), ("far", str(tmp_path / "outside/file")), ("dirlink", "dir"), ("dangling", "nowhere"),
+                         ("loop", "loop")):
+        os.symlink(target, name)
+    os.mkfifo("fifo")
     warnings = []
-    try:
-        names = source_names(project, warnings=warnings)
-    finally:
-        server.close()
-    assert names == ["dir/x", "far", "link", "real", "replicate.yaml"]
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        assert source_names(project, warnings=warnings) == ["dir/x", "far", "link", "real", "replicate.yaml"]
     assert [re.match(r"\w+", warning).group() for warning in warnings] == ["dangling", "dirlink", "loop"]
     assert "link to a directory" in warnings[1]
     repository = pack_tree(tmp_path, project)
@@ -3984,7 +3937,7 @@ def sample_tree(project):
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_archives_read_back_by_everyone(project, tmp_path, compress):
+def test_archives_and_the_checksums_of_their_files_are_read_back_by_everyone(project, tmp_path, compress):
     files = sample_tree(project)
     repository = pack_tree(tmp_path, project, compress=False)
     path = archive_path(repository)
@@ -3995,8 +3948,14 @@ def test_archives_read_back_by_everyone(project, tmp_path, compress):
         assert os.stat(path).st_size < min(32 << 20, plain_size - (18 << 20))
         again = pack_tree(tmp_path, project, compress=True, name="again")
         assert Path(archive_path(again)).read_bytes() == Path(path).read_bytes()
-    table = repository.archive("checkpoints", PACKED_ID).table
+    archive = repository.archive("checkpoints", PACKED_ID)
+    table = archive.table
     assert len(table.members) > 8 and sorted(name for name, *_ in table.files) == sorted(files)
+    assert all(crc is not None for *_, crc in table.files)
+    sums = {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
+    assert archive.sums(PACKED_ID) == sums
+    archive.table = None
+    assert archive.sums(PACKED_ID) == sums
     assert read_archive(repository) == files
     for name, content in files.items():
         assert read_one(repository, name) == content
@@ -4018,17 +3977,6 @@ def test_checksums_of_parts_make_that_of_the_whole(sizes):
     one, other = (os.urandom(size) for size in sizes)
     combined = replicate.crc_product(replicate.crc_shift(len(other)), zlib.crc32(one)) ^ zlib.crc32(other)
     assert combined == zlib.crc32(one + other)
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_the_table_of_an_archive_has_the_checksum_of_each_file(project, tmp_path, compress):
-    files = sample_tree(project)
-    repository = pack_tree(tmp_path, project, compress=compress)
-    archive = repository.archive("checkpoints", PACKED_ID)
-    assert archive.table is not None and all(crc is not None for *_, crc in archive.table.files)
-    assert archive.sums(PACKED_ID) == {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
-    archive.table = None
-    assert archive.sums(PACKED_ID) == {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
 
 
 @hypothesis.given(data=st.binary(min_size=1, max_size=70000) | st.builds(
@@ -4127,7 +4075,7 @@ def test_a_table_that_spans_several_fields(project, tmp_path):
     archive = repository.archive("checkpoints", PACKED_ID)
     assert archive.table.encode().count(replicate.GZIP_EXTRA_HEADER) >= 3
     assert len(archive.table.encode()) > 2 * 65535
-    assert archive.table is not None and {name for name, *_ in archive.table.files} == set(names) | {"replicate.yaml"}
+    assert {name for name, *_ in archive.table.files} == set(names) | {"replicate.yaml"}
     for name in names[::500]:
         assert read_one(repository, name) == name[:4].encode()
     subprocess.run(["gzip", "-t", archive_path(repository)], check=True)
@@ -4304,9 +4252,10 @@ def table_start(data):
 
 
 def write_table(repository, data, *fields):
-    """Give the archive a table of contents of these fields, with a right footer."""
+    """Give the archive a table of contents of these fields, in as many members as they need, with a right footer."""
     start = table_start(data)
-    chain = b"".join(map(replicate._extra_member, fields))
+    chain = b"".join(replicate._extra_member(field[at:at + replicate.MAX_FIELD_BYTES])
+                     for field in fields for at in range(0, max(1, len(field)), replicate.MAX_FIELD_BYTES))
     footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
     Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
 
@@ -4333,9 +4282,7 @@ def test_a_lying_table_never_shows_wrong_content(project, tmp_path):
     for members, entries in lies:
         Path(archive_path(repository)).write_bytes(data[:table_start(data)] + replicate.Table(members, entries).encode())
         assert read_archive(repository) == files
-        for name, content in files.items():
-            with contextlib.suppress(replicate.ReadError):
-                assert read_one(repository, name) == content
+        answers(repository, files)
         assert read_one(repository, "elsewhere") is None
 
 
@@ -4360,6 +4307,15 @@ def test_a_table_of_very_many_empty_fields_is_passed_over(project, tmp_path):
     repository, files, data = small_archive(project, tmp_path)
     write_table(repository, data, *[b""] * 800000)
     assert repository.archive("checkpoints", PACKED_ID).table is None
+
+
+def test_a_table_that_would_fill_the_memory_is_not_believed(project, tmp_path, monkeypatch):
+    repository, files, data = small_archive(project, tmp_path)
+    write_table(repository, data, zlib.compress(b'{"files": [], "members": [[1,1]' + b",[1,1]" * 2500000 + b"]}"))
+    with monkeypatch.context() as patch:
+        patch.setattr(replicate.json, "loads", None)
+        assert repository.archive("checkpoints", PACKED_ID).table is None
+    assert read_archive(repository) == files
 
 
 @hypothesis.given(st.data())
@@ -4467,12 +4423,6 @@ def unpack_all(repository, target):
         return replicate.unpack_to(str(target), archive.files(lambda name: True, PACKED_ID))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
-                                  tarfile.GNUTYPE_SPARSE, b"D", b"M", b"V", b"Z", b"\xff", tarfile.CONTTYPE])
-def test_members_that_are_no_plain_files_are_read_errors(tmp_path, kind):
-    assert refused(tmp_path, raw_header(type=kind, link=b"/etc/passwd") + bytes(1024)) == {}
-
-
 HOSTILE_TARS = {
     "a name through a link": tar_block(PACKED_ID + "/d", kind=tarfile.SYMTYPE, link="..") + tar_block(PACKED_ID + "/d/evil", b"evil"),
     "a file below a file": tar_block(PACKED_ID + "/d", b"file") + tar_block(PACKED_ID + "/d/evil", b"evil"),
@@ -4500,11 +4450,16 @@ HOSTILE_TARS = {
     "the end in the middle of a file": tar_block(PACKED_ID + "/x", b"x" * 5000)[:2048],
     "the end in the middle of a header": tar_block(PACKED_ID + "/x", b"x") + tar_block(PACKED_ID + "/y")[:100],
 }
+HOSTILE_TARS.update({"a member of type %r" % kind: raw_header(type=kind, link=b"/etc/passwd") for kind in (
+    tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE, b"D", b"M", b"V", b"Z",
+    b"\xff", tarfile.CONTTYPE)})
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE_TARS))
 def test_hostile_tars_are_read_errors(tmp_path, name):
-    refused(tmp_path, HOSTILE_TARS[name] + (b"" if name.startswith("the end") else bytes(1024)))
+    left = refused(tmp_path, HOSTILE_TARS[name] + (b"" if name.startswith("the end") else bytes(1024)))
+    assert not left or name in ("a file below a file", "a file in place of a directory", "an enormous size",
+                                "the end in the middle of a file", "the end in the middle of a header")
 
 
 FLOODS = {
@@ -4539,34 +4494,15 @@ def test_what_floods_a_reader_is_refused_in_one_sentence(tmp_path, name, path):
         for block in blocks():
             stream.write(block)
         stream.write(bytes(1024))
-    script = """
-        import resource, sys, replicate
+    (printed,) = run_in_little_memory("""
         with replicate.Checkout(sys.argv[2]) as checkout:
             try:
                 checkout.stage(replicate.Repository("file://" + sys.argv[1]), [("checkpoints", sys.argv[3])],
                                sys.argv[4] or None, True)
             except replicate.ReadError as error:
                 print(error)
-        for line in open("/proc/self/status") if sys.platform == "linux" else ():
-            if line.startswith("VmHWM"):
-                assert int(line.split()[1]) < 300 << 10, line
-        """
-    done = run_script(script, tmp_path / "store", tmp_path / "out", PACKED_ID, path or "", timeout=60)
-    assert problem in done.stdout and done.stdout.count("\n") == 1 and len(done.stdout) < 400
-
-
-def test_a_table_that_would_fill_the_memory_is_not_believed(project, tmp_path):
-    repository, files, data = small_archive(project, tmp_path)
-    start = sum(compressed for compressed, _ in repository.archive("checkpoints", PACKED_ID).table.members)
-    packed = zlib.compress(b'{"files": [], "members": [[1,1]' + b",[1,1]" * 2500000 + b"]}")
-    chain = b"".join(replicate._extra_member(packed[at:at + replicate.MAX_FIELD_BYTES])
-                     for at in range(0, len(packed), replicate.MAX_FIELD_BYTES))
-    footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
-    Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicate.json, "loads", None)
-        assert repository.archive("checkpoints", PACKED_ID).table is None
-    assert read_archive(repository) == files
+        """, tmp_path / "store", tmp_path / "out", PACKED_ID, path or "", megabytes=300)
+    assert problem in printed and len(printed) < 400
 
 
 def test_very_many_empty_gzip_members_are_read_in_time_of_their_number(tmp_path):
@@ -4604,36 +4540,22 @@ def test_odd_tars_are_read(tmp_path, tar, files):
     assert tree(tmp_path / "target") == files
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_archives_of_other_programs_are_read(tmp_path, form):
-    files = {"a": b"a", "sub/b": os.urandom(3000), "d" * 60 + "/" + "e" * 90: b"long", "empty": b"", "big": bytes(5 << 20)}
-    if form != tarfile.USTAR_FORMAT:
+@pytest.mark.parametrize("form", ["ustar", "gnu", "pax"])
+def test_archives_of_other_programs_in_several_gzip_members_are_read(tmp_path, form):
+    files = {"a": b"a" * 3000, "sub/b": os.urandom(5000), "d" * 60 + "/" + "e" * 90: b"long", "empty": b"", "big": bytes(5 << 20)}
+    if form != "ustar":
         files.update({"f" * 150 + "/" + "g" * 150: b"longer", "\u4e2d" * 40: b"unicode", "tail " * 30: b"blank"})
-    repository = store_bytes(tmp_path, b"")
-    with tarfile.open(archive_path(repository), "w:gz", format=form) as archive:
-        for name in ("", "/sub", "/" + "d" * 60):
-            directory = tarfile.TarInfo(PACKED_ID + name)
-            directory.type = tarfile.DIRTYPE
-            archive.addfile(directory)
-        for name, content in files.items():
-            member = tarfile.TarInfo("%s/%s" % (PACKED_ID, name))
-            member.size, member.mtime = len(content), 1136214245.25
-            archive.addfile(member, io.BytesIO(content))
-    assert read_archive(repository) == files
-    assert all(read_one(repository, name) == content for name, content in files.items())
-    assert repository.archive("checkpoints", PACKED_ID).table is None
-
-
-def test_archives_of_gnu_tar_in_several_gzip_members_are_read(tmp_path):
-    files = {"a": b"a" * 3000, "b/c": os.urandom(5000), "x" * 60 + "/" + "y" * 70: b"long"}
     fill(tmp_path / PACKED_ID, files)
-    for form in ("gnu", "pax", "ustar"):
-        done = subprocess.run(["tar", "c", "--format=" + form, PACKED_ID], cwd=str(tmp_path), check=True, capture_output=True)
-        data = done.stdout
+    of_tar = subprocess.run(["tar", "c", "--format=" + form, PACKED_ID], cwd=str(tmp_path), check=True, capture_output=True).stdout
+    of_python = io.BytesIO()
+    with tarfile.open(fileobj=of_python, mode="w", format=getattr(tarfile, form.upper() + "_FORMAT")) as archive:
+        archive.add(str(tmp_path / PACKED_ID), PACKED_ID)
+    for data in (of_tar, of_python.getvalue()):
         for pieces in ([data], [data[:700], data[700:701], b"", data[701:]]):
-            packed = b"".join(gzip.compress(piece) for piece in pieces)
-            assert read_archive(store_bytes(tmp_path, packed)) == files
-            assert read_archive(store_bytes(tmp_path, packed + bytes(512))) == files
+            for rest in (b"", bytes(512)):
+                repository = store_bytes(tmp_path, b"".join(gzip.compress(piece) for piece in pieces) + rest)
+                assert read_archive(repository) == files == {name: read_one(repository, name) for name in files}
+                assert repository.archive("checkpoints", PACKED_ID).table is None
 
 
 @hypothesis.given(st.data())
