@@ -4312,9 +4312,10 @@ def test_a_table_of_very_many_empty_fields_is_passed_over(project, tmp_path):
 def test_a_table_that_would_fill_the_memory_is_not_believed(project, tmp_path, monkeypatch):
     repository, files, data = small_archive(project, tmp_path)
     write_table(repository, data, zlib.compress(b'{"files": [], "members": [[1,1]' + b",[1,1]" * 2500000 + b"]}"))
+    parsed = []
     with monkeypatch.context() as patch:
-        patch.setattr(replicate.json, "loads", None)
-        assert repository.archive("checkpoints", PACKED_ID).table is None
+        patch.setattr(replicate.json, "loads", parsed.append)
+        assert repository.archive("checkpoints", PACKED_ID).table is None and parsed == []
     assert read_archive(repository) == files
 
 
