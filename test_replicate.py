@@ -2039,27 +2039,19 @@ def store_served(sdk, *arguments):
 
 @pytest.fixture(scope="session")
 def s3_server():
-    yield from store_served("boto3", "moto.server", "-H", "127.0.0.1", "-p", "PORT")
+    """(the port of a server, a client that goes to it directly, past any proxy)."""
+    for port in store_served("boto3", "moto.server", "-H", "127.0.0.1", "-p", "PORT"):
+        import boto3
+        yield port, boto3.session.Session("test", "test", region_name="us-east-1").client(
+            "s3", endpoint_url="http://127.0.0.1:%d" % port)
 
 
 @pytest.fixture(scope="session")
 def gs_server():
-    yield from store_served("google.cloud.storage", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory")
-
-
-@pytest.fixture(scope="session")
-def s3_client(s3_server):
-    """A client that goes to the server directly, past any proxy."""
-    import boto3
-    return boto3.session.Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1").client(
-        "s3", endpoint_url="http://127.0.0.1:%d" % s3_server)
-
-
-@pytest.fixture(scope="session")
-def gs_client(gs_server):
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud.storage import Client
-    return Client("test", AnonymousCredentials(), client_options={"api_endpoint": "http://127.0.0.1:%d" % gs_server})
+    for port in store_served("google.cloud.storage", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory"):
+        from google.auth.credentials import AnonymousCredentials
+        from google.cloud.storage import Client
+        yield port, Client("test", AnonymousCredentials(), client_options={"api_endpoint": "http://127.0.0.1:%d" % port})
 
 
 def document_key(item_id):
@@ -2186,8 +2178,8 @@ def new_place(request, tmp_path, monkeypatch):
         if kind == "file":
             return DiskPlace("file://%s" % (tmp_path / name), str(tmp_path / name))
         scheme, slash, root = kind.partition("/")
-        client = request.getfixturevalue(scheme + "_client")
-        proxy = WireProxy(request.getfixturevalue(scheme + "_server"))
+        port, client = request.getfixturevalue(scheme + "_server")
+        proxy = WireProxy(port)
         use_cloud(monkeypatch, **{"AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST": proxy.address})
         places.append((S3Place if scheme == "s3" else GSPlace)(
             "%s://%s%s%s" % (scheme, name, slash, root), name, root and root + "/", client, proxy))
@@ -2757,7 +2749,7 @@ def test_push_from_copies_between_repositories(new_place, project, source, targe
 
 
 def test_push_leaves_what_a_live_process_records(s3_bucket, project, training, s3_server):
-    away = WireProxy(s3_server)
+    away = WireProxy(s3_server[0])
     script = training(SAVES_ONCE, env={"AWS_ENDPOINT_URL": away.address})
     record_offline(script, s3_bucket, project, lambda request: "reset", away)
     done = run("push")
@@ -3151,36 +3143,23 @@ def test_a_misspelt_bucket_is_created_and_said_loudly(bucket, hasty, capsys, at_
 
 # Faults on the wire.
 
-def unreliable(proxy, rate, seed=7):
-    """Let a share of all requests fail, each in one of the ways in which requests fail."""
-    dice = random.Random(seed)
-
-    def rule(request):
-        if dice.random() >= rate:
-            return None
-        kind = dice.choice(["500", "503", "reset", "cut", "lost"])
-        if kind == "500":
-            return proxy.refusal(request, 500, "InternalError", "We encountered an internal error.")
-        if kind == "503":
-            return proxy.refusal(request, 503, "SlowDown", "Please reduce your request rate.")
-        if kind == "cut" and request.kind == "GET":
-            return dice.choice([0, 10, 1000, 50000])
-        return "lost" if kind == "lost" else "reset"
-
-    proxy.rule = rule
-
-
 def test_nothing_is_lost_or_doubled_where_a_third_of_the_requests_fail(bucket, project, hasty, tmp_path, monkeypatch):
+    """Each in one of the ways in which requests fail."""
     monkeypatch.setattr(replicate.CloudStorage, "ATTEMPTS", 30)  # so that the test itself does not fail once in a while
     bucket.create()
-    unreliable(bucket.proxy, 0.3)
-    contents = {}
+    dice, failures, contents = random.Random(7), [], {}
 
-    def failures():
-        return len([request for request in list(bucket.proxy.requests) if (request.status or 500) >= 500])
+    def rule(request):
+        if dice.random() >= 0.3:
+            return None
+        failures.append(request)
+        return dice.choice([bucket.proxy.refusal(request, 500, "InternalError", "We encountered an internal error."),
+                            bucket.proxy.refusal(request, 503, "SlowDown", "Please reduce your request rate."), "reset", "lost",
+                            dice.choice([0, 10, 1000, 50000]) if request.kind == "GET" else "reset"])
 
+    bucket.proxy.rule = rule
     with replicate.init(path="replicate.yaml", quiet=True) as experiment:
-        while len(contents) < 8 or failures() <= 20:
+        while len(contents) < 8 or len(failures) <= 20:
             contents[len(contents)] = os.urandom(200000 if contents else 9 << 20)
             (project / "model").write_bytes(contents[len(contents) - 1])
             item = experiment.checkpoint(path="model", step=len(contents) - 1, quiet=True).id
@@ -3317,9 +3296,10 @@ def shelf(new_place, project, monkeypatch):
 
 
 @pytest.fixture
-def fresh_machine(monkeypatch, tmp_path):
-    """fresh_machine() makes this a machine that has never listed anything; returns its folder for caches."""
+def fresh_machine(shelf, monkeypatch, tmp_path):
+    """fresh_machine() makes this a machine that has never listed anything, and counts from zero; returns its folder for caches."""
     def fresh():
+        shelf.clear()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / uuid.uuid4().hex))
         return Path(os.environ["XDG_CACHE_HOME"])
     return fresh
@@ -3377,7 +3357,6 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_mac
     first = listed_params(call)
     assert len(first) == 3000 and shelf.count("PUT") == 1 and shelf.seen("PUT")[0].key == "index/rows-1.gz"
     fresh_machine()
-    shelf.clear()
     assert listed_params(call) == first
     assert shelf.count() <= 30 and kinds(shelf)["GET"] <= 2 and kinds(shelf)["LIST"] <= 2 + 16 and not shelf.count("PUT"), kinds(shelf)
     shelf.clear()
@@ -3385,7 +3364,6 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_mac
     assert kinds(shelf)["GET"] == 1 and shelf.count() <= 20
     put_documents(shelf, *[experiment_document(item, params={"n": -1}) for item in ids[::100]])
     fresh_machine()
-    shelf.clear()
     found = listed_params(call)
     assert [item for item in ids if found[item] == -1] == ids[::100]
     assert kinds(shelf)["GET"] == 2 + 30 and not shelf.count("PUT")
@@ -3396,7 +3374,6 @@ def test_experiments_that_came_a_few_at_a_time_are_in_the_index_too(shelf, call,
         shelf.fill(50)
         assert call("ls", "-q")[0] == 0
     fresh_machine()
-    shelf.clear()
     assert len(listed_params(call)) == 250
     assert shelf.count() <= 30 + 100, kinds(shelf)  # less than a hundred may be out of date
 
@@ -3451,16 +3428,14 @@ def test_hostile_fields_in_the_index_break_nothing(shelf, call, fresh_machine):
     listed_params(call)
     lines = index_lines(shelf)
     wrong = [5, [], {"a": {}}, "x", True, [[]], -1, "\x1b]0;x\x07"]
-    spoil_index(shelf, [(item, version, dict({name: wrong[(number + at) % 8] for at, name in enumerate(row)}, id=row["id"]))
-                        for number, (item, version, row) in enumerate(lines)])
-    for arguments in (["ls"], ["ls", "--all"], ["ls", "--json"], ["ls", "-f", "n > 3", "--sort", "host"], ["show", ids[0]]):
-        fresh_machine()
-        code, out, errors = call(*arguments)
-        assert code == 0 and "\x1b" not in out and "\x1b" not in errors and "unexpected" not in errors, (arguments, errors)
-    spoil_index(shelf, [(item, version, dict(row, user="\x1b]0;evil\x07")) for item, version, row in lines])
-    fresh_machine()
-    code, out, errors = call("ls", "--all")
-    assert code == 0 and "\x1b" not in out and "\x07" not in out
+    for spoiled in ([(item, version, dict({name: wrong[(number + at) % 8] for at, name in enumerate(row)}, id=row["id"]))
+                     for number, (item, version, row) in enumerate(lines)],
+                    [(item, version, dict(row, user="\x1b]0;evil\x07")) for item, version, row in lines]):
+        spoil_index(shelf, spoiled)
+        for arguments in (["ls"], ["ls", "--all"], ["ls", "--json"], ["ls", "-f", "n > 3", "--sort", "host"], ["show", ids[0]]):
+            fresh_machine()
+            code, out, errors = call(*arguments)
+            assert code == 0 and not re.search("[\x1b\x07]", out + errors) and "unexpected" not in errors, (arguments, errors)
 
 
 def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, fresh_machine):
@@ -3469,7 +3444,6 @@ def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, fr
     def change(count):
         put_documents(shelf, *[experiment_document(item, params={"n": time.time()}) for item in ids[:count]])
         fresh_machine()
-        shelf.clear()
         listed_params(call)
         return shelf.count("PUT"), kinds(shelf)["GET"] - 2
 
@@ -3604,13 +3578,11 @@ def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(shelf, tmp_path
     """Stored without compression, as it would be of weights; 2 GB would take a slow machine too long."""
     put_documents(shelf, experiment_document(A, checkpoints=[checkpoint_document(C, path="big")]))
     size = 1 << 29
-    with gzip.open(tmp_path / "archive", "wb", compresslevel=0) as file:
+    with open("/dev/zero", "rb") as zeros, tarfile.open(
+            tmp_path / "archive", "w:gz", compresslevel=0, copybufsize=1 << 20) as archive:
         member = tarfile.TarInfo("%s/big" % C)
         member.size = size
-        file.write(member.tobuf())
-        for _ in range(size >> 20):
-            file.write(bytes(1 << 20))
-        file.write(bytes(1024))
+        archive.addfile(member, zeros)
     with open(tmp_path / "archive", "rb") as file:
         archive = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     shelf.put("checkpoints/%s.tar.gz" % C, archive)
@@ -3834,15 +3806,16 @@ def test_links_fifos_and_sockets(project, tmp_path):
                          ("loop", "loop")):
         os.symlink(target, name)
     os.mkfifo("fifo")
+    os.mkfifo(".replicateignore")
     warnings = []
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
         assert source_names(project, warnings=warnings) == ["dir/x", "far", "link", "real", "replicate.yaml"]
     assert [re.match(r"\w+", warning).group() for warning in warnings] == ["dangling", "dirlink", "loop"]
     assert "link to a directory" in warnings[1]
-    repository = pack_tree(tmp_path, project)
-    assert read_archive(repository)["link"] == b"content" and read_archive(repository)["far"] == b"outside"
-    with tarfile.open(archive_path(repository)) as archive:
+    files, warnings = packed_and_read(tmp_path, replicate.find_sources(str(project), "."))
+    assert files["link"] == b"content" and files["far"] == b"outside" and warnings == []
+    with tarfile.open(str(tmp_path / "store/checkpoints" / (PACKED_ID + ".tar.gz"))) as archive:
         assert all(member.isreg() for member in archive)
 
 
@@ -4027,10 +4000,10 @@ def counted_reads(monkeypatch):
     """The numbers of bytes that the system calls for reading return, in a list."""
     counts = []
 
-    def counted(function, length=len):
+    def counted(function):
         def call(*arguments):
             result = function(*arguments)
-            counts.append(result if isinstance(result, int) else length(result))
+            counts.append(len(result))
             return result
         return call
 
@@ -4081,13 +4054,11 @@ def packed_and_read(tmp_path, sources):
 
 
 def test_a_file_that_changes_its_size_while_it_is_saved(project, tmp_path):
-    fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 10, "d": b"d"})
+    fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "d": b"d"})
     sources = replicate.find_sources(str(project), ".")
     fill(project, {"a": b"a" * 10, "b": b"b" * 5000})
-    (project / "c").unlink()
     files, warnings = packed_and_read(tmp_path, sources)
-    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" and "c" not in files
-    assert [warning.split()[0] for warning in warnings] == ["c"]
+    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" and warnings == []
 
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
@@ -4130,14 +4101,6 @@ def test_a_name_that_has_become_something_else_is_not_saved(project, tmp_path, w
     files, warnings = packed_and_read(tmp_path, sources)
     assert sorted(files) == ["b", "replicate.yaml", "secret"]
     assert len(warnings) == 1 and warnings[0].startswith("a is not saved: ")
-
-
-def test_a_link_that_was_there_is_followed_and_a_fifo_of_rules_is_passed_over(project, tmp_path):
-    fill(tmp_path, {"outside": b"x"})
-    os.symlink(str(tmp_path / "outside"), "link")
-    os.mkfifo(".replicateignore")
-    files, warnings = packed_and_read(tmp_path, replicate.find_sources(str(project), "."))
-    assert files["link"] == b"x" and warnings == []
 
 
 def small_archive(project, tmp_path):
