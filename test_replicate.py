@@ -25,6 +25,7 @@ import io
 import ipaddress
 import json
 import math
+import mmap
 import os
 import platform
 import queue
@@ -1624,6 +1625,12 @@ CLOUD_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS
               "AWS_EC2_METADATA_DISABLED": "true", "GOOGLE_CLOUD_PROJECT": "test"}
 
 
+def use_cloud(monkeypatch, **variables):
+    """Have credentials for every store, and these variables too."""
+    for variable, value in dict(CLOUD_KEYS, **variables).items():
+        monkeypatch.setenv(variable, value)
+
+
 class WireRequest:
     """One HTTP request as the proxy saw it: what kind of operation, of which key."""
 
@@ -1690,7 +1697,6 @@ class WireProxy:
         self.after = lambda request, status, headers, body: None
         self.shift = 0.0      # seconds that the store's clock is ahead
         self.sink = False     # whether large bodies are read and thrown away, as if they were stored
-        self.source = None    # (key, path of a local file), served without the store
         self.port = 0
         self._lock = threading.RLock()
         self._sockets = set()
@@ -1706,8 +1712,6 @@ class WireProxy:
         proxy = self
 
         class Server(http.server.ThreadingHTTPServer):
-            allow_reuse_address = True
-            daemon_threads = True
             request_queue_size = 128
 
             def handle_error(self, request, client_address):
@@ -1721,10 +1725,6 @@ class WireProxy:
             def setup(self):
                 super().setup()
                 proxy._sockets.add(self.connection)
-
-            def finish(self):
-                proxy._sockets.discard(self.connection)
-                super().finish()
 
             def log_message(self, *arguments):
                 pass
@@ -1807,9 +1807,6 @@ class WireProxy:
                 raise WireCut
             if isinstance(action, tuple):
                 status, headers, body = action
-            elif self.source and request.kind in ("GET", "HEAD") and request.key == self.source[0]:
-                self._serve(handler, request)
-                return
             else:
                 status, headers, body = self.answer(request)
             self.after(request, status, headers, body)
@@ -1822,9 +1819,13 @@ class WireProxy:
             self._reset(handler)
 
     def _reset(self, handler):
+        """Reset the connection once all that was sent has arrived: a reset throws the rest away."""
+        import fcntl
+        import termios
         handler.close_connection = True
         handler.wfile.flush()
-        self._sockets.discard(handler.connection)
+        with contextlib.suppress(OSError):
+            until(lambda: not any(fcntl.ioctl(handler.connection, termios.TIOCOUTQ, bytes(4))), 10)
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(handler.connection.detach())
 
@@ -1845,46 +1846,11 @@ class WireProxy:
             handler.send_header("Content-Length", str(length))
         handler.end_headers()
         if request.method != "HEAD":
-            if cut is not None and cut < len(body):
-                handler.wfile.write(body[:cut])
-                request.served = cut
-                handler.wfile.flush()
-                self._await_delivery(handler.connection)
+            part = body[:cut]
+            handler.wfile.write(part)
+            request.served = len(part)
+            if len(part) < len(body):
                 raise WireCut
-            handler.wfile.write(body)
-            request.served = len(body)
-
-    @staticmethod
-    def _await_delivery(connection):
-        """Wait until all that was sent has arrived: a reset throws the rest away."""
-        import fcntl
-        import termios
-        with contextlib.suppress(OSError):
-            until(lambda: not any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))), 10)
-
-    def _serve(self, handler, request):
-        """The local file of `source`, or a range of it, without holding it."""
-        size = os.path.getsize(self.source[1])
-        start, end = 0, size
-        if request.range:
-            first, _, last = request.range[len("bytes="):].partition("-")
-            start, end = int(first), min(size, int(last) + 1 if last else size)
-        handler.send_response_only(206 if request.range else 200)
-        if request.range:
-            handler.send_header("Content-Range", "bytes %d-%d/%d" % (start, end - 1, size))
-        handler.send_header("Content-Length", str(end - start))
-        handler.send_header("ETag", '"%032x"' % size)
-        handler.send_header("Last-Modified", email.utils.formatdate(0, usegmt=True))
-        handler.end_headers()
-        if request.method == "HEAD":
-            return
-        with open(self.source[1], "rb") as file:
-            file.seek(start)
-            while start < end:
-                data = file.read(min(end - start, 1 << 20))
-                handler.wfile.write(data)
-                start += len(data)
-                request.served += len(data)
 
     def answer(self, request):
         """(status, headers, body) from the store."""
@@ -2039,73 +2005,50 @@ class Shelf(WireProxy):
         return ("<ListBucketResult><Name>b</Name>%s</ListBucketResult>" % "".join(rows)).encode()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_server(*arguments):
-    """A server as a process of its own; (process, port) once it listens."""
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", *[word.replace("PORT", str(port)) for word in arguments]],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process, port
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.kill()
-    pytest.fail("The server %s does not start" % arguments[0])
-
-
-def served(*arguments):
-    """The port of a server for as long as the session lasts."""
-    process, port = start_server(*arguments)
-    yield port
-    process.kill()
-    process.wait()
-
-
 NO_BUCKETS = os.environ.get("REPLICATE_TEST_BUCKETS") == "0"  # before the fixture `sealed` hides it
 
 
-def skip_without_buckets():
+def served(sdk, *arguments):
+    """The port of a store's server, a process of its own, for as long as the session lasts."""
     if NO_BUCKETS:
         pytest.skip("REPLICATE_TEST_BUCKETS=0: buckets are tested on another Python")
+    for module in (sdk, arguments[0].partition(".")[0]):
+        pytest.importorskip(module)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", *[word.replace("PORT", str(port)) for word in arguments]],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+
+    def listens():
+        assert process.poll() is None, "The server %s does not start" % arguments[0]
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        until(listens)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
 def s3_server():
-    skip_without_buckets()
-    pytest.importorskip("boto3")
-    pytest.importorskip("moto")
-    yield from served("moto.server", "-H", "127.0.0.1", "-p", "PORT")
+    """(the port of a server, a client that goes to it directly, past any proxy)."""
+    for port in served("boto3", "moto.server", "-H", "127.0.0.1", "-p", "PORT"):
+        import boto3
+        yield port, boto3.session.Session("test", "test", region_name="us-east-1").client(
+            "s3", endpoint_url="http://127.0.0.1:%d" % port)
 
 
 @pytest.fixture(scope="session")
 def gs_server():
-    skip_without_buckets()
-    pytest.importorskip("google.cloud.storage")
-    pytest.importorskip("gcp_storage_emulator")
-    yield from served("gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT", "--in-memory")
-
-
-@pytest.fixture(scope="session")
-def s3_client(s3_server):
-    """A client that goes to the server directly, past any proxy."""
-    import boto3
-    return boto3.session.Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1").client(
-        "s3", endpoint_url="http://127.0.0.1:%d" % s3_server)
-
-
-@pytest.fixture(scope="session")
-def gs_client(gs_server):
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud.storage import Client
-    return Client("test", AnonymousCredentials(), client_options={"api_endpoint": "http://127.0.0.1:%d" % gs_server})
+    for port in served("google.cloud.storage", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--port=PORT",
+                       "--in-memory"):
+        from google.auth.credentials import AnonymousCredentials
+        from google.cloud.storage import Client
+        yield port, Client("test", AnonymousCredentials(), client_options={"api_endpoint": "http://127.0.0.1:%d" % port})
 
 
 def document_key(item_id):
@@ -2231,12 +2174,10 @@ def new_place(request, tmp_path, monkeypatch):
         name = "t" + uuid.uuid4().hex[:20]
         if kind == "file":
             return DiskPlace("file://%s" % (tmp_path / name), str(tmp_path / name))
-        for variable, value in CLOUD_KEYS.items():
-            monkeypatch.setenv(variable, value)
         scheme, slash, root = kind.partition("/")
-        client = request.getfixturevalue(scheme + "_client")
-        proxy = WireProxy(request.getfixturevalue(scheme + "_server"))
-        monkeypatch.setenv("AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST", proxy.address)
+        port, client = request.getfixturevalue(scheme + "_server")
+        proxy = WireProxy(port)
+        use_cloud(monkeypatch, **{"AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST": proxy.address})
         places.append((S3Place if scheme == "s3" else GSPlace)(
             "%s://%s%s%s" % (scheme, name, slash, root), name, root and root + "/", client, proxy))
         return places[-1]
@@ -2321,9 +2262,9 @@ class Training:
     def stderr(self):
         return "\n".join(self.errors)
 
-    def expect(self, word, timeout=60):
+    def expect(self, word):
         try:
-            line = self.lines.get(timeout=timeout)
+            line = self.lines.get(timeout=60)
         except queue.Empty:
             pytest.fail("the script does not come to %r: %s" % (word, self.stderr))
         assert line.startswith(word), (line, self.stderr)
@@ -2338,10 +2279,9 @@ class Training:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            self.kill()
             pytest.fail("the script hangs: %s" % self.stderr)
-        for reader in self._readers:
-            reader.join(10)
+        finally:
+            self.kill()
         assert code is None or self.process.returncode == code, self.stderr
         return self.stderr
 
@@ -2363,8 +2303,7 @@ def training():
 
     yield start
     for script in started:
-        if script.process.poll() is None:
-            script.kill()
+        script.kill()
 
 
 def until(condition, seconds=60):
@@ -2473,6 +2412,9 @@ def test_storage_primitives(place, tmp_path):
     if place.proxy:
         parts = [int(request.headers["Content-Length"]) for request in place.proxy.seen("PART")]
         assert len(parts) == 2 + 3 and max(parts) == 8 << 20
+        for request in place.proxy.seen("PUT") + place.proxy.seen("PART"):  # no checksums, which MinIO, Ceph and R2 refuse
+            assert "aws-chunked" not in request.headers.get("Content-Encoding", "")
+            assert not [name for name in request.headers if name.lower().startswith(("x-amz-checksum", "x-amz-trailer"))]
     storage.delete(["a/empty", "missing", "a/missing too", "ab/nonsense", entry.key])
     storage.delete([])
     assert place.keys() == ["a/deeper/not listed", "ab", "checkpoints/big", "n"]
@@ -2763,11 +2705,11 @@ SAVES_ONCE = """
     """
 
 
-def record_offline(script, place, project, rule):
-    """Let a script that is like SAVES_ONCE come to its "saved" while the place obeys the rule; returns the experiment's ID."""
+def record_offline(script, place, project, rule, proxy=None):
+    """Let a script that is like SAVES_ONCE come to its "saved" while its proxy obeys the rule; returns the experiment's ID."""
     item = script.lines.get(timeout=60)
     until(place.documents)
-    place.proxy.rule = rule
+    (proxy or place.proxy).rule = rule
     script.go()
     script.expect("saved")
     until(lambda: [document for document in pending_documents(project) if document["checkpoints"]])
@@ -2832,25 +2774,13 @@ def test_push_from_copies_between_repositories(new_place, project, source, targe
     assert len(there.checkpoints()) == 4
     assert call("push", "--from", here.url, "77", "-R", there.url)[0] == 1
     assert call("push", "1e", "-R", there.url)[0] == 2
-    with pytest.raises(AssertionError):
-        assert call("push", "--from", here.url + "x", "-R", there.url)[0] == 0
+    assert call("push", "--from", here.url + "x", "-R", there.url)[0] == 1
 
 
 def test_push_leaves_what_a_live_process_records(s3_bucket, project, training, s3_server):
-    away = WireProxy(s3_server)
-    script = training("""
-        experiment = replicate.init(quiet=True)
-        wait("init")
-        save(1)
-        wait("saved")
-        experiment.stop()
-        """, env={"AWS_ENDPOINT_URL": away.address})
-    script.expect("init")
-    until(lambda: s3_bucket.documents())
-    away.down()
-    script.go()
-    script.expect("saved")
-    until(lambda: [item for item in pending_documents(project) if item["checkpoints"]])
+    away = WireProxy(s3_server[0])
+    script = training(SAVES_ONCE, env={"AWS_ENDPOINT_URL": away.address})
+    record_offline(script, s3_bucket, project, lambda request: "reset", away)
     done = run("push")
     assert done.returncode == 0 and "Another process is still recording experiment" in done.stderr, done.stderr
     assert s3_bucket.checkpoints() == {} and len(pending_documents(project)[0]["checkpoints"]) == 1
@@ -2859,35 +2789,6 @@ def test_push_leaves_what_a_live_process_records(s3_bucket, project, training, s
     script.kill()
     away.close()
     assert "Uploaded 1 experiment and 1 checkpoint" in push_the_rest(s3_bucket, project, [1])
-
-
-SHOWN = "replicate.Progress.show = lambda self, text: print(text, file=sys.stderr, flush=True)\n"
-
-
-@pytest.mark.parametrize("what", ["the archive", "everything"])
-def test_ctrl_c_in_the_final_upload_leaves_the_rest_pending(bucket, project, training, what):
-    script = training(SHOWN + textwrap.dedent("""
-        experiment = replicate.init(quiet=True)
-        wait("init")
-        save(1)
-        try:
-            experiment.stop()
-        except KeyboardInterrupt:
-            print("raised", flush=True)
-        """))
-    script.expect("init")
-    until(bucket.documents)
-    held = stalled_archives(bucket.proxy, 0)
-    if what == "everything":
-        inner = bucket.proxy.rule
-        bucket.proxy.rule = lambda request: inner(request) or ("stall" if held else None)
-    script.go()
-    until(lambda: held and "Uploading the last checkpoints" in script.stderr)
-    script.process.send_signal(signal.SIGINT)
-    errors = script.end()
-    assert "Not everything was uploaded" in errors and "push" in errors and "Traceback" not in errors, errors
-    assert len(pending_documents(project)[0]["checkpoints"]) == 1 and not bucket.checkpoints()
-    push_the_rest(bucket, project, [1])
 
 
 @pytest.mark.parametrize("what", ["everything", "writing"])
@@ -2997,8 +2898,7 @@ def test_a_server_that_never_answers_is_given_up_by_the_deadline(scheme, silent_
     """TIMEOUT would hold each request up for a thousand seconds; a deadline that is near lets none begin."""
     pytest.importorskip({"s3": "boto3", "gs": "google.cloud.storage"}[scheme])
     address, connections = silent_server
-    for name, value in dict(CLOUD_KEYS, AWS_ENDPOINT_URL=address, STORAGE_EMULATOR_HOST=address).items():
-        monkeypatch.setenv(name, value)
+    use_cloud(monkeypatch, AWS_ENDPOINT_URL=address, STORAGE_EMULATOR_HOST=address)
     monkeypatch.setattr(replicate.CloudStorage, "TIMEOUT", 1000.0)
     monkeypatch.setattr(replicate.CloudStorage, "LAST_TIMEOUT", 0.2)
     (project / "large").write_bytes(bytes(9 << 20))
@@ -3013,25 +2913,44 @@ def test_a_server_that_never_answers_is_given_up_by_the_deadline(scheme, silent_
             assert len(connections) - before == requests, name
 
 
-@pytest.mark.parametrize("end", ["SIGTERM", "Ctrl-C", "exit", "SIGTERM in pauses"])
-def test_a_bucket_that_never_answers_does_not_hold_up_the_end(bucket, project, training, end):
-    pauses = "replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.3, 0.3\n" * ("pauses" in end)
-    script = training(SHOWN + pauses + textwrap.dedent(SAVES_ONCE))
-    bucket.proxy.clear()
-    record_offline(script, bucket, project, (lambda request: "reset" if is_upload(request) else None) if pauses else
-                   lambda request: "stall")
-    if pauses:
-        until(lambda: len([request for request in list(bucket.proxy.requests) if is_upload(request)]) >= 4)
-    if "SIGTERM" in end:
+@pytest.mark.parametrize("end, store", [
+    ("SIGTERM", "silent"), ("Ctrl-C", "silent"), ("exit", "silent"), ("SIGTERM", "resets uploads"),
+    ("Ctrl-C in stop()", "silent in uploads"), ("Ctrl-C in stop()", "silent from an upload on")])
+def test_a_bucket_that_never_answers_does_not_hold_up_the_end(bucket, project, training, end, store):
+    uploads = []
+
+    def rule(request):
+        if is_upload(request):
+            uploads.append(request)
+        if store == "resets uploads":
+            return "reset" if is_upload(request) else None
+        return "stall" if store == "silent" or is_upload(request) or uploads and store == "silent from an upload on" else None
+
+    script = training("""
+        replicate.Progress.show = lambda self, text: print(text, file=sys.stderr, flush=True)
+        replicate.CloudStorage.FIRST_PAUSE = replicate.CloudStorage.LONGEST_PAUSE = float(os.environ["PAUSE"])
+        experiment = replicate.init(quiet=True)
+        wait(experiment.id)
+        save(1)
+        wait("saved")
+        try:
+            if "stop" in os.environ["END"]:
+                experiment.stop()
+        except KeyboardInterrupt:
+            print("raised", flush=True)
+        """, env={"END": end, "PAUSE": "0.3" if store == "resets uploads" else "0.01"})
+    record_offline(script, bucket, project, rule)
+    until(lambda: len(uploads) >= {"silent": 0, "resets uploads": 4}.get(store, 1))
+    if end == "SIGTERM":
         script.process.terminate()
     else:
         script.go()
-    if end == "Ctrl-C":
+    if "Ctrl-C" in end:
         until(lambda: "Uploading the last checkpoints" in script.stderr)
         script.process.send_signal(signal.SIGINT)
-    errors = script.end(timeout=45, code=-signal.SIGTERM if "SIGTERM" in end else 0)  # 70 seconds without a common deadline
-    assert "Not everything was uploaded" in errors and "Traceback" not in errors, errors
-    assert len(pending_documents(project)[0]["checkpoints"]) == 1
+    errors = script.end(timeout=45, code=-signal.SIGTERM if end == "SIGTERM" else 0)  # 70 seconds without a common deadline
+    assert "Not everything was uploaded" in errors and "push" in errors and "Traceback" not in errors, errors
+    assert len(pending_documents(project)[0]["checkpoints"]) == 1 and not bucket.checkpoints()
     push_the_rest(bucket, project, [1])
 
 
@@ -3135,45 +3054,39 @@ def test_two_processes_of_one_project_record_into_one_experiment(s3_bucket, proj
     assert s3_bucket.steps() == [1, 2]
 
 
-def self_signed_certificate(directory):
-    """The path of a PEM file with a key and a certificate for 127.0.0.1."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_ca_bundle_and_a_profile_with_an_endpoint_are_used(s3_bucket, tmp_path, monkeypatch):
+    """A store behind TLS with a certificate of its own, as MinIO often is, all of it configured in a profile."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "loopback")])
-    now = datetime.datetime.utcfromtimestamp(time.time())
-    certificate = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number()).not_valid_before(
-        now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1)).add_extension(
+    now, day = datetime.datetime.utcfromtimestamp(time.time()), datetime.timedelta(days=1)
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now - day, now + day).add_extension(
         x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False).add_extension(
         x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256())
-    path = directory / "loopback.pem"
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                       serialization.NoEncryption()) +
-                     certificate.public_bytes(serialization.Encoding.PEM))
-    return path
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_ca_bundle_and_a_profile_are_honoured(s3_bucket, project, tmp_path):
-    """A store behind TLS with a certificate of its own, as MinIO often is, all of it configured in a profile."""
-    with replicate.init(params={"lr": 1}, quiet=True):
-        pass
-    pem = self_signed_certificate(tmp_path)
+    pem = tmp_path / "loopback.pem"
+    encoding = serialization.Encoding.PEM
+    pem.write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()) +
+                    certificate.public_bytes(encoding))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(str(pem))
+    sample(s3_bucket)
     server = s3_bucket.proxy.server
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    config = tmp_path / "config"
-    config.write_text("[profile mine]\nregion = us-east-1\nendpoint_url = https://127.0.0.1:%d\n"
-                      "aws_access_key_id = test\naws_secret_access_key = test\n" % s3_bucket.proxy.port)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
-        os.environ.pop(name)
-    env = {"AWS_CONFIG_FILE": str(config), "AWS_PROFILE": "mine"}
-    refused = run("ls", "-q", env=env)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    (tmp_path / "home/.aws").mkdir()
+    (tmp_path / "home/.aws/credentials").write_text("[lab]\naws_access_key_id = LABKEY\naws_secret_access_key = s\n")
+    (tmp_path / "home/.aws/config").write_text("[profile lab]\nregion = eu-west-1\nendpoint_url = https://127.0.0.1:%d\n" %
+                                               s3_bucket.proxy.port)
+    refused = run("ls", "-q", env={"AWS_PROFILE": "lab"})
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and "SSL" in refused.stderr
-    listed = run("ls", "-q", env=dict(env, AWS_CA_BUNDLE=str(pem)))
-    assert listed.returncode == 0 and len(listed.stdout.split()) == 1, listed.stderr
+    listed = run("ls", "-q", env={"AWS_PROFILE": "lab", "AWS_CA_BUNDLE": str(pem)})
+    assert listed.returncode == 0 and len(listed.stdout.split()) == 2, listed.stderr
+    signed = [request.headers["Authorization"] for request in s3_bucket.proxy.requests]
+    assert signed and all("LABKEY" in words and "eu-west-1" in words for words in signed)
 
 
 def test_a_bucket_that_is_deleted_during_training_costs_no_checkpoint(s3_bucket, project, training):
@@ -3259,36 +3172,26 @@ def test_a_misspelt_bucket_is_created_and_said_loudly(bucket, hasty, capsys, at_
 
 # Faults on the wire.
 
-def unreliable(proxy, rate, seed=7):
-    """Let a share of all requests fail, each in one of the ways in which requests fail."""
-    dice = random.Random(seed)
-
-    def rule(request):
-        if dice.random() >= rate:
-            return None
-        kind = dice.choice(["500", "503", "reset", "cut", "lost"])
-        if kind == "500":
-            return proxy.refusal(request, 500, "InternalError", "We encountered an internal error.")
-        if kind == "503":
-            return proxy.refusal(request, 503, "SlowDown", "Please reduce your request rate.")
-        if kind == "cut" and request.kind == "GET":
-            return dice.choice([0, 10, 1000, 50000])
-        return "lost" if kind == "lost" else "reset"
-
-    proxy.rule = rule
-
-
 def test_nothing_is_lost_or_doubled_where_a_third_of_the_requests_fail(bucket, project, hasty, tmp_path, monkeypatch):
+    """Each in one of the ways in which requests fail."""
     monkeypatch.setattr(replicate.CloudStorage, "ATTEMPTS", 30)  # so that the test itself does not fail once in a while
     bucket.create()
-    unreliable(bucket.proxy, 0.3)
-    contents = {}
+    dice, failures, contents = random.Random(7), [], {}
 
-    def failures():
-        return len([request for request in list(bucket.proxy.requests) if (request.status or 500) >= 500])
+    def rule(request):
+        if dice.random() >= 0.3:
+            return None
+        failures.append(request)
+        action = dice.choice([bucket.proxy.refusal(request, 500, "InternalError", "We encountered an internal error."),
+                              bucket.proxy.refusal(request, 503, "SlowDown", "Please reduce your request rate."),
+                              "reset", "cut", "lost"])
+        if action == "cut":
+            return dice.choice([0, 10, 1000, 50000]) if request.kind == "GET" else "reset"
+        return action
 
+    bucket.proxy.rule = rule
     with replicate.init(path="replicate.yaml", quiet=True) as experiment:
-        while len(contents) < 8 or failures() <= 20:
+        while len(contents) < 8 or len(failures) <= 20:
             contents[len(contents)] = os.urandom(200000 if contents else 9 << 20)
             (project / "model").write_bytes(contents[len(contents) - 1])
             item = experiment.checkpoint(path="model", step=len(contents) - 1, quiet=True).id
@@ -3330,17 +3233,13 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(bucket, hasty):
         assert 0 < starts[1] <= 5 << 20 and len(starts) == 2
 
 
-def test_a_checkout_that_is_cut_off_arrives_whole(bucket, project, hasty, tmp_path, call):
-    checkpoint = record_file(project, 6 << 20)
-    cuts = once(bucket.proxy, first_get(".tar.gz"), 3 << 20)
-    code, _, errors = call("checkout", checkpoint.id, "-o", str(tmp_path / "out"))
-    assert code == 0, errors
-    assert cuts and (tmp_path / "out/model").read_bytes() == (project / "model").read_bytes()
-
-
-def test_an_object_that_is_replaced_during_its_download_is_an_error(bucket, project, hasty, tmp_path, call):
+def test_an_object_that_is_cut_off_arrives_whole_and_one_that_is_replaced_during_its_download_is_an_error(
+        bucket, project, hasty, tmp_path, call):
     checkpoint = record_file(project, 9 << 20)
     key = "checkpoints/%s.tar.gz" % checkpoint.id
+    cuts = once(bucket.proxy, first_get(key), 3 << 20)
+    code, _, errors = call("checkout", checkpoint.id, "-o", str(tmp_path / "whole"))
+    assert cuts and code == 0 and tree(tmp_path / "whole") == {"model": (project / "model").read_bytes()}, errors
     cuts = once(bucket.proxy, first_get(key), 3 << 20)
     other = archive_bytes(checkpoint.id, {"model": os.urandom(9 << 20)})
     bucket.proxy.after = lambda request, status, headers, body: bucket.put(key, other) if request in cuts else None
@@ -3413,9 +3312,7 @@ def kinds(proxy):
 def shelf(new_place, project, monkeypatch):
     """An S3 repository in memory, used by the project; `shelf.fill(count)` adds experiments."""
     made = Shelf()
-    for variable, value in CLOUD_KEYS.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", made.address)
+    use_cloud(monkeypatch, AWS_ENDPOINT_URL=made.address)
     (project / "replicate.yaml").write_text("repository: s3://shelf\n")
     made.put("repository.json", b'{"version":1}')
     dice = random.Random(5)
@@ -3431,9 +3328,10 @@ def shelf(new_place, project, monkeypatch):
 
 
 @pytest.fixture
-def fresh_machine(monkeypatch, tmp_path):
-    """fresh_machine() makes this a machine that has never listed anything; returns its folder for caches."""
+def fresh_machine(shelf, monkeypatch, tmp_path):
+    """fresh_machine() makes this a machine that has never listed anything, forgets earlier requests, and returns its cache."""
     def fresh():
+        shelf.clear()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / uuid.uuid4().hex))
         return Path(os.environ["XDG_CACHE_HOME"])
     return fresh
@@ -3491,7 +3389,6 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_mac
     first = listed_params(call)
     assert len(first) == 3000 and shelf.count("PUT") == 1 and shelf.seen("PUT")[0].key == "index/rows-1.gz"
     fresh_machine()
-    shelf.clear()
     assert listed_params(call) == first
     assert shelf.count() <= 30 and kinds(shelf)["GET"] <= 2 and kinds(shelf)["LIST"] <= 2 + 16 and not shelf.count("PUT"), kinds(shelf)
     shelf.clear()
@@ -3499,7 +3396,6 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_mac
     assert kinds(shelf)["GET"] == 1 and shelf.count() <= 20
     put_documents(shelf, *[experiment_document(item, params={"n": -1}) for item in ids[::100]])
     fresh_machine()
-    shelf.clear()
     found = listed_params(call)
     assert [item for item in ids if found[item] == -1] == ids[::100]
     assert kinds(shelf)["GET"] == 2 + 30 and not shelf.count("PUT")
@@ -3510,7 +3406,6 @@ def test_experiments_that_came_a_few_at_a_time_are_in_the_index_too(shelf, call,
         shelf.fill(50)
         assert call("ls", "-q")[0] == 0
     fresh_machine()
-    shelf.clear()
     assert len(listed_params(call)) == 250
     assert shelf.count() <= 30 + 100, kinds(shelf)  # less than a hundred may be out of date
 
@@ -3571,10 +3466,10 @@ def test_hostile_fields_in_the_index_break_nothing(shelf, call, fresh_machine):
         fresh_machine()
         code, out, errors = call(*arguments)
         assert code == 0 and "\x1b" not in out and "\x1b" not in errors and "unexpected" not in errors, (arguments, errors)
-    spoil_index(shelf, [(item, version, dict(row, user="\x1b]0;evil\x07")) for item, version, row in lines])
+    spoil_index(shelf, [(item, version, dict(row, user="\x1b]0;evil\x07" + row["id"])) for item, version, row in lines])
     fresh_machine()
     code, out, errors = call("ls", "--all")
-    assert code == 0 and "\x1b" not in out and "\x07" not in out
+    assert code == 0 and "\x1b" not in out and "\x07" not in out and "\\x1b]0;evil" in out
 
 
 def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, fresh_machine):
@@ -3583,7 +3478,6 @@ def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, fr
     def change(count):
         put_documents(shelf, *[experiment_document(item, params={"n": time.time()}) for item in ids[:count]])
         fresh_machine()
-        shelf.clear()
         listed_params(call)
         return shelf.count("PUT"), kinds(shelf)["GET"] - 2
 
@@ -3690,17 +3584,18 @@ def test_two_machines_that_record_into_one_experiment_lose_nothing(bucket, proje
 
 # Much data.
 
-def run_in_little_memory(code, *arguments):
-    """Run a line of a script, which may take up 150 MB."""
-    done = run_script("""
-        import resource, sys, replicate
-        %s
+def run_in_little_memory(script, *arguments, megabytes=150):
+    """What a script prints that may take up so much memory."""
+    done = run_script("import sys, replicate\n" + textwrap.dedent(script) + textwrap.dedent("""
+        import resource
         try:  # ru_maxrss would count what the parent had before the exec
             print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
         except OSError:
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        """ % code, *arguments)
-    assert int(done.stdout) < 150 << 10, done.stdout
+        """), *arguments)
+    *printed, kilobytes = done.stdout.splitlines()
+    assert int(kilobytes) < megabytes << 10, done.stdout
+    return printed
 
 
 def test_memory_stays_small_while_gigabytes_are_uploaded(bucket, tmp_path):
@@ -3713,22 +3608,21 @@ def test_memory_stays_small_while_gigabytes_are_uploaded(bucket, tmp_path):
     assert bucket.proxy.count("PART") == size >> 23
 
 
-def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(s3_bucket, project, tmp_path):
+def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(shelf, tmp_path):
     """Stored without compression, as it would be of weights; 2 GB would take a slow machine too long."""
-    furnish(s3_bucket, experiment_document(hex_id("1e"), checkpoints=[checkpoint_document(hex_id("1c"), path="big")]))
+    put_documents(shelf, experiment_document(A, checkpoints=[checkpoint_document(C, path="big")]))
     size = 1 << 29
-    with gzip.open(tmp_path / "archive", "wb", compresslevel=0) as file:
-        member = tarfile.TarInfo("%s/big" % hex_id("1c"))
+    with open("/dev/zero", "rb") as zeros, tarfile.open(
+            tmp_path / "archive", "w:gz", compresslevel=0, copybufsize=1 << 20) as archive:
+        member = tarfile.TarInfo("%s/big" % C)
         member.size = size
-        file.write(member.tobuf())
-        for _ in range(size >> 20):
-            file.write(bytes(1 << 20))
-        file.write(bytes(1024))
-    s3_bucket.proxy.source = ("checkpoints/%s.tar.gz" % hex_id("1c"), str(tmp_path / "archive"))
-    run_in_little_memory("assert replicate.main(['checkout', sys.argv[1], '-o', sys.argv[2]]) == 0", hex_id("1c"), tmp_path / "out")
+        archive.addfile(member, zeros)
+    with open(tmp_path / "archive", "rb") as file:
+        archive = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    shelf.put("checkpoints/%s.tar.gz" % C, archive)
+    run_in_little_memory("assert replicate.main(['checkout', sys.argv[1], '-o', sys.argv[2]]) == 0", C, tmp_path / "out")
     assert (tmp_path / "out/big").stat().st_size == size
-    served = sum(request.served for request in s3_bucket.proxy.seen("GET", "checkpoints/"))
-    assert served <= (tmp_path / "archive").stat().st_size + (1 << 20)
+    assert sum(request.served for request in shelf.seen("GET", "checkpoints/")) <= len(archive) + (1 << 20)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "archive").unlink()
 
@@ -3780,61 +3674,28 @@ def test_a_missing_sdk_is_one_sentence(project, scheme, module, package):
     assert "No experiments found" in done.stderr
 
 
-def test_missing_s3_credentials_are_one_sentence(s3_bucket, call, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+@pytest.mark.parametrize("scheme, variable, value, problem", [
+    ("s3", "AWS_SHARED_CREDENTIALS_FILE", "/nonexistent", "Unable to locate credentials"),
+    ("s3", "AWS_PROFILE", "nobody", "nobody"),
+    ("gs", "GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent", "/nonexistent")])
+def test_missing_credentials_are_one_sentence(project, call, monkeypatch, silent_server, scheme, variable, value, problem):
+    pytest.importorskip({"s3": "boto3", "gs": "google.cloud.storage"}[scheme])
+    address, connections = silent_server
+    (project / "replicate.yaml").write_text("repository: %s://some-bucket\n" % scheme)
+    for name, setting in {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": address, variable: value}.items():
+        monkeypatch.setenv(name, setting)
     code, _, errors = call("ls")
-    assert code == 1 and "Unable to locate credentials" in one_message(errors) and s3_bucket.url in errors
-    with pytest.raises(replicate.ReplicateError, match="Unable to locate credentials"):
+    assert code == 1 and problem in one_message(errors) and scheme + "://some-bucket" in errors
+    with pytest.raises(replicate.ReplicateError, match=problem):
         replicate.init()
-    assert s3_bucket.proxy.count() == 0
-    monkeypatch.setenv("AWS_PROFILE", "nobody")
-    code, _, errors = call("ls")
-    assert code == 1 and "nobody" in one_message(errors)
-
-
-def test_missing_gcs_credentials_are_one_sentence(project, call, monkeypatch):
-    pytest.importorskip("google.cloud.storage")
-    (project / "replicate.yaml").write_text("repository: gs://some-bucket\n")
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")
-    code, _, errors = call("ls")
-    assert code == 1 and "/nonexistent" in one_message(errors) and "gs://some-bucket" in errors
-    with pytest.raises(replicate.ReplicateError, match="/nonexistent"):
-        replicate.init()
+    assert connections == []
 
 
 @pytest.mark.parametrize("url", ["s3://", "gs://a", "s3://bad_bucket!", "gs://../x", "s3://-x-"])
 def test_bad_bucket_names_are_refused(project, call, monkeypatch, url):
-    for variable, value in CLOUD_KEYS.items():
-        monkeypatch.setenv(variable, value)
+    use_cloud(monkeypatch)
     code, _, errors = call("ls", "-R", url)
     assert code == 1 and one_message(errors)
-
-
-def test_profiles_and_endpoints_of_the_configuration_file_are_used(s3_bucket, call, monkeypatch, tmp_path):
-    sample(s3_bucket)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
-        monkeypatch.delenv(name)
-    (tmp_path / "home/.aws").mkdir()
-    (tmp_path / "home/.aws/config").write_text("[profile lab]\nregion = eu-west-1\nendpoint_url = %s\n" % s3_bucket.proxy.address)
-    (tmp_path / "home/.aws/credentials").write_text("[lab]\naws_access_key_id = LABKEY\naws_secret_access_key = s\n")
-    monkeypatch.setenv("AWS_PROFILE", "lab")
-    assert len(call("ls", "-q")[1].split()) == 2
-    assert all("LABKEY" in request.headers["Authorization"] and "eu-west-1" in request.headers["Authorization"]
-               for request in s3_bucket.proxy.requests)
-
-
-def test_no_checksums_that_other_stores_refuse(s3_bucket, project):
-    """MinIO, Ceph, R2 and the like: plain bodies, without the trailing checksums of newer versions of boto3."""
-    (project / "model").write_bytes(os.urandom(9 << 20))
-    with replicate.init(path="model", quiet=True) as experiment:
-        experiment.checkpoint(path="model", quiet=True)
-    for request in s3_bucket.proxy.requests:
-        if request.kind in ("PUT", "PART"):
-            assert "aws-chunked" not in request.headers.get("Content-Encoding", "")
-            assert not [name for name in request.headers if name.lower().startswith(("x-amz-checksum", "x-amz-trailer"))]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -3858,22 +3719,22 @@ def source_names(directory, path=".", **options):
     return [source.name for source in replicate.find_sources(str(directory), path, warn=warnings.append, **options)]
 
 
-def recompress(archive, path):
+def recompress(repository):
     """What the recorder does in the background."""
+    path = archive_path(repository)
     with open(path + ".new", "wb", 0) as file:
-        replicate.recompress(archive, file, lambda: None)
+        replicate.recompress(repository.archive("checkpoints", PACKED_ID), file, lambda: None)
     os.replace(path + ".new", path)
 
 
-def pack_tree(tmp_path, directory, path=".", compress=True, key="checkpoints/%s.tar.gz" % PACKED_ID, name="store"):
+def pack_tree(tmp_path, directory, path=".", compress=True, name="store"):
     """Pack a directory into a repository with replicate.pack; returns the repository."""
-    target = tmp_path / name / key
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(str(target), "wb", 0) as file:
+    repository = store_bytes(tmp_path, b"", name)
+    with open(archive_path(repository), "wb", 0) as file:
         replicate.pack(file, PACKED_ID, replicate.find_sources(str(directory), path))
     if compress:
-        recompress(replicate.Archive(replicate.DiskStorage(str(tmp_path / name)), key), str(target))
-    return replicate.Repository("file://%s" % (tmp_path / name))
+        recompress(repository)
+    return repository
 
 
 def archive_path(repository):
@@ -3921,13 +3782,6 @@ def git_repository(tmp_path):
     return directory
 
 
-def git_keeps(directory):
-    """The files that git itself would not ignore."""
-    done = subprocess.run(["git", "-c", "core.excludesFile=/dev/null", "ls-files", "-o", "-z", "--exclude-from",
-                           str(directory / ".replicateignore")], cwd=str(directory), check=True, capture_output=True)
-    return sorted(os.fsdecode(name) for name in done.stdout.split(b"\0") if name)
-
-
 @hypothesis.given(st.lists(IGNORE_PATTERNS, min_size=1, max_size=5),
                   st.lists(st.lists(st.sampled_from(IGNORE_NAMES_OF_FILES), min_size=1, max_size=4).map("/".join),
                            min_size=1, max_size=12), st.sampled_from(["\n", "\n", "\r\n"]))
@@ -3952,7 +3806,9 @@ def test_ignoring_is_what_git_does(git_repository, patterns, names, end):
         with contextlib.suppress(OSError):  # a file and a directory of one name
             fill(git_repository, {name: b""})
     (git_repository / ".replicateignore").write_bytes(end.join(patterns).encode())
-    assert source_names(git_repository) == git_keeps(git_repository)
+    kept = subprocess.run(["git", "-c", "core.excludesFile=/dev/null", "ls-files", "-o", "-z", "-X", ".replicateignore"],
+                          cwd=str(git_repository), check=True, capture_output=True).stdout
+    assert source_names(git_repository) == sorted(os.fsdecode(name) for name in kept.split(b"\0") if name)
 
 
 def test_ignore_files_of_either_name_in_the_project_and_the_saved_directory(project):
@@ -3980,25 +3836,20 @@ def test_what_is_never_saved(project):
 def test_links_fifos_and_sockets(project, tmp_path):
     fill(tmp_path, {"outside/file": b"outside", "outside/dir/x": b""})
     fill(project, {"real": b"content", "dir/x": b"x"})
-    os.symlink("real", str(project / "link"))
-    os.symlink(str(tmp_path / "outside/file"), str(project / "far"))
-    os.symlink("dir", str(project / "dirlink"))
-    os.symlink("nowhere", str(project / "dangling"))
-    os.symlink("loop", str(project / "loop"))
-    os.mkfifo(str(project / "fifo"))
-    server = socket.socket(socket.AF_UNIX)
-    server.bind("socket")
+    for name, target in (("link", "real"), ("far", str(tmp_path / "outside/file")), ("dirlink", "dir"),
+                         ("dangling", "nowhere"), ("loop", "loop")):
+        os.symlink(target, name)
+    os.mkfifo("fifo")
+    os.mkfifo(".replicateignore")
     warnings = []
-    try:
-        names = source_names(project, warnings=warnings)
-    finally:
-        server.close()
-    assert names == ["dir/x", "far", "link", "real", "replicate.yaml"]
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        assert source_names(project, warnings=warnings) == ["dir/x", "far", "link", "real", "replicate.yaml"]
     assert [re.match(r"\w+", warning).group() for warning in warnings] == ["dangling", "dirlink", "loop"]
     assert "link to a directory" in warnings[1]
-    repository = pack_tree(tmp_path, project)
-    assert read_archive(repository)["link"] == b"content" and read_archive(repository)["far"] == b"outside"
-    with tarfile.open(archive_path(repository)) as archive:
+    files, warnings = packed_and_read(tmp_path, replicate.find_sources(str(project), "."))
+    assert files["link"] == b"content" and files["far"] == b"outside" and warnings == []
+    with tarfile.open(str(tmp_path / "store/checkpoints" / (PACKED_ID + ".tar.gz"))) as archive:
         assert all(member.isreg() for member in archive)
 
 
@@ -4018,33 +3869,33 @@ def test_paths_are_relative_to_the_project(project, tmp_path):
             relative(path)
 
 
-def sample_tree(project):
-    """Files of all sorts: empty, small, larger than a gzip member, with and without redundancy, with odd names."""
+@pytest.mark.parametrize("compress", [True, False])
+def test_archives_and_the_checksums_of_their_files_are_read_back_by_everyone(project, tmp_path, compress):
     noise = os.urandom(1 << 20)
     files = {"empty": b"", "small.py": b"print(1)\n" * 30, "sub/deep/er/x": b"x", "noise.bin": noise * 9 + b"!",
              "zeros.bin": bytes(13 << 20), "text.txt": b"The quick brown fox.\n" * 300000, "n" * 200 + "/" + "m" * 150: b"long",
-             "\u4e2d\u6587 \U0001f600": b"name", "exact": noise * 4, "one more": noise * 4 + b"1", b"bytes\xff\xfe": b"latin",
-             "new\nline": b"n", "-dash": b"-", " space ": b"s"}
+             "\u4e2d\u6587 \U0001f600": b"name", "exact": noise * 4, "one more": noise * 4 + b"1",
+             "bytes\udcff\udcfe": b"latin", "new\nline": b"n", "-dash": b"-", " space ": b"s"}
     fill(project, files)
     (project / "replicate.yaml").unlink()
     os.chmod(str(project / "small.py"), 0o755)
-    return {os.fsdecode(name): content for name, content in files.items()}
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_archives_read_back_by_everyone(project, tmp_path, compress):
-    files = sample_tree(project)
     repository = pack_tree(tmp_path, project, compress=False)
     path = archive_path(repository)
     plain_size = os.stat(path).st_size
     assert plain_size > 35 << 20
     if compress:
-        recompress(repository.archive("checkpoints", PACKED_ID), path)
+        recompress(repository)
         assert os.stat(path).st_size < min(32 << 20, plain_size - (18 << 20))
         again = pack_tree(tmp_path, project, compress=True, name="again")
         assert Path(archive_path(again)).read_bytes() == Path(path).read_bytes()
-    table = repository.archive("checkpoints", PACKED_ID).table
+    archive = repository.archive("checkpoints", PACKED_ID)
+    table = archive.table
     assert len(table.members) > 8 and sorted(name for name, *_ in table.files) == sorted(files)
+    assert all(crc is not None for *_, crc in table.files)
+    sums = {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
+    assert archive.sums(PACKED_ID) == sums
+    archive.table = None
+    assert archive.sums(PACKED_ID) == sums
     assert read_archive(repository) == files
     for name, content in files.items():
         assert read_one(repository, name) == content
@@ -4066,17 +3917,6 @@ def test_checksums_of_parts_make_that_of_the_whole(sizes):
     one, other = (os.urandom(size) for size in sizes)
     combined = replicate.crc_product(replicate.crc_shift(len(other)), zlib.crc32(one)) ^ zlib.crc32(other)
     assert combined == zlib.crc32(one + other)
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_the_table_of_an_archive_has_the_checksum_of_each_file(project, tmp_path, compress):
-    files = sample_tree(project)
-    repository = pack_tree(tmp_path, project, compress=compress)
-    archive = repository.archive("checkpoints", PACKED_ID)
-    assert archive.table is not None and all(crc is not None for *_, crc in archive.table.files)
-    assert archive.sums(PACKED_ID) == {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
-    archive.table = None
-    assert archive.sums(PACKED_ID) == {name: (len(content), zlib.crc32(content)) for name, content in files.items()}
 
 
 @hypothesis.given(data=st.binary(min_size=1, max_size=70000) | st.builds(
@@ -4175,7 +4015,7 @@ def test_a_table_that_spans_several_fields(project, tmp_path):
     archive = repository.archive("checkpoints", PACKED_ID)
     assert archive.table.encode().count(replicate.GZIP_EXTRA_HEADER) >= 3
     assert len(archive.table.encode()) > 2 * 65535
-    assert archive.table is not None and {name for name, *_ in archive.table.files} == set(names) | {"replicate.yaml"}
+    assert {name for name, *_ in archive.table.files} == set(names) | {"replicate.yaml"}
     for name in names[::500]:
         assert read_one(repository, name) == name[:4].encode()
     subprocess.run(["gzip", "-t", archive_path(repository)], check=True)
@@ -4188,10 +4028,10 @@ def counted_reads(monkeypatch):
     """The numbers of bytes that the system calls for reading return, in a list."""
     counts = []
 
-    def counted(function, length=len):
+    def counted(function):
         def call(*arguments):
             result = function(*arguments)
-            counts.append(result if isinstance(result, int) else length(result))
+            counts.append(len(result))
             return result
         return call
 
@@ -4218,9 +4058,7 @@ def test_reading_one_file_touches_few_bytes(project, tmp_path, counted_reads):
 
 
 def test_files_with_very_long_names_are_read_singly(project, tmp_path):
-    part = "/".join(["d" * 250] * 13)
-    name = part + "/" + "x" * 100
-    os.makedirs(str(project / part))
+    name = "/".join(["d" * 250] * 13 + ["x" * 100])
     content = os.urandom((4 << 20) - 4400)
     try:
         fill(project, {name: content})
@@ -4242,13 +4080,11 @@ def packed_and_read(tmp_path, sources):
 
 
 def test_a_file_that_changes_its_size_while_it_is_saved(project, tmp_path):
-    fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 10, "d": b"d"})
+    fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "d": b"d"})
     sources = replicate.find_sources(str(project), ".")
     fill(project, {"a": b"a" * 10, "b": b"b" * 5000})
-    (project / "c").unlink()
     files, warnings = packed_and_read(tmp_path, sources)
-    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" and "c" not in files
-    assert [warning.split()[0] for warning in warnings] == ["c"]
+    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" and warnings == []
 
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
@@ -4291,14 +4127,6 @@ def test_a_name_that_has_become_something_else_is_not_saved(project, tmp_path, w
     files, warnings = packed_and_read(tmp_path, sources)
     assert sorted(files) == ["b", "replicate.yaml", "secret"]
     assert len(warnings) == 1 and warnings[0].startswith("a is not saved: ")
-
-
-def test_a_link_that_was_there_is_followed_and_a_fifo_of_rules_is_passed_over(project, tmp_path):
-    fill(tmp_path, {"outside": b"x"})
-    os.symlink(str(tmp_path / "outside"), "link")
-    os.mkfifo(".replicateignore")
-    files, warnings = packed_and_read(tmp_path, replicate.find_sources(str(project), "."))
-    assert files["link"] == b"x" and warnings == []
 
 
 def small_archive(project, tmp_path):
@@ -4352,9 +4180,10 @@ def table_start(data):
 
 
 def write_table(repository, data, *fields):
-    """Give the archive a table of contents of these fields, with a right footer."""
+    """Give the archive a table of contents of these fields, in as many members as they need, with a right footer."""
     start = table_start(data)
-    chain = b"".join(map(replicate._extra_member, fields))
+    chain = b"".join(replicate._extra_member(field[at:at + replicate.MAX_FIELD_BYTES])
+                     for field in fields for at in range(0, max(1, len(field)), replicate.MAX_FIELD_BYTES))
     footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
     Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
 
@@ -4381,9 +4210,7 @@ def test_a_lying_table_never_shows_wrong_content(project, tmp_path):
     for members, entries in lies:
         Path(archive_path(repository)).write_bytes(data[:table_start(data)] + replicate.Table(members, entries).encode())
         assert read_archive(repository) == files
-        for name, content in files.items():
-            with contextlib.suppress(replicate.ReadError):
-                assert read_one(repository, name) == content
+        answers(repository, files)
         assert read_one(repository, "elsewhere") is None
 
 
@@ -4408,6 +4235,16 @@ def test_a_table_of_very_many_empty_fields_is_passed_over(project, tmp_path):
     repository, files, data = small_archive(project, tmp_path)
     write_table(repository, data, *[b""] * 800000)
     assert repository.archive("checkpoints", PACKED_ID).table is None
+
+
+def test_a_table_that_would_fill_the_memory_is_not_believed(project, tmp_path, monkeypatch):
+    repository, files, data = small_archive(project, tmp_path)
+    write_table(repository, data, zlib.compress(b'{"files": [], "members": [[1,1]' + b",[1,1]" * 2500000 + b"]}"))
+    parsed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(replicate.json, "loads", parsed.append)
+        assert repository.archive("checkpoints", PACKED_ID).table is None and parsed == []
+    assert read_archive(repository) == files
 
 
 @hypothesis.given(st.data())
@@ -4440,22 +4277,19 @@ def test_what_is_no_archive_is_a_read_error(tmp_path, data):
         read_archive(store_bytes(tmp_path, data))
 
 
-def tar_block(name, content=b"", kind=tarfile.REGTYPE, size=None, link="", pax=None, form=tarfile.GNU_FORMAT, mode=0o644):
+def tar_block(name, content=b"", kind=tarfile.REGTYPE, size=None, link="", mode=0o644):
     """One member of a tar as bytes; name may be anything."""
     member = tarfile.TarInfo(name)
     member.type, member.linkname, member.mode = kind, link, mode
     member.size = len(content) if size is None else size
-    if pax:
-        member.pax_headers = pax
-        form = tarfile.PAX_FORMAT
-    return member.tobuf(form, "utf-8", "surrogateescape") + content + bytes(-len(content) % 512)
+    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + content + bytes(-len(content) % 512)
 
 
 def raw_header(**fields):
     """A header block with these bytes at their places and a right checksum."""
     block = bytearray(tar_block(PACKED_ID + "/a")[:512])
     for place, value in fields.items():
-        start = {"name": 0, "mode": 100, "size": 124, "type": 156, "link": 157, "prefix": 345}[place]
+        start = {"name": 0, "size": 124, "type": 156, "link": 157, "prefix": 345}[place]
         block[start:start + len(value)] = value
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
@@ -4515,12 +4349,6 @@ def unpack_all(repository, target):
         return replicate.unpack_to(str(target), archive.files(lambda name: True, PACKED_ID))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
-                                  tarfile.GNUTYPE_SPARSE, b"D", b"M", b"V", b"Z", b"\xff", tarfile.CONTTYPE])
-def test_members_that_are_no_plain_files_are_read_errors(tmp_path, kind):
-    assert refused(tmp_path, raw_header(type=kind, link=b"/etc/passwd") + bytes(1024)) == {}
-
-
 HOSTILE_TARS = {
     "a name through a link": tar_block(PACKED_ID + "/d", kind=tarfile.SYMTYPE, link="..") + tar_block(PACKED_ID + "/d/evil", b"evil"),
     "a file below a file": tar_block(PACKED_ID + "/d", b"file") + tar_block(PACKED_ID + "/d/evil", b"evil"),
@@ -4548,11 +4376,16 @@ HOSTILE_TARS = {
     "the end in the middle of a file": tar_block(PACKED_ID + "/x", b"x" * 5000)[:2048],
     "the end in the middle of a header": tar_block(PACKED_ID + "/x", b"x") + tar_block(PACKED_ID + "/y")[:100],
 }
+HOSTILE_TARS.update({"a member of type %r" % kind: raw_header(type=kind, link=b"/etc/passwd") for kind in (
+    tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE,
+    tarfile.CONTTYPE, b"D", b"M", b"V", b"Z", b"\xff")})
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE_TARS))
 def test_hostile_tars_are_read_errors(tmp_path, name):
-    refused(tmp_path, HOSTILE_TARS[name] + (b"" if name.startswith("the end") else bytes(1024)))
+    left = refused(tmp_path, HOSTILE_TARS[name] + (b"" if name.startswith("the end") else bytes(1024)))
+    assert not left or name in ("a file below a file", "a file in place of a directory", "an enormous size",
+                                "the end in the middle of a file", "the end in the middle of a header")
 
 
 FLOODS = {
@@ -4587,34 +4420,15 @@ def test_what_floods_a_reader_is_refused_in_one_sentence(tmp_path, name, path):
         for block in blocks():
             stream.write(block)
         stream.write(bytes(1024))
-    script = """
-        import resource, sys, replicate
+    (printed,) = run_in_little_memory("""
         with replicate.Checkout(sys.argv[2]) as checkout:
             try:
                 checkout.stage(replicate.Repository("file://" + sys.argv[1]), [("checkpoints", sys.argv[3])],
                                sys.argv[4] or None, True)
             except replicate.ReadError as error:
                 print(error)
-        for line in open("/proc/self/status") if sys.platform == "linux" else ():
-            if line.startswith("VmHWM"):
-                assert int(line.split()[1]) < 300 << 10, line
-        """
-    done = run_script(script, tmp_path / "store", tmp_path / "out", PACKED_ID, path or "", timeout=60)
-    assert problem in done.stdout and done.stdout.count("\n") == 1 and len(done.stdout) < 400
-
-
-def test_a_table_that_would_fill_the_memory_is_not_believed(project, tmp_path):
-    repository, files, data = small_archive(project, tmp_path)
-    start = sum(compressed for compressed, _ in repository.archive("checkpoints", PACKED_ID).table.members)
-    packed = zlib.compress(b'{"files": [], "members": [[1,1]' + b",[1,1]" * 2500000 + b"]}")
-    chain = b"".join(replicate._extra_member(packed[at:at + replicate.MAX_FIELD_BYTES])
-                     for at in range(0, len(packed), replicate.MAX_FIELD_BYTES))
-    footer = replicate._extra_member(start.to_bytes(8, "little") + len(chain).to_bytes(8, "little"))
-    Path(archive_path(repository)).write_bytes(data[:start] + chain + footer)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicate.json, "loads", None)
-        assert repository.archive("checkpoints", PACKED_ID).table is None
-    assert read_archive(repository) == files
+        """, tmp_path / "store", tmp_path / "out", PACKED_ID, path or "", megabytes=300)
+    assert problem in printed and len(printed) < 400
 
 
 def test_very_many_empty_gzip_members_are_read_in_time_of_their_number(tmp_path):
@@ -4652,36 +4466,23 @@ def test_odd_tars_are_read(tmp_path, tar, files):
     assert tree(tmp_path / "target") == files
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_archives_of_other_programs_are_read(tmp_path, form):
-    files = {"a": b"a", "sub/b": os.urandom(3000), "d" * 60 + "/" + "e" * 90: b"long", "empty": b"", "big": bytes(5 << 20)}
-    if form != tarfile.USTAR_FORMAT:
+@pytest.mark.parametrize("form", ["ustar", "gnu", "pax"])
+def test_archives_of_other_programs_in_several_gzip_members_are_read(tmp_path, form):
+    files = {"a": b"a" * 3000, "b/c": os.urandom(5000), "d" * 60 + "/" + "e" * 90: b"long", "empty": b"",
+             "big": bytes(5 << 20)}
+    if form != "ustar":
         files.update({"f" * 150 + "/" + "g" * 150: b"longer", "\u4e2d" * 40: b"unicode", "tail " * 30: b"blank"})
-    repository = store_bytes(tmp_path, b"")
-    with tarfile.open(archive_path(repository), "w:gz", format=form) as archive:
-        for name in ("", "/sub", "/" + "d" * 60):
-            directory = tarfile.TarInfo(PACKED_ID + name)
-            directory.type = tarfile.DIRTYPE
-            archive.addfile(directory)
-        for name, content in files.items():
-            member = tarfile.TarInfo("%s/%s" % (PACKED_ID, name))
-            member.size, member.mtime = len(content), 1136214245.25
-            archive.addfile(member, io.BytesIO(content))
-    assert read_archive(repository) == files
-    assert all(read_one(repository, name) == content for name, content in files.items())
-    assert repository.archive("checkpoints", PACKED_ID).table is None
-
-
-def test_archives_of_gnu_tar_in_several_gzip_members_are_read(tmp_path):
-    files = {"a": b"a" * 3000, "b/c": os.urandom(5000), "x" * 60 + "/" + "y" * 70: b"long"}
     fill(tmp_path / PACKED_ID, files)
-    for form in ("gnu", "pax", "ustar"):
-        done = subprocess.run(["tar", "c", "--format=" + form, PACKED_ID], cwd=str(tmp_path), check=True, capture_output=True)
-        data = done.stdout
+    of_tar = subprocess.check_output(["tar", "c", "--format=" + form, PACKED_ID], cwd=str(tmp_path))
+    of_python = io.BytesIO()
+    with tarfile.open(fileobj=of_python, mode="w", format=getattr(tarfile, form.upper() + "_FORMAT")) as archive:
+        archive.add(str(tmp_path / PACKED_ID), PACKED_ID)
+    for data in (of_tar, of_python.getvalue()):
         for pieces in ([data], [data[:700], data[700:701], b"", data[701:]]):
-            packed = b"".join(gzip.compress(piece) for piece in pieces)
-            assert read_archive(store_bytes(tmp_path, packed)) == files
-            assert read_archive(store_bytes(tmp_path, packed + bytes(512))) == files
+            for rest in (b"", bytes(512)):
+                repository = store_bytes(tmp_path, b"".join(gzip.compress(piece) for piece in pieces) + rest)
+                assert read_archive(repository) == files == {name: read_one(repository, name) for name in files}
+                assert repository.archive("checkpoints", PACKED_ID).table is None
 
 
 @hypothesis.given(st.data())
