@@ -2795,10 +2795,15 @@ class S3Storage(CloudStorage):
         return Entry(key, head["ContentLength"], head["LastModified"].timestamp(), head["ETag"].strip('"'))
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
+        from urllib3.exceptions import ProtocolError
         extra = {"IfMatch": '"%s"' % version} if version else {}
         if start or end < 1 << 62:
             extra["Range"] = "bytes=%d-%s" % (start, end - 1 if end < 1 << 62 else "")
-        answer = self._client.get_object(Bucket=self.bucket, Key=self.root + key, **extra)
+        target = {"Bucket": self.bucket, "Key": self.root + key}
+        try:
+            answer = self._client.get_object(**target, **extra)
+        except ProtocolError:  # the SDK does not retry when the text of an error is cut off
+            answer = self._client.get_object(**target, **extra)
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange") or "")
         if extra.get("Range") and (found is None or int(found.group(1)) != start):
             raise ReadError("%s did not return the requested part of %s." % (self.url, key))

@@ -3233,6 +3233,14 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(bucket, hasty):
         assert 0 < starts[1] <= 5 << 20 and len(starts) == 2
 
 
+def test_an_error_of_s3_whose_text_is_cut_off_is_asked_for_again(s3_bucket, hasty):
+    s3_bucket.create()
+    cuts = once(s3_bucket.proxy, first_get("nothing"), 5)
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.open_storage(s3_bucket.url).open("nothing")
+    assert cuts
+
+
 def test_an_object_that_is_cut_off_arrives_whole_and_one_that_is_replaced_during_its_download_is_an_error(
         bucket, project, hasty, tmp_path, call):
     checkpoint = record_file(project, 9 << 20)
