@@ -8236,6 +8236,17 @@ def two_experiments(project, running=(), **fields):
 
 
 @pytest.fixture
+def says(call):
+    """says(...) is what a command says on stderr that prints nothing, and succeeds or has another exit code."""
+    def invoke(*arguments, code=0):
+        found, out, err = call(*arguments)
+        assert (found, out) == (code, ""), err
+        assert "Traceback" not in err and "unexpected" not in err
+        return err
+    return invoke
+
+
+@pytest.fixture
 def a_and_b(project):
     """The experiments A and B in the project's repository."""
     two_experiments(project)
@@ -9398,18 +9409,13 @@ def test_push_from_a_relative_path_means_the_working_directory(project, call, mo
 
 
 def recorded(project):
-    """An experiment with code and two checkpoints, by the real recorder; returns (experiment, first, second checkpoint) IDs."""
+    """An experiment with code and two checkpoints; returns (experiment, first, second checkpoint) IDs."""
     fill(project, {"train.py": b"code\n", "data/in.txt": b"data of the experiment\n", "model/weights": b""})
-    run_script("""
-        import replicate
-        with replicate.init(path=".", params={"lr": 1}, quiet=True) as experiment:
-            for step in range(2):
-                open("model/weights", "w").write("weights %d" % step)
-                open("data/in.txt", "w").write("data of checkpoint %d" % step)
-                experiment.checkpoint(path=".", metrics={"loss": step}, primary_metric=("loss", "minimize"), quiet=True)
-        """)
-    (document,) = stored_documents(project / "repo")
-    return (document["id"], *(item["id"] for item in document["checkpoints"]))
+    with replicate.init(path=".", params={"lr": 1}, quiet=True) as experiment:
+        for step in range(2):
+            fill(project, {"model/weights": b"weights %d" % step, "data/in.txt": b"data of checkpoint %d" % step})
+            experiment.checkpoint(path=".", metrics={"loss": step}, primary_metric=("loss", "minimize"), quiet=True)
+    return (experiment.id, *(item.id for item in experiment.checkpoints))
 
 
 def archived(project, code=None, model=None, **fields):
@@ -9421,23 +9427,33 @@ def archived(project, code=None, model=None, **fields):
             write_archive(project / "repo" / kind / (item + ".tar.gz"), item, files)
 
 
-def test_checkout_puts_the_checkpoint_over_the_experiment(project, call):
+def test_checkout_puts_the_checkpoint_over_the_experiment(project, says):
     archived(project, {"train.py": b"code", "model/a": b"old", "sub/dir/x": b"x"}, {"model/a": b"new", "model/b": b"b"},
              command="train.py --lr 1")
-    code, out, err = call("checkout", C, "-o", "out")
-    assert (code, out) == (0, "") and "train.py --lr 1" in err
+    assert "train.py --lr 1" in says("checkout", C, "-o", "out")
     assert tree(project / "out") == {"train.py": b"code", "model/a": b"new", "model/b": b"b", "sub/dir/x": b"x"}
-    code, out, err = call("checkout", A, "-o", "two")
-    assert code == 0 and "Checking out the latest checkpoint of 1eeeeee: 1cccccc (step 7)\n" in err
+    assert "Checking out the latest checkpoint of 1eeeeee: 1cccccc (step 7)\n" in says("checkout", A, "-o", "two")
     assert tree(project / "two") == tree(project / "out")
+    for path in ("train.py", "model/a"):  # the first is only in the experiment, the second in both
+        says("checkout", C, "-o", path + ".out", "--path", path)
+        assert tree(project / (path + ".out")) == {path: tree(project / "out")[path]}
 
 
-def test_checkout_of_an_experiment_takes_the_best_checkpoint(project, call):
+def test_checkout_of_an_experiment_takes_the_best_checkpoint_and_of_one_path_only_that(project, says):
     experiment, best, _ = recorded(project)
-    code, _, err = call("checkout", experiment, "-o", "out")
-    assert code == 0 and "Checking out the best checkpoint of %s: %s (step 0)\n" % (experiment[:7], best[:7]) in err
-    assert tree(project / "out")["model/weights"] == b"weights 0" and tree(project / "out")["data/in.txt"] == b"data of checkpoint 0"
-    assert tree(project / "out")["train.py"] == b"code\n" and "repo/repository.json" not in tree(project / "out")
+    err = says("checkout", experiment, "-o", "out")
+    assert "Checking out the best checkpoint of %s: %s (step 0)\n" % (experiment[:7], best[:7]) in err
+    files = tree(project / "out")
+    assert files == {"train.py": b"code\n", "model/weights": b"weights 0", "data/in.txt": b"data of checkpoint 0",
+                     "replicate.yaml": b"repository: file://repo\n"}
+    for number, (path, names) in enumerate({"model/weights": ["model/weights"], "data": ["data/in.txt"], "data/": ["data/in.txt"],
+                                            "./data": ["data/in.txt"], ".": files}.items()):
+        says("checkout", best, "-o", "out%d" % number, "--path", path)
+        assert tree(project / ("out%d" % number)) == {name: files[name] for name in names}
+    err = says("checkout", best, "-o", "new", "--path", "model/weihgts", code=1)
+    assert "model/weihgts" in err and "'model/weights'" in err
+    says("checkout", best, "-o", "new", "--path", "mod", code=1)
+    assert not (project / "new").exists()
 
 
 def test_checkout_goes_into_the_project_directory_also_from_a_subdirectory(project):
@@ -9452,42 +9468,14 @@ def test_checkout_goes_into_the_project_directory_also_from_a_subdirectory(proje
     assert (project / "deep/er/train.py").exists() and not (project / "train.py").exists()
 
 
-def test_checkout_of_one_path(project, call):
-    _, first, _ = recorded(project)
-    assert call("checkout", first, "-o", "one", "--path", "model/weights")[0] == 0
-    assert tree(project / "one") == {"model/weights": b"weights 0"}
-    for number, path in enumerate(("data", "data/", "./data")):
-        assert call("checkout", first, "-o", "two%d" % number, "--path", path)[0] == 0
-        assert tree(project / ("two%d" % number)) == {"data/in.txt": b"data of checkpoint 0"}
-    assert call("checkout", first, "-o", "four", "--path", ".")[0] == 0
-    assert "model/weights" in tree(project / "four") and "train.py" in tree(project / "four")
-
-
-def test_checkout_of_a_missing_path_suggests_one(project, call):
-    _, first, _ = recorded(project)
-    code, _, err = call("checkout", first, "-o", "out", "--path", "model/weihgts")
-    assert code == 1 and "model/weihgts" in err and "'model/weights'" in err
-    assert not (project / "out").exists()
-    assert call("checkout", first, "-o", "out", "--path", "mod")[0] == 1
-
-
-def test_checkout_takes_a_path_from_the_experiment_where_the_checkpoint_lacks_it(project, call):
-    archived(project, {"train.py": b"code", "model": b"old"}, {"model": b"new"})
-    for path, content in (("train.py", b"code"), ("model", b"new")):
-        assert call("checkout", C, "-o", path + ".out", "--path", path)[0] == 0
-        assert tree(project / (path + ".out")) == {path: content}
-
-
-def test_checkout_of_a_path_needs_only_the_archives_that_hold_it(project, call):
+def test_checkout_of_a_path_needs_only_the_archives_that_hold_it(project, says):
     archived(project, {}, {"model/weights": b"new"})
-    assert call("checkout", C, "-o", "one", "--path", "model/weights")[::2] != (1, "")
-    assert tree(project / "one") == {"model/weights": b"new"}
-    code, _, err = call("checkout", C, "-o", "two", "--path", "model")
-    assert code == 0 and "1eeeeee are gone" in err and "Only the checkpoint's own files" in err
-    assert tree(project / "two") == {"model/weights": b"new"}
+    says("checkout", C, "-o", "one", "--path", "model/weights")
+    err = says("checkout", C, "-o", "two", "--path", "model")
+    assert "1eeeeee are gone" in err and "Only the checkpoint's own files" in err
+    assert tree(project / "one") == tree(project / "two") == {"model/weights": b"new"}
     for arguments in (["--path", "train.py"], []):
-        code, _, err = call("checkout", C, "-o", "three", *arguments)
-        assert code == 1 and "1eeeeee are gone" in err and not (project / "three").exists()
+        assert "1eeeeee are gone" in says("checkout", C, "-o", "three", *arguments, code=1) and not (project / "three").exists()
     checkpoint = replicate.experiments.list()[0].checkpoints[0]
     assert checkpoint.open("model/weights").read() == b"new"
     with pytest.raises(replicate.DoesNotExist, match="gone"):
@@ -9495,15 +9483,15 @@ def test_checkout_of_a_path_needs_only_the_archives_that_hold_it(project, call):
 
 
 @pytest.mark.parametrize("code, names", [({}, "gone"), ({"train.py": b"code"}, "1cccccc")])
-def test_checkout_says_that_files_are_gone(project, call, code, names):
+def test_checkout_says_that_files_are_gone(project, call, says, code, names):
     archived(project, code, {})
-    code, _, err = call("checkout", C, "-o", "out")
-    assert code == 1 and "gone" in err and names in err and not (project / "out").exists()
+    err = says("checkout", C, "-o", "out", code=1)
+    assert "gone" in err and names in err and not (project / "out").exists()
     assert call("ls")[0] == call("show", A)[0] == 0
 
 
 @pytest.mark.parametrize("what", ["fifo", "socket"])
-def test_checkout_asks_before_it_replaces_what_is_no_file(project, call, what):
+def test_checkout_asks_before_it_replaces_what_is_no_file(project, says, what):
     """And does not wait for it."""
     _, first, _ = recorded(project)
     for name in ("train.py", "replicate.yaml"):
@@ -9511,20 +9499,25 @@ def test_checkout_asks_before_it_replaces_what_is_no_file(project, call, what):
     os.mkfifo("train.py") if what == "fifo" else socket.socket(socket.AF_UNIX).bind("train.py")
     (project / "out").mkdir()
     os.mkfifo("out/replicate.yaml")
-    code, _, err = call("checkout", first, "-R", "file://repo")
-    assert code == 1 and "train.py" in err and "would overwrite" in err
-    assert call("checkout", first, "-f", "-R", "file://repo")[0] == 0 and (project / "train.py").read_text() == "code\n"
-    code, _, err = call("checkout", first, "-f", "-o", "out", "-R", "file://repo")
-    assert code == 0 and "replicate.yaml is left as it is" in err and (project / "out/train.py").read_text() == "code\n"
+    err = says("-R", "file://repo", "checkout", first, code=1)
+    assert "train.py" in err and "would overwrite" in err
+    says("-R", "file://repo", "checkout", first, "-f")
+    assert (project / "train.py").read_text() == "code\n"
+    assert "replicate.yaml is left as it is" in says("-R", "file://repo", "checkout", first, "-f", "-o", "out")
+    assert (project / "out/train.py").read_text() == "code\n"
 
 
-def test_a_saved_configuration_that_is_no_configuration_is_left_out(project, call, monkeypatch):
-    archived(project, {"replicate.yaml": b"repository: file://repo\n" + b"#" * (2 << 20), "train.py": b"code"})
+@pytest.mark.parametrize("config, reason", [(b"repository: s3://evil\n", "another repository"), (
+    b"repository: file://repo\n" + b"#" * (2 << 20), "the saved one cannot be read")], ids=["of another repository", "too large"])
+def test_checkout_leaves_the_configuration_alone_that_another_would_replace(project, says, tmp_path, monkeypatch, config, reason):
+    archived(project, {"replicate.yaml": config, "sub/replicate.yaml": config, "train.py": b"code"})
     real, asked = replicate.read_up_to, []
     monkeypatch.setattr(replicate, "read_up_to", lambda stream, size: asked.append(size) or real(stream, size))
-    code, _, err = call("checkout", A, "-f")
-    assert code == 0 and "replicate.yaml is left as it is: the saved one cannot be read" in err and max(asked) == (1 << 20) + 1
+    err = says("checkout", A, "-f")
+    assert "replicate.yaml is left as it is: " in err and reason in err and max(asked) == (1 << 20) + 1
     assert (project / "replicate.yaml").read_text() == "repository: file://repo\n" and (project / "train.py").exists()
+    says("checkout", A, "-o", tmp_path / "fresh")
+    assert (tmp_path / "fresh/train.py").exists()
 
 
 def test_checkout_asks_before_it_overwrites(project):
@@ -9556,21 +9549,10 @@ def test_checkout_keeps_other_files_and_the_executable_bit(project, call):
     assert os.access(project / "out/run.sh", os.X_OK) and not os.access(project / "out/train.py", os.X_OK)
 
 
-def test_checkout_without_any_files(project, call):
+def test_checkout_without_any_files(project, says):
     write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]), experiment_document(B, path=""))
     for item in (A, B, C):
-        code, out, err = call("checkout", item, "-o", "out")
-        assert (code, out) == (1, "") and "Nothing to check out: experiment " in err and not (project / "out").exists()
-
-
-def test_checkout_leaves_the_configuration_of_another_repository_alone(project, call, tmp_path):
-    evil = b"repository: s3://evil\n"
-    archived(project, {"replicate.yaml": evil, "sub/replicate.yaml": evil, "train.py": b"code"})
-    code, _, err = call("checkout", A, "-f")
-    assert code == 0 and "replicate.yaml" in err and "another repository" in err
-    assert (project / "replicate.yaml").read_text() == "repository: file://repo\n" and (project / "train.py").exists()
-    assert call("checkout", A, "-o", tmp_path / "fresh")[0] == 0
-    assert (tmp_path / "fresh/train.py").exists()
+        assert "Nothing to check out: experiment " in says("checkout", item, "-o", "out", code=1) and not (project / "out").exists()
 
 
 def test_a_saved_configuration_of_another_name_does_not_take_over(project, call):
@@ -9580,62 +9562,78 @@ def test_a_saved_configuration_of_another_name_does_not_take_over(project, call)
     assert call("ls", "-q") == (0, A + "\n", "")
 
 
-def test_checkout_never_writes_through_a_link(project, call, tmp_path):
+def test_checkout_never_writes_through_a_link(project, says, tmp_path):
     archived(project, {"dir/file": b"new", "plain": b"new"})
     outside = tmp_path / "outside"
     fill(outside, {"file": b"precious"})
     (project / "out").mkdir()
     (project / "out/dir").symlink_to(outside)
     before = snapshot(project / "out")
-    code, _, err = call("checkout", A, "-f", "-o", "out")
-    assert code == 1 and "link" in err and tree(outside) == {"file": b"precious"} and snapshot(project / "out") == before
+    assert "link" in says("checkout", A, "-f", "-o", "out", code=1)
+    assert tree(outside) == {"file": b"precious"} and snapshot(project / "out") == before
     (project / "out/dir").unlink()
     (project / "out/plain").symlink_to(outside / "file")
-    assert call("checkout", A, "-o", "out")[0] == 1
-    assert call("checkout", A, "-f", "-o", "out")[0] == 0
+    says("checkout", A, "-o", "out", code=1)
+    says("checkout", A, "-f", "-o", "out")
     assert tree(outside) == {"file": b"precious"} and not (project / "out/plain").is_symlink()
 
 
-def test_a_file_and_a_directory_in_each_others_way(project, call):
+def test_a_file_and_a_directory_in_each_others_way(project, says):
     archived(project, {"a": b"new", "x/y": b"new"})
-    (project / "one/a").mkdir(parents=True)
-    fill(project, {"two/x": b"file"})
+    fill(project, {"one/a/x": b"below", "two/x": b"file"})
     for target in ("one", "two", "replicate.yaml"):
         before = snapshot(project)
-        assert call("checkout", A, "-f", "-o", target)[0] == 1 and snapshot(project) == before
+        says("checkout", A, "-f", "-o", target, code=1)
+        assert snapshot(project) == before
 
 
-@pytest.mark.parametrize("name, kind, target", [
-    ("%s/x/../../../evil", tarfile.REGTYPE, ""), ("/tmp/evil", tarfile.REGTYPE, ""), ("../evil", tarfile.REGTYPE, ""),
-    ("%s/.git/hooks/pre-commit", tarfile.REGTYPE, ""), ("%s/.replicate/storage/repository.json", tarfile.REGTYPE, ""),
-    ("%s/link", tarfile.SYMTYPE, "/etc/passwd"), ("%s/link", tarfile.LNKTYPE, "/etc/passwd"),
-    ("%s/pipe", tarfile.FIFOTYPE, ""), ("%s/good/below", tarfile.REGTYPE, ""), (None, None, None)])
-def test_nothing_is_written_for_a_hostile_or_missing_archive(project, call, tmp_path, name, kind, target):
-    archived(project, {"good": b"evil"})
-    path = project / "repo/experiments" / (A + ".tar.gz")
-    if name:
-        evil = tar_block(name.replace("%s", A), b"evil" if kind == tarfile.REGTYPE else b"", kind, link=target)
-        path.write_bytes(gzip.compress(tar_block(A + "/good", b"evil") + evil + bytes(1024)))
-    else:
+def with_member(name, content=b"", kind=tarfile.REGTYPE, target=""):
+    """What replaces an archive: one with a good file and this member; %s in its name is the ID."""
+    return lambda data, item: gzip.compress(tar_block(item + "/good", b"evil") + tar_block(
+        name.replace("%s", item), content, kind, link=target) + bytes(1024))
+
+
+DAMAGE = {
+    "cut": lambda data, item: data[:len(data) * 2 // 3],
+    "flipped": lambda data, item: data[:len(data) // 3] + bytes([data[len(data) // 3] ^ 0xff]) + data[len(data) // 3 + 1:],
+    "not gzip": lambda data, item: b"not gzip at all" * 100, "empty": lambda data, item: b"",
+    "garbage after": lambda data, item: data + b"garbage",
+    "checksum": lambda data, item: gzip.compress(tar_block(item + "/train.py", b"evil") + bytes(1024))[:-8] + bytes(8),
+    "outside": with_member("%s/x/../../../evil", b"evil"), "absolute": with_member("/tmp/evil", b"evil"),
+    "above": with_member("../evil", b"evil"), "git": with_member("%s/.git/hooks/pre-commit", b"evil"),
+    "own": with_member("%s/.replicate/storage/repository.json", b"evil"), "below a file": with_member("%s/good/below", b"evil"),
+    "symlink": with_member("%s/link", kind=tarfile.SYMTYPE, target="/etc/passwd"),
+    "hard link": with_member("%s/link", kind=tarfile.LNKTYPE, target="/etc/passwd"),
+    "pipe": with_member("%s/pipe", kind=tarfile.FIFOTYPE), "missing": None}
+
+
+@pytest.mark.parametrize("kind", ["experiments", "checkpoints"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_nothing_is_written_for_a_hostile_damaged_or_missing_archive(project, says, tmp_path, damage, kind):
+    experiment, first, _ = recorded(project)
+    item = experiment if kind == "experiments" else first
+    path = project / "repo" / kind / (item + ".tar.gz")
+    if damage == "missing":
         path.unlink()
-    (project / "good").write_text("mine")
+    else:
+        path.write_bytes(DAMAGE[damage](path.read_bytes(), item))
+    fill(project, {"good": b"mine", "train.py": b"mine"})
     before = snapshot(project), os.listdir(str(tmp_path))
-    for arguments in (["checkout", A, "-f"], ["checkout", A, "-f", "-o", "a/b/fresh"]):
-        code, out, err = call(*arguments)
-        assert (code, out) == (1, "") and A[:7] in err and "Traceback" not in err and "unexpected" not in err
+    for arguments in ([], ["-o", "a/b/fresh"]):
+        assert item[:7] in says("checkout", first, "-f", *arguments, code=1)
         assert (snapshot(project), os.listdir(str(tmp_path))) == before
 
 
-def test_an_archive_cut_between_two_gzip_members_is_damaged(project, call):
+def test_an_archive_cut_between_two_gzip_members_is_damaged(project, says):
     """Without the end-of-archive blocks of the tar, nobody knows whether files are missing."""
     archived(project, {"replaced": b"below"})
     path = project / "repo/experiments" / (A + ".tar.gz")
     one, two = (tar_block("%s/%s" % (A, name), name.encode()) for name in ("one", "two"))
     path.write_bytes(gzip.compress(one) + gzip.compress(two + bytes(1024)))
-    assert call("checkout", A, "-o", "whole")[0] == 0 and tree(project / "whole") == {"one": b"one", "two": b"two"}
+    says("checkout", A, "-o", "whole")
+    assert tree(project / "whole") == {"one": b"one", "two": b"two"}
     path.write_bytes(gzip.compress(one))
-    code, _, err = call("checkout", A, "-o", "cut")
-    assert code == 1 and A[:7] in err and not (project / "cut").exists()
+    assert A[:7] in says("checkout", A, "-o", "cut", code=1) and not (project / "cut").exists()
 
 
 def test_our_own_archive_cut_anywhere_is_damaged(project, call):
@@ -9651,24 +9649,6 @@ def test_our_own_archive_cut_anywhere_is_damaged(project, call):
             assert tree(project / ("out%d" % length)) == {"data/" + name: content for name, content in tree(project / "data").items()}
         else:
             assert code == 1 and item[:7] in err and not (project / ("out%d" % length)).exists(), length
-
-
-@pytest.mark.parametrize("damage", [
-    lambda data, item: data[:len(data) * 2 // 3],
-    lambda data, item: data[:len(data) // 3] + bytes([data[len(data) // 3] ^ 0xff]) + data[len(data) // 3 + 1:],
-    lambda data, item: b"not gzip at all" * 100, lambda data, item: b"", lambda data, item: data + b"garbage",
-    lambda data, item: gzip.compress(tar_block(item + "/train.py", b"evil") + bytes(1024))[:-8] + bytes(8)],
-    ids=["cut", "flipped", "not gzip", "empty", "garbage after", "checksum"])
-def test_nothing_is_written_for_a_damaged_archive(project, call, damage):
-    experiment, first, _ = recorded(project)
-    path = project / "repo/checkpoints" / (first + ".tar.gz")
-    path.write_bytes(damage(path.read_bytes(), first))
-    (project / "train.py").write_text("mine")
-    before = snapshot(project)
-    for arguments in ([], ["-o", "fresh"]):
-        code, out, err = call("checkout", first, "-f", *arguments)
-        assert (code, out) == (1, "") and first[:7] in err and "Traceback" not in err and "unexpected" not in err, err
-        assert snapshot(project) == before
 
 
 KILLED_CHECKOUT = """
