@@ -8601,9 +8601,13 @@ def test_a_program_in_any_language_is_recorded_and_run_again(place, shell_script
 
 @pytest.mark.parametrize("program, code, status, error", [
     (["./train.sh", "1", "3"], 3, "failed", "exit code 3"), (["sh", "-c", "kill -9 $$"], 137, "failed", "ended by SIGKILL"),
-    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "exit 130"], 130, "interrupted", None)], ids=lambda x: str(x)[:9])
+    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "exit 130"], 130, "interrupted", None),
+    (["./no-shell"], 1, "failed", "it could not be started")], ids=lambda value: str(value)[:9])
 def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, code, status, error):
-    assert run("run", "--", *program).returncode == code
+    (shell_script / "no-shell").write_text("#!/nonsense/interpreter\n")
+    (shell_script / "no-shell").chmod(0o755)
+    done = run("run", "--", *program)
+    assert done.returncode == code and ("./no-shell cannot be run" in done.stderr) == (program == ["./no-shell"])
     (document,) = stored_documents(shell_script / "repo")
     assert document["outcome"]["status"] == status and document["outcome"].get("error") == error
     assert call("ls", "--columns", "status", "--csv")[1] == "status\n%s\n" % status
@@ -8641,17 +8645,8 @@ def test_a_program_of_this_python_has_its_packages(project):
     (["run", "--path", "missing", "--", "true"], 1, "does not exist"), (["checkpoint"], 1, "REPLICATE_EXPERIMENT is not set"),
     (["checkpoint", "--metric", "=1"], 2, "name=value"), (["checkpoint", "--primary", "loss"], 2, "loss:minimize"),
     (["checkpoint", "--step", "-1"], 2, "--step"), (["rerun", "abc"], 1, "not found")])
-def test_programs_that_cannot_be_recorded(project, call, arguments, code, words):
-    result, out, err = call(*arguments)
-    assert result == code and words in err and not out and not (project / "repo/metadata").exists()
-
-
-def test_a_program_that_cannot_start_has_failed(project, call):
-    (project / "program").write_text("#!/nonsense/interpreter\n")
-    (project / "program").chmod(0o755)
-    code, out, err = call("run", "--", "./program")
-    assert code == 1 and "./program cannot be run" in err
-    assert stored_documents(project / "repo")[0]["outcome"]["error"] == "it could not be started"
+def test_programs_that_cannot_be_recorded(project, says, arguments, code, words):
+    assert words in says(*arguments, code=code) and not (project / "repo/metadata").exists()
 
 
 def test_what_is_wrong_with_a_checkpoint_of_a_program_is_its_exit_code(project, shell_script):
@@ -8672,7 +8667,7 @@ def test_checkpoints_that_are_added_at_once_have_steps_of_their_own(project, she
     assert done.returncode == 0 and [item["step"] for item in document["checkpoints"]] == [123456789012]
 
 
-def test_a_checkpoint_that_a_full_disk_refuses_is_an_error(project, call, monkeypatch):
+def test_a_checkpoint_that_a_full_disk_refuses_is_an_error(project, says, monkeypatch):
     experiment = replicate.init(quiet=True)
     experiment.stop()
     monkeypatch.setenv("REPLICATE_EXPERIMENT", experiment.id)
@@ -8684,8 +8679,8 @@ def test_a_checkpoint_that_a_full_disk_refuses_is_an_error(project, call, monkey
     def unwritable(*_):
         raise replicate.WriteError("There is no space.")
     monkeypatch.setattr(replicate.Repository, "fold", unwritable)
-    code, out, err = call("checkpoint", "--metric", "loss=1")
-    assert code == 1 and "will be lost" in err and "was not recorded" in err
+    err = says("checkpoint", "--metric", "loss=1", code=1)
+    assert "will be lost" in err and "was not recorded" in err
 
 
 def test_ranks_above_0_run_the_program_and_record_nothing(shell_script):
@@ -8744,12 +8739,11 @@ def test_a_script_is_run_again_by_the_python_of_the_project(project):
     ({"path": None}, "saved no code"), ({"full_command": "python train.py --token ***"}, "secret"), ({"full_command": "", "command": ""}, "not known"),
     ({"full_command": "cd /etc && python train.py"}, "outside the project"), ({"full_command": "cd ../x && python t.py"}, "outside the project"),
     ({"full_command": "python 'unclosed"}, "not known")])
-def test_what_cannot_be_run_again(project, call, fields, words):
+def test_what_cannot_be_run_again(project, says, fields, words):
     write_repository(project / "repo", experiment_document(A, **dict({"path": "train.py", "full_command": "python train.py"}, **fields)))
     write_archive(project / "repo/experiments" / (A + ".tar.gz"), A, {"train.py": b"print(1)"})
     before = snapshot(project)
-    code, out, err = call("rerun", A)
-    assert code == 1 and words in err and snapshot(project) == before
+    assert words in says("rerun", A, code=1) and snapshot(project) == before
 
 
 SHELLS = {"bash": (["bash", "--norc"], "source <(%s)"), "zsh": (["zsh", "-f"], "autoload -U compinit; compinit -u; source <(%s)"),
@@ -8878,19 +8872,18 @@ def test_curves_are_drawn_until_no_run_is_running(project, training):
 @pytest.mark.parametrize("flags, code, words", [
     (["-m", "los"], 1, "Did you mean 'loss'"), (["-x", "nonsense"], 1, "no metric 'nonsense'"), (["abc"], 1, "not found"),
     (["--watch"], 2, "terminal"), (["-n", "0"], 2, "positive"), (["-m", "text"], 1, "has no values"), (["-m", "zero", "--log"], 1, "above 0")])
-def test_what_cannot_be_plotted_in_a_terminal(project, call, flags, code, words):
+def test_what_cannot_be_plotted_in_a_terminal(project, says, flags, code, words):
     write_repository(project / "repo", experiment_document(A, **measured({"loss": 1, "text": "x", "zero": 0}, ("loss", "minimize"))))
-    result, out, err = call("plot", *flags)
-    assert result == code and words in err and not out
+    assert words in says("plot", *flags, code=code)
 
 
-def test_without_a_primary_metric_the_metric_is_to_be_named(project, call):
-    write_repository(project / "repo", experiment_document(A))
-    assert "no metric was recorded" in call("plot")[2]
-    write_repository(project / "repo", experiment_document(A, **measured({"a": 1})))
-    assert call("plot")[0] == 0
-    write_repository(project / "repo", experiment_document(A, **measured({"a": 1, "b": 2})))
-    assert "Choose a metric with -m: 'a', 'b'" in call("plot")[2] and call("plot", "-m", "b")[0] == 0
+@pytest.mark.parametrize("metrics, flags, code, words", [
+    ({}, [], 1, "no metric was recorded"), ({"a": 1}, [], 0, ""), ({"a": 1, "b": 2}, ["-m", "b"], 0, ""),
+    ({"a": 1, "b": 2}, [], 1, "Choose a metric with -m: 'a', 'b'")])
+def test_without_a_primary_metric_the_metric_is_to_be_named(project, call, metrics, flags, code, words):
+    write_repository(project / "repo", experiment_document(A, **measured(metrics)))
+    found, _, err = call("plot", *flags)
+    assert found == code and words in err
 
 
 @hypothesis.given(st.lists(st.one_of(st.floats(), st.integers(-2 ** 1000, 2 ** 1000), st.none(), st.text(max_size=3)), min_size=1, max_size=20),
@@ -9063,7 +9056,7 @@ def test_a_report_of_many_runs_is_small_and_keeps_extremes(project, call):
         assert data["steps"][run_data["steps"]][values.index(99.5)] == 1234
 
 
-def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, project, call):
+def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, project, call, says):
     for number in range(3):
         (project / "train.py").write_text("print(%d)\n" % number)
         replicate.init(path="train.py", params={"n": number}, quiet=True).stop()
@@ -9080,11 +9073,11 @@ def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, proje
 
     assert reported() == [first.id, second.id, third.id] and reported("-f", "n > 0") == [second.id, third.id]
     assert reported(second.id) == [second.id]
-    assert call("report", "-f", "n > 9")[0] == 1 and call("report", "abc")[0] == 1
+    for arguments in (["-f", "n > 9"], ["abc"], ["-o", "missing/x.html"]):
+        assert call("report", *arguments)[0] == 1
     (project / "report.html").write_text("mine")
-    code, out, err = call("report")
-    assert code == 1 and "is not a report" in err and (project / "report.html").read_text() == "mine"
-    assert call("report", "-o", "report.html")[0] == 0 and call("report", "-o", "missing/x.html")[0] == 1
+    assert "is not a report" in says("report", code=1) and (project / "report.html").read_text() == "mine"
+    assert call("report", "-o", "report.html")[0] == 0
     assert not list(project.glob("*.html.*"))
 
 
@@ -9266,10 +9259,9 @@ def test_a_notebook_shows_tables(project):
     ["diff", "a", "--code", "--json"], ["tag"], ["tag", "a", "x"], ["tag", "a", "name=\n", "+"], ["rm"], ["checkout"], ["checkout", "a", "b"],
     ["nonsense"], ["ls", "--nonsense"], ["ls", "--color=maybe"], ["analytics", "maybe"], ["ls", "--filter"], ["help", "nonsense"],
     ["--repository"], ["ls", "--sort"], ["show", "-q", "a"], ["checkout", "--forc", "a"]], ids=" ".join)
-def test_wrong_usage_exits_with_2(project, call, arguments, a_and_b):
+def test_wrong_usage_exits_with_2(project, says, arguments, a_and_b):
     before = snapshot(project)
-    code, out, err = call(*arguments)
-    assert code == 2 and out == "" and err.startswith("═══╡ ") and "Traceback" not in err
+    assert says(*arguments, code=2).startswith("═══╡ ")
     assert snapshot(project) == before
     assert run(*arguments).returncode == 2
 
@@ -9768,13 +9760,12 @@ def test_the_analytics_command_prints_the_state_and_is_not_tracked(project, call
     assert collector.url in call("analytics")[1]
 
 
-def test_the_settings_follow_xdg_config_home_and_may_not_be_writable(project, call, settings, tmp_path, monkeypatch):
+def test_the_settings_follow_xdg_config_home_and_may_not_be_writable(project, call, says, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
     assert call("analytics", "off")[0] == 0
     assert (tmp_path / "xdg/replicate/settings.json").exists() and not settings.exists()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(project / "replicate.yaml"))
-    code, out, err = call("analytics", "off")
-    assert (code, out) == (1, "") and "replicate.yaml/replicate cannot be created" in err
+    assert "replicate.yaml/replicate cannot be created" in says("analytics", "off", code=1)
 
 
 def test_analytics_never_fail_a_command(project, call, settings, monkeypatch, tmp_path):
@@ -9861,11 +9852,10 @@ def test_the_demo_works_with_a_bare_python_and_its_commands_as_pasted(bare_pytho
     assert again.returncode == 0 and len(stored_documents(cwd / "replicate-demo/.replicate/storage")) == 4
 
 
-def test_the_demo_never_writes_into_a_folder_that_is_there(project, call):
+def test_the_demo_never_writes_into_a_folder_that_is_there(project, says):
     (project / "mine").mkdir()
     before = snapshot(project)
-    code, out, err = call("demo", "mine")
-    assert code == 1 and "mine" in err and snapshot(project) == before
+    assert "mine" in says("demo", "mine", code=1) and snapshot(project) == before
 
 
 # ------------------------------------------------------------------------------------------------------------------
