@@ -6455,15 +6455,27 @@ def test_wrong_arguments_to_init_raise_and_leave_nothing(project, capsys, argume
         (project / "replicate.yaml").unlink(missing_ok=True)  # the second time no default repository is made either
 
 
+class Text(str):
+    def __str__(self):
+        return "other"
+
+
+EVERY_KIND = {"t": [1, [2]], "p": "a/b", "e": 3, "s": "mine", "u": "ü\u2028\ud800", "None": "None", "k": {"1": 2, "1.5": None},
+              "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0, "[NaN]": "x"}
+
+
 @pytest.mark.parametrize("params, plain", [
     (argparse.Namespace(a=1, b={Shade.DARK, Shade.DARK}), {"a": 1, "b": ["DARK"]}),
     (Layer(1, Shade.DARK), {"size": 1, "inner": "DARK"}), (Duck(), {"a": ["a"]}),
     (types.SimpleNamespace(a=(1, 2)), {"a": [1, 2]}),
     (types.MappingProxyType({"a": Mapped(b=utc)}), {"a": {"b": "utc"}}),
-    (Mapped(a=1, b=Layer(2)), {"a": 1, "b": {"size": 2, "inner": None}})], ids=lambda params: type(params).__name__)
-def test_params_may_be_anything_that_is_like_a_dict(repo, capsys, params, plain):
+    (Mapped(a=1, b=Layer(2)), {"a": 1, "b": {"size": 2, "inner": None}}),
+    (dict(EVERY_KIND, t=(1, (2,)), p=Path("a/b"), e=Rate.LOW, s=Text("mine"), k={1: 2, 1.5: None}), EVERY_KIND)],
+    ids=lambda params: type(params).__name__)
+def test_params_may_be_anything_that_is_like_a_dict_with_every_kind_of_value(repo, capsys, params, plain):
     replicate.init(params=params, quiet=True).stop()
     assert capsys.readouterr().err == "" and replicate.experiments.list()[0].params == plain
+    assert run("ls", "--all").returncode == 0
 
 
 def test_params_without_a_plain_form_are_recorded_as_text_with_one_warning(repo, capsys):
@@ -6665,11 +6677,8 @@ def test_an_experiment_for_which_the_filter_fails_is_left_out_with_one_warning(r
     message, = messages_of(capsys.readouterr().err)
     for number in range(7):
         assert ("%deeeeee (KeyError: 'lr')" % number in message) is (number < min(failing, 3))
-    assert ("and 2 more" in message) is (failing == 5) and plural_of(failing) in message
-
-
-def plural_of(count):
-    return "left out 1 experiment for" if count == 1 else "left out %d experiments for" % count
+    assert ("and 2 more" in message) is (failing == 5)
+    assert "left out %d experiment%s for" % (failing, "" if failing == 1 else "s") in message
 
 
 def test_empty_texts_of_the_peer_are_none(repo):
@@ -6889,11 +6898,10 @@ def test_files_that_are_gone(project, repo):
         checkpoint = experiment.checkpoint(path="model", quiet=True)
         bare = experiment.checkpoint(metrics={"x": 1}, quiet=True)
     (repo / "checkpoints" / (checkpoint.id + ".tar.gz")).unlink()
-    for use in (lambda: checkpoint.open("model"), lambda: checkpoint.checkout("out", quiet=True)):
-        with pytest.raises(replicate.DoesNotExist, match="gone"):
+    for use, words in ((lambda: checkpoint.open("model"), "gone"), (lambda: checkpoint.checkout("out", quiet=True), "gone"),
+                       (lambda: bare.checkout("out", quiet=True), "no files")):
+        with pytest.raises(replicate.DoesNotExist, match=words):
             use()
-    with pytest.raises(replicate.DoesNotExist, match="no files"):
-        bare.checkout("out", quiet=True)
     assert not os.path.exists("out") and len(replicate.experiments.list()[0].checkpoints) == 2
     (repo / "checkpoints" / (checkpoint.id + ".tar.gz")).write_bytes(b"\x1f\x8b not gzip")
     with pytest.raises(replicate.ReadError):
@@ -7111,23 +7119,6 @@ def test_torch_values_and_weights(project, repo):
         assert torch.equal(torch.load(file)["weight"], layer.weight)
 
 
-def test_every_kind_of_plain_value(repo):
-    class Kind(enum.IntEnum):
-        ONE = 1
-
-    class Text(str):
-        def __str__(self):
-            return "other"
-    params = {"t": (1, (2,)), "p": Path("a/b"), "e": Kind.ONE, "s": Text("mine"), "u": "ü\u2028\ud800",
-              "None": "None", "k": {1: 2, 1.5: None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0,
-              "[NaN]": "x"}
-    replicate.init(params=params, quiet=True).stop()
-    assert replicate.experiments.list()[0].params == {
-        "t": [1, [2]], "p": "a/b", "e": 1, "s": "mine", "u": "ü\u2028\ud800", "None": "None",
-        "k": {"1": 2, "1.5": None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0, "[NaN]": "x"}
-    assert run("ls", "--all").returncode == 0
-
-
 def test_what_init_writes_can_be_changed_by_nobody_afterwards(repo):
     """params and metrics are copied: changing them later changes nothing."""
     params, metrics = {"list": [1]}, {"values": [1]}
@@ -7308,19 +7299,16 @@ def test_tagging_a_run_while_it_records(place, project, training):
     assert document["name"] == "live" and place.steps() == [0, 1]
 
 
-def test_a_name_that_two_have_is_ambiguous(project, call):
-    write_repository(project / "repo", experiment_document(A, name="same"), experiment_document(B, name="same"))
+def test_a_name_that_two_have_is_ambiguous_and_a_checkpoint_has_no_tags(project, call):
+    write_repository(project / "repo", experiment_document(A, name="same", checkpoints=[checkpoint_document(C)]),
+                     experiment_document(B, name="same"))
+    before = stored_documents(project / "repo")
     for command in (["show", "same"], ["rm", "-f", "same"], ["tag", "same", "+x"], ["checkout", "same"]):
         code, out, err = call(*command)
         assert code == 1 and "1eeeeee" in err and "2eeeeee" in err and "'same'" in err
-    assert len(stored_documents(project / "repo")) == 2
-    assert "is a checkpoint" not in call("tag", A, "+x")[2]
-
-
-def test_a_checkpoint_has_no_tags(project, call):
-    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
     code, out, err = call("tag", C, "+x")
-    assert code == 1 and "1cccccc is a checkpoint" in err and "tags" not in stored_documents(project / "repo")[0]
+    assert code == 1 and "1cccccc is a checkpoint" in err and stored_documents(project / "repo") == before
+    assert "is a checkpoint" not in call("tag", A, "+x")[2]
 
 
 @pytest.fixture
