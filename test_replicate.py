@@ -6254,20 +6254,6 @@ def test_the_command_of_a_real_run(project, repo):
     assert b"hunter2" not in b"".join(tree(repo).values())
 
 
-RECORDS_ITS_ARGUMENTS = """#!/usr/bin/env python3
-import os, sys, replicate
-arguments = sys.argv[1:]
-del sys.argv[2:]
-if __name__ == "__main__":
-    replicate.init(params={"arguments": arguments, "cwd": os.getcwd()}, quiet=True)
-"""
-LAUNCHER = """#!%s
-import os, subprocess, sys
-number = next(number for number, word in enumerate(sys.argv) if number and (word == "-m" or not word.startswith("-")))
-sys.exit(subprocess.call([sys.executable, "-u"] + sys.argv[number:]))
-"""
-
-
 @pytest.mark.parametrize("words, cwd, shown", [
     (["python", "train.py"], "", "python train.py"), (["python", "-u", "-X", "dev", "./train.py"], "", "python -u -X dev ./train.py"),
     (["bin/python", "train.py"], "", "bin/python train.py"), (["{bin}/python", "{project}/train.py"], "", "python train.py"),
@@ -6283,9 +6269,21 @@ sys.exit(subprocess.call([sys.executable, "-u"] + sys.argv[number:]))
 def test_the_printed_command_can_be_pasted(project, repo, monkeypatch, call, words, cwd, shown):
     if sys.platform != "linux" and "torchrun" in words[0]:
         pytest.skip("only Linux tells the command line of the parent process")
-    for name in ("train.py", "pkg/mod.py", "pkg/__main__.py", "pkg/sub/train.py", "bin/train"):
-        fill(project, {name: RECORDS_ITS_ARGUMENTS.encode()})
-    (project / "bin/torchrun").write_text(LAUNCHER % (project / "bin/python"))
+    names = ["train.py", "pkg/mod.py", "pkg/__main__.py", "pkg/sub/train.py", "bin/train"]
+    fill(project, dict.fromkeys(names, textwrap.dedent("""\
+        #!/usr/bin/env python3
+        import os, sys, replicate
+        arguments = sys.argv[1:]
+        del sys.argv[2:]
+        if __name__ == "__main__":
+            replicate.init(params={"arguments": arguments, "cwd": os.getcwd()}, quiet=True)
+        """).encode()))
+    (project / "bin/torchrun").write_text(textwrap.dedent("""\
+        #!%s
+        import os, subprocess, sys
+        number = next(number for number, word in enumerate(sys.argv) if number and (word == "-m" or not word.startswith("-")))
+        sys.exit(subprocess.call([sys.executable, "-u"] + sys.argv[number:]))
+        """) % (project / "bin/python"))
     for name in ("train", "torchrun"):
         (project / "bin" / name).chmod(0o755)
     for name in ("python", "python3"):
@@ -8202,8 +8200,7 @@ def steps_with_files(experiment):
 LOSSES = [0.5, 0.2, 0.9, 0.1, 0.2, 0.8]
 
 
-def test_du_and_prune(place, project, call, monkeypatch):
-    monkeypatch.chdir(project)
+def test_du_and_prune(place, project, call):
     first, second = run_with_files(project, LOSSES), run_with_files(project, [1.0, float("nan")])
     running = replicate.init(params={"runs": 0}, quiet=True)
     (project / "model.bin").write_bytes(b"live")
@@ -8266,7 +8263,6 @@ def faults(call, *arguments):
 
 
 def test_verify_finds_what_is_gone_damaged_or_belongs_to_nobody(place, project, call, monkeypatch):
-    monkeypatch.chdir(project)
     first, second = run_with_files(project, LOSSES), run_with_files(project, LOSSES, keep_best=1)
     assert faults(call) == {}
     gone, torn, flipped, other, foreign = ["checkpoints/%s.tar.gz" % item.id for item in first.checkpoints[:5]]
@@ -8336,9 +8332,8 @@ def test_verify_folds_journals_only_with_fix(project, call, training):
     assert not list((project / "repo/journals").iterdir()) and not (project / "repo/tmp/x.part").exists()
 
 
-def test_verify_reads_every_bit(project, call, monkeypatch):
+def test_verify_reads_every_bit(project, call):
     """No flipped bit of an archive goes unnoticed, but for those that say nothing: times, names and flags of gzip headers."""
-    monkeypatch.chdir(project)
     experiment = run_with_files(project, [1.0])
     path = project / "repo/checkpoints" / (experiment.checkpoints[0].id + ".tar.gz")
     data = path.read_bytes()
@@ -8353,7 +8348,6 @@ def test_verify_reads_every_bit(project, call, monkeypatch):
 
 
 def test_an_interrupted_pruning_is_finished_by_the_next(project, call, monkeypatch):
-    monkeypatch.chdir(project)
     experiment = run_with_files(project, LOSSES)
     with monkeypatch.context() as patch:
         def die(self, keys):
@@ -8380,8 +8374,7 @@ def test_which_files_are_kept(losses, goal, best, latest, kept):
     assert [item["step"] for item in items[1:] if item["id"] not in pruned] == kept and items[0]["id"] not in pruned
 
 
-def test_init_keeps_the_files_of_the_best_and_latest(place, project, call, monkeypatch):
-    monkeypatch.chdir(project)
+def test_init_keeps_the_files_of_the_best_and_latest(place, project, call):
     experiment = run_with_files(project, LOSSES, keep_best=2)
     assert steps_with_files(experiment) == [3, 4, 5]
     archives = [key for key in place.keys() if key.startswith("checkpoints/")]
@@ -8448,24 +8441,21 @@ def test_pruning_goes_on_after_an_experiment_that_cannot_be_pruned(project, call
     assert steps_with_files(first) == [0, 1, 2, 3, 4, 5] and steps_with_files(second) == [3, 5]
 
 
-TRAIN = """\
-#!/bin/sh
-# usage: train.sh RATE [CODE], which records three checkpoints
-echo "training with $1"
-mkdir -p deep && cd deep
-for step in 0 1 2; do
-    echo "weights $step" > model.bin
-    "$PYTHON" "$PROGRAM" checkpoint --path model.bin --step $((10 * step)) --metric "loss=0.$((5 - step))" --metric lr=$1 \\
-        --primary loss:minimize || exit 70
-done
-exit ${2:-0}
-"""
-
-
 @pytest.fixture
 def shell_script(project, monkeypatch):
     """train.sh in the project, a program that is not Python."""
-    (project / "train.sh").write_text(TRAIN)
+    (project / "train.sh").write_text(textwrap.dedent("""\
+        #!/bin/sh
+        # usage: train.sh RATE [CODE], which records three checkpoints
+        echo "training with $1"
+        mkdir -p deep && cd deep
+        for step in 0 1 2; do
+            echo "weights $step" > model.bin
+            "$PYTHON" "$PROGRAM" checkpoint --path model.bin --step $((10 * step)) --metric "loss=0.$((5 - step))" --metric lr=$1 \\
+                --primary loss:minimize || exit 70
+        done
+        exit ${2:-0}
+        """))
     (project / "train.sh").chmod(0o755)
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("PROGRAM", str(PROGRAM))
@@ -9041,35 +9031,32 @@ def test_keras_records_process_0_alone(project, keras):
     assert not (project / "repo").exists() and not (project / "model.keras").exists()
 
 
-LIGHTNING = """
-import torch, replicate, lightning.pytorch as L
-class Model(L.LightningModule):
-    def __init__(self, width=4, lr=0.1):
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = torch.nn.Linear(width, 1)
-    def training_step(self, batch, index):
-        loss = ((self.net(batch[0]) - batch[1]) ** 2).mean()
-        self.log("train_loss", loss, on_epoch=True, on_step=False)
-        return loss
-    def validation_step(self, batch, index):
-        if %(fails)r and self.current_epoch == 1: raise ValueError("bad batch")
-        self.log("val_loss", ((self.net(batch[0]) - batch[1]) ** 2).mean())
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
-data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(32, 4), torch.rand(32, 1)), batch_size=8)
-L.Trainer(max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-          callbacks=[replicate.lightning_callback(%(arguments)s)]).fit(Model(), data, %(validation)s)
-"""
-
-
 @pytest.mark.parametrize("arguments, validation, fails, steps, name, status", [
     ("path=None, params={'lr': 0.2}", "data", False, [0, 1, 2, 3], "val_loss", "completed"),
     ("'m.pth', None, ('train_loss', 'minimize'), 2, True, path=None", "None", False, [1, 3], "train_loss", "completed"),
     ("None, path=None", "data", True, [0], "val_loss", "failed")])
 def test_lightning_records_a_fit(project, arguments, validation, fails, steps, name, status):
     pytest.importorskip("lightning", reason="lightning is not installed")
-    run_script(LIGHTNING % {"arguments": arguments, "validation": validation, "fails": fails}, check=not fails)
+    run_script("""
+        import torch, replicate, lightning.pytorch as L
+        class Model(L.LightningModule):
+            def __init__(self, width=4, lr=0.1):
+                super().__init__()
+                self.save_hyperparameters()
+                self.net = torch.nn.Linear(width, 1)
+            def training_step(self, batch, index):
+                loss = ((self.net(batch[0]) - batch[1]) ** 2).mean()
+                self.log("train_loss", loss, on_epoch=True, on_step=False)
+                return loss
+            def validation_step(self, batch, index):
+                if %(fails)r and self.current_epoch == 1: raise ValueError("bad batch")
+                self.log("val_loss", ((self.net(batch[0]) - batch[1]) ** 2).mean())
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(32, 4), torch.rand(32, 1)), batch_size=8)
+        L.Trainer(max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                  callbacks=[replicate.lightning_callback(%(arguments)s)]).fit(Model(), data, %(validation)s)
+        """ % {"arguments": arguments, "validation": validation, "fails": fails}, check=not fails)
     (document,) = stored_documents(project / "repo")
     assert document["outcome"]["status"] == status and document["params"]["width"] == 4 and document["params"]["max_epochs"] == 4
     assert document["params"]["lr"] == (0.2 if "0.2" in arguments else 0.1)
@@ -9083,30 +9070,27 @@ def test_lightning_records_a_fit(project, arguments, validation, fails, steps, n
         assert "net.weight" in saved["state_dict"] and ("optimizer_states" in saved) == ("m.pth" not in arguments)
 
 
-TRANSFORMERS = """
-import torch, replicate, transformers
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Linear(4, 1)
-    def forward(self, x=None, labels=None):
-        out = self.net(x)
-        return {"loss": ((out - labels) ** 2).mean(), "logits": out}
-data = [{"x": torch.rand(4), "labels": torch.rand(1)} for _ in range(32)]
-arguments = transformers.TrainingArguments("out", num_train_epochs=3, per_device_train_batch_size=8, logging_steps=2, report_to=[],
-    save_strategy="epoch", disable_tqdm=True, use_cpu=True, **%(settings)r)
-transformers.Trainer(Model(), arguments, train_dataset=data, eval_dataset=data,
-                     callbacks=[replicate.transformers_callback(path=None, params={"mine": 1}, keep_best=1)]).train()
-"""
-
-
 @pytest.mark.parametrize("settings, name, goal", [
     ({}, "loss", "minimize"),
     ({"eval_strategy": "epoch", "metric_for_best_model": "runtime", "greater_is_better": True}, "eval_runtime", "maximize")])
 def test_transformers_records_a_training(project, settings, name, goal):
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("torch", reason="torch is not installed")
-    run_script(TRANSFORMERS % {"settings": settings})
+    run_script("""
+        import torch, replicate, transformers
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = torch.nn.Linear(4, 1)
+            def forward(self, x=None, labels=None):
+                out = self.net(x)
+                return {"loss": ((out - labels) ** 2).mean(), "logits": out}
+        data = [{"x": torch.rand(4), "labels": torch.rand(1)} for _ in range(32)]
+        arguments = transformers.TrainingArguments("out", num_train_epochs=3, per_device_train_batch_size=8, logging_steps=2,
+            report_to=[], save_strategy="epoch", disable_tqdm=True, use_cpu=True, **%(settings)r)
+        transformers.Trainer(Model(), arguments, train_dataset=data, eval_dataset=data,
+                             callbacks=[replicate.transformers_callback(path=None, params={"mine": 1}, keep_best=1)]).train()
+        """ % {"settings": settings})
     (document,) = stored_documents(project / "repo")
     assert document["outcome"]["status"] == "completed" and document["params"]["mine"] == 1
     assert document["params"]["learning_rate"] == 5e-05 and not [key for key in document["params"] if key.endswith(("_dir", "_token"))]
