@@ -5915,7 +5915,7 @@ def test_only_rank_0_of_a_job_records_and_the_others_say_so_once(project, repo, 
     (project / "model").write_text("weights")
     monkeypatch.setattr(replicate, "_announced", set())
     if reason:
-        monkeypatch.setattr(replicate, "FINAL_KEYS", {"imported_packages": lambda: pytest.fail("it looked for packages")})
+        monkeypatch.setattr(replicate, "imported_packages", lambda: pytest.fail("it looked for imported packages"))
     for setting in variables.split():
         monkeypatch.setenv(*setting.split("="))
     with replicate.init(path=".", params=argparse.Namespace(x=1), quiet=True) as experiment:
