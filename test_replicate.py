@@ -5557,9 +5557,10 @@ def packages(tmp_path, monkeypatch):
             ("test_folder-4.0", ["recorded_folder/part.py"], {"top_level.txt": "", "RECORD": "recorded_folder/part.py,,\n"}),
             ("test_unused-5.0", ["unused.py"], {"RECORD": "unused.py,,\n"}), ("test_bare-6.0", [], {}),
             ("test_odd-7.0", [], {"RECORD": "\udcff/\0\n"})]:
-        fill(tmp_path / "site", dict.fromkeys(files, b""))
-        fill(tmp_path / "site" / (name + ".dist-info"), {key: text.encode("utf-8", "replace") for key, text in metadata.items()})
-        (tmp_path / "site" / (name + ".dist-info")).mkdir(exist_ok=True)
+        folder = tmp_path / "site" / (name + ".dist-info")
+        folder.mkdir(parents=True)
+        fill(folder.parent, dict.fromkeys(files, b""))
+        fill(folder, {file: text.encode("utf-8", "replace") for file, text in metadata.items()})
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")])))
 
 
@@ -5652,11 +5653,9 @@ def test_sigterm_flushes_marks_stopped_and_kills(project, repo, work):
     (project / "model").write_bytes(b"0123456789abcdef" * (2 << 20))
     process = start_training(r"""
         work = sys.argv[1]
-        for number in range(3):
-            print(experiment.checkpoint(path="model" if work == "compressing" else None, metrics={"n": number},
-                                        quiet=True).id, flush=True)
-        for number in range(300 if work == "inside checkpoint" else 0):
-            print(experiment.checkpoint(metrics={"n": 4}, quiet=True).id, flush=True)
+        for number in range(303 if work == "inside checkpoint" else 3):
+            path = "model" if work == "compressing" else None
+            print(experiment.checkpoint(path=path, metrics={"n": number}, quiet=True).id, flush=True)
         print("ready", flush=True)
         while work == "inside checkpoint":
             os.write(1, experiment.checkpoint(metrics={"n": 5}, quiet=True).id.encode() + b"\n")
@@ -6200,8 +6199,8 @@ def test_ten_thousand_checkpoints_cost_in_proportion(repo):
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
 
 
-@pytest.mark.parametrize("name", ["token", "api-key", "password", "passwd", "secret", "secret-key", "access-key", "access-token",
-                                  "auth-token", "api-token", "hf-token", "client-secret"])
+@pytest.mark.parametrize("name", ["token", "api-key", "password", "passwd", "secret", "secret-key", "access-key",
+                                  "access-token", "auth-token", "api-token", "hf-token", "client-secret"])
 def test_the_values_of_secret_options_are_masked(name):
     for option in {name, name.replace("-", "_")}:
         masked = replicate.masked_command(["t.py", "--" + option, "hunter two", "x"])
@@ -6427,8 +6426,8 @@ class Text(str):
         return "other"
 
 
-EVERY_KIND = {"t": [1, [2]], "p": "a/b", "e": 3, "s": "mine", "u": "ü\u2028\ud800", "None": "None", "k": {"1": 2, "1.5": None},
-              "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0, "[NaN]": "x"}
+EVERY_KIND = {"t": [1, [2]], "p": "a/b", "e": 3, "s": "mine", "u": "ü\u2028\ud800", "None": "None",
+              "k": {"1": 2, "1.5": None}, "big": 2 ** 70, "tiny": 5e-324, "neg": -0.0, "": 0, "[NaN]": "x"}
 
 
 @pytest.mark.parametrize("params, plain", [
@@ -7270,7 +7269,7 @@ def checkout_of_git(project):
 
 
 def fake_program(directory, name, script, monkeypatch):
-    """A program first on the path: there is no GPU here, so nvidia-smi can only be played."""
+    """A program first on the path; nvidia-smi can only be played where there is no GPU."""
     directory.mkdir(exist_ok=True)
     (directory / name).write_text("#!/bin/sh\n" + script)
     (directory / name).chmod(0o755)
@@ -8429,7 +8428,7 @@ def test_pruning_goes_on_after_an_experiment_that_cannot_be_pruned(project, call
 
 @pytest.fixture
 def shell_script(project, monkeypatch):
-    """train.sh in the project, a program that is not Python."""
+    """train.sh in the project, a program that is not Python; it and others find `replicate` on the path."""
     (project / "train.sh").write_text(textwrap.dedent("""\
         #!/bin/sh
         # usage: train.sh RATE [CODE], which records three checkpoints
@@ -8437,14 +8436,13 @@ def shell_script(project, monkeypatch):
         mkdir -p deep && cd deep
         for step in 0 1 2; do
             echo "weights $step" > model.bin
-            "$PYTHON" "$PROGRAM" checkpoint --path model.bin --step $((10 * step)) --metric "loss=0.$((5 - step))" --metric lr=$1 \\
+            replicate checkpoint --path model.bin --step $((10 * step)) --metric "loss=0.$((5 - step))" --metric lr=$1 \\
                 --primary loss:minimize || exit 70
         done
         exit ${2:-0}
         """))
     (project / "train.sh").chmod(0o755)
-    monkeypatch.setenv("PYTHON", sys.executable)
-    monkeypatch.setenv("PROGRAM", str(PROGRAM))
+    fake_program(project.parent / "bin", "replicate", 'exec "%s" "%s" "$@"\n' % (sys.executable, PROGRAM), monkeypatch)
     return project
 
 
@@ -8490,7 +8488,8 @@ def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, cod
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_of_a_scheduler_reach_the_program(project, number):
     patient = "import signal, sys, time\nsignal.signal(%d, lambda *_: sys.exit(5))\nprint('ready', flush=True)\ntime.sleep(60)"
-    runner = subprocess.Popen([sys.executable, PROGRAM, "run", "--", sys.executable, "-c", patient % number], stdout=subprocess.PIPE)
+    command = [sys.executable, PROGRAM, "run", "--", sys.executable, "-c", patient % number]
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert runner.stdout.readline() == b"ready\n"
     runner.send_signal(number)
     assert runner.wait(30) == 5
@@ -8521,19 +8520,19 @@ def test_programs_that_cannot_be_recorded(project, says, arguments, code, words)
 
 
 def test_what_is_wrong_with_a_checkpoint_of_a_program_is_its_exit_code(project, shell_script):
-    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --path missing --metric loss=1; test $? = 1 && '
-               '"$PYTHON" "$PROGRAM" checkpoint -q --metric loss=nan')
+    done = run("run", "--", "sh", "-c", "replicate checkpoint --path missing --metric loss=1; test $? = 1 && "
+               "replicate checkpoint -q --metric loss=nan")
     assert done.returncode == 0 and "does not exist" in done.stderr
     (document,) = stored_documents(project / "repo")
     assert [(item["step"], item["metrics"]) for item in document["checkpoints"]] == [(0, {"loss": 1}), (1, {"loss": "[NaN]"})]
 
 
 def test_checkpoints_that_are_added_at_once_have_steps_of_their_own(project, shell_script):
-    done = run("run", "--", "sh", "-c", 'for i in 1 2 3 4 5 6; do "$PYTHON" "$PROGRAM" checkpoint --metric i=$i & done; wait')
+    done = run("run", "--", "sh", "-c", "for i in 1 2 3 4 5 6; do replicate checkpoint --metric i=$i & done; wait")
     (document,) = stored_documents(project / "repo")
     assert done.returncode == 0 and [item["step"] for item in document["checkpoints"]] == [0, 1, 2, 3, 4, 5]
     assert sorted(item["metrics"]["i"] for item in document["checkpoints"]) == [1, 2, 3, 4, 5, 6]
-    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --step 123456789012 --path ""; test $? = 1')
+    done = run("run", "--", "sh", "-c", 'replicate checkpoint --step 123456789012 --path ""; test $? = 1')
     document = max(stored_documents(project / "repo"), key=lambda item: item["created"])
     assert done.returncode == 0 and [item["step"] for item in document["checkpoints"]] == [123456789012]
 
@@ -8561,13 +8560,12 @@ def test_ranks_above_0_run_the_program_and_record_nothing(shell_script):
 
 def test_a_program_goes_on_while_its_bucket_is_away(bucket, shell_script):
     bucket.create()
-    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --metric loss=1; echo ready; read line; '
-               '"$PYTHON" "$PROGRAM" checkpoint --metric loss=2', input="go\n")
+    done = run("run", "--", "sh", "-c", "replicate checkpoint --metric loss=1; echo ready; read line; "
+               "replicate checkpoint --metric loss=2", input="go\n")
     assert done.returncode == 0 and bucket.steps() == [0, 1]
     bucket.proxy.down()
     (shell_script / "model.bin").write_bytes(b"step 7")
-    done = run("run", "--", "sh", "-c", '"$PYTHON" "$PROGRAM" checkpoint --path model.bin --step 7; '
-               '"$PYTHON" "$PROGRAM" checkpoint')
+    done = run("run", "--", "sh", "-c", "replicate checkpoint --path model.bin --step 7; replicate checkpoint")
     assert done.returncode == 0 and "safe in" in done.stderr
     bucket.proxy.up()
     assert run("push").returncode == 0 and bucket.steps() == [0, 1, 7, 8]
@@ -9093,8 +9091,8 @@ def test_transformers_records_a_training(project, settings, name, goal):
 @pytest.mark.parametrize("package, use", [("keras", "keras_callback()"), ("lightning", "lightning_callback()"), (
     "transformers", "transformers_callback()"), ("matplotlib", "CheckpointList().plot('loss')")])
 def test_without_their_package_callbacks_and_plots_say_what_to_install(project, package, use):
-    done = run_script("import sys, replicate\nsys.modules.update(dict.fromkeys(['keras', 'lightning', 'pytorch_lightning', 'transformers', "
-                      "'matplotlib']))\nreplicate.%s" % use, check=False)
+    done = run_script("import sys, replicate\nsys.modules.update(dict.fromkeys(['keras', 'lightning', 'pytorch_lightning', "
+                      "'transformers', 'matplotlib']))\nreplicate.%s" % use, check=False)
     assert done.returncode == 1 and "replicate.ReplicateError: " in done.stderr and "pip install %s" % package in done.stderr
 
 
@@ -9132,11 +9130,14 @@ def test_wrong_usage_exits_with_2(project, says, arguments, a_and_b):
 @pytest.mark.parametrize("flags, wanted, warnings", [
     ("-f|lr > 0.15", [B], []), ("--filter|lr >= 0.1|--filter|name = adam", [A], []), ("--filter=name != adam", [B], []),
     ("-s|lr-desc", [B, A], []), ("--sort=started-desc", [B, A], []), ("-s|lr-asc", [A, B], []), ("--sort|lr", [A, B], []),
-    ("-f|naem = adam", [], ["'naem'", "'name'"]), ("--sort|lrr", [A, B], ["'lrr'", "'lr'"]), ("-f|name = adam|--sort|step", [A], [])])
+    ("-f|name = adam|--sort|step", [A], []), ("-f|naem = adam", [], ["'naem'", "'name'"]),
+    ("--sort|lrr", [A, B], ["'lrr'", "'lr'"])])
 def test_filters_and_sorting_which_warn_of_an_unknown_name(call, a_and_b, flags, wanted, warnings):
     code, out, err = call("ls", "-q", *flags.split("|"))
     assert (code, out.split()) == (0, wanted)
-    assert bool(err) == bool(warnings) and all(word in err for word in warnings)
+    assert bool(err) == bool(warnings)
+    for word in warnings:
+        assert word in err
 
 
 def test_help(call):
@@ -9172,7 +9173,8 @@ def test_version(call):
     *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  "))])
 def test_a_mistyped_command_gets_a_suggestion_and_a_wrong_filter_the_format(says, a_and_b, arguments, code, words):
     err = says(*arguments, code=code)
-    assert all(word in err for word in words)
+    for word in words:
+        assert word in err
 
 
 def test_global_flags_before_and_after_the_command(project, call, tmp_path, monkeypatch, a_and_b):
@@ -9278,8 +9280,9 @@ def test_checkout_of_an_experiment_takes_the_best_checkpoint_and_of_one_path_onl
     files = tree(project / "out")
     assert files == {"train.py": b"code\n", "model/weights": b"weights 0", "data/in.txt": b"data of checkpoint 0",
                      "replicate.yaml": b"repository: file://repo\n"}
-    for number, (path, names) in enumerate({"model/weights": ["model/weights"], "data": ["data/in.txt"], "data/": ["data/in.txt"],
-                                            "./data": ["data/in.txt"], ".": files}.items()):
+    for number, (path, names) in enumerate({
+            "model/weights": ["model/weights"], "data": ["data/in.txt"], "data/": ["data/in.txt"], "./data": ["data/in.txt"],
+            ".": files}.items()):
         says("checkout", best, "-o", "out%d" % number, "--path", path)
         assert tree(project / ("out%d" % number)) == {name: files[name] for name in names}
     err = says("checkout", best, "-o", "new", "--path", "model/weihgts", code=1)
@@ -9307,7 +9310,8 @@ def test_checkout_of_a_path_needs_only_the_archives_that_hold_it(project, says):
     assert "1eeeeee are gone" in err and "Only the checkpoint's own files" in err
     assert tree(project / "one") == tree(project / "two") == {"model/weights": b"new"}
     for arguments in (["--path", "train.py"], []):
-        assert "1eeeeee are gone" in says("checkout", C, "-o", "three", *arguments, code=1) and not (project / "three").exists()
+        assert "1eeeeee are gone" in says("checkout", C, "-o", "three", *arguments, code=1)
+        assert not (project / "three").exists()
     checkpoint = replicate.experiments.list()[0].checkpoints[0]
     assert checkpoint.open("model/weights").read() == b"new"
     with pytest.raises(replicate.DoesNotExist, match="gone"):
@@ -9331,9 +9335,10 @@ def test_checkout_asks_before_it_replaces_what_is_no_file(project, says, what):
     assert (project / "out/train.py").read_text() == "code\n"
 
 
-@pytest.mark.parametrize("config, reason", [(b"repository: s3://evil\n", "another repository"), (
-    b"repository: file://repo\n" + b"#" * (2 << 20), "the saved one cannot be read")], ids=["of another repository", "too large"])
-def test_checkout_leaves_the_configuration_alone_that_another_would_replace(project, says, tmp_path, monkeypatch, config, reason):
+@pytest.mark.parametrize("config, reason", [
+    (b"repository: s3://evil\n", "another repository"),
+    (b"repository: file://repo\n" + b"#" * (2 << 20), "the saved one cannot be read")], ids=["of another one", "too large"])
+def test_checkout_leaves_the_configuration_in_use_alone(project, says, tmp_path, monkeypatch, config, reason):
     archived(project, {"replicate.yaml": config, "sub/replicate.yaml": config, "train.py": b"code"})
     real, asked = replicate.read_up_to, []
     monkeypatch.setattr(replicate, "read_up_to", lambda stream, size: asked.append(size) or real(stream, size))
@@ -9376,7 +9381,8 @@ def test_checkout_keeps_other_files_and_the_executable_bit(project, call):
 def test_checkout_without_any_files(project, says):
     write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]), experiment_document(B, path=""))
     for item in (A, B, C):
-        assert "Nothing to check out: experiment " in says("checkout", item, "-o", "out", code=1) and not (project / "out").exists()
+        assert "Nothing to check out: experiment " in says("checkout", item, "-o", "out", code=1)
+        assert not (project / "out").exists()
 
 
 def test_a_saved_configuration_of_another_name_does_not_take_over(project, call):
@@ -9427,7 +9433,8 @@ DAMAGE = {
     "checksum": lambda data, item: gzip.compress(tar_block(item + "/train.py", b"evil") + bytes(1024))[:-8] + bytes(8),
     "outside": with_member("%s/x/../../../evil", b"evil"), "absolute": with_member("/tmp/evil", b"evil"),
     "above": with_member("../evil", b"evil"), "git": with_member("%s/.git/hooks/pre-commit", b"evil"),
-    "own": with_member("%s/.replicate/storage/repository.json", b"evil"), "below a file": with_member("%s/good/below", b"evil"),
+    "own": with_member("%s/.replicate/storage/repository.json", b"evil"),
+    "below a file": with_member("%s/good/below", b"evil"),
     "symlink": with_member("%s/link", kind=tarfile.SYMTYPE, target="/etc/passwd"),
     "hard link": with_member("%s/link", kind=tarfile.LNKTYPE, target="/etc/passwd"),
     "pipe": with_member("%s/pipe", kind=tarfile.FIFOTYPE), "missing": None}
