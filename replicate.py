@@ -7182,9 +7182,11 @@ def resumable_experiment(project: Project, which: str, also_running: bool = Fals
 
 
 def _warn_of_changed_code(experiment: Experiment, sources: Sequence[Source]) -> None:
-    """Warn if the code to save differs from the code that an experiment saved."""
+    """Warn if the code to save differs from the code that an experiment saved, apart from what its checkpoints saved."""
+    outputs = {checkpoint.path or checkpoint.pruned for checkpoint in experiment.checkpoints}
     try:
-        names = changed_names(saved_files(experiment.project, experiment), PresentFiles(sources))
+        names = [name for name in changed_names(saved_files(experiment.project, experiment), PresentFiles(sources))
+                 if not any(path and (name + "/").startswith(path + "/") for path in outputs)]
     except ReplicateError as error:
         console.debug(str(error))
         return

@@ -7504,6 +7504,19 @@ def test_resuming_needs_the_same_params_and_keeps_the_code(project, resumable):
             replicate.init(params=params, resume=document["id"])
 
 
+def test_resuming_does_not_warn_of_the_files_that_its_checkpoints_saved(project, capsys):
+    (project / "train.py").write_text("1")
+    experiment = replicate.init(path=".", quiet=True)
+    for path in ("model.bin", "weights/last.bin"):
+        (project / path).parent.mkdir(exist_ok=True)
+        (project / path).write_text("2")
+        experiment.checkpoint(path=path.split("/")[0], quiet=True)
+    (project / "model.bin.py").write_text("3")
+    experiment.stop()
+    replicate.init(path=".", resume=experiment.id, quiet=True).stop()
+    assert "has changed since experiment %s started: model.bin.py." % experiment.short_id() in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variable", ["REPLICATE_JOB", "SLURM_JOB_ID"])
 def test_each_job_goes_on_with_its_own_run(project, resumable, variable):
     for job in ("77", "78"):
