@@ -7657,12 +7657,17 @@ def wrapped(text: str, width: int) -> List[str]:
     return lines + [line]
 
 
-def narrowed(widths: Sequence[int], total: int) -> List[int]:
-    """Return the widths of columns two spaces apart, with the widest shrunk until all fit into a total width."""
+def narrowed(widths: Sequence[int], words: Sequence[int], total: int) -> List[int]:
+    """Return the widths of columns two spaces apart, with the widest shrunk until all fit into a total width.
+
+    words: the longest word of each column; words break only where that is not enough, and the IDs in the first column never.
+    """
     narrow = list(widths)
-    for least in NARROW_COLUMNS:
-        while sum(narrow) + 2 * (len(narrow) - 1) > total and max(narrow) > least:
-            narrow[narrow.index(max(narrow))] -= 1
+    for least in [words, *([least] * len(narrow) for least in NARROW_COLUMNS)]:
+        floors = [max(SHORT_ID, least[0]), *least[1:]]
+        while sum(narrow) + 2 * (len(narrow) - 1) > total and any(map(int.__gt__, narrow, floors)):
+            widest = max((width, -number) for number, width in enumerate(narrow) if width > floors[number])
+            narrow[-widest[1]] -= 1
     return narrow
 
 
@@ -7672,8 +7677,14 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
     width: of the terminal, to which cells are wrapped; None for no limit.
     """
     from itertools import zip_longest
-    natural = [max(display_width(line) for cell in (title, *cells) for line in cell.split("\n")) for title, cells in columns]
-    widths = narrowed(natural, width) if width else natural
+
+    def longest(separator: str) -> List[int]:
+        return [max(display_width(part) for cell in (title, *cells) for line in cell.split("\n") for part in line.split(separator))
+                for title, cells in columns]
+
+    widths = natural = longest("\n")
+    if width and sum(natural) + 2 * (len(natural) - 1) > width:
+        widths = narrowed(natural, longest(" "), width)
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
