@@ -353,7 +353,7 @@ def plain_value(value: Any, where: str = "value") -> Any:
         return str(os.fspath(value))
     if hasattr(value, "as_integer_ratio"):                           # Decimal, Fraction
         return float(value)
-    raise TypeError("%s is a %s, which cannot be stored (str, int, float, bool, None, lists and dicts can)" %
+    raise TypeError("%s is of type %s, which cannot be stored (str, int, float, bool, None, lists and dicts can)" %
                     (where, type(value).__name__))
 
 
@@ -1938,8 +1938,9 @@ def absolute_url(url: str, directory: str) -> str:
     """url, with a file:// path made absolute from directory. Raises RepositoryConfigurationError if it is invalid."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in BACKENDS:
-        raise RepositoryConfigurationError("%r is not a repository URL: it must start with %s." % (
-            url, ", ".join("%s://" % name for name in BACKENDS)))
+        *first, last = ["%s://" % name for name in BACKENDS]
+        raise RepositoryConfigurationError("%r is not a repository URL: it must start with %s or %s." % (
+            url, ", ".join(first), last))
     if not rest or (scheme != "file" and rest.startswith("/")):
         raise RepositoryConfigurationError("%r names no %s." % (url, "directory" if scheme == "file" else "bucket"))
     if "\0" in rest:
@@ -2565,7 +2566,7 @@ class CloudStorage(Storage):
             except ReplicateError:  # another machine may have made it, or a request of ours whose answer was lost
                 if not self.call(self.find_bucket, ""):
                     raise
-            console.warning("The bucket %s did not exist: it was created. If the name is misspelled, delete it." %
+            console.warning("Created the bucket %s, which did not exist. If the name is misspelled, delete it." %
                             self.bucket)
         probe = "tmp/probe.%s" % os.urandom(6).hex()
         self.write(probe, b"")
@@ -4534,20 +4535,20 @@ class Verification:
                 self.removed.append(entry.key)
                 lock.release()
             else:
-                self.fault(entry.key, "it belongs to nobody; --fix removes it")
+                self.fault(entry.key, "no experiment uses it; --fix removes it")
         if self.fix:
             fold_abandoned(self.repository)
         for entry, _ in self.storage.leftovers(JOURNALS):
             self.fault(entry.key, "a killed run left it; --fix folds it into its experiment")
 
     def _leftovers(self, keys: Sequence[str]) -> None:
-        """Report or remove objects that belong to nobody."""
+        """Report or remove objects that no experiment uses."""
         if self.fix:
             self.storage.delete(keys)
             self.removed += keys
             return
         for key in keys:
-            self.fault(key, "it belongs to nobody; --fix removes it")
+            self.fault(key, "no experiment uses it; --fix removes it")
 
     def check_archives(self, places: Sequence[Tuple[str, str, Experiment]]) -> None:
         """Read these archives in full, and compare them with their checksums."""
@@ -4565,7 +4566,7 @@ class Verification:
                         return "its files differ from those that the experiment recorded"
             except DoesNotExist:
                 is_expected = self._is_expected(kind, item_id, experiment.id)
-                return "it is gone; it belongs to experiment %s" % experiment.short_id() if is_expected else None
+                return "it is missing; experiment %s needs it" % experiment.short_id() if is_expected else None
             except ReadError as error:
                 cause = error.__cause__ or error
                 reason = short_reason(cause).rstrip(".").rpartition("decompressing data: ")[2]
@@ -4678,7 +4679,7 @@ def _matches(name: str, rows: Sequence[Row],
 def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
     """Return the error for a name or the start of an ID that fits several."""
     kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment",
-                        (checkpoint or experiment).id[:max(SHORT_ID, len(name) + 3)]) for experiment, checkpoint in matches]
+                        (checkpoint or experiment).id[:max(SHORT_ID, len(name) + 3 if is_id(name) else 0)]) for experiment, checkpoint in matches]
     return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
         "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
         " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
@@ -5410,7 +5411,7 @@ def checked_labels(name: Any = None, tags: Any = None, note: Any = None) -> Dict
     if name is not None:
         labels["name"] = checked_label(name, "name")
         if is_id(labels["name"]):
-            raise ValueError("name %r looks like an ID, since it has only digits and a to f" % name)
+            raise ValueError("name %r could be an ID: it has only digits and letters from a to f" % name)
     if tags is not None:
         if isinstance(tags, str) or not hasattr(tags, "__iter__"):
             raise TypeError("tags must be a list of strings, not %r" % (tags,))
@@ -6512,7 +6513,7 @@ def warn_of_params(params: Dict[str, Any], unknown: Sequence[str]) -> None:
             console.warning("Param %r looks like a secret: everyone who can read the repository can see it." % name)
     if unknown:
         more = " and %d more" % (len(unknown) - 10) if len(unknown) > 10 else ""
-        console.warning("These params have no plain form and are recorded as text: %s%s." % (", ".join(unknown[:10]), more))
+        console.warning("These params cannot be stored as JSON, so their text is recorded: %s%s." % (", ".join(unknown[:10]), more))
 
 
 def prepare_in_time(repository: Repository) -> bool:
@@ -8967,16 +8968,15 @@ def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any
 def natural_number(text: str) -> int:
     """Parse an option's 0, 1, 2, ..."""
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError("%r is not a whole number" % text)
+        raise argparse.ArgumentTypeError("expected 0, 1, 2, ..., not %r" % text)
     return int(text)
 
 
 def positive_number(text: str) -> int:
     """Parse an option's 1, 2, ..."""
-    number = natural_number(text)
-    if not number:
-        raise argparse.ArgumentTypeError("%r is not a positive number" % text)
-    return number
+    if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
+        raise argparse.ArgumentTypeError("expected 1, 2, 3, ..., not %r" % text)
+    return int(text)
 
 
 def read_columns(text: str) -> List[str]:
@@ -8997,8 +8997,8 @@ GLOBAL_OPTIONS: Options = (
     option("-R", "--repository", metavar="URL",
            help="Repository URL, e.g. s3://my-bucket (default: the one in replicate.yaml)"),
     option("-v", "--verbose", action="store_true", help="Verbose output"))
-ID = option("id", metavar="ID", help="Experiment or checkpoint ID, or the start of one")
-IDS = option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs")
+ID = option("id", metavar="ID", help="Experiment or checkpoint ID, the start of one, or the name of an experiment")
+IDS = option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs, or names of experiments")
 JSON = option("--json", action="store_true", help="Print output in JSON format")
 FILTER = option("-f", "--filter", action="append", default=[], metavar="FILTER", type=parse_filter,
                 help='Filter, repeatable (format: "<name> <operator> <value>")')
@@ -9038,8 +9038,13 @@ Export everything to a spreadsheet:
 
 
 def say(text: str) -> None:
-    """Print data to stdout."""
-    write_text(sys.stdout, text)
+    """Print data to stdout. Raises WriteError, or BrokenPipeError if nobody reads it any more."""
+    try:
+        write_text(sys.stdout, text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise WriteError("The output cannot be written: %s." % short_reason(error)) from error
 
 
 def say_json(value: Any) -> None:
@@ -9124,7 +9129,15 @@ def ls_command(args: argparse.Namespace) -> int:
     return print_list(args, only_running=False)
 
 
-@command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=LIST_EXAMPLES.replace("replicate ls", "replicate ps"))
+@command("ps", *LIST_OPTIONS, aliases=("processes",), epilog="""\
+List all running experiments in the current project:
+  replicate ps
+List those where the parameter "optimizer" is "adam":
+  replicate ps --filter "optimizer = adam"
+Compare them line by line, the lowest "val_loss" first:
+  replicate ps --wide --sort val_loss
+
+""" + FILTER_HELP)
 def ps_command(args: argparse.Namespace) -> int:
     """List running experiments in this project"""
     return print_list(args, only_running=True)
@@ -9148,7 +9161,7 @@ def show_command(args: argparse.Namespace) -> int:
         if experiment.checkpoints:
             console.info("To see more of a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
     if hidden:
-        console.info("The program did not import %s: list them with --all" % plural(hidden, "more installed package"))
+        console.info("Not shown: %s that the program did not import (--all shows all)" % plural(hidden, "installed package"))
     return 0
 
 
@@ -9197,7 +9210,8 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
     primary = [experiment.primary_metric() for experiment in experiments]
     metric = args.metric or next((found["name"] for found in primary if found), names[0] if len(names) == 1 else None)
     if not names:
-        raise ReplicateError("There is nothing to plot: no metric was recorded.")
+        raise ReplicateError("There is nothing to plot: no metric was recorded." if experiments else
+                             "There is nothing to plot: no experiment with a checkpoint was found.")
     if metric is None:
         raise ReplicateError("There is no primary metric. Choose a metric with -m: %s." % ", ".join(map(repr, names[:9])))
     for name in [metric] + ([args.axis] if args.axis not in ("step", "time") else []):
@@ -9208,7 +9222,8 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
     if not curves:
         raise ReplicateError("There is nothing to plot: %r has no values%s." % (metric, " above 0" if args.log else ""))
     size = shutil.get_terminal_size() if is_terminal(sys.stdout) else (80, 21)
-    title = metric + (", logarithmic" if args.log else "") + (", smoothed" if args.smooth else "")
+    scale = ", ".join(word for word, is_set in (("logarithmic", args.log), ("smoothed", args.smooth)) if is_set)
+    title = metric + (" (%s)" % scale if scale else "")
     braille = can_encode(sys.stdout, "\u28ff┤")
     return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, braille, paint)
 
@@ -9287,21 +9302,24 @@ def diff_command(args: argparse.Namespace) -> int:
     found = find_items(project.repository, args.ids)
     experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
     if args.code:
-        say_patch([change for items in (experiments, checkpoints) if any(items)
-                   for change in compare_files(*file_sets(project, items), is_below(args.path))])
+        patch = [change for items in (experiments, checkpoints) if any(items)
+                 for change in compare_files(*file_sets(project, items), is_below(args.path))]
+        if not patch:
+            console.info("No differences%s" % (" in " + ", ".join(args.path) if args.path else ""))
+        say_patch(patch)
     elif len(found) == 1:
-        changes = [(name, change) for items in (experiments, checkpoints) if any(items)
-                   for name, (_, change) in compared_files(project, items).items()]
+        compared = [compared_files(project, items) for items in (experiments, checkpoints) if any(items)]
+        changes = [(name, change) for rows in compared for name, (_, change) in (rows or {}).items()]
         if args.json:
             say_json({name: change.to_json() for name, change in changes})
-        else:
+        elif any(rows is not None for rows in compared):
             since = (checkpoints[0] or experiments[0]).short_id()
             rows = [(escape_control(name), change_text(change)) for name, change in changes]
             say(render_blocks("", [("Changes since " + since, rows)], paint))
     else:
         sides = [Side(one, checkpoint or chosen_checkpoint(one, "Comparing")) for one, checkpoint in found]
-        differences = Differences(sides, compared_files(project, experiments),
-                                  compared_files(project, [side.checkpoint for side in sides]))
+        differences = Differences(sides, compared_files(project, experiments) or {},
+                                  compared_files(project, [side.checkpoint for side in sides]) or {})
         if args.json:
             say_json(differences.to_json())
         else:
@@ -9322,13 +9340,13 @@ def file_sets(project: Project, items: Sequence[Any]) -> List[Any]:
     return sets if len(items) > 1 else sets + [present_files(project, items[0])]
 
 
-def compared_files(project: Project, items: Sequence[Any]) -> Dict[str, List[Any]]:
-    """Return file_rows() of these; if files cannot be read, warn and return none."""
+def compared_files(project: Project, items: Sequence[Any]) -> Optional[Dict[str, List[Any]]]:
+    """Return file_rows() of these; if files cannot be read, warn and return None."""
     try:
         return file_rows(file_sets(project, items))
     except ReplicateError as error:
         console.warning("%s\nThese files are not compared." % error)
-        return {}
+        return None
 
 
 def say_patch(changes: Sequence[FileChange]) -> None:
@@ -9437,14 +9455,14 @@ def du_command(args: argparse.Namespace) -> int:
     else:
         console.info("No experiments found")
     if usage.unowned:
-        console.info("Another %s in %s that no experiment uses: list them with '%s verify'" % (
-            format_size(sum(usage.unowned)), plural(len(usage.unowned), "archive"), program_name()))
+        console.info("No experiment uses %s (%s): run '%s verify' for a list" % (
+            plural(len(usage.unowned), "other archive"), format_size(sum(usage.unowned)), program_name()))
     return 0
 
 
 @command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: everything)"),
          option("--fix", action="store_true", help="Fold the journals of killed runs into their experiments, and remove files "
-                "that belong to nobody"),
+                "that no experiment uses"),
          JSON, usage="[ID...] [flags]", epilog="""\
 Check the whole repository:
   replicate verify
@@ -9454,8 +9472,8 @@ def verify_command(args: argparse.Namespace) -> int:
     """Check that everything is there and undamaged
 
     Reads every document and every archive, compares them with their checksums, and
-    looks for files that belong to nobody. Prints one line per fault, and exits with
-    1 if there is any.
+    looks for files that no experiment uses. Prints one line per fault, and exits
+    with 1 if there are any.
     """
     if args.fix and args.ids:
         raise UsageError("--fix works on the whole repository, and cannot be used with IDs.")
@@ -9559,7 +9577,7 @@ def tag_command(args: argparse.Namespace) -> int:
     try:
         labels = checked_labels(given.get("name") or None, added, given.get("note"))
     except ValueError as error:
-        raise UsageError("%s." % error) from error
+        raise UsageError("The %s." % error) from error
     repository = open_project(args).repository
     experiment, checkpoint = find_item(repository, args.id)
     if checkpoint:
@@ -9658,7 +9676,9 @@ def run_command(args: argparse.Namespace) -> int:
     if args.words or not args.program:
         raise UsageError("There is no program to run. Write it after --, as in: replicate run --param lr=0.1 -- ./train.sh")
     if shutil.which(args.program[0]) is None:
-        raise ReplicateError("There is no program %s." % args.program[0])
+        is_plain = os.sep in args.program[0] and os.path.isfile(args.program[0])
+        raise ReplicateError(("%s cannot be run: it is not executable (see chmod +x)." if is_plain else
+                              "There is no program %s.") % args.program[0])
     if is_secondary_process():
         return exit_status(run_program(args.program, os.getcwd(), dict(os.environ)))
     project = Project(args.repository, args.project_directory)
@@ -9692,7 +9712,7 @@ def checkpoint_command(args: argparse.Namespace) -> int:
         return 0
     experiment_id = os.environ.get("REPLICATE_EXPERIMENT", "")
     if not is_id(experiment_id):
-        raise ReplicateError("There is no experiment to add to: REPLICATE_EXPERIMENT is not set. Start the program with "
+        raise ReplicateError("There is no experiment to add a checkpoint to: REPLICATE_EXPERIMENT is not set. Start the program with "
                              "'%s run -- COMMAND'." % program_name())
     project = Project(args.repository, args.project_directory)
     path = os.path.abspath(args.path) if args.path else args.path
@@ -9711,7 +9731,7 @@ def rerun_experiment(args: argparse.Namespace) -> int:
 
     Checks out the code of the experiment and runs its command there: look at both
     first if somebody else wrote them. With a checkpoint ID, checks out the files of
-    the checkpoint too. The same repository records the new run.
+    the checkpoint too. Records the new run in the same repository.
     """
     project = open_project(args)
     experiment, checkpoint = find_item(project.repository, args.id)
@@ -9747,7 +9767,7 @@ def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
         raise ReplicateError("Experiment %s cannot be run again: %s." % (experiment.short_id(), reason))
 
     if not experiment.path:
-        refuse("it saved no code. Pass path to init() to save it")
+        refuse("it saved no code. Pass path to init(), or --path to 'run', to save it")
     try:
         words = shlex.split(experiment.full_command or "")
     except ValueError:
@@ -10097,7 +10117,7 @@ complete -c replicate.py -a '(__replicate_complete)'
 
 @command("completion", option("shell", choices=sorted(COMPLETION), metavar="bash|zsh|fish", help="Your shell"),
          usage="<bash|zsh|fish> [flags]", epilog="""\
-Switch completion on in this shell, or add the line to ~/.bashrc or ~/.zshrc:
+Turn on completion in this shell, or add the line to ~/.bashrc or ~/.zshrc:
   source <(replicate completion bash)
   source <(replicate completion zsh)
 In fish:
@@ -10174,7 +10194,8 @@ def argument_parser(options: Options, **settings: Any) -> argparse.ArgumentParse
         return argparse.RawDescriptionHelpFormatter(prog, width=80)
 
     def fail(message: str) -> NoReturn:
-        raise UsageError("%s%s." % (message[:1].upper(), message[1:].rstrip(".")))
+        message = message.replace("the following arguments are required", "missing arguments")
+        raise UsageError("%s%s. See '%s --help'." % (message[:1].upper(), message[1:].rstrip("."), settings["prog"]))
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
     parser.error = fail  # type: ignore[method-assign,assignment]
@@ -10214,7 +10235,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     """Return the command and its arguments. Raises UsageError."""
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
-    args = argument_parser((*GLOBAL_OPTIONS, *words)).parse_args(explicit_color(argv[:end]))
+    args = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate").parse_args(explicit_color(argv[:end]))
     chosen, rest = find_command(args.command or "help"), args.rest
     del args.command, args.rest
     if chosen is COMMANDS["run"]:
