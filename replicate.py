@@ -611,11 +611,13 @@ def value_text(value: Any) -> str:
 
 def format_size(count: float) -> str:
     """A number of bytes as text: '1.5 GB' (powers of 1000)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return ("%d %s" if unit == "bytes" else "%.1f %s") % (count, unit)
+    if count < 1000:
+        return plural(int(count), "byte")
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    return "%.1f TB" % count
+        if count < 1000:
+            return "%.1f %s" % (count, unit)
+    return "%.1f TB" % (count / 1000)
 
 
 def plural(count: int, noun: str) -> str:
@@ -981,7 +983,7 @@ class Experiment(_Stored):
                    **unknown: Any) -> Checkpoint:
         """Record a checkpoint: a snapshot of the file or directory at path, and metrics.
 
-        path is relative to the project directory; step counts on from the last one (first 0) if left out;
+        path is relative to the project directory; step defaults to one more than the last, starting at 0;
         primary_metric is (name, "maximize" or "minimize"). Never raises: it prints what is wrong with the arguments and
         records the rest. Once it has returned, the checkpoint is safe even if the process is killed.
         """
@@ -7348,12 +7350,12 @@ def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool
 
     path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
     the hyperparameters: a dict or other mapping, an argparse.Namespace or a dataclass object. disable_heartbeat: do not
-    mark it as running. debug: print more; quiet: print less. name, tags (a list of words) and note are for people;
+    mark it as running. debug: print more; quiet: print less. name, tags (a list of words) and note help you find it again;
     `replicate tag` changes them later, and commands take a name in place of an ID.
 
-    resume: the ID or name of an experiment to go on with, or "auto" for the last one of this job (SLURM_JOB_ID,
-    REPLICATE_JOB), or without a job the last one of this command, unless it completed or is still running. Its steps count
-    on, its code and labels stay, and params must be the same as before.
+    resume: the ID or name of an experiment to continue, or "auto" for the last one of this job (SLURM_JOB_ID,
+    REPLICATE_JOB), or without a job the last one of this command, unless it completed or is still running. It keeps its
+    code, labels and step count, and params must be the same as before.
 
     keep_best, keep_latest: keep the files of this many of the best checkpoints, by the primary metric, and of the latest
     ones; if only one is given, the other is 1. All other checkpoints keep only their metrics.

@@ -8163,7 +8163,7 @@ def test_diff_chooses_files_by_path_and_compares_checkpoints(project, call):
             experiment.checkpoint(path="out", quiet=True)
     first, second = [item.id for item in experiment.checkpoints]
     out = call("diff", first, second)[1]
-    assert cells(out)[-4:-1] == [["Files"], ["out/log.txt:", "5 bytes", "+1 -0"], ["out/weights:", "1 bytes", "2 bytes"]]
+    assert cells(out)[-4:-1] == [["Files"], ["out/log.txt:", "5 bytes", "+1 -0"], ["out/weights:", "1 byte", "2 bytes"]]
     assert "\nCode\n(no difference)\n" in out
     assert call("diff", first, second, "--code", "--path", "./out/log.txt")[1] == (
         "diff --git a/out/log.txt b/out/log.txt\n--- a/out/log.txt\n+++ b/out/log.txt\n@@ -1 +1,2 @@\n line\n+line\n")
