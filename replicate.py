@@ -2332,7 +2332,14 @@ def open_regular(path: str, follow: bool = False) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Unreadable(0, "it is not a regular file")
-    return os.fdopen(descriptor, "rb", 0)
+    return RegularFile(descriptor, "rb")  # type: ignore[return-value]
+
+
+class RegularFile(io.FileIO):
+    """A file that closes without a ResourceWarning when it is dropped: an archive stays open as long as it is used."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class FileLock:
@@ -3209,6 +3216,7 @@ def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
 
 
 RERUN_MARK = os.path.join(".replicate", "rerun")  # a file in each folder that `replicate rerun` makes
+REPORT_NAME = "report.html"  # where `replicate report` writes its page
 
 
 def is_never_saved(name: str) -> bool:
@@ -3238,6 +3246,8 @@ def _files_below(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[
         if is_directory:
             if not _is_separate(entry.path) and not (excluded and os.path.realpath(entry.path) in excluded):
                 yield from _files_below(entry.path, name + "/", rules, excluded, warn)
+        elif entry.name == REPORT_NAME and is_report(entry.path):
+            continue
         elif entry.is_symlink() and os.path.isdir(entry.path):
             warn("%s is not saved: it is a link to a directory." % name)
         else:
@@ -3247,6 +3257,15 @@ def _files_below(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[
 def _is_separate(directory: str) -> bool:
     """Return whether a folder in a project is a virtual environment or the work of `replicate rerun`."""
     return any(os.path.exists(os.path.join(directory, name)) for name in ("pyvenv.cfg", "conda-meta", RERUN_MARK))
+
+
+def is_report(path: str) -> bool:
+    """Return whether a file is a page that `report` wrote."""
+    try:
+        with open_regular(path) as file:
+            return b'<meta name="generator" content="Replicate">' in file.read(1000)
+    except (OSError, ReplicateError):
+        return False
 
 
 def _regular_file(name: str, path: str, warn: Callable[[str], None]) -> Iterator[Source]:
@@ -9231,7 +9250,7 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
 
 
 @command("report", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: all experiments)"), FILTER,
-         option("-o", "--output", metavar="FILE", help="Output file (default: report.html)"),
+         option("-o", "--output", metavar="FILE", help="Output file (default: %s)" % REPORT_NAME),
          usage="[ID...] [flags]", epilog="""\
 Make a page of all completed experiments, to look at or to send:
   replicate report --filter "status = completed" -o report.html""")
@@ -9241,7 +9260,7 @@ def report_command(args: argparse.Namespace) -> int:
     The page works offline. It holds the metrics, params, commands and code of the
     experiments, but not their weights.
     """
-    path = args.output or "report.html"
+    path = args.output or REPORT_NAME
     if not args.output and os.path.lexists(path) and not is_report(path):
         raise ReplicateError("%s already exists and is not a report. Choose another file with -o." % path)
     repository = open_project(args).repository
@@ -9256,15 +9275,6 @@ def report_command(args: argparse.Namespace) -> int:
     replace_file(path, page)
     console.info("Wrote %s: %s (%s)" % (path, plural(len(experiments), "experiment"), format_size(len(page))))
     return 0
-
-
-def is_report(path: str) -> bool:
-    """Return whether a file is a page that `report` wrote."""
-    try:
-        with open_regular(path) as file:
-            return b'<meta name="generator" content="Replicate">' in file.read(1000)
-    except (OSError, ReplicateError):
-        return False
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:

@@ -8210,6 +8210,15 @@ def test_a_patch_is_safe_on_a_terminal(project):
     assert not STEERING.search(re.sub(r"\x1b\[\d+(;\d+)?m|\r\n|\t", "", terminal.output))
 
 
+def test_archives_close_without_a_warning(project):
+    done = run_script("import replicate\nfor number in range(2):\n    experiment = replicate.init(path='.', quiet=True)\n"
+                      "    experiment.checkpoint(path='replicate.yaml', quiet=True)\n    print(experiment.id)\n",
+                      env={"PYTHONWARNINGS": "error"})
+    assert done.stderr == ""
+    done = run("diff", *done.stdout.split(), env={"PYTHONWARNINGS": "error"})
+    assert done.returncode == 0 and "Warning" not in done.stderr
+
+
 def test_two_archives_are_compared_by_two_range_reads_each(s3_bucket, project, call):
     fill(project, {"big": os.urandom(3 << 20)})
     experiments = [saved_code(project, {"big": bytes([number]) * (3 << 20), "a.py": b"1\n"}, path=".") for number in range(2)]
@@ -9101,7 +9110,9 @@ def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, proje
     assert reported() == [first.id, second.id, third.id] and reported("-f", "n > 0") == [second.id, third.id]
     assert reported(second.id) == [second.id]
     assert call("report", "-f", "n > 9")[0] == 1 and call("report", "abc")[0] == 1
+    assert "report.html" not in [source.name for source in replicate.find_sources(str(project), ".")]
     (project / "report.html").write_text("mine")
+    assert "report.html" in [source.name for source in replicate.find_sources(str(project), ".")]
     code, out, err = call("report")
     assert code == 1 and "is not a report" in err and (project / "report.html").read_text() == "mine"
     assert call("report", "-o", "report.html")[0] == 0 and call("report", "-o", "missing/x.html")[0] == 1
