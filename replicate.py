@@ -1652,6 +1652,11 @@ class FilterParser:
         text = self.text[start:self.position].strip()
         if not text:
             self.fail("the value is missing")
+        joint = re.search(r"(?:&&|\|\|)(?=%s)" % self.HEAD, text)
+        if joint:
+            self.position = start + joint.start()
+            self.fail("write '%s' instead of '%s', or put the value in quotes" % (
+                "and" if joint.group() == "&&" else "or", joint.group()))
         return text, False
 
     def at_joint(self) -> bool:
@@ -9237,7 +9242,7 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
         raise ReplicateError("There is no primary metric. Choose a metric with -m: %s." % ", ".join(map(repr, names[:9])))
     for name in [metric] + ([args.axis] if args.axis not in ("step", "time") else []):
         if name not in names:
-            raise ReplicateError("There is no metric %r.%s" % (name, nearest(name, names)))
+            raise ReplicateError("These experiments have no metric %r.%s" % (name, nearest(name, names)))
     curves = [Curve(experiment, metric, args.axis, args.log, args.smooth) for experiment in experiments]
     curves = [curve for curve in curves if curve.values()]
     if not curves:

@@ -1036,8 +1036,9 @@ def test_filters_read_the_times_that_show_prints(monkeypatch, zone, created):
     (dict(host=None), ["host = null"], []),
     (dict(params={"not-frozen": 3, "and.x": 4, "or/y": 5, "not.z": 6, "note": "salt"}),
      ["not-frozen = 3", "and.x = 4", "or/y = 5", "not.z = 6", "note = salt and not-frozen = 3", "not not-frozen = 4"], []),
-    (dict(params={"note": "a and b or (c) d", "paren": "f(x)", "tail": "x and", "q": "it's"}),
-     ["note = a and b or (c) d", "paren = f(x)", "(paren = f(x))", "tail = x and", "q = it's", "paren = f(x) and tail = x and"],
+    (dict(params={"note": "a and b or (c) d", "paren": "f(x)", "tail": "x and", "q": "it's", "sh": "a && b -x"}),
+     ["note = a and b or (c) d", "paren = f(x)", "(paren = f(x))", "tail = x and", "q = it's", "paren = f(x) and tail = x and", "sh = a && b -x",
+      "sh = 'a && b -x'"],
      []),
     (dict(created="2006-01-02T14:54:05.5Z"),
      ["started = 2006-01-02", "started = '2006-01-02'", "started = 2006-01-02 14:54", "created >= 2006-01-02",
@@ -1067,7 +1068,7 @@ def test_started_is_local_and_relative_to_now(monkeypatch):
     "\"foo = 3", "(foo = 3", "foo = 3 and (bar = 4", "and", "not", "(", ")", "not foo", "foo ~ (", "foo ~ *", "foo in bar",
     "foo in 3", "foo in [1, , 2]", "foo in [1", "started = yesterday", "started = 2006-13-01", "started > 2006-01-02 25:00",
     "started = 3", "started in [2006-01-02]", "started < 99999999 weeks ago", "(" * 60 + "a = 1" + ")" * 60,
-    "not " * 60 + "a = 1", "foo & bar", "foo ! 3", "@ = 3", "(foo = 3) bar", "() = 3"])
+    "not " * 60 + "a = 1", "foo & bar", "foo ! 3", "@ = 3", "(foo = 3) bar", "() = 3", "foo = 3 && bar > 4", "foo != 3||not bar = 4"])
 def test_malformed_filters_show_the_format(text):
     with pytest.raises(replicate.ReplicateError) as caught:
         replicate.parse_filter(text)
@@ -1096,7 +1097,7 @@ def test_parsing_any_filter_raises_only_our_error(text):
     "a = " + "x and b = " * 3000 + "1", "a = " + "(" * 20000, "a = 1 and " * 3000 + "b = 2", "a in [" + "1," * 20000 + "1]",
     "a in [" + "[" * 20000 + "]", "a = " + "9" * 20000, "a = " + "[" * 100000, "a ~ " + "(" * 5000 + ")" * 5000,
     "not" * 10000, "- " * 10000 + "=", "a = 'x' " + "or " * 10000, "a = " + "and or not ( " * 1000,
-    "a = " + "x  " * 3000, "started ~ 2006"])
+    "a = " + "x  " * 3000, "a = x " + "&& b " * 3000, "started ~ 2006"])
 def test_long_and_odd_filters_are_answered_or_refused(text):
     with contextlib.suppress(replicate.ReplicateError):
         matches(text, make_row())
