@@ -9827,7 +9827,10 @@ def push_command(args: argparse.Namespace) -> int:
         source = Repository(absolute_url(args.source, os.getcwd()))
         if not source.check_version():
             raise DoesNotExist("There is no repository at %s." % source.url)
-        copy_experiments(source, project.open_repository(), args.ids, sent)
+        target = project.open_repository()
+        if source.url == target.url:
+            raise UsageError("--from and the repository to copy to are the same: %s." % target.url)
+        copy_experiments(source, target, args.ids, sent)
         console.info("Copied %s from %s to %s" % (sent, source.url, project.repository.url))
         return 0
     pending = project.pending()

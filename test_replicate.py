@@ -2784,6 +2784,8 @@ def test_push_from_copies_between_repositories(new_place, project, source, targe
     assert call("push", "--from", here.url, "-R", there.url)[0] == 0
     assert len(there.checkpoints()) == 4
     assert call("push", "--from", here.url, "77", "-R", there.url)[0] == 1
+    code, _, errors = call("push", "--from", here.url, "-R", here.url)
+    assert code == 2 and "are the same" in one_message(errors)
     assert call("push", "1e", "-R", there.url)[0] == 2
     with pytest.raises(AssertionError):
         assert call("push", "--from", here.url + "x", "-R", there.url)[0] == 0
