@@ -353,7 +353,7 @@ def plain_value(value: Any, where: str = "value") -> Any:
         return str(os.fspath(value))
     if hasattr(value, "as_integer_ratio"):                           # Decimal, Fraction
         return float(value)
-    raise TypeError("%s is a %s, which cannot be stored (str, int, float, bool, None, lists and dicts can)" %
+    raise TypeError("%s is of type %s, which cannot be stored (str, int, float, bool, None, lists and dicts can)" %
                     (where, type(value).__name__))
 
 
@@ -611,11 +611,13 @@ def value_text(value: Any) -> str:
 
 def format_size(count: float) -> str:
     """A number of bytes as text: '1.5 GB' (powers of 1000)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return ("%d %s" if unit == "bytes" else "%.1f %s") % (count, unit)
+    if count < 1000:
+        return plural(int(count), "byte")
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    return "%.1f TB" % count
+        if count < 1000:
+            return "%.1f %s" % (count, unit)
+    return "%.1f TB" % (count / 1000)
 
 
 def plural(count: int, noun: str) -> str:
@@ -981,7 +983,7 @@ class Experiment(_Stored):
                    **unknown: Any) -> Checkpoint:
         """Record a checkpoint: a snapshot of the file or directory at path, and metrics.
 
-        path is relative to the project directory; step counts on from the last one (first 0) if left out;
+        path is relative to the project directory; step defaults to one more than the last, starting at 0;
         primary_metric is (name, "maximize" or "minimize"). Never raises: it prints what is wrong with the arguments and
         records the rest. Once it has returned, the checkpoint is safe even if the process is killed.
         """
@@ -1650,6 +1652,11 @@ class FilterParser:
         text = self.text[start:self.position].strip()
         if not text:
             self.fail("the value is missing")
+        joint = re.search(r"(?:&&|\|\|)(?=%s)" % self.HEAD, text)
+        if joint:
+            self.position = start + joint.start()
+            self.fail("write '%s' instead of '%s', or put the value in quotes" % (
+                "and" if joint.group() == "&&" else "or", joint.group()))
         return text, False
 
     def at_joint(self) -> bool:
@@ -1938,8 +1945,9 @@ def absolute_url(url: str, directory: str) -> str:
     """url, with a file:// path made absolute from directory. Raises RepositoryConfigurationError if it is invalid."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in BACKENDS:
-        raise RepositoryConfigurationError("%r is not a repository URL: it must start with %s." % (
-            url, ", ".join("%s://" % name for name in BACKENDS)))
+        *first, last = ["%s://" % name for name in BACKENDS]
+        raise RepositoryConfigurationError("%r is not a repository URL: it must start with %s or %s." % (
+            url, ", ".join(first), last))
     if not rest or (scheme != "file" and rest.startswith("/")):
         raise RepositoryConfigurationError("%r names no %s." % (url, "directory" if scheme == "file" else "bucket"))
     if "\0" in rest:
@@ -2328,7 +2336,14 @@ def open_regular(path: str, follow: bool = False) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Unreadable(0, "it is not a regular file")
-    return os.fdopen(descriptor, "rb", 0)
+    return RegularFile(descriptor, "rb")  # type: ignore[return-value]
+
+
+class RegularFile(io.FileIO):
+    """A file that closes without a ResourceWarning when it is dropped: an archive stays open as long as it is used."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class FileLock:
@@ -2564,7 +2579,7 @@ class CloudStorage(Storage):
             except ReplicateError:  # another machine may have made it, or a request of ours whose answer was lost
                 if not self.call(self.find_bucket, ""):
                     raise
-            console.warning("The bucket %s did not exist: it was created. If the name is misspelled, delete it." %
+            console.warning("Created the bucket %s, which did not exist. If the name is misspelled, delete it." %
                             self.bucket)
         probe = "tmp/probe.%s" % os.urandom(6).hex()
         self.write(probe, b"")
@@ -3210,6 +3225,7 @@ def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
 
 
 RERUN_MARK = os.path.join(".replicate", "rerun")  # a file in each folder that `replicate rerun` makes
+REPORT_NAME = "report.html"  # where `replicate report` writes its page
 
 
 def is_never_saved(name: str) -> bool:
@@ -3239,6 +3255,8 @@ def _files_below(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[
         if is_directory:
             if not _is_separate(entry.path) and not (excluded and os.path.realpath(entry.path) in excluded):
                 yield from _files_below(entry.path, name + "/", rules, excluded, warn)
+        elif entry.name == REPORT_NAME and is_report(entry.path):
+            continue
         elif entry.is_symlink() and os.path.isdir(entry.path):
             warn("%s is not saved: it is a link to a directory." % name)
         else:
@@ -3248,6 +3266,15 @@ def _files_below(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[
 def _is_separate(directory: str) -> bool:
     """Return whether a folder in a project is a virtual environment or the work of `replicate rerun`."""
     return any(os.path.exists(os.path.join(directory, name)) for name in ("pyvenv.cfg", "conda-meta", RERUN_MARK))
+
+
+def is_report(path: str) -> bool:
+    """Return whether a file is a page that `report` wrote."""
+    try:
+        with open_regular(path) as file:
+            return b'<meta name="generator" content="Replicate">' in file.read(1000)
+    except (OSError, ReplicateError):
+        return False
 
 
 def _regular_file(name: str, path: str, warn: Callable[[str], None]) -> Iterator[Source]:
@@ -4541,20 +4568,20 @@ class Verification:
                 self.removed.append(entry.key)
                 lock.release()
             else:
-                self.fault(entry.key, "it belongs to nobody; --fix removes it")
+                self.fault(entry.key, "no experiment uses it; --fix removes it")
         if self.fix:
             fold_abandoned(self.repository)
         for entry, _ in self.storage.leftovers(JOURNALS):
             self.fault(entry.key, "a killed run left it; --fix folds it into its experiment")
 
     def _leftovers(self, keys: Sequence[str]) -> None:
-        """Report or remove objects that belong to nobody."""
+        """Report or remove objects that no experiment uses."""
         if self.fix:
             self.storage.delete(keys)
             self.removed += keys
             return
         for key in keys:
-            self.fault(key, "it belongs to nobody; --fix removes it")
+            self.fault(key, "no experiment uses it; --fix removes it")
 
     def check_archives(self, places: Sequence[Tuple[str, str, Experiment]]) -> None:
         """Read these archives in full, and compare them with their checksums."""
@@ -4572,7 +4599,7 @@ class Verification:
                         return "its files differ from those that the experiment recorded"
             except DoesNotExist:
                 is_expected = self._is_expected(kind, item_id, experiment.id)
-                return "it is gone; it belongs to experiment %s" % experiment.short_id() if is_expected else None
+                return "it is missing; experiment %s needs it" % experiment.short_id() if is_expected else None
             except ReadError as error:
                 cause = error.__cause__ or error
                 reason = short_reason(cause).rstrip(".").rpartition("decompressing data: ")[2]
@@ -4685,7 +4712,7 @@ def _matches(name: str, rows: Sequence[Row],
 def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
     """Return the error for a name or the start of an ID that fits several."""
     kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment",
-                        (checkpoint or experiment).id[:max(SHORT_ID, len(name) + 3)]) for experiment, checkpoint in matches]
+                        (checkpoint or experiment).id[:max(SHORT_ID, len(name) + 3 if is_id(name) else 0)]) for experiment, checkpoint in matches]
     return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
         "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
         " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
@@ -5418,7 +5445,7 @@ def checked_labels(name: Any = None, tags: Any = None, note: Any = None) -> Dict
     if name is not None:
         labels["name"] = checked_label(name, "name")
         if is_id(labels["name"]):
-            raise ValueError("name %r looks like an ID, since it has only digits and a to f" % name)
+            raise ValueError("name %r could be an ID: it has only digits and letters from a to f" % name)
     if tags is not None:
         if isinstance(tags, str) or not hasattr(tags, "__iter__"):
             raise TypeError("tags must be a list of strings, not %r" % (tags,))
@@ -6527,7 +6554,7 @@ def warn_of_params(params: Dict[str, Any], unknown: Sequence[str]) -> None:
             console.warning("Param %r looks like a secret: everyone who can read the repository can see it." % name)
     if unknown:
         more = " and %d more" % (len(unknown) - 10) if len(unknown) > 10 else ""
-        console.warning("These params have no plain form and are recorded as text: %s%s." % (", ".join(unknown[:10]), more))
+        console.warning("These params cannot be stored as JSON, so their text is recorded: %s%s." % (", ".join(unknown[:10]), more))
 
 
 def prepare_in_time(repository: Repository) -> bool:
@@ -7197,9 +7224,11 @@ def resumable_experiment(project: Project, which: str, also_running: bool = Fals
 
 
 def _warn_of_changed_code(experiment: Experiment, sources: Sequence[Source]) -> None:
-    """Warn if the code to save differs from the code that an experiment saved."""
+    """Warn if the code to save differs from the code that an experiment saved, apart from what its checkpoints saved."""
+    outputs = {checkpoint.path or checkpoint.pruned for checkpoint in experiment.checkpoints}
     try:
-        names = changed_names(saved_files(experiment.project, experiment), PresentFiles(sources))
+        names = [name for name in changed_names(saved_files(experiment.project, experiment), PresentFiles(sources))
+                 if not any(path and (name + "/").startswith(path + "/") for path in outputs)]
     except ReplicateError as error:
         console.debug(str(error))
         return
@@ -7360,12 +7389,12 @@ def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool
 
     path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
     the hyperparameters: a dict or other mapping, an argparse.Namespace or a dataclass object. disable_heartbeat: do not
-    mark it as running. debug: print more; quiet: print less. name, tags (a list of words) and note are for people;
+    mark it as running. debug: print more; quiet: print less. name, tags (a list of words) and note help you find it again;
     `replicate tag` changes them later, and commands take a name in place of an ID.
 
-    resume: the ID or name of an experiment to go on with, or "auto" for the last one of this job (SLURM_JOB_ID,
-    REPLICATE_JOB), or without a job the last one of this command, unless it completed or is still running. Its steps count
-    on, its code and labels stay, and params must be the same as before.
+    resume: the ID or name of an experiment to continue, or "auto" for the last one of this job (SLURM_JOB_ID,
+    REPLICATE_JOB), or without a job the last one of this command, unless it completed or is still running. It keeps its
+    code, labels and step count, and params must be the same as before.
 
     keep_best, keep_latest: keep the files of this many of the best checkpoints, by the primary metric, and of the latest
     ones; if only one is given, the other is 1. All other checkpoints keep only their metrics.
@@ -7670,12 +7699,17 @@ def wrapped(text: str, width: int) -> List[str]:
     return lines + [line]
 
 
-def narrowed(widths: Sequence[int], total: int) -> List[int]:
-    """Return the widths of columns two spaces apart, with the widest shrunk until all fit into a total width."""
+def narrowed(widths: Sequence[int], words: Sequence[int], total: int) -> List[int]:
+    """Return the widths of columns two spaces apart, with the widest shrunk until all fit into a total width.
+
+    words: the longest word of each column; words break only where that is not enough, and the IDs in the first column never.
+    """
     narrow = list(widths)
-    for least in NARROW_COLUMNS:
-        while sum(narrow) + 2 * (len(narrow) - 1) > total and max(narrow) > least:
-            narrow[narrow.index(max(narrow))] -= 1
+    for least in [words, *([least] * len(narrow) for least in NARROW_COLUMNS)]:
+        floors = [max(SHORT_ID, least[0]), *least[1:]]
+        while sum(narrow) + 2 * (len(narrow) - 1) > total and any(map(int.__gt__, narrow, floors)):
+            widest = max((width, -number) for number, width in enumerate(narrow) if width > floors[number])
+            narrow[-widest[1]] -= 1
     return narrow
 
 
@@ -7685,8 +7719,14 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
     width: of the terminal, to which cells are wrapped; None for no limit.
     """
     from itertools import zip_longest
-    natural = [max(display_width(line) for cell in (title, *cells) for line in cell.split("\n")) for title, cells in columns]
-    widths = narrowed(natural, width) if width else natural
+
+    def longest(separator: str) -> List[int]:
+        return [max(display_width(part) for cell in (title, *cells) for line in cell.split("\n") for part in line.split(separator))
+                for title, cells in columns]
+
+    widths = natural = longest("\n")
+    if width and sum(natural) + 2 * (len(natural) - 1) > width:
+        widths = narrowed(natural, longest(" "), width)
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
@@ -8969,16 +9009,15 @@ def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any
 def natural_number(text: str) -> int:
     """Parse an option's 0, 1, 2, ..."""
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError("%r is not a whole number" % text)
+        raise argparse.ArgumentTypeError("expected 0, 1, 2, ..., not %r" % text)
     return int(text)
 
 
 def positive_number(text: str) -> int:
     """Parse an option's 1, 2, ..."""
-    number = natural_number(text)
-    if not number:
-        raise argparse.ArgumentTypeError("%r is not a positive number" % text)
-    return number
+    if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
+        raise argparse.ArgumentTypeError("expected 1, 2, 3, ..., not %r" % text)
+    return int(text)
 
 
 def read_columns(text: str) -> List[str]:
@@ -8999,8 +9038,8 @@ GLOBAL_OPTIONS: Options = (
     option("-R", "--repository", metavar="URL",
            help="Repository URL, e.g. s3://my-bucket (default: the one in replicate.yaml)"),
     option("-v", "--verbose", action="store_true", help="Verbose output"))
-ID = option("id", metavar="ID", help="Experiment or checkpoint ID, or the start of one")
-IDS = option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs")
+ID = option("id", metavar="ID", help="Experiment or checkpoint ID, the start of one, or the name of an experiment")
+IDS = option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs, or names of experiments")
 JSON = option("--json", action="store_true", help="Print output in JSON format")
 FILTER = option("-f", "--filter", action="append", default=[], metavar="FILTER", type=parse_filter,
                 help='Filter, repeatable (format: "<name> <operator> <value>")')
@@ -9040,8 +9079,13 @@ Export everything to a spreadsheet:
 
 
 def say(text: str) -> None:
-    """Print data to stdout."""
-    write_text(sys.stdout, text)
+    """Print data to stdout. Raises WriteError, or BrokenPipeError if nobody reads it any more."""
+    try:
+        write_text(sys.stdout, text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise WriteError("The output cannot be written: %s." % short_reason(error)) from error
 
 
 def say_json(value: Any) -> None:
@@ -9126,7 +9170,15 @@ def ls_command(args: argparse.Namespace) -> int:
     return print_list(args, only_running=False)
 
 
-@command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=LIST_EXAMPLES.replace("replicate ls", "replicate ps"))
+@command("ps", *LIST_OPTIONS, aliases=("processes",), epilog="""\
+List all running experiments in the current project:
+  replicate ps
+List those where the parameter "optimizer" is "adam":
+  replicate ps --filter "optimizer = adam"
+Compare them line by line, the lowest "val_loss" first:
+  replicate ps --wide --sort val_loss
+
+""" + FILTER_HELP)
 def ps_command(args: argparse.Namespace) -> int:
     """List running experiments in this project"""
     return print_list(args, only_running=True)
@@ -9150,7 +9202,7 @@ def show_command(args: argparse.Namespace) -> int:
         if experiment.checkpoints:
             console.info("To see more of a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
     if hidden:
-        console.info("The program did not import %s: list them with --all" % plural(hidden, "more installed package"))
+        console.info("Not shown: %s that the program did not import (--all shows all)" % plural(hidden, "installed package"))
     return 0
 
 
@@ -9199,24 +9251,26 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
     primary = [experiment.primary_metric() for experiment in experiments]
     metric = args.metric or next((found["name"] for found in primary if found), names[0] if len(names) == 1 else None)
     if not names:
-        raise ReplicateError("There is nothing to plot: no metric was recorded.")
+        raise ReplicateError("There is nothing to plot: no metric was recorded." if experiments else
+                             "There is nothing to plot: no experiment with a checkpoint was found.")
     if metric is None:
         raise ReplicateError("There is no primary metric. Choose a metric with -m: %s." % ", ".join(map(repr, names[:9])))
     for name in [metric] + ([args.axis] if args.axis not in ("step", "time") else []):
         if name not in names:
-            raise ReplicateError("There is no metric %r.%s" % (name, nearest(name, names)))
+            raise ReplicateError("These experiments have no metric %r.%s" % (name, nearest(name, names)))
     curves = [Curve(experiment, metric, args.axis, args.log, args.smooth) for experiment in experiments]
     curves = [curve for curve in curves if curve.values()]
     if not curves:
         raise ReplicateError("There is nothing to plot: %r has no values%s." % (metric, " above 0" if args.log else ""))
     size = shutil.get_terminal_size() if is_terminal(sys.stdout) else (80, 21)
-    title = metric + (", logarithmic" if args.log else "") + (", smoothed" if args.smooth else "")
+    scale = ", ".join(word for word, is_set in (("logarithmic", args.log), ("smoothed", args.smooth)) if is_set)
+    title = metric + (" (%s)" % scale if scale else "")
     braille = can_encode(sys.stdout, "\u28ff┤")
     return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, braille, paint)
 
 
 @command("report", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: all experiments)"), FILTER,
-         option("-o", "--output", metavar="FILE", help="Output file (default: report.html)"),
+         option("-o", "--output", metavar="FILE", help="Output file (default: %s)" % REPORT_NAME),
          usage="[ID...] [flags]", epilog="""\
 Make a page of all completed experiments, to look at or to send:
   replicate report --filter "status = completed" -o report.html""")
@@ -9226,7 +9280,7 @@ def report_command(args: argparse.Namespace) -> int:
     The page works offline. It holds the metrics, params, commands and code of the
     experiments, but not their weights.
     """
-    path = args.output or "report.html"
+    path = args.output or REPORT_NAME
     if not args.output and os.path.lexists(path) and not is_report(path):
         raise ReplicateError("%s already exists and is not a report. Choose another file with -o." % path)
     repository = open_project(args).repository
@@ -9241,15 +9295,6 @@ def report_command(args: argparse.Namespace) -> int:
     replace_file(path, page)
     console.info("Wrote %s: %s (%s)" % (path, plural(len(experiments), "experiment"), format_size(len(page))))
     return 0
-
-
-def is_report(path: str) -> bool:
-    """Return whether a file is a page that `report` wrote."""
-    try:
-        with open_regular(path) as file:
-            return b'<meta name="generator" content="Replicate">' in file.read(1000)
-    except (OSError, ReplicateError):
-        return False
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
@@ -9289,21 +9334,24 @@ def diff_command(args: argparse.Namespace) -> int:
     found = find_items(project.repository, args.ids)
     experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
     if args.code:
-        say_patch([change for items in (experiments, checkpoints) if any(items)
-                   for change in compare_files(*file_sets(project, items), is_below(args.path))])
+        patch = [change for items in (experiments, checkpoints) if any(items)
+                 for change in compare_files(*file_sets(project, items), is_below(args.path))]
+        if not patch:
+            console.info("No differences%s" % (" in " + ", ".join(args.path) if args.path else ""))
+        say_patch(patch)
     elif len(found) == 1:
-        changes = [(name, change) for items in (experiments, checkpoints) if any(items)
-                   for name, (_, change) in compared_files(project, items).items()]
+        compared = [compared_files(project, items) for items in (experiments, checkpoints) if any(items)]
+        changes = [(name, change) for rows in compared for name, (_, change) in (rows or {}).items()]
         if args.json:
             say_json({name: change.to_json() for name, change in changes})
-        else:
+        elif any(rows is not None for rows in compared):
             since = (checkpoints[0] or experiments[0]).short_id()
             rows = [(escape_control(name), change_text(change)) for name, change in changes]
             say(render_blocks("", [("Changes since " + since, rows)], paint))
     else:
         sides = [Side(one, checkpoint or chosen_checkpoint(one, "Comparing")) for one, checkpoint in found]
-        differences = Differences(sides, compared_files(project, experiments),
-                                  compared_files(project, [side.checkpoint for side in sides]))
+        differences = Differences(sides, compared_files(project, experiments) or {},
+                                  compared_files(project, [side.checkpoint for side in sides]) or {})
         if args.json:
             say_json(differences.to_json())
         else:
@@ -9324,13 +9372,13 @@ def file_sets(project: Project, items: Sequence[Any]) -> List[Any]:
     return sets if len(items) > 1 else sets + [present_files(project, items[0])]
 
 
-def compared_files(project: Project, items: Sequence[Any]) -> Dict[str, List[Any]]:
-    """Return file_rows() of these; if files cannot be read, warn and return none."""
+def compared_files(project: Project, items: Sequence[Any]) -> Optional[Dict[str, List[Any]]]:
+    """Return file_rows() of these; if files cannot be read, warn and return None."""
     try:
         return file_rows(file_sets(project, items))
     except ReplicateError as error:
         console.warning("%s\nThese files are not compared." % error)
-        return {}
+        return None
 
 
 def say_patch(changes: Sequence[FileChange]) -> None:
@@ -9439,14 +9487,14 @@ def du_command(args: argparse.Namespace) -> int:
     else:
         console.info("No experiments found")
     if usage.unowned:
-        console.info("Another %s in %s that no experiment uses: list them with '%s verify'" % (
-            format_size(sum(usage.unowned)), plural(len(usage.unowned), "archive"), program_name()))
+        console.info("No experiment uses %s (%s): run '%s verify' for a list" % (
+            plural(len(usage.unowned), "other archive"), format_size(sum(usage.unowned)), program_name()))
     return 0
 
 
 @command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: everything)"),
          option("--fix", action="store_true", help="Fold the journals of killed runs into their experiments, and remove files "
-                "that belong to nobody"),
+                "that no experiment uses"),
          JSON, usage="[ID...] [flags]", epilog="""\
 Check the whole repository:
   replicate verify
@@ -9456,8 +9504,8 @@ def verify_command(args: argparse.Namespace) -> int:
     """Check that everything is there and undamaged
 
     Reads every document and every archive, compares them with their checksums, and
-    looks for files that belong to nobody. Prints one line per fault, and exits with
-    1 if there is any.
+    looks for files that no experiment uses. Prints one line per fault, and exits
+    with 1 if there are any.
     """
     if args.fix and args.ids:
         raise UsageError("--fix works on the whole repository, and cannot be used with IDs.")
@@ -9561,7 +9609,7 @@ def tag_command(args: argparse.Namespace) -> int:
     try:
         labels = checked_labels(given.get("name") or None, added, given.get("note"))
     except ValueError as error:
-        raise UsageError("%s." % error) from error
+        raise UsageError("The %s." % error) from error
     repository = open_project(args).repository
     experiment, checkpoint = find_item(repository, args.id)
     if checkpoint:
@@ -9660,7 +9708,9 @@ def run_command(args: argparse.Namespace) -> int:
     if args.words or not args.program:
         raise UsageError("There is no program to run. Write it after --, as in: replicate run --param lr=0.1 -- ./train.sh")
     if shutil.which(args.program[0]) is None:
-        raise ReplicateError("There is no program %s." % args.program[0])
+        is_plain = os.sep in args.program[0] and os.path.isfile(args.program[0])
+        raise ReplicateError(("%s cannot be run: it is not executable (see chmod +x)." if is_plain else
+                              "There is no program %s.") % args.program[0])
     if is_secondary_process():
         return exit_status(run_program(args.program, os.getcwd(), dict(os.environ)))
     project = Project(args.repository, args.project_directory)
@@ -9694,7 +9744,7 @@ def checkpoint_command(args: argparse.Namespace) -> int:
         return 0
     experiment_id = os.environ.get("REPLICATE_EXPERIMENT", "")
     if not is_id(experiment_id):
-        raise ReplicateError("There is no experiment to add to: REPLICATE_EXPERIMENT is not set. Start the program with "
+        raise ReplicateError("There is no experiment to add a checkpoint to: REPLICATE_EXPERIMENT is not set. Start the program with "
                              "'%s run -- COMMAND'." % program_name())
     project = Project(args.repository, args.project_directory)
     path = os.path.abspath(args.path) if args.path else args.path
@@ -9713,7 +9763,7 @@ def rerun_experiment(args: argparse.Namespace) -> int:
 
     Checks out the code of the experiment and runs its command there: look at both
     first if somebody else wrote them. With a checkpoint ID, checks out the files of
-    the checkpoint too. The same repository records the new run.
+    the checkpoint too. Records the new run in the same repository.
     """
     project = open_project(args)
     experiment, checkpoint = find_item(project.repository, args.id)
@@ -9749,7 +9799,7 @@ def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
         raise ReplicateError("Experiment %s cannot be run again: %s." % (experiment.short_id(), reason))
 
     if not experiment.path:
-        refuse("it saved no code. Pass path to init() to save it")
+        refuse("it saved no code. Pass path to init(), or --path to 'run', to save it")
     try:
         words = shlex.split(experiment.full_command or "")
     except ValueError:
@@ -9792,7 +9842,10 @@ def push_command(args: argparse.Namespace) -> int:
         source = Repository(absolute_url(args.source, os.getcwd()))
         if not source.check_version():
             raise DoesNotExist("There is no repository at %s." % source.url)
-        copy_experiments(source, project.open_repository(), args.ids, sent)
+        target = project.open_repository()
+        if source.url == target.url:
+            raise UsageError("--from and the repository to copy to are the same: %s." % target.url)
+        copy_experiments(source, target, args.ids, sent)
         console.info("Copied %s from %s to %s" % (sent, source.url, project.repository.url))
         return 0
     pending = project.pending()
@@ -10099,7 +10152,7 @@ complete -c replicate.py -a '(__replicate_complete)'
 
 @command("completion", option("shell", choices=sorted(COMPLETION), metavar="bash|zsh|fish", help="Your shell"),
          usage="<bash|zsh|fish> [flags]", epilog="""\
-Switch completion on in this shell, or add the line to ~/.bashrc or ~/.zshrc:
+Turn on completion in this shell, or add the line to ~/.bashrc or ~/.zshrc:
   source <(replicate completion bash)
   source <(replicate completion zsh)
 In fish:
@@ -10176,7 +10229,8 @@ def argument_parser(options: Options, **settings: Any) -> argparse.ArgumentParse
         return argparse.RawDescriptionHelpFormatter(prog, width=80)
 
     def fail(message: str) -> NoReturn:
-        raise UsageError("%s%s." % (message[:1].upper(), message[1:].rstrip(".")))
+        message = message.replace("the following arguments are required", "missing arguments")
+        raise UsageError("%s%s. See '%s --help'." % (message[:1].upper(), message[1:].rstrip("."), settings["prog"]))
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
     parser.error = fail  # type: ignore[method-assign,assignment]
@@ -10216,7 +10270,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     """Return the command and its arguments. Raises UsageError."""
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
-    args = argument_parser((*GLOBAL_OPTIONS, *words)).parse_args(explicit_color(argv[:end]))
+    args = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate").parse_args(explicit_color(argv[:end]))
     chosen, rest = find_command(args.command or "help"), args.rest
     del args.command, args.rest
     if chosen is COMMANDS["run"]:
