@@ -5701,7 +5701,10 @@ def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[
         pass
     progress(0)
     if isinstance(source, DiskStorage):
-        target.upload(key, source.path(key), progress)
+        try:
+            target.upload(key, source.path(key), progress)
+        except FileNotFoundError as error:
+            raise DoesNotExist("%s does not exist." % source.path(key)) from error
         return entry.size
     import tempfile
     with tempfile.TemporaryDirectory(prefix="replicate-") as directory:

@@ -3236,6 +3236,15 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(bucket, hasty):
         assert 0 < starts[1] <= 5 << 20 and len(starts) == 2
 
 
+def test_a_file_that_is_pruned_when_its_upload_begins_does_not_exist(bucket, tmp_path):
+    bucket.create()
+    source = replicate.DiskStorage(str(tmp_path / "pending"))
+    source.write("checkpoints/x", b"data")
+    with pytest.raises(replicate.DoesNotExist):
+        replicate.copy_object(source, replicate.open_storage(bucket.url), "checkpoints/x",
+                              lambda count: source.delete(["checkpoints/x"]))
+
+
 def test_an_error_of_s3_whose_text_is_cut_off_is_asked_for_again(s3_bucket, hasty):
     s3_bucket.create()
     cuts = once(s3_bucket.proxy, first_get("nothing"), 5)
