@@ -4542,8 +4542,8 @@ class Verification:
 
         self._leftovers(unowned("experiments", present))
         if len(experiments) == len(present):  # else the archive may belong to one that cannot be read
-            self._leftovers(unowned("checkpoints", {
-                checkpoint.id for experiment in experiments for checkpoint in experiment.checkpoints if not checkpoint.pruned}))
+            checkpoints = [checkpoint for experiment in experiments for checkpoint in experiment.checkpoints]
+            self._leftovers(unowned("checkpoints", {checkpoint.id for checkpoint in checkpoints if not checkpoint.pruned}))
         self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
                          if entry.name[:-5] not in present and not self.repository.is_recent(entry)])
         return len(present), [place for experiment in experiments for place in archives_of(experiment)]
@@ -4711,8 +4711,9 @@ def _matches(name: str, rows: Sequence[Row],
 
 def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
     """Return the error for a name or the start of an ID that fits several."""
-    kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment",
-                        (checkpoint or experiment).id[:max(SHORT_ID, len(name) + 3 if is_id(name) else 0)]) for experiment, checkpoint in matches]
+    digits = max(SHORT_ID, len(name) + 3) if is_id(name) else SHORT_ID
+    kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", (checkpoint or experiment).id[:digits])
+             for experiment, checkpoint in matches]
     return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
         "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
         " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
@@ -6557,7 +6558,8 @@ def warn_of_params(params: Dict[str, Any], unknown: Sequence[str]) -> None:
             console.warning("Param %r looks like a secret: everyone who can read the repository can see it." % name)
     if unknown:
         more = " and %d more" % (len(unknown) - 10) if len(unknown) > 10 else ""
-        console.warning("These params cannot be stored as JSON, so their text is recorded: %s%s." % (", ".join(unknown[:10]), more))
+        console.warning("These params cannot be stored as JSON, so their text is recorded: %s%s." % (
+            ", ".join(unknown[:10]), more))
 
 
 def prepare_in_time(repository: Repository) -> bool:
@@ -7723,13 +7725,12 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
     """
     from itertools import zip_longest
 
-    def longest(separator: str) -> List[int]:
-        return [max(display_width(part) for cell in (title, *cells) for line in cell.split("\n") for part in line.split(separator))
-                for title, cells in columns]
+    def longest(parts: Callable[[str], List[str]]) -> List[int]:
+        return [max(display_width(part) for cell in (title, *cells) for part in parts(cell)) for title, cells in columns]
 
-    widths = natural = longest("\n")
+    widths = natural = longest(lambda cell: cell.split("\n"))
     if width and sum(natural) + 2 * (len(natural) - 1) > width:
-        widths = narrowed(natural, longest(" "), width)
+        widths = narrowed(natural, longest(str.split), width)
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
@@ -9747,8 +9748,8 @@ def checkpoint_command(args: argparse.Namespace) -> int:
         return 0
     experiment_id = os.environ.get("REPLICATE_EXPERIMENT", "")
     if not is_id(experiment_id):
-        raise ReplicateError("There is no experiment to add a checkpoint to: REPLICATE_EXPERIMENT is not set. Start the program with "
-                             "'%s run -- COMMAND'." % program_name())
+        raise ReplicateError("There is no experiment to add a checkpoint to: REPLICATE_EXPERIMENT is not set. Start the "
+                             "program with '%s run -- COMMAND'." % program_name())
     project = Project(args.repository, args.project_directory)
     path = os.path.abspath(args.path) if args.path else args.path
     checkpoint = add_checkpoint(project, experiment_id, path, args.step, dict(args.metric), args.primary, args.quiet)
