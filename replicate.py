@@ -7726,7 +7726,8 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
     from itertools import zip_longest
 
     def longest(parts: Callable[[str], List[str]]) -> List[int]:
-        return [max(display_width(part) for cell in (title, *cells) for part in parts(cell)) for title, cells in columns]
+        return [max((display_width(part) for cell in (title, *cells) for part in parts(cell)), default=0)
+                for title, cells in columns]
 
     widths = natural = longest(lambda cell: cell.split("\n"))
     if width and sum(natural) + 2 * (len(natural) - 1) > width:
