@@ -9031,10 +9031,20 @@ def say(text: str) -> None:
 
 def say_json(value: Any) -> None:
     """Print a value as JSON to stdout; characters that its encoding lacks become JSON escapes."""
-    text = shown_json(value) + "\n"
-    if not can_encode(sys.stdout, text):
-        text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
-    say(text)
+    for text in json_pieces(value):
+        if not can_encode(sys.stdout, text):
+            text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
+        say(text)
+
+
+def json_pieces(value: Any) -> Iterator[str]:
+    """Yield a value as JSON text; a list comes in pieces, since that of `ls --json` can take a lot of memory."""
+    if not isinstance(value, list) or not value:
+        yield shown_json(value) + "\n"
+        return
+    for start in range(0, len(value), 500):
+        yield ("," if start else "[") + shown_json(value[start:start + 500])[1:-len("\n]")]
+    yield "\n]\n"
 
 
 def paint(text: str, style: str) -> str:

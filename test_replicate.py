@@ -8260,6 +8260,15 @@ def test_ps_lists_the_running_ones(project, call):
     assert call("ps", "-q", "-f", "lr = 0.1")[1] == ""
 
 
+def test_a_long_json_list_is_printed_in_pieces(monkeypatch):
+    printed = []
+    monkeypatch.setattr(replicate, "say", printed.append)
+    value = [{"id": number, "params": {"text": "ä,\n]"}, "list": []} for number in range(1201)]
+    replicate.say_json(value)
+    assert "".join(printed) == json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    assert max(map(len, printed)) < sum(map(len, printed)) / 2
+
+
 def test_the_shape_of_json(project, call):
     first = checkpoint_document(C, step=1, metrics={"loss": 0.1}, path="m", primary=("loss", "minimize"))
     second = checkpoint_document(D, "2006-01-02T15:01:06Z", 2, {"loss": "[NaN]"}, primary=("loss", "minimize"))
