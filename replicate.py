@@ -10212,14 +10212,15 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
     args = argument_parser((*GLOBAL_OPTIONS, *words)).parse_args(explicit_color(argv[:end]))
+    if args.command is None and argv[end + 1:]:  # the command comes after `--`
+        return parse_arguments([*argv[:end], *argv[end + 1:]])
     chosen, rest = find_command(args.command or "help"), args.rest
     del args.command, args.rest
     if chosen is COMMANDS["run"]:
         args.program = argv[end + 1:]
-    elif chosen is COMMANDS["tag"]:
-        rest = removals_last([*rest, *argv[end:]])
     else:
-        rest = [*rest, *argv[end:]]
+        rest += argv[end:] if argv[end + 1:] else []
+        rest = removals_last(rest) if chosen is COMMANDS["tag"] else rest
     try:
         args = command_parser(chosen).parse_intermixed_args(rest, args)
     except UsageError:

@@ -9355,6 +9355,15 @@ def test_a_bare_color_does_not_swallow_the_next_word(project, call, a_and_b):
     assert call("show", "--color", A)[0] == 0
 
 
+def test_two_dashes_before_the_command_or_at_the_end(project, call):
+    two_experiments(project)
+    listed = call("ls", "-q")
+    assert listed[0] == 0 and A in listed[1]
+    for arguments in (["--", "ls", "-q"], ["-v", "--", "ls", "-q"], ["ls", "-q", "--"]):
+        assert call(*arguments) == listed
+    assert call("--", "show", A)[0] == 0
+
+
 def test_options_between_arguments(project, call):
     for arguments in (["rm", "-f", A, B], ["rm", A, "-f", B], ["rm", A, B, "-f"], ["-v", "rm", A, "-f", "-v", B], ["rm", "-f", "--", A, B]):
         two_experiments(project)
