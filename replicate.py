@@ -10116,7 +10116,8 @@ def completions(words: Sequence[str]) -> List[str]:
     Raises UsageError if the word is the value of a global flag, which the shell completes as a file.
     """
     *before, current = words or [""]
-    args, rest = argument_parser(GLOBAL_OPTIONS).parse_known_args(explicit_color(before))
+    parsed = [word for word in explicit_color(before) if not re.match("-[hv]+[^hvDR]", word)]  # -vf has a flag of a command
+    args, rest = argument_parser(GLOBAL_OPTIONS).parse_known_args(parsed)
     name = next((word for word in rest if word[:1] != "-"), None)
     chosen = find_command(name) if name else None
     options = [*(chosen.options if chosen else ()), *GLOBAL_OPTIONS]

@@ -8780,7 +8780,8 @@ def test_a_shell_completes_commands_flags_ids_and_names(project, shell):
     ("", "ls ps show"), ("sho", "show"), ("ls --col", "--columns --color"), ("show ", "baseline 1eeeeee 2eeeeee"), ("show b", "baseline"),
     ("show 1c", "1cccccc"), ("tag 1c", ""), ("-D . diff 1e 2", "2eeeeee 2cccccc"), ("rm 1eeeeeeee", "1eeeeeeee"),
     ("ls --sort model.", "model.depth"), ("completion ", "bash fish zsh"), ("ls --color t", ""), ("help dif", "diff"), ("run -- sh", ""),
-    ("-D missing show ", ""), ("nonsense x", ""), ("checkout 1e -o ", "")])
+    ("-D missing show ", ""), ("nonsense x", ""), ("checkout 1e -o ", ""),
+    ("rm -vf 2e", "2eeeeee"), ("ls -vq --sort model.", "model.depth"), ("-vD . rm 2e", "2eeeeee")])
 def test_what_is_offered_to_complete(project, call, line, offered):
     write_repository(project / "repo", experiment_document(A, name="baseline", params={"model": {"depth": 1}}, checkpoints=[
         checkpoint_document(C), checkpoint_document(D)]), experiment_document(B, name="$(touch pwned)"))
