@@ -7629,7 +7629,7 @@ def display_width(text: str) -> int:
 
 def pad(text: str, width: int) -> str:
     """Return text with spaces added up to a display width."""
-    return text + " " * (width - display_width(text))
+    return text.ljust(width) if text.isascii() else text + " " * (width - display_width(text))
 
 
 def wrapped(text: str, width: int) -> List[str]:
