@@ -7678,7 +7678,7 @@ def display_width(text: str) -> int:
 
 def pad(text: str, width: int) -> str:
     """Return text with spaces added up to a display width."""
-    return text + " " * (width - display_width(text))
+    return text.ljust(width) if text.isascii() else text + " " * (width - display_width(text))
 
 
 def wrapped(text: str, width: int) -> List[str]:
@@ -9095,10 +9095,20 @@ def say(text: str) -> None:
 
 def say_json(value: Any) -> None:
     """Print a value as JSON to stdout; characters that its encoding lacks become JSON escapes."""
-    text = shown_json(value) + "\n"
-    if not can_encode(sys.stdout, text):
-        text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
-    say(text)
+    for text in json_pieces(value):
+        if not can_encode(sys.stdout, text):
+            text = re.sub("[^\\x00-\\x7f]", lambda match: json.dumps(match.group())[1:-1], text)
+        say(text)
+
+
+def json_pieces(value: Any) -> Iterator[str]:
+    """Yield a value as JSON text; a list comes in pieces, since that of `ls --json` can take a lot of memory."""
+    if not isinstance(value, list) or not value:
+        yield shown_json(value) + "\n"
+        return
+    for start in range(0, len(value), 500):
+        yield ("," if start else "[") + shown_json(value[start:start + 500])[1:-len("\n]")]
+    yield "\n]\n"
 
 
 def paint(text: str, style: str) -> str:
@@ -10179,7 +10189,8 @@ def completions(words: Sequence[str]) -> List[str]:
     Raises UsageError if the word is the value of a global flag, which the shell completes as a file.
     """
     *before, current = words or [""]
-    args, rest = argument_parser(GLOBAL_OPTIONS).parse_known_args(explicit_color(before))
+    parsed = [word for word in explicit_color(before) if not re.match("-[hv]+[^hvDR]", word)]  # -vf has a flag of a command
+    args, rest = argument_parser(GLOBAL_OPTIONS).parse_known_args(parsed)
     name = next((word for word in rest if word[:1] != "-"), None)
     chosen = find_command(name) if name else None
     options = [*(chosen.options if chosen else ()), *GLOBAL_OPTIONS]
@@ -10276,14 +10287,15 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
     args = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate").parse_args(explicit_color(argv[:end]))
+    if args.command is None and argv[end + 1:]:  # the command comes after `--`
+        return parse_arguments([*argv[:end], *argv[end + 1:]])
     chosen, rest = find_command(args.command or "help"), args.rest
     del args.command, args.rest
     if chosen is COMMANDS["run"]:
         args.program = argv[end + 1:]
-    elif chosen is COMMANDS["tag"]:
-        rest = removals_last([*rest, *argv[end:]])
     else:
-        rest = [*rest, *argv[end:]]
+        rest += argv[end:] if argv[end + 1:] else []
+        rest = removals_last(rest) if chosen is COMMANDS["tag"] else rest
     try:
         args = command_parser(chosen).parse_intermixed_args(rest, args)
     except UsageError:

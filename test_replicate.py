@@ -8062,6 +8062,15 @@ def test_ps_lists_the_running_ones_and_ls_all(project, call, says):
     assert says("ps", "-q", "-f", "lr = 0.1") == ""
 
 
+def test_a_long_json_list_is_printed_in_pieces(monkeypatch):
+    printed = []
+    monkeypatch.setattr(replicate, "say", printed.append)
+    value = [{"id": number, "params": {"text": "ä,\n]"}, "list": []} for number in range(1201)]
+    replicate.say_json(value)
+    assert "".join(printed) == json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    assert max(map(len, printed)) < sum(map(len, printed)) / 2
+
+
 def test_the_shape_of_json(project, call):
     first = checkpoint_document(C, step=1, metrics={"loss": 0.1}, path="m", primary=("loss", "minimize"))
     second = checkpoint_document(D, "2006-01-02T15:01:06Z", 2, {"loss": "[NaN]"}, primary=("loss", "minimize"))
@@ -8547,7 +8556,8 @@ def test_a_shell_completes_commands_flags_ids_and_names(project, shell, option, 
     ("", "ls ps show"), ("sho", "show"), ("ls --col", "--columns --color"), ("show ", "baseline 1eeeeee 2eeeeee"), ("show b", "baseline"),
     ("show 1c", "1cccccc"), ("tag 1c", ""), ("-D . diff 1e 2", "2eeeeee 2cccccc"), ("rm 1eeeeeeee", "1eeeeeeee"),
     ("ls --sort model.", "model.depth"), ("completion ", "bash fish zsh"), ("ls --color t", ""), ("help dif", "diff"), ("run -- sh", ""),
-    ("-D missing show ", ""), ("nonsense x", ""), ("checkout 1e -o ", "")])
+    ("-D missing show ", ""), ("nonsense x", ""), ("checkout 1e -o ", ""),
+    ("rm -vf 2e", "2eeeeee"), ("ls -vq --sort model.", "model.depth"), ("-vD . rm 2e", "2eeeeee")])
 def test_what_is_offered_to_complete(project, call, line, offered):
     write_repository(project / "repo", experiment_document(A, name="baseline", params={"model": {"depth": 1}}, checkpoints=[
         checkpoint_document(C), checkpoint_document(D)]), experiment_document(B, name="$(touch pwned)"))
@@ -9105,6 +9115,15 @@ def test_global_flags_before_and_after_the_command(project, call, tmp_path, monk
     assert call("-D", tmp_path / "nowhere", "ls", "-D", project, "-q") == both
     assert call("show", "-v", "zz")[2].count("Traceback") == call("-v", "show", "zz")[2].count("Traceback") == 1
     assert "Traceback" not in call("show", "zz")[2]  # -v does not last
+
+
+def test_two_dashes_before_the_command_or_at_the_end(project, call):
+    two_experiments(project)
+    listed = call("ls", "-q")
+    assert listed[0] == 0 and A in listed[1]
+    for arguments in (["--", "ls", "-q"], ["-v", "--", "ls", "-q"], ["ls", "-q", "--"]):
+        assert call(*arguments) == listed
+    assert call("--", "show", A)[0] == 0
 
 
 def test_options_between_arguments(project, call):
