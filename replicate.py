@@ -1683,7 +1683,7 @@ class FilterParser:
             return read_date(text)
         return text if quoted or name in TEXT_FIELDS else read_value(text)
 
-    def match(self, pattern: str) -> Optional[re.Match[str]]:
+    def match(self, pattern: str) -> Optional[re.Match]:
         """The match of pattern at the current position, or None."""
         return re.compile(pattern).match(self.text, self.position)
 
