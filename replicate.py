@@ -10239,16 +10239,16 @@ def help_command(args: argparse.Namespace) -> int:
 
 # -- parsing
 
-def argument_parser(options: Options, **settings: Any) -> argparse.ArgumentParser:
+def argument_parser(options: Options, prog: str = "replicate", **settings: Any) -> argparse.ArgumentParser:
     """Return a parser of these options that raises UsageError."""
     def formatter(prog: str) -> argparse.HelpFormatter:  # argparse imports a lot to ask for the terminal's width
         return argparse.RawDescriptionHelpFormatter(prog, width=80)
 
     def fail(message: str) -> NoReturn:
         message = message.replace("the following arguments are required", "missing arguments")
-        raise UsageError("%s%s. See '%s --help'." % (message[:1].upper(), message[1:].rstrip("."), settings["prog"]))
+        raise UsageError("%s%s. See '%s --help'." % (message[:1].upper(), message[1:].rstrip("."), prog))
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
     parser.error = fail  # type: ignore[method-assign,assignment]
     for names, keywords in options:
         parser.add_argument(*names, **keywords)
@@ -10267,7 +10267,7 @@ def general_help() -> str:
     """Return `replicate --help`."""
     lines = ["  %-10s %s" % (name, chosen.description.split("\n")[0].rstrip(".")) for name, chosen in COMMANDS.items()]
     version = option("--version", action="store_true", help="Print the version")
-    flags = argument_parser((*GLOBAL_OPTIONS, version), prog="replicate", usage=argparse.SUPPRESS).format_help()
+    flags = argument_parser((*GLOBAL_OPTIONS, version), usage=argparse.SUPPRESS).format_help()
     return ("Replicate: version control for machine learning\n\nusage: replicate [flags] <command> [flags]\n\n"
             "commands:\n%s\n\n%s\n"
             "Run 'replicate help <command>' to learn more about a command, or\n'replicate demo' for a demonstration.\n"
@@ -10286,7 +10286,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     """Return the command and its arguments. Raises UsageError."""
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
-    args = argument_parser((*GLOBAL_OPTIONS, *words), prog="replicate").parse_args(explicit_color(argv[:end]))
+    args = argument_parser((*GLOBAL_OPTIONS, *words)).parse_args(explicit_color(argv[:end]))
     if args.command is None and argv[end + 1:]:  # the command comes after `--`
         return parse_arguments([*argv[:end], *argv[end + 1:]])
     chosen, rest = find_command(args.command or "help"), args.rest

@@ -8567,6 +8567,12 @@ def test_what_is_offered_to_complete(project, call, line, offered):
     assert "pwned" not in out
 
 
+@pytest.mark.parametrize("words", [["-R", ""], ["ls", "-D", ""], ["--color=bogus", ""]])
+def test_completion_leaves_the_values_of_global_flags_to_the_shell(call, words):
+    code, out, err = call("--complete", *words)
+    assert (code, out) == (2, "") and "See 'replicate --help'" in err
+
+
 def test_completion_of_a_bucket_asks_only_the_cache(bucket, project, call):
     experiment = replicate.init(quiet=True)
     experiment.stop()
