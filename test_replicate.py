@@ -8408,7 +8408,8 @@ def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, cod
 def test_signals_of_a_scheduler_reach_the_program(project, number):
     patient = "import signal, sys, time\nsignal.signal(%d, lambda *_: sys.exit(5))\nprint('ready', flush=True)\ntime.sleep(60)"
     command = [sys.executable, PROGRAM, "run", "--", sys.executable, "-c", patient % number]
-    runner = subprocess.Popen(command, stdout=subprocess.PIPE)
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE,
+                              preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # under nohup it would be ignored
     assert runner.stdout.readline() == b"ready\n"
     runner.send_signal(number)
     assert runner.wait(30) == 5
