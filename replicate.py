@@ -1403,11 +1403,10 @@ def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]])
             parse_time(document["created"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReadError("created is not an RFC 3339 time") from error
-    for document in documents:
-        for key, kinds in fields.items():
-            kind = type(document.get(key))
-            if kind not in kinds:
-                raise ReadError("%s has the wrong type (%s)" % (key, kind.__name__))
+    for key, kinds in fields.items():
+        wrong = {type(document.get(key)) for document in documents}.difference(kinds)
+        if wrong:
+            raise ReadError("%s has the wrong type (%s)" % (key, wrong.pop().__name__))
 
 
 def _check_depth(value: Any) -> None:
@@ -7726,8 +7725,8 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
     from itertools import zip_longest
 
     def longest(parts: Callable[[str], List[str]]) -> List[int]:
-        return [max((display_width(part) for cell in (title, *cells) for part in parts(cell)), default=0)
-                for title, cells in columns]
+        texts = ["\n".join((title, *cells)) for title, cells in columns]
+        return [max(map(len if text.isascii() else display_width, parts(text)), default=0) for text in texts]
 
     widths = natural = longest(lambda cell: cell.split("\n"))
     if width and sum(natural) + 2 * (len(natural) - 1) > width:
@@ -7739,9 +7738,12 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
             return lines
         return [part for line in lines for part in wrapped(line, widths[column])]
 
+    template = "  ".join(["%%-%ds" % column_width for column_width in widths])
     for row in zip(*[(title, *cells) for title, cells in columns]):
         lines = zip_longest(*map(lines_of, row, range(len(row))), fillvalue="")
-        yield "\n".join(["  ".join(map(pad, line, widths)).rstrip() for line in lines])
+        padded = map(template.__mod__, lines) if all(map(str.isascii, row)) else [
+            "  ".join(map(pad, line, widths)) for line in lines]
+        yield "\n".join(map(str.rstrip, padded))
 
 
 def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = False,
@@ -7782,8 +7784,8 @@ def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> L
     found = [row.params for row in rows]
     if show_all:
         return sorted({name for params in found for name in params})
-    return [name for name in differing_names(found)
-            if lists or not any(isinstance(params.get(name), (dict, list)) for params in found)]
+    nested = set() if lists else {name for params in found for name in params if type(params[name]) in (dict, list)}
+    return [name for name in differing_names(found) if name not in nested]
 
 
 def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
