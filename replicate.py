@@ -2306,7 +2306,7 @@ class FileRange:
         self._file, self._position, self._end = file, start, end
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to size bytes (-1: all), b"" at the end."""
+        """Up to size bytes (-1: all), b"" at the end."""
         left = self._end - self._position
         data = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._position)
         self._position += len(data)
@@ -2680,7 +2680,7 @@ class ResumingStream:
             raise
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to size bytes (-1: all), b"" at the end. Raises ReadError, Changed."""
+        """Up to size bytes (-1: all), b"" at the end. Raises ReadError, Changed."""
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 20), b""))
         size = min(size, (self._end or 0) - self._position)
@@ -3065,7 +3065,7 @@ class IgnoreRules:
                     self._rules.append((folder,) + rule)
 
     def excludes(self, path: str, is_directory: bool) -> bool:
-        """Return whether the last pattern that matches a path ignores it; none of its parents may be ignored."""
+        """Whether the last pattern that matches a path ignores it; none of its parents may be ignored."""
         for folder, pattern, negated, directories_only in reversed(self._rules):
             if path.startswith(folder) and (is_directory or not directories_only):
                 if pattern.match(os.fsencode(path[len(folder):])):
@@ -3074,7 +3074,7 @@ class IgnoreRules:
 
 
 def _ignore_rule(line: bytes) -> Optional[Tuple[Any, bool, bool]]:
-    """Return (compiled pattern, negated, directories only) for one line; None for comments and lines that match nothing."""
+    """(compiled pattern, negated, directories only) for one line; None for comments and lines that match nothing."""
     if line.startswith(b"#"):
         return None
     stripped = line.rstrip(b" ")
@@ -3098,7 +3098,7 @@ def _ignore_rule(line: bytes) -> Optional[Tuple[Any, bool, bool]]:
 
 
 def _wildcard_expression(pattern: bytes, anchored: bool) -> Optional[bytes]:
-    """Return a regular expression for a gitignore pattern; None for one that can never match."""
+    """A regular expression for a gitignore pattern; None for one that can never match."""
     parts: List[bytes] = []
     position = 0
     while position < len(pattern):
@@ -3144,7 +3144,7 @@ _BRACKET_ITEM = rb"\[:([^]]*):\]|(\\.|[^\\])(?:-(?!\])(\\.|[^\\]))?"  # [:class:
 
 
 def _bracket_expression(pattern: bytes, position: int) -> Optional[Tuple[bytes, int]]:
-    """Return (regular expression, next position) for the bracket that opens before position; None if it is malformed."""
+    """(regular expression, next position) for the bracket that opens before position; None if it is malformed."""
     negated = pattern[position:position + 1] in (b"!", b"^")
     start = position = position + negated
     parts: List[bytes] = []
@@ -3177,7 +3177,7 @@ class Source:
 
 
 def relative_path(path: Any, directory: str) -> str:
-    """Return a user's path relative to the project directory, with forward slashes ('.' for all of it).
+    """A user's path relative to the project directory, with forward slashes ('.' for all of it).
 
     Raises TypeError if it is not a path, ValueError if it is empty, missing or outside the project.
     """
@@ -3200,7 +3200,7 @@ def relative_path(path: Any, directory: str) -> str:
 
 def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
                  warn: Callable[[str], None] = console.warning) -> List[Source]:
-    """Return the files to save at path (see relative_path()), sorted by name, without those ignored or never saved.
+    """The files to save at path (see relative_path()), sorted by name, without those ignored or never saved.
 
     excluded: absolute directories to leave out (a repository inside the project). The path itself is saved even if an
     ignore file lists it: the user asked for it. Raises ValueError if it is never saved.
@@ -3228,7 +3228,7 @@ REPORT_NAME = "report.html"  # where `replicate report` writes its page
 
 
 def is_never_saved(name: str) -> bool:
-    """Return whether files and directories of that name stay out of every archive."""
+    """Whether files and directories of that name stay out of every archive."""
     return name in NEVER_SAVED or name.startswith((".env.", STAGING_PREFIX))
 
 
@@ -3263,12 +3263,12 @@ def _files_below(directory: str, prefix: str, rules: IgnoreRules, excluded: Set[
 
 
 def _is_separate(directory: str) -> bool:
-    """Return whether a folder in a project is a virtual environment or the work of `replicate rerun`."""
+    """Whether a folder in a project is a virtual environment or the work of `replicate rerun`."""
     return any(os.path.exists(os.path.join(directory, name)) for name in ("pyvenv.cfg", "conda-meta", RERUN_MARK))
 
 
 def is_report(path: str) -> bool:
-    """Return whether a file is a page that `report` wrote."""
+    """Whether a file is a page that `report` wrote."""
     try:
         with open_regular(path) as file:
             return b'<meta name="generator" content="Replicate">' in file.read(1000)
@@ -3320,7 +3320,7 @@ class Table:
         self.files = files      # (name in the project, offset of its header in the tar, size, CRC-32 or None)
 
     def encode(self) -> bytes:
-        """Return the gzip members that hold it."""
+        """The gzip members that hold it."""
         content = encode_json({"members": self.members, "files": self.files}, indent=None)
         packed = zlib.compress(content)
         fields = b"".join(_extra_member(packed[start:start + MAX_FIELD_BYTES])
@@ -3330,7 +3330,7 @@ class Table:
 
     @classmethod
     def read(cls, read_range: Callable[[int, int], bytes], size: int) -> Optional[Table]:
-        """Return the table of an archive of size bytes, or None if it has none that can be trusted."""
+        """The table of an archive of size bytes, or None if it has none that can be trusted."""
         tail_start = max(0, size - 65536)
         tail = read_range(tail_start, size)
         field = _extra_field(tail[-FOOTER_BYTES:])
@@ -3371,13 +3371,13 @@ class Table:
 
 
 def _extra_member(data: bytes) -> bytes:
-    """Return an empty gzip member with data in its extra field."""
+    """An empty gzip member with data in its extra field."""
     return (GZIP_EXTRA_HEADER + (len(data) + 4).to_bytes(2, "little") + b"RV" + len(data).to_bytes(2, "little") + data +
             GZIP_EMPTY_BODY)
 
 
 def _extra_field(data: bytes) -> Optional[Tuple[bytes, int]]:
-    """Return (content, length) of the member at the start of data; None if _extra_member() did not make it."""
+    """(content, length) of the member at the start of data; None if _extra_member() did not make it."""
     length = int.from_bytes(data[14:16], "little")
     if (data[:10] != GZIP_EXTRA_HEADER or data[12:14] != b"RV" or data[10:12] != (length + 4).to_bytes(2, "little")
             or data[16 + length:16 + length + len(GZIP_EMPTY_BODY)] != GZIP_EMPTY_BODY):
@@ -3451,7 +3451,7 @@ def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
 
 def pack_group(archive_id: str,
                sources: Sequence[Source]) -> Tuple[List[Tuple[str, int, int, int]], int, bytes, List[str]]:
-    """Return ([(name, offset in the tar, size, CRC-32)], size of the tar, its gzip member, problems) for a group of files."""
+    """([(name, offset in the tar, size, CRC-32)], size of the tar, its gzip member, problems) for a group of files."""
     files: List[Tuple[str, int, int, int]] = []
     parts: List[bytes] = []
     problems: List[str] = []
@@ -3474,7 +3474,7 @@ CHANGED = "%s changed while it was saved: the saved copy may mix old and new con
 
 
 def read_small(source: Source) -> Tuple[bytes, os.stat_result, bool]:
-    """Return (content, status, whether it changed during both of two readings) of a small file. Raises OSError."""
+    """(content, status, whether it changed during both of two readings) of a small file. Raises OSError."""
     with open_regular(source.path) as stream:
         for _ in range(2):
             before = os.fstat(stream.fileno())
@@ -3559,7 +3559,7 @@ CRC_POLYNOMIAL = 0xedb88320  # of gzip and zip; bit 31 is the coefficient of x^0
 
 
 def crc_product(one: int, other: int) -> int:
-    """Return the product of two polynomials modulo that of CRC-32."""
+    """The product of two polynomials modulo that of CRC-32."""
     product = 0
     for bit in range(31, -1, -1):
         if one >> bit & 1:
@@ -3569,7 +3569,7 @@ def crc_product(one: int, other: int) -> int:
 
 
 def crc_shift(length: int) -> int:
-    """Return the factor for the CRC-32 of data that `length` more bytes follow."""
+    """The factor for the CRC-32 of data that `length` more bytes follow."""
     power, square, exponent = 1 << 31, 1 << 30, 8 * length
     while exponent:
         if exponent & 1:
@@ -3580,7 +3580,7 @@ def crc_shift(length: int) -> int:
 
 
 def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
-    """Return whether nobody wrote to a file between two looks at it."""
+    """Whether nobody wrote to a file between two looks at it."""
     return ((before.st_size, before.st_mtime_ns, before.st_ctime_ns) ==
             (after.st_size, after.st_mtime_ns, after.st_ctime_ns))
 
@@ -3600,7 +3600,7 @@ def write_at(file: BinaryIO, data: Union[bytes, memoryview], position: int) -> N
 
 
 def read_up_to(stream: BinaryIO, length: int) -> bytes:
-    """Return the next length bytes of a stream, or fewer at its end."""
+    """The next length bytes of a stream, or fewer at its end."""
     parts: List[bytes] = []
     while length:
         data = stream.read(length)
@@ -3612,14 +3612,14 @@ def read_up_to(stream: BinaryIO, length: int) -> bytes:
 
 
 def tar_header(archive_id: str, name: str, status: os.stat_result, size: int) -> bytes:
-    """Return the header blocks of a file, in GNU format and without its owner."""
+    """The header blocks of a file, in GNU format and without its owner."""
     member = tarfile.TarInfo("%s/%s" % (archive_id, name))
     member.size, member.mode, member.mtime = size, status.st_mode & 0o777, max(0, int(status.st_mtime))
     return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def gzip_member(data: bytes) -> bytes:
-    """Return a gzip member that holds data: compressed if that pays, else stored."""
+    """A gzip member that holds data: compressed if that pays, else stored."""
     if not does_shrink(data):
         return stored_member(data)
     packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 31)
@@ -3628,14 +3628,14 @@ def gzip_member(data: bytes) -> bytes:
 
 
 def does_shrink(data: bytes) -> bool:
-    """Return whether a sample of data shrinks enough for compression to pay."""
+    """Whether a sample of data shrinks enough for compression to pay."""
     half = SAMPLE_BYTES // 2
     sample = data if len(data) <= SAMPLE_BYTES else data[len(data) // 4:][:half] + data[len(data) // 4 * 3:][:half]
     return len(zlib.compress(sample, LEVEL)) < SHRINKS * len(sample)
 
 
 def stored_member(data: bytes, crc: Optional[int] = None) -> bytes:
-    """Return a gzip member that holds data in stored blocks (RFC 1951, 3.2.4). crc: the CRC-32 of data, if known."""
+    """A gzip member that holds data in stored blocks (RFC 1951, 3.2.4). crc: the CRC-32 of data, if known."""
     view = memoryview(data)
     parts: List[Any] = [GZIP_HEADER]
     for start in range(0, len(view), STORED_BYTES):
@@ -3646,7 +3646,7 @@ def stored_member(data: bytes, crc: Optional[int] = None) -> bytes:
 
 
 def stored_size(size: int) -> int:
-    """Return the length of the gzip member that stores size bytes."""
+    """The length of the gzip member that stores size bytes."""
     return len(GZIP_HEADER) + size + 5 * -(-size // STORED_BYTES) + 8
 
 
@@ -3675,7 +3675,7 @@ def recompress(archive: Archive, file: BinaryIO, check: Callable[[], Any]) -> No
 
 
 def inflate_member(data: bytes, size: int) -> bytes:
-    """Return the content of a gzip member that must hold exactly size bytes. Raises ReadError."""
+    """The content of a gzip member that must hold exactly size bytes. Raises ReadError."""
     unpacker = zlib.decompressobj(31)
     try:
         content = unpacker.decompress(data, size + 1)
@@ -3696,12 +3696,12 @@ class Archive:
         self.table = Table.read(self.read_range, self.size) if self.size > FOOTER_BYTES else None
 
     def has_lost_table(self) -> bool:
-        """Return whether it has a table of contents that is damaged."""
+        """Whether it has a table of contents that is damaged."""
         return self.table is None and self.size > FOOTER_BYTES and self.read_range(
             self.size - FOOTER_BYTES, self.size).startswith(GZIP_EXTRA_HEADER)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Return the bytes [start, end) of the archive. Raises ReadError."""
+        """The bytes [start, end) of the archive. Raises ReadError."""
         with self._open(start, end) as stream:
             return read_fully(stream, end - start)
 
@@ -3718,7 +3718,7 @@ class Archive:
                 yield member, pieces
 
     def sums(self, archive_id: str) -> Dict[str, Tuple[int, int]]:
-        """Return (size, CRC-32) of each file by name, from the table if it has them. Raises like files()."""
+        """(size, CRC-32) of each file by name, from the table if it has them. Raises like files()."""
         found: Dict[str, Tuple[int, int]] = {}
         if self.table and all(crc is not None for *_, crc in self.table.files):
             for name, _, size, known in self.table.files:
@@ -3739,7 +3739,7 @@ class Archive:
         return found
 
     def contents(self, archive_id: str, sizes: Dict[str, int]) -> Dict[str, bytes]:
-        """Return the content of these files. Raises ReadError if one is larger than its size here, and like files()."""
+        """The content of these files. Raises ReadError if one is larger than its size here, and like files()."""
         chosen = [self.files(sizes.__contains__, archive_id)] if self.table is None else [
             self.files(name.__eq__, archive_id, name) for name in sorted(sizes)]
         return {member.name: b"".join(_limited(pieces, sizes[member.name])) for files in chosen for member, pieces in files}
@@ -3785,7 +3785,7 @@ class Archive:
 
 
 def read_fully(stream: BinaryIO, length: int) -> bytes:
-    """Return exactly length bytes. Raises ReadError if the stream ends early."""
+    """The next length bytes of a stream. Raises ReadError if it ends early."""
     data = read_up_to(stream, length)
     if len(data) < length:
         raise ReadError("it is cut off")
@@ -3924,7 +3924,7 @@ class TarReader:
             yield taken
 
     def _extended_header(self, kind: bytes, size: int) -> Dict[str, str]:
-        """Return what a GNU long name or a PAX header says about the next member."""
+        """What a GNU long name or a PAX header says about the next member."""
         if size > self.MAX_HEADER_BYTES:
             raise ReadError("it has a header of %d bytes, more than %d" % (size, self.MAX_HEADER_BYTES))
         content = b"".join(self.data())
@@ -3936,7 +3936,7 @@ class TarReader:
 
 
 def read_pax(content: bytes) -> Dict[str, str]:
-    """Return the records of a PAX header ("<length> <key>=<value>\\n"; POSIX.1-2001). Raises ReadError."""
+    """The records of a PAX header ("<length> <key>=<value>\\n"; POSIX.1-2001). Raises ReadError."""
     records: Dict[str, str] = {}
     position = count = 0
     while position < len(content):
@@ -3969,7 +3969,7 @@ def read_tar(content: Iterator[bytes], archive_id: str) -> Iterator[Tuple[TarMem
 
 
 def safe_name(member: TarMember, archive_id: str) -> str:
-    """Return a member's path in the project, '' for the top directory. Raises ReadError for a dangerous one."""
+    """A member's path in the project, '' for the top directory. Raises ReadError for a dangerous one."""
     name = member.name
     parts = name.rstrip("/").split("/")
     if parts[0] != archive_id:
@@ -3983,13 +3983,13 @@ def safe_name(member: TarMember, archive_id: str) -> str:
 
 
 def is_unsafe(part: str) -> bool:
-    """Return whether a path component is more than a plain name on some system."""
+    """Whether a path component is more than a plain name on some system."""
     return (part in ("", ".", "..") or "\\" in part or "\0" in part or len(part) > 255
             or re.match(r"[A-Za-z]:", part) is not None)
 
 
 def is_protected(part: str) -> bool:
-    """Return whether a path component names .git or .replicate on any file system (case, dots, ignorable characters)."""
+    """Whether a path component names .git or .replicate on any file system (case, dots, ignorable characters)."""
     plain = re.sub("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]", "", part).lower().rstrip(". ").partition(":")[0]
     return plain in (".git", ".replicate", "git~1", "replic~1") or plain.startswith(STAGING_PREFIX)
 
@@ -4016,7 +4016,7 @@ def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
 
 
 def code_digest(sums: Dict[str, Tuple[int, int]]) -> str:
-    """Return SHORT_ID hex digits that identify the names and contents of files. sums: (size, CRC-32) by name."""
+    """SHORT_ID hex digits that identify the names and contents of files. sums: (size, CRC-32) by name."""
     import hashlib
     lines = ["%s\0%d\0%08x\n" % (name, *sums[name]) for name in sorted(sums)]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:SHORT_ID]
@@ -4033,17 +4033,17 @@ LIVE_LOCK = ".live.lock"
 
 
 def document_key(experiment_id: str) -> str:
-    """Return the key of an experiment's document."""
+    """The key of an experiment's document."""
     return "%s%s.json" % (EXPERIMENTS, experiment_id)
 
 
 def heartbeat_key(experiment_id: str) -> str:
-    """Return the key of an experiment's heartbeat."""
+    """The key of an experiment's heartbeat."""
     return "%s%s.json" % (HEARTBEATS, experiment_id)
 
 
 def archive_key(kind: str, item_id: str) -> str:
-    """Return the key of an archive; kind is 'experiments' or 'checkpoints'."""
+    """The key of an archive; kind is 'experiments' or 'checkpoints'."""
     return "%s/%s.tar.gz" % (kind, item_id)
 
 
@@ -4078,7 +4078,7 @@ class Journal:
 
 
 def read_journals(journals: Iterable[bytes], known: Container[str]) -> Tuple[List[Dict[str, Any]], Set[str]]:
-    """Return (the checkpoints in journals whose IDs are not known, oldest first; the IDs of all that were pruned)."""
+    """(the checkpoints in journals whose IDs are not known, oldest first; the IDs of all that were pruned)."""
     added: Dict[str, Dict[str, Any]] = {}
     removed: Set[str] = set()
     pruned: Set[str] = set()
@@ -4122,7 +4122,7 @@ def note_pruned(header: Dict[str, Any], ids: Set[str]) -> bool:
 
 
 def decode_document(data: bytes, experiment_id: str) -> Dict[str, Any]:
-    """Return the document of an experiment. Raises ReadError if data is not a valid one."""
+    """The document of an experiment. Raises ReadError if data is not a valid one."""
     return checked_experiment(decode_json(data, "it"), experiment_id)
 
 
@@ -4145,7 +4145,7 @@ class Repository:
     # -- the format version
 
     def check_version(self) -> bool:
-        """Return whether anybody has written to it. Raises IncompatibleRepositoryVersion, CorruptedRepositorySpec."""
+        """Whether anybody has written to it. Raises IncompatibleRepositoryVersion, CorruptedRepositorySpec."""
         try:
             data = self.storage.read("repository.json")
         except DoesNotExist:
@@ -4178,7 +4178,7 @@ class Repository:
         self.storage.write(document_key(document["id"]), DocumentText(document).data())
 
     def load(self, experiment_id: str) -> Dict[str, Any]:
-        """Return the document of an experiment, merged with its journals. Raises DoesNotExist, ReadError."""
+        """The document of an experiment, merged with its journals. Raises DoesNotExist, ReadError."""
         waiting = self._contents(self.journals().get(experiment_id, ()))  # before the document, into which they are folded
         try:
             data = self.storage.read(document_key(experiment_id))
@@ -4190,13 +4190,13 @@ class Repository:
         return document
 
     def experiments(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Experiment]:
-        """Return every readable experiment with all its checkpoints, oldest first; call skipped(key, reason) for others."""
+        """Every readable experiment with all its checkpoints, oldest first; calls skipped(key, reason) for others."""
         waiting = self.journal_contents()
         found = list(map(Experiment, self.documents(self.document_entries(skipped), waiting, skipped)))
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
     def document_entries(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Entry]:
-        """Return the entries of the documents, and call skipped(key, reason) for each file with another kind of name."""
+        """The entries of the documents; calls skipped(key, reason) for each file with another kind of name."""
         entries = []
         for entry in self.storage.list(EXPERIMENTS):
             if entry.name.endswith(".json") and is_id(entry.name[:-5]):
@@ -4239,19 +4239,19 @@ class Repository:
             {"experiment_id": experiment_id, "last_heartbeat": timestamp()}, indent=None))
 
     def running(self) -> Set[str]:
-        """Return the IDs of the experiments whose last heartbeat is recent."""
+        """The IDs of the experiments whose last heartbeat is recent."""
         return {entry.name[:-5] for entry in self.storage.list(HEARTBEATS)
                 if entry.name.endswith(".json") and self.is_recent(entry)}
 
     def is_running(self, experiment_id: str) -> bool:
-        """Return whether the last heartbeat of an experiment is recent."""
+        """Whether the last heartbeat of an experiment is recent."""
         try:
             return self.is_recent(self.storage.stat(heartbeat_key(experiment_id)))
         except DoesNotExist:
             return False
 
     def is_recent(self, entry: Entry) -> bool:
-        """Return whether a heartbeat is recent: on disk by its content, on a bucket by its modification time there."""
+        """Whether a heartbeat is recent: on disk by its content, on a bucket by its modification time there."""
         if not self.storage.has_journals:
             return entry.modified > time.time() + self.storage.clock_skew - HEARTBEAT_TIMEOUT
         try:
@@ -4263,7 +4263,7 @@ class Repository:
     # -- journals
 
     def journals(self) -> Dict[str, List[str]]:
-        """Return the keys of each experiment's journals, oldest first."""
+        """The keys of each experiment's journals, oldest first."""
         found: Dict[str, List[str]] = {}
         for entry in self.storage.list(JOURNALS) if self.storage.has_journals else ():
             experiment_id, _, rest = entry.name.partition(".")
@@ -4272,7 +4272,7 @@ class Repository:
         return {experiment_id: sorted(keys) for experiment_id, keys in found.items()}
 
     def journal_contents(self) -> Dict[str, List[bytes]]:
-        """Return the contents of each experiment's journals. Read them before the documents, into which they are folded."""
+        """The contents of each experiment's journals. Read them before the documents, into which they are folded."""
         return {experiment_id: self._contents(keys) for experiment_id, keys in self.journals().items()}
 
     def _contents(self, keys: Iterable[str]) -> List[bytes]:
@@ -4354,7 +4354,7 @@ class Repository:
             os.close(descriptor)
 
     def _temporary_keys(self, ids: Sequence[str]) -> List[str]:
-        """Return the keys of the files that killed processes left in tmp/ of these experiments and checkpoints."""
+        """The keys of the files that killed processes left in tmp/ of these experiments and checkpoints."""
         known = set(ids)
         return [entry.key for entry in self.storage.list("tmp/") if entry.name.partition(".")[0] in known
                 and not entry.name.endswith(".lock")]
@@ -4362,7 +4362,7 @@ class Repository:
     # -- files
 
     def archive(self, kind: str, item_id: str) -> Archive:
-        """Return the archive of an experiment or checkpoint, wherever it is. Raises DoesNotExist, ReadError."""
+        """The archive of an experiment or checkpoint, wherever it is. Raises DoesNotExist, ReadError."""
         if self.pending is not None:
             try:
                 return self.pending.archive(kind, item_id)
@@ -4372,13 +4372,13 @@ class Repository:
 
 
 def layers_of(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
-    """Return (kind, ID) of each archive that makes up a checkout, the one that wins last."""
+    """(kind, ID) of each archive that makes up a checkout, the one that wins last."""
     found = [("experiments", experiment.id)] if experiment.path else []
     return found + ([("checkpoints", checkpoint.id)] if checkpoint and checkpoint.path else [])
 
 
 def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
-    """Return a saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist, ReadError."""
+    """A saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist, ReadError."""
     import tempfile
     for kind, item_id in reversed(layers_of(experiment, checkpoint)):
         with reading_archive(repository, kind, item_id):
@@ -4394,13 +4394,13 @@ def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: 
 
 
 def pruned_files(checkpoint: Checkpoint) -> str:
-    """Return a sentence about the files of a pruned checkpoint."""
+    """A sentence about the files of a pruned checkpoint."""
     return "The files of checkpoint %s (%s) were pruned; only its metrics were kept." % (
         checkpoint.short_id(), checkpoint.pruned)
 
 
 def stored_archives(storage: Storage, kind: str) -> Dict[str, Entry]:
-    """Return the archives of a kind, 'experiments' or 'checkpoints', by the ID of their owner."""
+    """The archives of a kind, 'experiments' or 'checkpoints', by the ID of their owner."""
     names = [(entry.name.partition("."), entry) for entry in storage.list(kind + "/")]
     return {item_id: entry for (item_id, _, ending), entry in names if is_id(item_id) and ending == "tar.gz"}
 
@@ -4408,7 +4408,7 @@ def stored_archives(storage: Storage, kind: str) -> Dict[str, Entry]:
 # What killed processes leave on a disk.
 
 def live_lock(storage: DiskStorage, experiment_id: str) -> FileLock:
-    """Return the lock that a process holds while it records an experiment here. The file holds the machine's name."""
+    """The lock that a process holds while it records an experiment here. The file holds the machine's name."""
     return FileLock(storage.path("tmp/" + experiment_id + LIVE_LOCK))
 
 
@@ -4478,7 +4478,7 @@ class Usage:
                 self.weights[owner] += entry.size
 
     def total(self, experiment_id: str) -> int:
-        """Return the bytes of one experiment."""
+        """The bytes of one experiment."""
         return self.code[experiment_id] + self.weights[experiment_id]
 
 
@@ -4548,7 +4548,7 @@ class Verification:
         return len(present), [place for experiment in experiments for place in archives_of(experiment)]
 
     def _age_limit(self, experiments: Sequence[Experiment]) -> float:
-        """Return the time in seconds since the epoch before which an archive without a document is a leftover.
+        """The time in seconds since the epoch before which an archive without a document is a leftover.
 
         A running experiment may still be uploading, or waiting for disk space.
         """
@@ -4611,7 +4611,7 @@ class Verification:
                     self.fault(archive_key(kind, item_id), reason)
 
     def _is_expected(self, kind: str, item_id: str, experiment_id: str) -> bool:
-        """Return whether an experiment should still have an archive: somebody may have removed or pruned it meanwhile."""
+        """Whether an experiment should still have an archive: somebody may have removed or pruned it meanwhile."""
         try:
             now = Experiment(self.repository.load(experiment_id))
         except DoesNotExist:
@@ -4620,7 +4620,7 @@ class Verification:
 
 
 def archives_of(experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
-    """Return (kind, ID, the experiment) of each archive that an experiment should have."""
+    """(kind, ID, the experiment) of each archive that an experiment should have."""
     items = [("experiments", experiment), *[("checkpoints", checkpoint) for checkpoint in experiment.checkpoints]]
     return [(kind, item.id, experiment) for kind, item in items if item.path]  # type: ignore[attr-defined]
 
@@ -4628,7 +4628,7 @@ def archives_of(experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
 # Rows list experiments, and find them by name or ID.
 
 def list_rows(repository: Repository) -> List[Row]:
-    """Return a row for each readable experiment, oldest first. Reads only documents that changed since the last listing."""
+    """A row for each readable experiment, oldest first. Reads only documents that changed since the last listing."""
     storage = repository.storage
     running, waiting = repository.running(), repository.journal_contents()
     entries = {entry.name[:-5]: entry for entry in repository.document_entries()}
@@ -4658,7 +4658,7 @@ def list_rows(repository: Repository) -> List[Row]:
 
 
 def find_item(repository: Repository, name: str) -> Tuple[Experiment, Optional[Checkpoint]]:
-    """Return the experiment of that name, or the experiment or checkpoint (with its experiment) whose ID starts with it.
+    """The experiment of that name, or the experiment or checkpoint (with its experiment) whose ID starts with it.
 
     Raises DoesNotExist.
     """
@@ -4696,7 +4696,7 @@ def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Exper
 
 def _matches(name: str, rows: Sequence[Row],
              load: Callable[[str], Experiment]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
-    """Return the experiments of that name, or those and the checkpoints whose ID it is or else starts with it."""
+    """The experiments of that name, or those and the checkpoints whose ID it is or else starts with it."""
     if not is_id(name):
         return [(load(row.id), None) for row in rows if name and text_in(row.summary, "name") == name]
     found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
@@ -4709,7 +4709,7 @@ def _matches(name: str, rows: Sequence[Row],
 
 
 def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoint]]]) -> DoesNotExist:
-    """Return the error for a name or the start of an ID that fits several."""
+    """The error for a name or the start of an ID that fits several."""
     digits = max(SHORT_ID, len(name) + 3) if is_id(name) else SHORT_ID
     kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", (checkpoint or experiment).id[:digits])
              for experiment, checkpoint in matches]
@@ -4740,7 +4740,7 @@ class RowCache:
         self.unpublished = 0  # documents read since this user last read the index of the bucket
 
     def rows(self) -> List[Row]:
-        """Return every row in the file."""
+        """Every row in the file."""
         def read(database: Any) -> List[Row]:
             self.unpublished = database.execute("PRAGMA user_version").fetchone()[0]
             cursor = database.execute("SELECT version, summary, checkpoints, checksum FROM rows")
@@ -4757,7 +4757,7 @@ class RowCache:
         return found
 
     def is_settled(self, entry: Entry, storage: Storage) -> bool:
-        """Return whether any further change would give a document another version."""
+        """Whether any further change would give a document another version."""
         return not storage.has_journals or entry.modified < self._listed - self.SETTLED_SECONDS
 
     def update(self, new: Sequence[Row], present: Container[str], unpublished: int) -> None:
@@ -4785,7 +4785,7 @@ class RowCache:
         return zlib.crc32("\0".join(values).encode("utf-8", "surrogatepass"))
 
     def _attempt(self, work: Callable[[Any], Any]) -> Any:
-        """Return what work(database) returns, or None if the cache cannot be used."""
+        """What work(database) returns; None if the cache cannot be used."""
         try:
             import sqlite3
         except ImportError:
@@ -4850,7 +4850,7 @@ class RowIndex:
                 continue
 
     def lacks(self, entries: Iterable[Entry]) -> int:
-        """Return how many of these entries it lacks, or has in another version."""
+        """How many of these entries it lacks, or has in another version."""
         return sum(self._key(entry.name[:-5], entry.version) not in self._lines for entry in entries)
 
     def publish(self, storage: Storage, rows: Iterable[Row]) -> None:
@@ -4865,7 +4865,7 @@ class RowIndex:
 
     @staticmethod
     def _key(experiment_id: str, version: str) -> bytes:
-        """Return the start of a line."""
+        """The start of a line."""
         return ("%s %s" % (experiment_id, version)).encode("utf-8", "replace")
 
 
@@ -4883,7 +4883,7 @@ class DocumentText:
         return encode_json(dict(self._header, checkpoints=0))[:-len(b"0\n}")]
 
     def data(self) -> bytes:
-        """Return all of it."""
+        """The whole text."""
         return b"%s%s\n}" % (self._start, self._checkpoints)
 
     def merge(self, journals: Iterable[bytes], final: Dict[str, Any]) -> bool:
@@ -4907,7 +4907,7 @@ class DocumentText:
 
 
 def encoded_checkpoints(items: Optional[Sequence[Dict[str, Any]]]) -> bytes:
-    """Return the value of `checkpoints` in a document."""
+    """The value of `checkpoints` in a document."""
     return encode_json(items).replace(b"\n", b"\n ")  # no JSON string holds a line break
 
 
@@ -4947,7 +4947,7 @@ class SavedFiles:
             self.sums = self._archive.sums(item_id)
 
     def contents(self, names: Iterable[str]) -> Dict[str, bytes]:
-        """Return the content of each of these files. Raises ReadError."""
+        """The content of each of these files. Raises ReadError."""
         with reading_archive(*self._place):
             return self._archive.contents(self._place[2], {name: self.sums[name][0] for name in names})
 
@@ -4969,7 +4969,7 @@ class PresentFiles:
             self.sums[name] = size, crc
 
     def contents(self, names: Iterable[str]) -> Dict[str, bytes]:
-        """Return the content of each of these files. Raises OSError."""
+        """The content of each of these files. Raises OSError."""
         found = {}
         for name in names:
             with open_regular(self._sources[name].path) as file:
@@ -4990,24 +4990,24 @@ class FileChange:
         return "added" if self.sizes[0] is None else "removed" if self.sizes[1] is None else "changed"
 
     def to_json(self) -> Dict[str, Any]:
-        """Return the element of `diff --json`: sizes in bytes, and for a text how many lines were added and removed."""
+        """The element of `diff --json`: sizes in bytes, and for a text how many lines were added and removed."""
         added, removed = self.counts()
         lines = {} if self.lines is None else {"lines_added": added, "lines_removed": removed}
         return dict({"change": self.kind, "old_size": self.sizes[0], "new_size": self.sizes[1]}, **lines)
 
     def counts(self) -> Tuple[int, int]:
-        """Return how many lines were added and removed."""
+        """How many lines were added and removed."""
         body = [line[:1] for line in self.lines or ()]
         return body.count(b"+"), body.count(b"-")
 
 
 def changed_names(old: Any, new: Any) -> List[str]:
-    """Return the names of the files that differ between two sets of files, sorted."""
+    """The names of the files that differ between two sets of files, sorted."""
     return [name for name in sorted(old.sums.keys() | new.sums.keys()) if old.sums.get(name) != new.sums.get(name)]
 
 
 def compare_files(old: Any, new: Any, wanted: Callable[[str], bool] = lambda name: True) -> List[FileChange]:
-    """Return the changes from one set of files to another, sorted by name. Raises ReadError, OSError."""
+    """The changes from one set of files to another, sorted by name. Raises ReadError, OSError."""
     changes = [FileChange(name, (old.sums.get(name, (None,))[0], new.sums.get(name, (None,))[0]))
                for name in changed_names(old, new) if wanted(name)]
     room, texts = MAX_TEXTS_BYTES, []
@@ -5026,7 +5026,7 @@ def compare_files(old: Any, new: Any, wanted: Callable[[str], bool] = lambda nam
 
 
 def changed_lines(old: Optional[bytes], new: Optional[bytes]) -> List[bytes]:
-    """Return the hunks of a unified diff between two texts, as lines with their line ends."""
+    """The hunks of a unified diff between two texts, as lines with their line ends."""
     pair = [[line + b"\n" for line in (text or b"").split(b"\n")] for text in (old, new)]
     for lines in pair:
         last = lines.pop()[:-1]  # after the last line end
@@ -5141,7 +5141,7 @@ class Checkout:
         return os.path.join(self.directory, *name.split("/"))
 
     def conflicts(self) -> List[str]:
-        """Return the names of existing files that would get other content."""
+        """The names of existing files that would get other content."""
         return [name for name in sorted(self.files) if os.path.lexists(self._target(name))
                 and not same_content(self._staged(name), self._target(name))]
 
@@ -5158,7 +5158,7 @@ class Checkout:
 
 
 def _configured_url(directory: str, config: Optional[str] = None) -> Optional[str]:
-    """Return the URL that a configuration names, by default the directory's own one or its .replicate/storage.
+    """The URL that a configuration names, by default the directory's own one or its .replicate/storage.
 
     Returns None if there is none, '' if it cannot be read.
     """
@@ -5174,7 +5174,7 @@ def _configured_url(directory: str, config: Optional[str] = None) -> Optional[st
 
 
 def same_content(left: str, right: str) -> bool:
-    """Return whether two paths are regular files, not links, with the same content."""
+    """Whether two paths are regular files, not links, with the same content."""
     try:
         with open_regular(left) as one, open_regular(right) as other:
             if os.fstat(one.fileno()).st_size != os.fstat(other.fileno()).st_size:
@@ -5186,7 +5186,7 @@ def same_content(left: str, right: str) -> bool:
 
 
 def process_is_alive(pid: int) -> bool:
-    """Return whether a process of this machine exists."""
+    """Whether a process of this machine exists."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -7662,12 +7662,12 @@ DIFF_CUT = 50    # characters of a value in `diff`, at most
 
 
 def no_paint(text: str, style: str) -> str:
-    """Return text without a style."""
+    """text without a style."""
     return text
 
 
 def display_width(text: str) -> int:
-    """Return the number of terminal columns that text takes."""
+    """The number of terminal columns that text takes."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -7676,12 +7676,12 @@ def display_width(text: str) -> int:
 
 
 def pad(text: str, width: int) -> str:
-    """Return text with spaces added up to a display width."""
+    """text with spaces added up to a display width."""
     return text.ljust(width) if text.isascii() else text + " " * (width - display_width(text))
 
 
 def wrapped(text: str, width: int) -> List[str]:
-    """Return text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`."""
+    """text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`."""
     lines, line = [], ""
     for word in text.split(" "):
         if line and display_width(line) + 1 + display_width(word) <= width:
@@ -7704,7 +7704,7 @@ def wrapped(text: str, width: int) -> List[str]:
 
 
 def narrowed(widths: Sequence[int], words: Sequence[int], total: int) -> List[int]:
-    """Return the widths of columns two spaces apart, with the widest shrunk until all fit into a total width.
+    """The widths of columns two spaces apart, with the widest shrunk until all fit into a total width.
 
     words: the longest word of each column; words break only where that is not enough, and the IDs in the first column never.
     """
@@ -7755,7 +7755,7 @@ def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = Fa
 
 
 def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) -> List[Column]:
-    """Return the columns of `ls`, leaving out those that say nothing, such as a HOST that all experiments share."""
+    """The columns of `ls`, leaving out those that say nothing, such as a HOST that all experiments share."""
     columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows])]
     names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
     if any(names):
@@ -7777,7 +7777,7 @@ def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) ->
 
 
 def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> List[str]:
-    """Return the params that `ls` shows: all, or those that differ.
+    """The params that `ls` shows: all, or those that differ.
 
     lists: whether those that differ may be lists or empty objects.
     """
@@ -7789,7 +7789,7 @@ def listed_params(rows: Sequence[Row], show_all: bool, lists: bool = False) -> L
 
 
 def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
-    """Return the metrics that `ls` shows: all, or the primary ones, or if there are none, those that differ."""
+    """The metrics that `ls` shows: all, or the primary ones, or if there are none, those that differ."""
     primary = {row.summary["primary_metric"] for row in rows} - {None}
     if primary and not show_all:
         return sorted(primary)
@@ -7799,19 +7799,19 @@ def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
 
 
 def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
-    """Return the sorted names whose values differ between these dicts; an absent value equals null."""
+    """The sorted names whose values differ between these dicts; an absent value equals null."""
     names = sorted({name for values in rows for name in values})
     return [name for name in names
             if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
 
 
 def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
-    """Return `name=value` for each of the names that has a value."""
+    """`name=value` for each of the names that has a value."""
     return [escape_control(name) + "=" + format_cell(values[name]) for name in names if name in values]
 
 
 def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str:
-    """Return the short ID and step of a stored checkpoint, then a line for each of these metrics."""
+    """The short ID and step of a stored checkpoint, then a line for each of these metrics."""
     if not item:
         return ""
     title = "%s (step %d)" % (item["id"][:SHORT_ID], item.get("step") or 0)
@@ -7839,7 +7839,7 @@ class WideColumn:
         self.width = max(map(display_width, [self.title, *self.texts]))
 
     def cell(self, row: int, paint: Paint) -> str:
-        """Return the text of a row (-1: the title), aligned in the column's width."""
+        """The text of a row (-1: the title), aligned in the column's width."""
         text = self.title if row < 0 else self.texts[row]
         space = " " * (self.width - display_width(text))
         shown = paint(text, "bold") if row >= 0 and self.is_best[row] else text
@@ -7847,7 +7847,7 @@ class WideColumn:
 
 
 def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
-    """Return the names and ranks of the columns of `ls --wide`, with one column for each param and metric of `ls`."""
+    """The names and ranks of the columns of `ls --wide`, with one column for each param and metric of `ls`."""
     names = [("id", 5)]
     if any(row.plain("name") for row in rows):
         names.append(("name", 3))
@@ -7860,7 +7860,7 @@ def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
 
 
 def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool) -> str:
-    """Return the cell of `ls --wide` for value, which is row.plain(name); cut: at most 20 characters."""
+    """The cell of `ls --wide` for value, which is row.plain(name); cut: at most 20 characters."""
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
     if name[:1] == "~":
@@ -7876,7 +7876,7 @@ def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool
 
 
 def full_text(row: Row, name: str, value: Any) -> str:
-    """Return value, which is row.plain(name), as text of any length."""
+    """value, which is row.plain(name), as text of any length."""
     if value is None:
         return ""
     return ", ".join(value) if name in LIST_LABELS and row.is_label(name) else value_text(value)
@@ -7888,7 +7888,7 @@ ASCII_SPARK_MARKS = "_.:-=+*#"
 
 
 def sparkline(values: Sequence[Optional[float]], marks: str = SPARK_MARKS) -> str:
-    """Return a curve on one line, with a space for each gap. A long curve is sampled at 16 values, the last among them."""
+    """A curve on one line, with a space for each gap. A long curve is sampled at 16 values, the last among them."""
     if len(values) > SPARK_WIDTH:
         values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
     known = [value for value in values if can_draw(value)]
@@ -7897,7 +7897,7 @@ def sparkline(values: Sequence[Optional[float]], marks: str = SPARK_MARKS) -> st
 
 
 def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
-    """Return the IDs of the experiments with the best value of a primary metric; none if there is nothing to compare."""
+    """The IDs of the experiments with the best value of a primary metric; none if there is nothing to compare."""
     goal = goal_of(rows, metric)
     if goal is None:
         return set()
@@ -7910,14 +7910,14 @@ def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
 
 
 def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
-    """Return "minimize" or "maximize" for a primary metric, or None if the experiments do not agree."""
+    """'minimize' or 'maximize' for a primary metric, or None if the experiments do not agree."""
     items = [item for row in rows for item in (row.best, row.latest) if item and item.get("primary_metric")]
     goals = {item["primary_metric"]["goal"] for item in items if item["primary_metric"]["name"] == metric}
     return goals.pop() if len(goals) == 1 else None
 
 
 def fitting(columns: Sequence[WideColumn], width: Optional[int]) -> List[Optional[WideColumn]]:
-    """Return the columns that fit into a width (None: all of them), with None for each gap where some are left out."""
+    """The columns that fit into a width (None: all of them), with None for each gap where some are left out."""
     by_rank = sorted(range(1, len(columns)), key=lambda number: (columns[number].rank, -number))
     gone: Set[int] = set()
     while True:
@@ -7973,7 +7973,7 @@ def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
 
 
 def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)") -> str:
-    """Return a title (if any), then blocks of `label: text ...` rows, each block below its heading.
+    """A title (if any), then blocks of `label: text ...` rows, each block below its heading.
 
     All blocks share the widths of their columns, which are at least `least`.
     """
@@ -7990,7 +7990,7 @@ def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int 
 
 
 def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: bool, show_all: bool, paint: Paint) -> str:
-    """Return `show` of a checkpoint."""
+    """`show` of a checkpoint."""
     path = "%s (pruned: the files are gone)" % checkpoint.pruned if checkpoint.pruned else checkpoint.path
     primary = checkpoint.primary_metric or {}
     metrics = [(name, text + (" (primary, %s)" % primary["goal"] if primary.get("name") == name else ""))
@@ -8004,7 +8004,7 @@ def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: b
 
 
 def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool, paint: Paint) -> str:
-    """Return `show` of an experiment."""
+    """`show` of an experiment."""
     blocks = [("", experiment_facts(experiment, running)), *experiment_blocks(experiment)]
     packages = [("Python Packages", value_rows(shown_packages(experiment, show_all)))]
     return "\n".join([render_blocks("Experiment: " + experiment.id, blocks, paint),
@@ -8012,7 +8012,7 @@ def render_experiment(experiment: Experiment, running: bool, now: datetime.datet
 
 
 def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, Optional[str]]]:
-    """Return the rows Created to Command of `show`."""
+    """The rows Created to Command of `show`."""
     outcome = {} if running else experiment.outcome or {}
     given = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)), ("Note", experiment.note)]
     rows = [("Created", full_time(experiment.created)), *[(label, text) for label, text in given if text],
@@ -8025,18 +8025,18 @@ def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, O
 
 
 def experiment_blocks(experiment: Experiment) -> List[Block]:
-    """Return the blocks Params and System."""
+    """The blocks Params and System."""
     version = [("Python version", experiment.python_version)] if experiment.python_version else []
     return [("Params", value_rows(experiment.flat_params)), ("System", version + machine_facts(experiment))]
 
 
 def value_rows(values: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """Return the names and full values of params, metrics or packages, sorted."""
+    """The names and full values of params, metrics or packages, sorted."""
     return [(name, value_text(value)) for name, value in sorted(values.items())]
 
 
 def machine_facts(experiment: Experiment) -> List[Tuple[str, str]]:
-    """Return the Git commit and GPUs that an experiment ran on, if they are known."""
+    """The Git commit and GPUs that an experiment ran on, if they are known."""
     git, gpus = git_in(experiment._document), texts_in(experiment._document, "gpus")
     state = [git["branch"]] if "branch" in git else []
     state += ["with uncommitted changes"] if git.get("dirty") else []
@@ -8046,7 +8046,7 @@ def machine_facts(experiment: Experiment) -> List[Tuple[str, str]]:
 
 
 def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
-    """Return the packages that the program imported, or all of them if that is not recorded."""
+    """The packages that the program imported, or all of them if that is not recorded."""
     imported = experiment._document.get("imported_packages")
     if show_all or not isinstance(imported, list):
         return experiment.python_packages
@@ -8054,7 +8054,7 @@ def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
 
 
 def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Paint) -> str:
-    """Return the table of an experiment's checkpoints, with the best value marked."""
+    """The table of an experiment's checkpoints, with the best value marked."""
     heading = paint("Checkpoints", "bold") + "\n"
     if not experiment.checkpoints:
         return heading + paint("(none)", "faint") + "\n"
@@ -8079,7 +8079,7 @@ class Side:
         self.experiment, self.checkpoint = experiment, checkpoint
 
     def facts(self) -> Dict[str, Dict[str, Any]]:
-        """Return the values to compare by label, in each block. A text that is not set is ''."""
+        """The values to compare by label, in each block. A text that is not set is ''."""
         experiment, checkpoint = self.experiment, self.checkpoint
         outcome = experiment.outcome or {}
         about = {"Created": experiment._document["created"], "Name": experiment.name, "Tags": ", ".join(experiment.tags),
@@ -8112,7 +8112,7 @@ class Differences:
             self.blocks["Files"] = files
 
     def to_json(self) -> Dict[str, Any]:
-        """Return `diff --json`: the IDs, and in each block the values by label, null where a column has none."""
+        """`diff --json`: the IDs, and in each block the values by label, null where a column has none."""
         def plain(value: Any) -> Any:
             return None if value is ABSENT else value.to_json() if isinstance(value, FileChange) else value
 
@@ -8132,7 +8132,7 @@ def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
 
 
 def render_diff(found: Differences, paint: Paint) -> str:
-    """Return `diff`: the IDs, then in each block the rows that differ."""
+    """`diff`: the IDs, then in each block the rows that differ."""
     blocks = []
     for heading, values in found.blocks.items():
         rows = [(label, *[difference_cell(heading, label, value) for value in row]) for label, row in values.items()]
@@ -8143,7 +8143,7 @@ def render_diff(found: Differences, paint: Paint) -> str:
 
 
 def difference_cell(heading: str, label: str, value: Any) -> str:
-    """Return a value of Differences as text."""
+    """A value of Differences as text."""
     if heading in ("Code", "Files"):
         return change_text(value)
     if value is ABSENT:
@@ -8155,7 +8155,7 @@ def difference_cell(heading: str, label: str, value: Any) -> str:
 
 
 def change_text(value: Any) -> str:
-    """Return a value of file_rows() as text."""
+    """A value of file_rows() as text."""
     if value is ABSENT:
         return "(not saved)"
     if value is None:
@@ -8204,7 +8204,7 @@ def render_code(changes: Iterable[FileChange], paint: Paint = no_paint,
 
 
 def quoted_name(name: str, spaces: bool = False) -> str:
-    """Return a file name as Git prints it: in quotes if it holds control characters, quotes or backslashes (or spaces)."""
+    """A file name as Git prints it: in quotes if it holds control characters, quotes or backslashes (or spaces)."""
     def escaped(match: Any) -> str:
         character = match.group()
         return "\\" + character if character in '"\\' else "\\%03o" % ord(character)
@@ -8247,7 +8247,7 @@ class Curve:
             self.points.append((x, y))
 
     def values(self) -> List[Tuple[float, float]]:
-        """Return the points without the gaps."""
+        """The points without the gaps."""
         return [point for point in self.points if point]
 
 
@@ -8266,11 +8266,11 @@ class Scale:
         self.is_log, self.low, self.high = log, low, high
 
     def position(self, value: float) -> int:
-        """Return the position of a value."""
+        """The position of a value."""
         return min(self._size - 1, max(0, round((self._map(value) - self._low) / self._span * (self._size - 1))))
 
     def ticks(self, count: int) -> Dict[int, str]:
-        """Return about count round numbers by position."""
+        """About count round numbers by position."""
         import math
         if self.is_log and self._span > 1.5:
             exponents = range(math.ceil(self._low), math.floor(self._low + self._span) + 1)
@@ -8307,7 +8307,7 @@ class Canvas:
             self._owners[row][column] = owner
 
     def row(self, number: int, paint: Paint) -> str:
-        """Return a line of characters, counted from the top."""
+        """A line of characters, counted from the top."""
         from itertools import groupby
         cells = zip(self._owners[number], self._dots[number])
         parts = []
@@ -8319,7 +8319,7 @@ class Canvas:
 
 
 def curve_style(number: int) -> str:
-    """Return the style of a curve."""
+    """The style of a curve."""
     return "curve %d" % (number % 6)
 
 
@@ -8363,7 +8363,7 @@ def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[in
 
 
 def time_unit(seconds: float) -> Tuple[int, str]:
-    """Return the seconds of a unit that suits an axis of that length, and the axis's title."""
+    """The seconds of a unit that suits an axis of that length, and the axis's title."""
     if seconds > 7200:
         return 3600, "time (hours)"
     return (60, "time (minutes)") if seconds > 300 else (1, "time (seconds)")
@@ -8415,7 +8415,7 @@ class ReportCode:
         self.sets: List[List[Tuple[str, Tuple[str, Optional[int]]]]] = []  # (name, (size and CRC-32, number of the text))
 
     def number(self, experiment: Experiment) -> Optional[int]:
-        """Return the number of the set that an experiment saved, or None if there is none or it cannot be read."""
+        """The number of the set that an experiment saved, or None if there is none or it cannot be read."""
         if not experiment.path:
             return None
         digest = experiment.code or experiment.id
@@ -8431,7 +8431,7 @@ class ReportCode:
         return self._set_numbers[digest]
 
     def _text(self, files: SavedFiles, name: str) -> Optional[int]:
-        """Return the number of a file's text, or None for a binary or large file."""
+        """The number of a file's text, or None for a binary or large file."""
         sums = files.sums[name]
         if sums not in self._text_numbers:
             self._text_numbers[sums] = None
@@ -8446,7 +8446,7 @@ class ReportCode:
 
 
 def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
-    """Return the positions of about count of the values: the first, the last, and extremes (or a gap) in between."""
+    """The positions of about count of the values: the first, the last, and extremes (or a gap) in between."""
     if len(values) <= count:
         return set(range(len(values)))
     kept = {0, len(values) - 1}
@@ -8460,7 +8460,7 @@ def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
 
 def report_curves(experiment: Experiment, names: Sequence[str],
                   count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
-    """Return (steps, seconds, {metric: values, None for gaps}) of these metrics, thinned to about count values of each."""
+    """(steps, seconds, {metric: values, None for gaps}) of these metrics, thinned to about count values of each."""
     found = experiment.checkpoints.metrics
     columns = {name: [value if can_draw(value) else None for value in found[name]] for name in names}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
@@ -8473,7 +8473,7 @@ def report_curves(experiment: Experiment, names: Sequence[str],
 
 
 def report_value(row: Row, name: str) -> Any:
-    """Return row.plain(name) for the table of a report: a number, safe text or None."""
+    """row.plain(name) for the table of a report: a number, safe text or None."""
     value = row.plain(name)
     if value is None or type(value) is int or type(value) is float and value - value == 0:
         return value
@@ -8481,7 +8481,7 @@ def report_value(row: Row, name: str) -> Any:
 
 
 def report_data(repository: Repository, experiments: Sequence[Experiment], running: Container[str]) -> Dict[str, Any]:
-    """Return what the page shows, for JSON."""
+    """What the page shows, for JSON."""
     rows = rows_of(experiments, running)
     fields, params, metrics = column_groups(rows)
     names = [*fields, *params.values(), *metrics.values()]
@@ -8514,7 +8514,7 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
 
 
 def render_report(content: Dict[str, Any]) -> bytes:
-    """Return the page. No content becomes markup, and the page's policy lets the browser run this script and load nothing."""
+    """The page. No content becomes markup, and the page's policy lets the browser run this script and load nothing."""
     import base64
     import hashlib
     page = REPORT_PAGE
@@ -9009,7 +9009,7 @@ def command(name: str, *options: Any, **settings: Any) -> Callable:
 
 
 def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
-    """Return the arguments for one call of argparse's add_argument."""
+    """The arguments for one call of argparse's add_argument."""
     return names, settings
 
 
@@ -9114,12 +9114,12 @@ def json_pieces(value: Any) -> Iterator[str]:
 
 
 def paint(text: str, style: str) -> str:
-    """Return text in a style, if stdout shows colours."""
+    """text in that style, if stdout shows colors."""
     return console.colored(text, style, sys.stdout)
 
 
 def open_project(args: argparse.Namespace, fold: bool = True) -> Project:
-    """Return the project that the flags name, after folding the journals of killed runs.
+    """The project that the flags name, with the journals of killed runs folded.
 
     Raises ReadError if -R or REPLICATE_REPOSITORY names a folder that does not exist.
     """
@@ -9168,7 +9168,7 @@ def print_list(args: argparse.Namespace, only_running: bool) -> int:
 
 
 def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[str] = ()) -> List[Row]:
-    """Return the rows that satisfy all filters.
+    """The rows that satisfy all filters.
 
     Warns of each name in the filters, or among names, that no experiment has.
     """
@@ -9253,7 +9253,7 @@ def plot_command(args: argparse.Namespace) -> int:
 
 
 def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tuple[List[Experiment], bool]:
-    """Return the experiments that the arguments of `plot` name, and whether one of them is running."""
+    """The experiments that the arguments of `plot` name, and whether one of them is running."""
     if args.ids:
         found = [experiment for experiment, _ in find_items(repository, args.ids)]
         return found, any(repository.is_running(experiment.id) for experiment in found)
@@ -9262,7 +9262,7 @@ def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tup
 
 
 def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iterator[str]:
-    """Return the lines of `plot`. Raises ReplicateError if there is nothing to plot."""
+    """The lines of `plot`. Raises ReplicateError if there is nothing to plot."""
     checkpoints = [checkpoint for experiment in experiments for checkpoint in experiment.checkpoints]
     names = sorted({name for checkpoint in checkpoints for name in checkpoint.metrics})
     primary = [experiment.primary_metric() for experiment in experiments]
@@ -9377,20 +9377,20 @@ def diff_command(args: argparse.Namespace) -> int:
 
 
 def is_below(paths: Optional[Sequence[str]]) -> Callable[[str], bool]:
-    """Return a function that tells whether a name is one of these paths or below one; without paths, all names are."""
+    """A function that tells whether a name is one of these paths or below one; without paths, all names are."""
     tops = [normal_path(path) for path in paths or ["."]]
     return lambda name: any(top in (".", name) or name.startswith(top + "/") for top in tops)
 
 
 def file_sets(project: Project, items: Sequence[Any]) -> List[Any]:
-    """Return the files of each experiment or checkpoint (None has no files); of a single one, then those present now."""
+    """The files of each experiment or checkpoint (None has no files); of a single one, then those present now."""
     opened = {item.id: saved_files(project, item) for item in items if item}
     sets = [opened[item.id] if item else PresentFiles(()) for item in items]
     return sets if len(items) > 1 else sets + [present_files(project, items[0])]
 
 
 def compared_files(project: Project, items: Sequence[Any]) -> Optional[Dict[str, List[Any]]]:
-    """Return file_rows() of these; if files cannot be read, warn and return None."""
+    """file_rows() of these; None, with a warning, if files cannot be read."""
     try:
         return file_rows(file_sets(project, items))
     except ReplicateError as error:
@@ -9410,7 +9410,7 @@ def say_patch(changes: Sequence[FileChange]) -> None:
 
 
 def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint]:
-    """Return the experiment's best checkpoint, or else its latest, and tell the user which one it is."""
+    """The experiment's best checkpoint, or else its latest; tells the user which one it is."""
     best = experiment.best()
     checkpoint = best or experiment.latest()
     if checkpoint:
@@ -9808,7 +9808,7 @@ def rerun_experiment(args: argparse.Namespace) -> int:
 
 
 def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
-    """Return (the folder in the project, the words) of an experiment's command.
+    """(the folder in the project, the words) of an experiment's command.
 
     Raises ReplicateError if it cannot be run again.
     """
@@ -9975,7 +9975,7 @@ def demo_command(args: argparse.Namespace) -> int:
 
 
 def new_directory(name: str) -> str:
-    """Return name, or name-2, name-3, ... if it is taken."""
+    """name, or name-2, name-3, ... if it is taken."""
     number, candidate = 1, name
     while os.path.lexists(candidate):
         number += 1
@@ -10002,7 +10002,7 @@ class Analytics:
                            for name in ("REPLICATE_NO_ANALYTICS", "DO_NOT_TRACK"))
 
     def settings(self) -> Dict[str, Any]:
-        """Return {"analytics_enabled": bool, "anonymous_id": str}, or {} before the first run."""
+        """{"analytics_enabled": bool, "anonymous_id": str}, or {} before the first run."""
         settings = self._read("settings.json")
         return settings if isinstance(settings, dict) else {}
 
@@ -10015,7 +10015,7 @@ class Analytics:
         self._write("settings.json", settings)
 
     def event(self, command_name: str) -> Dict[str, Any]:
-        """Return one event, which is all that is ever sent."""
+        """One event, which is all that is ever sent."""
         example = "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a"  # for `replicate analytics` before the first run
         return {"anonymous_id": self.settings().get("anonymous_id", example), "event": "Run command", "properties": {
             "command": "replicate " + command_name, "replicate_version": __version__,
@@ -10185,7 +10185,7 @@ def completion_command(args: argparse.Namespace) -> int:
 
 
 def completions(words: Sequence[str]) -> List[str]:
-    """Return what the last of the words typed so far can become.
+    """What the last of the words typed so far can become.
 
     Offers plain words only: the shell expands the answer, and names and params may come from somebody else's repository.
     Raises UsageError if the word is the value of a global flag, which the shell completes as a file.
@@ -10215,14 +10215,14 @@ def completions(words: Sequence[str]) -> List[str]:
 
 
 def rows_to_complete(args: argparse.Namespace) -> List[Row]:
-    """Return the rows of the repository that the flags name; of a bucket, only those in the cache."""
+    """The rows of the repository that the flags name; of a bucket, only those in the cache."""
     project = Project(args.repository, args.project_directory)
     url = project.location.url or ""
     return list_rows(project.repository) if url.startswith("file://") else RowCache(url).rows()
 
 
 def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:
-    """Return the names and short IDs of experiments, newest first, and perhaps the checkpoint IDs that begin with start."""
+    """The names and short IDs of experiments, newest first, and perhaps the checkpoint IDs that begin with start."""
     names = [text_in(row.summary, "name") or "" for row in reversed(rows)]
     length = max(SHORT_ID, len(start))
     found = [name for name in names if name and name[0] != "-"] + [row.id[:length] for row in reversed(rows)]
@@ -10242,7 +10242,7 @@ def help_command(args: argparse.Namespace) -> int:
 # -- parsing
 
 def argument_parser(options: Options, prog: str = "replicate", **settings: Any) -> argparse.ArgumentParser:
-    """Return a parser of these options that raises UsageError."""
+    """A parser of these options that raises UsageError."""
     def formatter(prog: str) -> argparse.HelpFormatter:  # argparse imports a lot to ask for the terminal's width
         return argparse.RawDescriptionHelpFormatter(prog, width=80)
 
@@ -10258,7 +10258,7 @@ def argument_parser(options: Options, prog: str = "replicate", **settings: Any) 
 
 
 def command_parser(chosen: Command) -> argparse.ArgumentParser:
-    """Return the parser of one subcommand; global flags that it does not meet keep their values."""
+    """The parser of one subcommand; global flags that it does not meet keep their values."""
     flags = [(names, dict(settings, default=argparse.SUPPRESS)) for names, settings in GLOBAL_OPTIONS]
     aliases = "\n\naliases: %s" % ", ".join(chosen.aliases) if chosen.aliases else ""
     return argument_parser((*chosen.options, *flags), prog="replicate " + chosen.name, epilog=chosen.epilog or None,
@@ -10266,7 +10266,7 @@ def command_parser(chosen: Command) -> argparse.ArgumentParser:
 
 
 def general_help() -> str:
-    """Return `replicate --help`."""
+    """`replicate --help`."""
     lines = ["  %-10s %s" % (name, chosen.description.split("\n")[0].rstrip(".")) for name, chosen in COMMANDS.items()]
     version = option("--version", action="store_true", help="Print the version")
     flags = argument_parser((*GLOBAL_OPTIONS, version), usage=argparse.SUPPRESS).format_help()
@@ -10277,7 +10277,7 @@ def general_help() -> str:
 
 
 def find_command(name: str) -> Command:
-    """Return the command with that name or alias. Raises UsageError with a suggestion."""
+    """The command with that name or alias. Raises UsageError with a suggestion."""
     found = {alias: chosen for chosen in COMMANDS.values() for alias in (chosen.name, *chosen.aliases)}
     if name not in found:
         raise UsageError("There is no command %r.%s Run 'replicate --help' for a list." % (name, nearest(name, found)))
@@ -10285,7 +10285,7 @@ def find_command(name: str) -> Command:
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
-    """Return the command and its arguments. Raises UsageError."""
+    """The command and its arguments. Raises UsageError."""
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = (option("command", nargs="?"), option("rest", nargs=argparse.REMAINDER))
     args = argument_parser((*GLOBAL_OPTIONS, *words)).parse_args(explicit_color(argv[:end]))
@@ -10309,14 +10309,14 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
 
 
 def removals_last(words: Sequence[str]) -> List[str]:
-    """Return the words of `tag` with each -TAG after `--`, so that none is taken for a flag."""
+    """The words of `tag` with each -TAG after `--`, so that none is taken for a flag."""
     flags = [name for names, _ in GLOBAL_OPTIONS for name in names]
     removals = [word for word in words if re.match("-[^-]", word) and word not in flags]
     return [word for word in words if word not in removals] + (["--", *removals] if removals else [])
 
 
 def explicit_color(words: Sequence[str]) -> List[str]:
-    """Return words with --color as --color=true, so that it does not take the next word for its value."""
+    """words with --color as --color=true, so that it does not take the next word for its value."""
     return ["--color=true" if word == "--color" else word for word in words]
 
 

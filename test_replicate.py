@@ -305,7 +305,7 @@ def test_an_unexpected_failure_is_one_line_too(project):
 @pytest.mark.parametrize("wanted, flags, env", [
     (True, [], {}), (True, ["--color"], {}), (True, ["--color=true"], {}),
     (False, ["--color=false"], {}), (False, ["--no-color"], {}), (False, [], {"NO_COLOR": "1"})])
-def test_colours_on_a_terminal(project, wanted, flags, env):
+def test_colors_on_a_terminal(project, wanted, flags, env):
     write_repository(project / "repo", experiment_document(A, params={"lr": 1}))
     for arguments in ([*flags, "show", A], ["show", A, *flags]):
         terminal = Terminal(*arguments, env=env)
@@ -315,7 +315,7 @@ def test_colours_on_a_terminal(project, wanted, flags, env):
     assert "\x1b" not in run(*flags, "show", A).stdout
 
 
-def test_stdout_in_a_pipe_has_no_colours_while_stderr_is_a_terminal(project):
+def test_stdout_in_a_pipe_has_no_colors_while_stderr_is_a_terminal(project):
     write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]))
     terminal = Terminal("show", A, stdout=subprocess.PIPE)
     out = terminal.process.stdout.read().decode()
@@ -8641,7 +8641,7 @@ def test_smoothing_is_a_moving_average_that_starts_at_the_first_value():
     assert points[1][1] == pytest.approx(0.6 * 0.4 / (0.6 * 0.4 + 0.4)) and points[3][1] == pytest.approx(0.36 / (1 + 0.6 + 0.36))
 
 
-def test_curves_on_a_terminal_fit_it_and_have_colours(project):
+def test_curves_on_a_terminal_fit_it_and_have_colors(project):
     curves_repository(project, *[[number, 5 - number] for number in range(9)])
     terminal = Terminal("plot", "-n", "9", env={"COLUMNS": "60", "LINES": "24"})
     assert terminal.wait() == 0
