@@ -198,6 +198,13 @@ def tree(directory):
             if path.is_file() and not path.is_symlink()}
 
 
+def on_terminal(*arguments, **variables):
+    """What replicate.py, which succeeds, prints on a terminal; its lines end in a mere newline."""
+    terminal = Terminal(*arguments, env=variables)
+    assert terminal.wait() == 0, terminal.output
+    return terminal.output.replace("\r", "")
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 1  Errors and the console
 # ------------------------------------------------------------------------------------------------------------------
@@ -5243,13 +5250,11 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_returned(repo):
             process.stdout.readline()
         process.kill()
         finish(process)
-    returned = 0
-    for item in replicate.experiments.list():
-        returned += len(item.checkpoints)
+    experiments = replicate.experiments.list()
+    for item in experiments:
         for checkpoint in item.checkpoints[:6] + item.checkpoints[-3:]:
-            if checkpoint.path:
-                with checkpoint.open("model") as file:
-                    assert file.read() == b"abcdefgh" * 50000
+            assert not checkpoint.path or checkpoint.open("model").read() == b"abcdefgh" * 50000
+    returned = sum(len(item.checkpoints) for item in experiments)
     assert returned >= sum(20 + 37 * number for number in range(6))
     assert run("ls").returncode == 0 and names_in(repo / "journals") == []
     assert sum(len(item["checkpoints"]) for item in stored_documents(repo)) == returned
@@ -5267,9 +5272,7 @@ def test_processes_that_record_into_one_experiment_lose_nothing(repo, processes)
                 experiment.stop()
         """
     running = [start_script(script, number) for number in range(processes)]
-    for process in running:
-        out, err = finish(process)
-        assert process.returncode == 0 and err == "", err
+    assert [(*finish(process), process.returncode) for process in running] == [("", "", 0)] * processes
     stored = [(item["metrics"]["who"], item["metrics"]["n"]) for item in stored_documents(repo)[0]["checkpoints"]]
     assert sorted(stored) == [(who, number) for who in range(processes) for number in range(300)]
     assert leftovers(repo) == []
@@ -5583,12 +5586,10 @@ def test_threads_get_steps_and_times_in_order_and_lose_nothing(project, repo):
         for number in range(100):
             experiment.checkpoint(path="model" if number % 25 == 0 else None, metrics={"n": number}, quiet=True)
 
-    switching = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-5)
         in_sixteen_threads(work)
-    finally:
-        sys.setswitchinterval(switching)
     experiment.stop()
     assert [item.step for item in experiment.checkpoints] == list(range(1600))
     stored = stored_documents(repo)[0]["checkpoints"]
@@ -5662,9 +5663,8 @@ def test_a_forked_child_neither_records_nor_stops(repo, end):
         experiment.checkpoint(metrics={"n": 2}, quiet=True)
         print(status, flush=True)
         """, end)
-    lines = done.stdout.splitlines()
-    assert lines[0] == "True True", done.stderr
-    assert int(lines[1]) == {"raise ValueError": 256, "os.kill(os.getpid(), 15)": 15}.get(end, 0)
+    status = {"raise ValueError": 256, "os.kill(os.getpid(), 15)": 15}.get(end, 0)
+    assert done.stdout == "True True\n%d\n" % status, done.stderr
     assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 1}, {"n": 2}]
     assert leftovers(repo) == []
 
@@ -5969,18 +5969,16 @@ def test_a_repository_that_becomes_read_only_while_recording(shared_project):
 @pytest.mark.parametrize("size", [10, 3000, 400000, 12000000])
 @pytest.mark.parametrize("how", ["overwrite", "append", "truncate", "delete", "replace"])
 def test_a_checkpoint_is_a_snapshot(project, size, how):
-    model, new = project / "model", project / "new"
     content = (b"%08d" % size) * (size // 8 + 1)
-    model.write_bytes(content)
-    new.write_bytes(b"new")
+    fill(project, {"model": content, "new": b"new"})
     experiment = replicate.init(quiet=True)
     checkpoint = experiment.checkpoint(path="model", quiet=True)
     if how == "delete":
-        model.unlink()
+        os.unlink("model")
     elif how == "replace":
-        new.replace(model)
+        os.replace("new", "model")
     else:
-        with open(str(model), {"overwrite": "r+b", "append": "ab", "truncate": "wb"}[how]) as file:
+        with open("model", {"overwrite": "r+b", "append": "ab", "truncate": "wb"}[how]) as file:
             file.write(b"" if how == "truncate" else b"\0" * len(content))
     assert checkpoint.open("model").read() == content
     experiment.stop()
@@ -7360,8 +7358,13 @@ def measured(metrics, primary=None):
     ([{"params": {"p": 1}}], "", "p=1", "p=1"),
     ([measured({"same": 1, "loss": 2}), measured({"same": 1, "loss": 3})], "loss=2 loss=3", "same", "same=1"),
     ([measured({"a": 1, "loss": 2}), measured({"a": 3, "loss": 4}, ("a", "maximize"))], "a=1 a=3", "loss", "loss=2"),
-    ([{"params": {"b": 1, "a": 2, "C": 3}}], "", "a=2", "C=3 a=2 b=1")],
-    ids="same hosts users null-host no-best best NaN one-experiment metrics primary-metrics sorted".split())
+    ([{"params": {"b": 1, "a": 2, "C": 3}}], "", "a=2", "C=3 a=2 b=1"),
+    *(([{"params": {"p": left}}, {"params": {"p": right}}], "p=", "", "p=") for left, right in [
+        (1, 2), (1, None), (1, "1"), (1, True), ({"a": 1}, 2), (2 ** 70, 2 ** 70 + 1), ("", None)]),
+    *(([{"params": {"p": left}}, {"params": {"p": right}}], "", "p=", "p=") for left, right in [
+        (1, 1), (1, 1.0), ("[NaN]", "[NaN]")]),
+    ([{"params": {"p": [1]}}, {"params": {"p": [2]}}], "", "p=", "p="),
+    ([{"params": {"p": 1}}, {}], "p=", "", "p="), ([{"params": {"p": None}}, {}], "", "p=", "p=")])
 def test_which_columns_and_values_ls_shows(project, call, documents, shown, hidden, in_full):
     for item, fields in zip((A, B), documents):
         write_repository(project / "repo", experiment_document(item, **fields))
@@ -7369,17 +7372,6 @@ def test_which_columns_and_values_ls_shows(project, call, documents, shown, hidd
     assert all(word in out for word in shown.split()) and not any(word in out for word in hidden.split())
     places = [full.index(word) for word in in_full.split()]
     assert places == sorted(places)
-
-
-@pytest.mark.parametrize("left, right, shown", [
-    ({"p": 1}, {"p": 2}, True), ({"p": 1}, {"p": 1}, False), ({"p": 1}, {}, True), ({"p": None}, {}, False),
-    ({"p": 1}, {"p": None}, True), ({"p": 1}, {"p": 1.0}, False), ({"p": 1}, {"p": "1"}, True), ({"p": 1}, {"p": True}, True),
-    ({"p": "[NaN]"}, {"p": "[NaN]"}, False), ({"p": [1]}, {"p": [2]}, False), ({"p": {"a": 1}}, {"p": 2}, True),
-    ({"p": 2 ** 70}, {"p": 2 ** 70 + 1}, True), ({"p": ""}, {"p": None}, True)])
-def test_which_params_differ(project, call, left, right, shown):
-    write_repository(project / "repo", experiment_document(A, params=left), experiment_document(B, params=right))
-    assert ("p=" in call("ls")[1]) == shown
-    assert "p=" in call("ls", "--all")[1]
 
 
 def test_params_differ_among_the_listed_experiments_only(project, call):
@@ -7410,13 +7402,9 @@ def test_nested_params_have_dotted_names_and_one_written_with_a_dot_wins():
     assert replicate.flat_params({"a": {"b": 1}, "a.b": 2}) == replicate.flat_params({"a.b": 2, "a": {"b": 1}}) == {"a.b": 2}
 
 
-def test_nested_params_are_shown_compared_filtered_and_sorted_by_dotted_names(project, call, capsys, monkeypatch):
-    monkeypatch.chdir(project)
+def test_nested_params_are_shown_compared_filtered_and_sorted_by_dotted_names(project, call):
     first = replicate.init(params=NESTED, quiet=True)
-    first.stop()
-    other = json.loads(json.dumps(NESTED))
-    other["model"]["depth"] = 3
-    second = replicate.init(params=other, quiet=True)
+    second = replicate.init(params={"lr": 0.1, "model": dict(NESTED["model"], depth=3)}, quiet=True)
     second.stop()
     assert replicate.experiments.get(first.id).params["model"]["block"]["width"] == 8  # stored as they were given
     assert json.loads(call("show", first.id, "--json")[1])["params"]["model"]["depth"] == 2
@@ -7426,8 +7414,7 @@ def test_nested_params_are_shown_compared_filtered_and_sorted_by_dotted_names(pr
     for name in ("model.depth", "params.model.depth"):
         assert call("ls", "-q", "-f", name + " > 2")[1] == second.id + "\n"
         assert call("ls", "-q", "--sort", name + "-desc")[1] == second.id + "\n" + first.id + "\n"
-    code, out, err = call("ls", "-q", "-f", 'model = {"depth": 2}')
-    assert (code, out, err) == (0, "", "")
+    assert call("ls", "-q", "-f", 'model = {"depth": 2}') == (0, "", "")
     assert "Did you mean 'model.depth'" in call("ls", "-f", "model.dept = 2")[2]
     assert "model.depth:" in call("show", first.id)[1] and '{"depth"' not in call("show", first.id)[1]
     block = call("diff", first.id, second.id)[1].split("Params\n")[1].split("\n\n")[0]
@@ -7451,9 +7438,7 @@ def sweep(project, count=24):
 
 def test_a_wide_table_of_a_sweep_fits_the_terminal_and_is_whole_in_a_pipe(project, call):
     sweep(project)
-    terminal = Terminal("ls", "--wide", env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert terminal.wait() == 0
-    lines = terminal.output.replace("\r", "").rstrip("\n").split("\n")
+    lines = on_terminal("ls", "--wide", COLUMNS="100", NO_COLOR="1").rstrip("\n").split("\n")
     assert len(lines) == 25 and max(map(len, lines)) <= 100
     assert lines[0].split()[:4] == ["ID", "STARTED", "STATUS", "batch_size"] and lines[0].endswith("...  val_loss")
     assert lines[-1].startswith("17eeeee") and lines[-1].endswith(" 0.041667*") and not any("*" in line for line in lines[:-1])
@@ -7473,8 +7458,7 @@ def test_a_wide_table_of_a_sweep_fits_the_terminal_and_is_whole_in_a_pipe(projec
     (40, "ID ... STATUS ... val_loss"), (12, "ID ...")])
 def test_columns_of_a_wide_table_are_left_out_the_least_telling_first(project, columns, titles):
     sweep(project, 3)
-    terminal = Terminal("ls", "--wide", env={"COLUMNS": str(columns)})
-    assert terminal.wait() == 0 and terminal.output.split("\r\n")[0].split() == titles.split()
+    assert on_terminal("ls", "--wide", COLUMNS=str(columns)).split("\n")[0].split() == titles.split()
 
 
 def test_a_wide_table_marks_the_best_only_where_the_goal_is_clear(project, call):
@@ -7489,22 +7473,23 @@ def test_a_wide_table_marks_the_best_only_where_the_goal_is_clear(project, call)
     assert "*" not in line("maximize", "minimize") and "y" * 30 + "1" in line("maximize", "minimize")
 
 
+def narrow_list(project, columns, params=lambda item: {}, **fields):
+    """The lines of the list of A and B, which differ in the learning rate, on a terminal of that width."""
+    for item, rate in ((A, 0.25), (B, 0.5)):
+        write_repository(project / "repo", experiment_document(item, params=dict(params(item), learning_rate=rate), **fields,
+                                                               **measured({"val_loss": rate}, ("val_loss", "minimize"))))
+    return on_terminal("ls", COLUMNS=str(columns)).split("\n")
+
+
 def test_a_table_that_is_a_little_too_wide_breaks_between_words(project):
-    write_repository(project / "repo", *[experiment_document(item, params={"learning_rate": rate}, **measured({"val_loss": rate}, (
-        "val_loss", "minimize"))) for item, rate in ((A, 0.25), (B, 0.5))])
-    terminal = Terminal("ls", env={"COLUMNS": "84"})
-    assert terminal.wait() == 0 and "  LATEST\r\n" in terminal.output
-    assert terminal.output.split().count("learning_rate=0.25") == 1 and terminal.output.split().count("val_loss=0.25") == 2
+    lines = narrow_list(project, 84)
+    words = " ".join(lines).split()
+    assert lines[0].endswith("  LATEST") and words.count("learning_rate=0.25") == 1 and words.count("val_loss=0.25") == 2
 
 
 @pytest.mark.parametrize("columns", [80, 64, 40])
 def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
-    write_repository(project / "repo", *[experiment_document(
-        item, params={"learning_rate": rate, "text": "日本語" * 5 + item[0]}, name="a-name-that-is-long", **measured({"val_loss": rate}, (
-            "val_loss", "minimize"))) for item, rate in ((A, 0.25), (B, 0.5))])
-    terminal = Terminal("ls", env={"COLUMNS": str(columns)})
-    assert terminal.wait() == 0
-    lines = terminal.output.replace("\r", "").split("\n")
+    lines = narrow_list(project, columns, lambda item: {"text": "日本語" * 5 + item[0]}, name="a-name-that-is-long")
     assert max(map(replicate.display_width, lines)) <= columns
     assert any(line.startswith("1eeeeee ") for line in lines)
     if columns == 80:
@@ -7565,7 +7550,6 @@ def test_forms_of_a_list_that_exclude_each_other(project, call, flags):
 
 def test_experiments_as_a_dataframe(project, monkeypatch):
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    monkeypatch.chdir(project)
     with replicate.init(params={"lr": 0.1, "model": {"depth": 2}}, tags=["a"], quiet=True) as first:
         first.checkpoint(metrics={"loss": 0.5}, quiet=True)
     second = replicate.init(params={"lr": 0.2}, quiet=True)
@@ -7600,25 +7584,12 @@ SPECIFICATION_CHECKPOINTS = [
                         ("metric-1", "minimize"))]
 
 
-@pytest.fixture
-def singapore(monkeypatch):
-    monkeypatch.setenv("TZ", "<+08>-8")
-    time.tzset()
-
-
-def test_show_of_a_checkpoint(project, call, singapore):
+def test_show_of_a_checkpoint_and_of_its_experiment(project, call, monkeypatch):
+    set_zone(monkeypatch, "<+08>-8")
     write_repository(project / "repo", experiment_document(
         A, params={"param-1": 100, "param-2": "hello"}, command="train.py --gamma=1.2 -x",
         checkpoints=SPECIFICATION_CHECKPOINTS), running=[A])
-    assert call("show", "3cc") == (0, table("""
-        Checkpoint: 3ccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc
-
-        Created:         Mon, 02 Jan 2006 23:01:05 +08
-        Path:            data
-        Step:            20
-
-        Experiment
-        ID:              1eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee
+    experiment = table("""
         Created:         Mon, 02 Jan 2006 22:54:05 +08
         Status:          running
         Host:            10.1.1.1
@@ -7631,44 +7602,29 @@ def test_show_of_a_checkpoint(project, call, singapore):
 
         System
         Python version:  3.4.5
+        """)
+    packages = "\nPython Packages\nfoo:             1.2.3\n"
+    assert call("show", "3cc") == (0, table("""
+        Checkpoint: 3ccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc
 
+        Created:         Mon, 02 Jan 2006 23:01:05 +08
+        Path:            data
+        Step:            20
+
+        Experiment
+        ID:              1eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee
+        """) + experiment + "\n" + table("""
         Metrics
         metric-1:        0.02 (primary, minimize)
         metric-2:        2
-
-        Python Packages
-        foo:             1.2.3
-        """), "")
-
-
-def test_show_of_an_experiment(project, call, singapore):
-    write_repository(project / "repo", experiment_document(
-        A, params={"param-1": 100}, command="train.py --gamma=1.2 -x", checkpoints=SPECIFICATION_CHECKPOINTS))
-    code, out, _ = call("show", "1ee")
-    assert (code, out) == (0, table("""
-        Experiment: 1eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee
-
-        Created:         Mon, 02 Jan 2006 22:54:05 +08
-        Status:          stopped
-        Host:            10.1.1.1
-        User:            andreas
-        Command:         train.py --gamma=1.2 -x
-
-        Params
-        param-1:         100
-
-        System
-        Python version:  3.4.5
-
+        """) + packages, "")
+    assert call("show", "1ee")[:2] == (0, "Experiment: %s\n\n" % A + experiment + "\n" + table("""
         Checkpoints
         ID       STEP  CREATED     METRIC-1     METRIC-2
         1cccccc  10    2006-01-02  0.1          2
         2cccccc  20    2006-01-02  0.01 (best)  2
         3cccccc  20    2006-01-02  0.02         2
-
-        Python Packages
-        foo:             1.2.3
-        """))
+        """) + packages)
 
 
 @pytest.mark.parametrize("item", [A, C])
@@ -7727,10 +7683,13 @@ def test_diff_exactly(project, call):
                           for row in expected)
 
 
-def test_diff_columns_are_at_least_26_wide(project, call):
-    write_repository(project / "repo", experiment_document(A, params={"a": 1}), experiment_document(B, params={"a": 2}))
-    assert "\na:                        1                         2\n" in call("diff", A, B)[1]
-    write_repository(project / "repo", experiment_document(A, params={"a" * 40: 1}))
+def test_diff_of_the_same_experiment_and_of_long_names(project, call):
+    write_repository(project / "repo", experiment_document(A, params={"a" * 40: 1}), experiment_document(B, params={"a": 2}))
+    out = call("diff", A, A)[1]
+    assert out.split("\n") == ["Experiment", "ID:                       1eeeeee                   1eeeeee", "",
+                               "Params", "(no difference)", "", "Python Packages", "(no difference)", "",
+                               "Checkpoint", "ID:                       (none)                    (none)", "",
+                               "Metrics", "(no difference)", ""]
     assert "\n" + "a" * 40 + ":  1                         (not set)\n" in call("diff", A, B)[1]
 
 
@@ -7755,15 +7714,6 @@ def test_diff_of_experiments_takes_the_best_or_the_latest_and_says_which(project
     out = call("diff", C, D)[1]  # two of one experiment
     assert ["Step:", "10", "20"] in cells(out) and "Params\n(no difference)\n" in out
     assert ["metric-1:", "0.1", "0.01"] in cells(out) and "metric-2" not in out
-
-
-def test_diff_of_the_same_experiment(project, call):
-    write_repository(project / "repo", experiment_document(A, params={"x": 1}))
-    out = call("diff", A, A)[1]
-    assert out.split("\n") == ["Experiment", "ID:                       1eeeeee                   1eeeeee", "",
-                               "Params", "(no difference)", "", "Python Packages", "(no difference)", "",
-                               "Checkpoint", "ID:                       (none)                    (none)", "",
-                               "Metrics", "(no difference)", ""]
 
 
 cell_text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=30)
@@ -7907,7 +7857,8 @@ def test_a_hostile_path_is_not_compared_with(project, call, path):
 
 
 def test_a_patch_is_safe_on_a_terminal(project):
-    first, second = saved_code(project, {"x.py": b"1\n"}), saved_code(project, {"x.py": HOSTILE.encode("utf-8", "replace") + b"\ttab\n\x1b]2;t\x07\n"})
+    first = saved_code(project, {"x.py": b"1\n"})
+    second = saved_code(project, {"x.py": HOSTILE.encode("utf-8", "replace") + b"\ttab\n\x1b]2;t\x07\n"})
     terminal = Terminal("diff", first.id, second.id, "--code")
     assert terminal.wait() == 0
     assert "\x1b[32m+" in terminal.output and "\x1b[31m-1" in terminal.output and "\ttab" in terminal.output
@@ -8581,12 +8532,10 @@ def test_smoothing_is_a_moving_average_that_starts_at_the_first_value():
 
 def test_curves_on_a_terminal_fit_it_and_have_colors(project):
     curves_repository(project, *[[number, 5 - number] for number in range(9)])
-    terminal = Terminal("plot", "-n", "9", env={"COLUMNS": "60", "LINES": "24"})
-    assert terminal.wait() == 0
-    lines = re.sub("\x1b\\[[0-9;]*m", "", terminal.output).replace("\r", "").rstrip("\n").split("\n")
+    output = on_terminal("plot", "-n", "9", COLUMNS="60", LINES="24")
+    lines = re.sub("\x1b\\[[0-9;]*m", "", output).rstrip("\n").split("\n")
     assert len(lines) < 24 and max(map(len, lines)) < 60
-    assert len(set(re.findall("\x1b\\[3\\dm", terminal.output))) == 6
-    assert "\x1b[36ma\x1b[0m  0eeeeee" in terminal.output
+    assert len(set(re.findall("\x1b\\[3\\dm", output))) == 6 and "\x1b[36ma\x1b[0m  0eeeeee" in output
     ascii_only = run("plot", env={"PYTHONIOENCODING": "ascii"}).stdout
     assert ascii_only.isascii() and "aaa" in ascii_only and "+" in ascii_only
 
