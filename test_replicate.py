@@ -6636,14 +6636,10 @@ def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken
 
 def test_the_whole_project_is_saved_without_its_repository(project, repo):
     (project / "train.py").write_text("pass")
-    for number in range(2):
-        experiment = replicate.init(path=".", quiet=True)
-        checkpoint = experiment.checkpoint(path=".", quiet=True)
-        checkpoint.checkout("out%d" % number, quiet=True)
-        assert sorted(tree("out%d" % number))[-2:] == ["replicate.yaml", "train.py"]
-        assert not [name for name in tree("out%d" % number) if "repo" in name and name != "replicate.yaml"
-                    and not name.startswith("out")]
-        experiment.stop()
+    for target in ("out0", "out1"):
+        with replicate.init(path=".", quiet=True) as experiment:
+            experiment.checkpoint(path=".", quiet=True).checkout(target, quiet=True)
+        assert {name for name in tree(target) if not name.startswith("out0/")} == {"replicate.yaml", "train.py"}
 
 
 def test_an_open_file_can_be_read_in_pieces_and_sought(project):
@@ -6664,10 +6660,11 @@ def test_files_that_are_gone(project, repo):
         checkpoint = experiment.checkpoint(path="model", quiet=True)
         bare = experiment.checkpoint(metrics={"x": 1}, quiet=True)
     (repo / "checkpoints" / (checkpoint.id + ".tar.gz")).unlink()
-    for use, words in ((lambda: checkpoint.open("model"), "gone"), (lambda: checkpoint.checkout("out", quiet=True), "gone"),
-                       (lambda: bare.checkout("out", quiet=True), "no files")):
+    with pytest.raises(replicate.DoesNotExist, match="gone"):
+        checkpoint.open("model")
+    for item, words in ((checkpoint, "gone"), (bare, "no files")):
         with pytest.raises(replicate.DoesNotExist, match=words):
-            use()
+            item.checkout("out", quiet=True)
     assert not os.path.exists("out") and len(replicate.experiments.list()[0].checkpoints) == 2
     (repo / "checkpoints" / (checkpoint.id + ".tar.gz")).write_bytes(b"\x1f\x8b not gzip")
     with pytest.raises(replicate.ReadError):
@@ -6701,7 +6698,6 @@ def test_exceptions_have_one_root():
     for name in ("DoesNotExist", "ConfigNotFound", "ReadError", "WriteError", "RepositoryConfigurationError",
                  "IncompatibleRepositoryVersion", "CorruptedRepositorySpec"):
         assert issubclass(getattr(replicate, name), replicate.ReplicateError)
-    assert set(replicate.__all__) <= set(dir(replicate))
 
 
 @pytest.fixture
@@ -6715,7 +6711,8 @@ def pyplot(monkeypatch):
     pyplot.close("all")
 
 
-def plotted_repository(repo):
+@pytest.fixture
+def experiments(repo):
     """Three experiments: with losses, with a gap and other kinds of values, and without any."""
     def checkpoints(letter, *values):
         return [checkpoint_document(hex_id(letter + "%x" % number), step=number * 10, metrics={"loss": value, "acc": number},
@@ -6729,8 +6726,7 @@ def plotted_repository(repo):
     return replicate.experiments.list()
 
 
-def test_plots_of_metrics(repo, pyplot):
-    experiments = plotted_repository(repo)
+def test_plots_of_metrics(experiments, pyplot):
     for plot in (experiments[0].plot, experiments[0].checkpoints.plot):
         pyplot.figure()
         axes = plot()
@@ -6753,8 +6749,7 @@ def test_plots_of_metrics(repo, pyplot):
             nothing.plot()
 
 
-def test_plots_draw_on_the_current_axes_or_those_given(repo, pyplot):
-    experiments = plotted_repository(repo)
+def test_plots_draw_on_the_current_axes_or_those_given(experiments, pyplot):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3))
     assert experiments[0].plot() is right and not left.lines  # the current axes are the last subplot
     assert experiments[1].plot() is right  # an overlay
@@ -6772,8 +6767,7 @@ def test_plots_draw_on_the_current_axes_or_those_given(repo, pyplot):
     assert experiments[0].plot().get_legend() is None and len(pyplot.get_fignums()) == 1
 
 
-def test_scatter(repo, pyplot):
-    experiments = plotted_repository(repo)
+def test_scatter(experiments, pyplot):
     axes = experiments.scatter("lr", "loss", logx=True)
     points, = axes.collections
     assert [tuple(point) for point in points.get_offsets()] == [(0.1, 1.0), (1.0, 0.5)]
@@ -6796,37 +6790,6 @@ def test_scatter_over_a_param_that_is_sometimes_a_number_and_sometimes_text(repo
     axes = replicate.experiments.list().scatter("x")
     axes.figure.canvas.draw()
     assert sorted(point[1] for point in axes.collections[0].get_offsets()) == list(range(7))
-
-
-def test_a_scikit_learn_model_scores_the_same_after_checkout(project, repo):
-    """A real classifier of handwritten digits, recorded after each of three epochs."""
-    pytest.importorskip("sklearn", reason="trains a scikit-learn model")
-    import pickle
-
-    import numpy
-    from sklearn.datasets import load_digits
-    from sklearn.linear_model import SGDClassifier
-    images, labels = load_digits(return_X_y=True)
-    model = SGDClassifier(random_state=1)
-    (project / "train.py").write_text("# the code\n")
-    scores = []
-    with replicate.init(path="train.py", params={"seed": 1, "classes": numpy.unique(labels)}, quiet=True) as experiment:
-        for epoch in range(3):
-            model.partial_fit(images[:1200], labels[:1200], classes=sorted(set(labels)))
-            scores.append(model.score(images[1200:], labels[1200:]))
-            (project / "model.pickle").write_bytes(pickle.dumps(model))
-            experiment.checkpoint(path="model.pickle", metrics={"accuracy": scores[-1]},
-                                  primary_metric=("accuracy", "maximize"), quiet=True)
-    assert max(scores) > 0.8
-    found = replicate.experiments.list()[0]
-    assert found.checkpoints.metrics["accuracy"] == scores and found.best().metrics["accuracy"] == max(scores)
-    assert found.params["classes"] == list(range(10))
-    for checkpoint, score in zip(found.checkpoints, scores):
-        checkpoint.checkout("out", quiet=True)
-        assert pickle.loads((project / "out/model.pickle").read_bytes()).score(images[1200:], labels[1200:]) == score
-        with checkpoint.open("model.pickle") as file:
-            assert pickle.load(file).score(images[1200:], labels[1200:]) == score
-    assert json.loads(run("ls", "--json").stdout)[0]["best_checkpoint"]["metrics"]["accuracy"] == max(scores)
 
 
 def test_numpy_values(repo):
@@ -6857,11 +6820,10 @@ def test_torch_values_and_weights(project, repo):
         checkpoint = experiment.checkpoint(path="model.pth", step=torch.tensor(4), metrics=values, quiet=True)
         experiment.checkpoint(metrics={"meta": torch.ones(1, device="meta"), "ok": 1}, quiet=True)
     stored = stored_documents(repo)[0]
-    assert stored["params"] == {"shape": [2, 3]} and stored["checkpoints"][0]["step"] == 4
-    assert stored["checkpoints"][0]["metrics"] == {"scalar": 1.5, "grad": 0.0, "int": 3, "vector": [1, 2]}
-    assert stored["checkpoints"][1]["metrics"] == {"ok": 1}
-    with checkpoint.open("model.pth") as file:
-        assert torch.equal(torch.load(file)["weight"], layer.weight)
+    first, second = stored["checkpoints"]
+    assert stored["params"] == {"shape": [2, 3]} and first["step"] == 4 and second["metrics"] == {"ok": 1}
+    assert first["metrics"] == {"scalar": 1.5, "grad": 0.0, "int": 3, "vector": [1, 2]}
+    assert torch.equal(torch.load(checkpoint.open("model.pth"))["weight"], layer.weight)
 
 
 def test_what_init_writes_can_be_changed_by_nobody_afterwards(repo):
@@ -7037,10 +6999,8 @@ def test_names_tags_and_notes(place, project, call):
     assert call("tag", document["id"][:9], "name=base 2")[0] == 0
     (changed,) = place.documents()
     assert changed == dict(document, name="base 2", tags=["a b", "good"], note="the one")
-    out = call("ls")[1]
-    assert re.search(r"EXPERIMENT +NAME +STARTED +STATUS +TAGS +PARAMS", out) and "base 2" in out and "good" in out
-    out = call("show", "base 2")[1]
-    assert "Name:            base 2\nTags:            a b, good\nNote:            the one\n" in out
+    assert re.search(r"(?s)EXPERIMENT +NAME +STARTED +STATUS +TAGS +PARAMS.* base 2 .* good\n", call("ls")[1])
+    assert "Name:            base 2\nTags:            a b, good\nNote:            the one\n" in call("show", "base 2")[1]
     assert replicate.experiments.get("base 2").id == experiment.id
     with pytest.raises(replicate.DoesNotExist):
         replicate.experiments.get("base")
@@ -7075,12 +7035,9 @@ def test_a_name_that_two_have_is_ambiguous_and_a_checkpoint_has_no_tags(project,
 def checkout_of_git(project):
     if not shutil.which("git"):
         pytest.skip("git is not installed")
-    commands = [["init", "-q", "-b", "trunk"], ["add", "replicate.yaml"],
-                ["-c", "user.email=a@example.org", "-c", "user.name=a", "commit", "-q", "-m", "first"]]
-    for command in commands:
-        subprocess.run(["git", *command], cwd=str(project), check=True, capture_output=True)
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=str(project), check=True, stdout=subprocess.PIPE,
-                          universal_newlines=True).stdout.strip()
+    for command in ("init -q -b trunk", "add replicate.yaml", "-c user.email=a@b -c user.name=a commit -q -m first", "rev-parse HEAD"):
+        done = subprocess.run(["git", *command.split()], cwd=str(project), check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def fake_program(directory, name, script, monkeypatch):
@@ -7144,7 +7101,7 @@ for step in range(start, 6):
     with open("state", "w") as file:
         file.write("after %d" % step)
     experiment.checkpoint(path="state", quiet=True)
-    if step == 2 and "HOW" in os.environ:
+    if step == int(os.environ.get("AT", 2)) and "HOW" in os.environ:
         exec(os.environ["HOW"])
 '''
 
@@ -7173,19 +7130,16 @@ def test_a_run_that_did_not_complete_goes_on(project, resumable, how):
     assert len(stored_documents(project / "repo")) == 2 and names_in(project / "repo/tmp") == []
 
 
-def test_a_run_goes_on_in_a_bucket_and_with_what_waits_to_be_uploaded(bucket, project, resumable):
+def test_a_run_goes_on_in_a_bucket_and_with_what_waits_to_be_uploaded(bucket, resumable):
     resumable(HOW="raise ValueError")
     assert [document["outcome"]["status"] for document in bucket.documents()] == ["failed"]
-    out, err = resumable(HOW="os._exit(1)")  # at once: what is not uploaded waits
-    assert out == "3 after 2" or out.startswith("3")
+    assert resumable(AT="4", HOW="os._exit(1)")[0] == "3 after 2"  # at once: what is not uploaded waits
     (document,) = bucket.documents()
-    assert run("push").returncode == 0
-    bucket.remove("metadata/heartbeats/%s.json" % document["id"]) if [
-        key for key in bucket.keys() if "heartbeats" in key] else None
-    document = bucket.documents()[0]
-    bucket.put("metadata/experiments/%s.json" % document["id"], json.dumps(dict(document, outcome={
+    bucket.remove("metadata/heartbeats/%s.json" % document["id"])  # as if a minute had passed
+    bucket.put(document_key(document["id"]), json.dumps(dict(document, outcome={
         "status": "open", "time": "2026-01-01T00:00:00.000000Z"})).encode())
-    assert resumable()[1].count("Resuming experiment") == 1
+    out, err = resumable()
+    assert out == "5 after 4" and err.count("Resuming experiment") == 1, err
     (document,) = bucket.documents()
     assert [item["step"] for item in document["checkpoints"]] == list(range(6)) and document["outcome"]["status"] == "completed"
 
@@ -7210,8 +7164,7 @@ def test_resuming_does_not_warn_of_the_files_that_its_checkpoints_saved(project,
     (project / "train.py").write_text("1")
     experiment = replicate.init(path=".", quiet=True)
     for path in ("model.bin", "weights/last.bin"):
-        (project / path).parent.mkdir(exist_ok=True)
-        (project / path).write_text("2")
+        fill(project, {path: b"2"})
         experiment.checkpoint(path=path.split("/")[0], quiet=True)
     (project / "model.bin.py").write_text("3")
     experiment.stop()
@@ -7539,13 +7492,6 @@ def test_the_last_experiments_or_the_first_of_an_order(project, call, flags, cho
     write_repository(project / "repo", *[experiment_document(hex_id("%de" % number), created="2006-01-02T14:54:%02dZ" % number,
                                                              params={"n": number}) for number in range(3)])
     assert "".join(line[0] for line in call("ls", "-q", *flags)[1].split("\n")[:-1]) == chosen
-
-
-@pytest.mark.parametrize("flags", [["--wide", "--json"], ["--csv", "--json"], ["-q", "--csv"], ["-q", "--columns", "id"],
-                                   ["-q", "--all"], ["-n", "0"], ["-n", "x"], ["--columns", "id,,lr"], ["--columns", ""]])
-def test_forms_of_a_list_that_exclude_each_other(project, call, flags):
-    code, out, err = call("ls", *flags)
-    assert code == 2 and not out and err.count("\n") == 1 and any(flag in err for flag in flags)
 
 
 def test_experiments_as_a_dataframe(project, monkeypatch):
@@ -8318,17 +8264,6 @@ def test_a_program_of_this_python_has_its_packages(project):
     assert "pytest" in document["python_packages"] and document["python_version"].startswith("3.")
 
 
-@pytest.mark.parametrize("arguments, code, words", [
-    (["run"], 2, "after --"), (["run", "train.sh"], 2, "after --"), (["run", "--"], 2, "after --"),
-    (["run", "--", "no-such-program"], 1, "no program no-such-program"), (["run", "--", "./plain"], 1, "no program ./plain"),
-    (["run", "--", "./replicate.yaml"], 1, "not executable"), (["run", "--param", "x", "--", "true"], 2, "name=value"),
-    (["run", "--path", "missing", "--", "true"], 1, "does not exist"), (["checkpoint"], 1, "REPLICATE_EXPERIMENT is not set"),
-    (["checkpoint", "--metric", "=1"], 2, "name=value"), (["checkpoint", "--primary", "loss"], 2, "loss:minimize"),
-    (["checkpoint", "--step", "-1"], 2, "--step"), (["rerun", "abc"], 1, "not found")])
-def test_programs_that_cannot_be_recorded(project, says, arguments, code, words):
-    assert words in says(*arguments, code=code) and not (project / "repo/metadata").exists()
-
-
 def test_what_is_wrong_with_a_checkpoint_of_a_program_is_its_exit_code(project, shell_script):
     done = run("run", "--", "sh", "-c", "replicate checkpoint --path missing --metric loss=1; test $? = 1 && "
                "replicate checkpoint -q --metric loss=nan")
@@ -8457,12 +8392,6 @@ def test_what_is_offered_to_complete(project, call, line, offered):
     assert "pwned" not in out
 
 
-@pytest.mark.parametrize("words", [["-R", ""], ["ls", "-D", ""], ["--color=bogus", ""]])
-def test_completion_leaves_the_values_of_global_flags_to_the_shell(call, words):
-    code, out, err = call("--complete", *words)
-    assert (code, out) == (2, "") and "See 'replicate --help'" in err
-
-
 def test_completion_of_a_bucket_asks_only_the_cache(bucket, project, call):
     experiment = replicate.init(quiet=True)
     experiment.stop()
@@ -8548,15 +8477,6 @@ def test_curves_are_drawn_until_no_run_is_running(project, training):
     script.go()
     assert terminal.expect("  77\r\n").wait() == 0
     assert Terminal("plot", "-m", "loss", "--watch").expect("77").wait() == 0  # none is running
-
-
-@pytest.mark.parametrize("flags, code, words", [
-    (["-m", "los"], 1, "Did you mean 'loss'"), (["-x", "nonsense"], 1, "no metric 'nonsense'"), (["abc"], 1, "not found"),
-    (["--watch"], 2, "terminal"), (["-n", "0"], 2, "expected 1, 2, 3, ..., not '0'"), (["-m", "text"], 1, "has no values"),
-    (["-m", "zero", "--log"], 1, "above 0")])
-def test_what_cannot_be_plotted_in_a_terminal(project, says, flags, code, words):
-    write_repository(project / "repo", experiment_document(A, **measured({"loss": 1, "text": "x", "zero": 0}, ("loss", "minimize"))))
-    assert words in says("plot", *flags, code=code)
 
 
 @pytest.mark.parametrize("metrics, flags, code, words", [
@@ -8934,17 +8854,36 @@ def test_a_notebook_shows_tables(project):
     assert "same" in one and "▁▃▆█" in one and one.count("<table>") == 3 and checkpoints.count("<tr>") == 5
 
 
-@pytest.mark.parametrize("arguments", [
-    ["ls", "-q", "--json"], ["ls", "-q", "--all"], ["ps", "-q", "--json"], ["ls", "--jso"], ["ls", "--verb"], ["--verb", "ls"],
-    ["ls", "extra"], ["show"], ["show", "a", "b"], ["diff"], ["diff", "a", "b", "c", "--code"], ["diff", "a", "b", "--path", "x"],
-    ["diff", "a", "--code", "--json"], ["tag"], ["tag", "a", "x"], ["tag", "a", "name=\n", "+"], ["rm"], ["checkout"], ["checkout", "a", "b"],
-    ["nonsense"], ["ls", "--nonsense"], ["ls", "--color=maybe"], ["analytics", "maybe"], ["ls", "--filter"], ["help", "nonsense"],
-    ["--repository"], ["ls", "--sort"], ["show", "-q", "a"], ["checkout", "--forc", "a"]], ids=" ".join)
-def test_wrong_usage_exits_with_2(project, says, arguments, a_and_b):
+REFUSED = [(arguments.split(), 2, []) for arguments in (
+    "ls -q --json", "ls -q --all", "ps -q --json", "ls --jso", "ls --verb", "--verb ls", "ls extra", "show", "show a b", "diff",
+    "diff a b c --code", "diff a b --path x", "diff a --code --json", "tag", "tag a x", "rm", "checkout", "checkout a b",
+    "nonsense", "ls --nonsense", "ls --color=maybe", "analytics maybe", "ls --filter", "help nonsense", "--repository",
+    "ls --sort", "show -q a", "checkout --forc a")]
+REFUSED += [(["tag", "a", "name=\n", "+"], 2, []), (["ls", "--columns", ""], 2, ["--columns"])]
+REFUSED += [(arguments.split(), 2, [words]) for arguments, words in {
+    "ls --wide --json": "--wide", "ls --csv --json": "--csv", "ls -q --csv": "-q", "ls -q --columns id": "-q", "ls -n 0": "-n",
+    "ls -n x": "-n", "ls --columns id,,lr": "--columns", "run": "after --", "run train.sh": "after --", "run --": "after --",
+    "run --param x -- true": "name=value", "checkpoint --metric =1": "name=value", "checkpoint --primary loss": "loss:minimize",
+    "checkpoint --step -1": "--step", "plot --watch": "terminal", "plot -n 0": "expected 1, 2, 3, ..., not '0'"}.items()]
+REFUSED += [([typed], 2, [typed, "'%s'" % meant]) for typed, meant in {
+    "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list"}.items()]
+REFUSED += [(arguments.split(), 1, [words]) for arguments, words in {
+    "run -- no-such-program": "no program no-such-program", "run -- ./plain": "no program ./plain",
+    "run -- ./replicate.yaml": "not executable", "run --path missing -- true": "does not exist", "rerun abc": "not found",
+    "checkpoint": "REPLICATE_EXPERIMENT is not set", "plot -m los": "Did you mean 'loss'", "plot abc": "not found",
+    "plot -x nonsense": "no metric 'nonsense'", "plot -m text": "has no values", "plot -m zero --log": "above 0"}.items()]
+REFUSED += [(["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  ")]
+REFUSED += [(["--complete", *words], 2, ["See 'replicate --help'"]) for words in (["-R", ""], ["ls", "-D", ""], ["--color=bogus", ""])]
+
+
+@pytest.mark.parametrize("arguments, code, words", REFUSED, ids=[" ".join(case[0]) for case in REFUSED])
+def test_what_is_refused_says_why_in_one_message_and_changes_nothing(project, says, arguments, code, words):
+    two_experiments(project, **measured({"loss": 1, "text": "x", "zero": 0}, ("loss", "minimize")))
     before = snapshot(project)
-    assert says(*arguments, code=2).startswith("═══╡ ")
+    err = says(*arguments, code=code)
+    assert len(messages_of(err)) == 1 and all(word in err for word in words)
     assert snapshot(project) == before
-    assert run(*arguments).returncode == 2
+    assert run(*arguments).returncode == code
 
 
 @pytest.mark.parametrize("flags, wanted, warnings", [
@@ -8987,16 +8926,6 @@ def test_version(call):
     assert run("--version").stdout == run("-v", "--version").stdout == "replicate %s\n" % replicate.__version__
 
 
-@pytest.mark.parametrize("arguments, code, words", [
-    *(([typed], 2, [typed, "'%s'" % meant]) for typed, meant in {
-        "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list"}.items()),
-    *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  "))])
-def test_a_mistyped_command_gets_a_suggestion_and_a_wrong_filter_the_format(says, a_and_b, arguments, code, words):
-    err = says(*arguments, code=code)
-    for word in words:
-        assert word in err
-
-
 def test_global_flags_before_and_after_the_command(project, call, tmp_path, monkeypatch, a_and_b):
     url, both = "file://%s" % (project / "repo"), (0, A + "\n" + B + "\n", "")
     for flags in (["--color"], ["--color=false"], ["--no-color"]):  # a bare one does not swallow the next word
@@ -9011,23 +8940,16 @@ def test_global_flags_before_and_after_the_command(project, call, tmp_path, monk
     assert "Traceback" not in call("show", "zz")[2]  # -v does not last
 
 
-def test_two_dashes_before_the_command_or_at_the_end(project, call):
-    two_experiments(project)
-    listed = call("ls", "-q")
-    assert listed[0] == 0 and A in listed[1]
-    for arguments in (["--", "ls", "-q"], ["-v", "--", "ls", "-q"], ["ls", "-q", "--"]):
-        assert call(*arguments) == listed
-    assert call("--", "show", A)[0] == 0
-
-
-def test_options_between_arguments(project, call):
+def test_options_between_arguments_and_two_dashes(project, call):
     for arguments in (["rm", "-f", A, B], ["rm", A, "-f", B], ["rm", A, B, "-f"], ["-v", "rm", A, "-f", "-v", B],
                       ["rm", "-f", "--", A, B], ["delete", "-f", A, B]):
         two_experiments(project)
         assert call(*arguments)[0] == 0, arguments
         assert stored_documents(project / "repo") == []
     two_experiments(project)
-    assert call("diff", A, "--no-color", B)[0] == 0
+    for arguments in (["--", "ls", "-q"], ["-v", "--", "ls", "-q"], ["ls", "-q", "--"]):
+        assert call(*arguments) == (0, A + "\n" + B + "\n", "")
+    assert call("--", "show", A)[0] == call("diff", A, "--no-color", B)[0] == 0
 
 
 @pytest.mark.parametrize("wrong", ["", "ffff", "f"], ids=["empty", "unknown", "ambiguous"])
@@ -9827,13 +9749,6 @@ def test_yaml_is_imported_only_for_rich_configurations(project, text, needed):
     assert ("yaml" in imported("ls")) is needed
 
 
-def test_run_as_a_module(a_and_b):
-    version = "replicate %s\n" % replicate.__version__
-    for arguments, wanted in (["--version"], version), (["ls", "-q"], A + "\n" + B + "\n"):
-        done = subprocess.run([sys.executable, "-m", "replicate", *arguments], capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (0, wanted)
-
-
 def test_a_copy_of_the_file_is_all_that_is_needed(bare_python, tmp_path):
     copy = str(shutil.copy(PROGRAM, tmp_path / "copy.py"))
     done = subprocess.run([bare_python, "-I", copy, "--help"], capture_output=True, text=True)
@@ -9907,22 +9822,23 @@ def test_the_first_command_of_the_readme_is_the_demo_and_the_second_runs_the_tes
     assert "python3-venv" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_training_script_of_the_readme_runs_and_the_library_example_reads_what_it_recorded(tmp_path):
-    pytest.importorskip("sklearn")
+def test_the_training_script_of_the_readme_runs_and_the_library_example_reads_what_it_recorded():
+    datasets = pytest.importorskip("sklearn.datasets")
+    joblib = pytest.importorskip("joblib")
+    shutil.copy(PROGRAM, ".")
     training, *_, reading = readme_blocks("python")
-    directory = tmp_path / "project"
-    shutil.copy(str(PROGRAM), str(directory))
     for name, source in (("train.py", training), ("again.py", training.replace("0.001", "0.01"))):
-        (directory / name).write_text(source)
-        subprocess.run([sys.executable, name], check=True, cwd=str(directory), timeout=120)
-    listing = json.loads(run("ls", "--json", cwd=str(directory)).stdout)
+        Path(name).write_text(source)
+        subprocess.run([sys.executable, name], check=True, timeout=120)
+    listing = json.loads(run("ls", "--json").stdout)
     assert [row["params"]["alpha"] for row in listing] == [0.001, 0.01]
     reading = reading.replace('get("de7c2fd")', 'get("%s")' % listing[0]["id"][:7])
-    reading = "import matplotlib; matplotlib.use('Agg')\n" + reading.replace(
-        'replicate.Project(repository="s3://my-bucket")', 'replicate.Project(repository="file://.replicate/storage")')
-    run_script(reading, cwd=str(directory))
-    assert (directory / "output/model.joblib").stat().st_size > 0
-    assert len(json.loads(run("ls", "--json", cwd=str(directory)).stdout)) == 1
+    run_script("import matplotlib; matplotlib.use('Agg')\n" + reading.replace(
+        'replicate.Project(repository="s3://my-bucket")', 'replicate.Project(repository="file://.replicate/storage")'))
+    images, labels = datasets.load_digits(return_X_y=True)
+    score = joblib.load("output/model.joblib").score(images[1500:], labels[1500:])
+    assert score == max(row["best_checkpoint"]["metrics"]["accuracy"] for row in listing) > 0.8
+    assert len(json.loads(run("ls", "--json").stdout)) == 1
 
 
 def test_the_readme_goes_on_after_a_preemption(project):
