@@ -6041,17 +6041,21 @@ def test_words_of_the_shape_of_keys_are_masked_and_such_params_draw_a_warning(pr
     assert stored_documents(repo)[0]["params"]["mine"] == secret
 
 
-def test_the_command_of_a_real_run(project, repo):
-    fill(project, {"sub/train.py": b"import replicate\nreplicate.init(quiet=True)\n"})
-    for program, cwd in (("train.py", "sub"), (str(project / "sub" / "train.py"), ".")):
+def test_the_command_of_a_real_run_and_of_a_process_that_multiprocessing_started(project):
+    fill(project, {"sub/train.py": b"import replicate\nreplicate.init(quiet=True)\n", "spawns.py": textwrap.dedent("""
+        import multiprocessing, replicate
+        if __name__ == "__main__":
+            process = multiprocessing.get_context("spawn").Process(target=replicate.init, kwargs={"quiet": True})
+            process.start()
+            process.join()
+        """).encode()})
+    for program, cwd in (("train.py", "sub"), (str(project / "sub/train.py"), "."), ("spawns.py", ".")):
         subprocess.run([sys.executable, program, "--lr", "0.1", "--api-key", "hunter2", "two words", "--pad-token=1"],
                        cwd=str(project / cwd), check=True, timeout=60)
-    commands = [item.command for item in replicate.experiments.list()]
-    assert commands == ["train.py --lr 0.1 --api-key *** 'two words' --pad-token=1",
-                        "sub/train.py --lr 0.1 --api-key *** 'two words' --pad-token=1"]
-    assert [item.full_command.partition("train.py")[2] for item in replicate.experiments.list()] == [
-        " --lr 0.1 --api-key *** 'two words' --pad-token=1"] * 2
-    assert b"hunter2" not in b"".join(tree(repo).values())
+    found, arguments = replicate.experiments.list(), " --lr 0.1 --api-key *** 'two words' --pad-token=1"
+    assert [item.command for item in found] == [name + arguments for name in ("train.py", "sub/train.py", "spawns.py")]
+    assert [item.full_command.partition(".py")[2] for item in found] == [arguments] * 3
+    assert b"hunter2" not in b"".join(tree(project / "repo").values())
 
 
 @pytest.mark.parametrize("words, cwd, shown", [
@@ -6108,20 +6112,6 @@ def test_a_program_without_a_command_line_has_no_command_to_paste(project, repo,
     assert (first.full_command, second.full_command) == (first.command, second.command) == ("-c", "-")
     document = experiment_document(hex_id("1e"), full_command={"not": "text"})
     assert replicate.Experiment(document).full_command == "train.py"
-
-
-def test_the_command_of_a_process_that_multiprocessing_started(project, repo):
-    (project / "train.py").write_text(textwrap.dedent("""
-        import multiprocessing, replicate
-        def work():
-            replicate.init(quiet=True)
-        if __name__ == "__main__":
-            process = multiprocessing.get_context("spawn").Process(target=work)
-            process.start()
-            process.join()
-        """))
-    subprocess.run([sys.executable, "train.py", "--lr", "1"], check=True, timeout=60)
-    assert replicate.experiments.list()[0].full_command.endswith("python train.py --lr 1".split(" ", 1)[1])
 
 
 class Hostile:
@@ -7685,20 +7675,24 @@ def code_rows(text):
     return {row[0][len("code/"):-1]: row[1:] for row in (re.split("  +", line.strip()) for line in block.splitlines())}
 
 
-def test_diff_shows_what_changed_in_the_code(place, project, call):
-    old, new = saved_code(project, OLD_CODE), saved_code(project, NEW_CODE)
+def test_diff_shows_what_changed_in_the_code_and_ls_that_it_changed(place, project, call):
+    old, new, third = [saved_code(project, files) for files in (OLD_CODE, NEW_CODE, OLD_CODE)]
     code, out, err = call("diff", old.id, new.id)
     rows = code_rows(out)
     assert code == 0 and {name: cells[-1] for name, cells in rows.items()} == CODE_ROWS
     assert rows["train.py"][0] == "6 bytes" and rows["new/deep.py"][0] == "(not saved)"
-    third = saved_code(project, OLD_CODE)
     out = call("diff", old.id, new.id, third.id, old.id)[1]
     assert {name: cells[1:] for name, cells in code_rows(out).items()} == {
         name: [text, "(same)", "(same)"] for name, text in CODE_ROWS.items()}
     assert ["ID:", old.short_id(), new.short_id(), third.short_id(), old.short_id()] in cells(out)
-    out = call("diff", old.id, third.id)[1]
-    assert "\nCode\n(no difference)\n" in out
-    assert len({document["code"] for document in place.documents()}) == 2
+    assert "\nCode\n(no difference)\n" in call("diff", old.id, third.id)[1]
+    digest = place.document(old.id)["code"]
+    assert re.fullmatch("[0-9a-f]{7}", digest) and place.document(third.id)["code"] == digest != place.document(new.id)["code"]
+    out = call("ls")[1]
+    assert " CODE " in out and out.count(digest) == 2
+    assert call("ls", "-q", "-f", "code = " + digest)[1].split() == [old.id, third.id]
+    new.delete()
+    assert " CODE " not in call("ls")[1]
 
 
 def test_diff_with_one_id_shows_what_changed_since(project, call):
@@ -7819,17 +7813,6 @@ def test_a_table_that_lies_about_sizes_does_not_fill_the_memory(project, call):
 def test_a_file_of_very_many_lines_is_only_named(project, call):
     first, second = saved_code(project, {"x.txt": b"1\n"}), saved_code(project, {"x.txt": b"1\n" * 20001})
     assert code_rows(call("diff", first.id, second.id)[1]) == {"x.txt": ["2 bytes", "40.0 kB"]}
-
-
-def test_ls_shows_the_code_where_runs_differ_in_it(project, call):
-    first, again, second = saved_code(project, OLD_CODE), saved_code(project, OLD_CODE), saved_code(project, NEW_CODE)
-    digests = [item._document["code"] for item in (first, again, second)]
-    assert digests[0] == digests[1] != digests[2] and re.fullmatch("[0-9a-f]{7}", digests[0])
-    out = call("ls")[1]
-    assert " CODE " in out and out.count(digests[0]) == 2
-    assert call("ls", "-q", "-f", "code = " + digests[0])[1].split() == [first.id, again.id]
-    second.delete()
-    assert " CODE " not in call("ls")[1]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -8706,15 +8689,12 @@ def test_keras_records_a_fit(project, keras, arguments, steps, path, name):
         assert keras.models.load_model(str(project / "again.keras")).count_params() == 19
 
 
-def test_a_keras_fit_that_fails_has_failed(project, keras):
+def test_keras_records_process_0_alone_and_a_fit_that_fails_has_failed(project, keras):
+    run_script(KERAS % "path=None", env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert not (project / "repo").exists() and not (project / "model.keras").exists()
     done = run_script(KERAS % "path=None), keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: 1 / 0", check=False)
     (document,) = stored_documents(project / "repo")
     assert done.returncode == 1 and document["outcome"]["error"] == "ZeroDivisionError: division by zero"
-
-
-def test_keras_records_process_0_alone(project, keras):
-    run_script(KERAS % "path=None", env={"RANK": "1", "WORLD_SIZE": "2"})
-    assert not (project / "repo").exists() and not (project / "model.keras").exists()
 
 
 @pytest.mark.parametrize("arguments, validation, fails, steps, name, status", [
@@ -8862,25 +8842,20 @@ def test_filters_and_sorting_which_warn_of_an_unknown_name(call, a_and_b, flags,
 
 
 def test_help(call):
+    options = {"ls": "--all -f --filter --json -q --quiet -s --sort", "ps": "--all -f --filter --json -q --quiet -s --sort",
+               "checkout": "-f --force -o --output-directory --path", "rm": "-f --force", "show": "--json"}
     code, out, err = call("--help")
     assert (code, err) == (0, "") and call("-h")[1] == call("help")[1] == call()[1] == out
     for name in ("analytics", "checkout", "demo", "diff", "feedback", "help", "ls", "ps", "rm", "show"):
         assert re.search(r"(?m)^  %s " % name, out)
         code, text, err = call("help", name)
         assert (code, err) == (0, "") and "replicate %s " % name in text and len(text.split("\n")) > 10
+        for option in (options.get(name, "") + " -h --help -R --repository --color -D --project-directory -v --verbose").split():
+            assert re.search(r"(?<![\w-])%s(?![\w-])" % option, text), (name, option)
         if name != "help":
             assert call(name, "--help") == call(name, "-h") == call("--help", name) == (0, text, "")
     for arguments in (["rm", "-f", "--help", "abc"], ["help", "list"], ["help", "processes"], ["help", "delete"]):
         assert call(*arguments)[0] == 0
-
-
-@pytest.mark.parametrize("command, names", [
-    ("ls", "--all -f --filter --json -q --quiet -s --sort"), ("ps", "--all -f --filter --json -q --quiet -s --sort"),
-    ("checkout", "-f --force -o --output-directory --path"), ("rm", "-f --force"), ("show", "--json"), ("diff", "")])
-def test_help_names_every_option_of_the_reference(call, command, names):
-    out = call("help", command)[1]
-    for name in (names + " -h --help -R --repository --color -D --project-directory -v --verbose").split():
-        assert re.search(r"(?<![\w-])%s(?![\w-])" % name, out), name
 
 
 def test_version(call):
@@ -9044,16 +9019,20 @@ def test_checkout_asks_before_it_replaces_what_is_no_file(project, says, what):
     assert (project / "out/train.py").read_text() == "code\n"
 
 
-@pytest.mark.parametrize("config, reason", [
-    (b"repository: s3://evil\n", "another repository"),
-    (b"repository: file://repo\n" + b"#" * (2 << 20), "the saved one cannot be read")], ids=["of another one", "too large"])
-def test_checkout_leaves_the_configuration_in_use_alone(project, says, tmp_path, monkeypatch, config, reason):
+@pytest.mark.parametrize("name, config, reason", [
+    ("replicate.yaml", b"repository: s3://evil\n", "another repository"),
+    ("keepsake.yaml", b"repository: s3://evil\n", "another repository"),
+    ("replicate.yaml", b"repository: file://repo\n" + b"#" * (2 << 20), "the saved one cannot be read")],
+    ids=["of another one", "of another name", "too large"])
+def test_checkout_leaves_the_configuration_in_use_alone(project, says, call, tmp_path, monkeypatch, name, config, reason):
     archived(project, {"replicate.yaml": config, "sub/replicate.yaml": config, "train.py": b"code"})
+    (project / "replicate.yaml").rename(project / name)
     real, asked = replicate.read_up_to, []
     monkeypatch.setattr(replicate, "read_up_to", lambda stream, size: asked.append(size) or real(stream, size))
     err = says("checkout", A, "-f")
     assert "replicate.yaml is left as it is: " in err and reason in err and max(asked) == (1 << 20) + 1
-    assert (project / "replicate.yaml").read_text() == "repository: file://repo\n" and (project / "train.py").exists()
+    assert (project / name).read_text() == "repository: file://repo\n" and (project / "train.py").exists()
+    assert call("ls", "-q") == (0, A + "\n", "")
     says("checkout", A, "-o", tmp_path / "fresh")
     assert (tmp_path / "fresh/train.py").exists()
 
@@ -9092,13 +9071,6 @@ def test_checkout_without_any_files(project, says):
     for item in (A, B, C):
         assert "Nothing to check out: experiment " in says("checkout", item, "-o", "out", code=1)
         assert not (project / "out").exists()
-
-
-def test_a_saved_configuration_of_another_name_does_not_take_over(project, call):
-    archived(project, {"replicate.yaml": b"repository: s3://evil\n", "train.py": b"code"})
-    (project / "replicate.yaml").rename(project / "keepsake.yaml")
-    call("checkout", A, "-f")
-    assert call("ls", "-q") == (0, A + "\n", "")
 
 
 def test_checkout_never_writes_through_a_link(project, says, tmp_path):
@@ -9249,12 +9221,15 @@ def test_without_a_url_nothing_of_analytics_exists(call, settings, a_and_b):
 
 
 def test_the_first_run_only_explains_and_events_are_sent_after_fifteen_or_five_minutes(call, settings, collector, a_and_b):
+    out = call("analytics")[1]
+    example = json.loads(out[out.index("{"):])
+    assert collector.url in out and not settings.exists()
     code, out, err = call("list", "-q")
     assert (code, out) == (0, A + "\n" + B + "\n") and collector.url in err and "replicate analytics off" in err
     assert not (settings / "events.json").exists()
     for number in range(15):
         assert call(*(["list", "-q"] if number % 2 else ["show", A]))[0] == 0
-        assert call("help", "ls")[0] == call("analytics", "on")[0] == 0  # which are no events
+        assert call("help", "ls")[0] == call("analytics")[0] == call("analytics", "on")[0] == 0  # which are no events
         if number == 1:
             assert len(json.loads((settings / "events.json").read_text())) == 2
             assert [path.stat().st_mode & 0o777 for path in settings.glob("*.json")] == [0o600] * 2
@@ -9263,6 +9238,7 @@ def test_the_first_run_only_explains_and_events_are_sent_after_fifteen_or_five_m
     token = json.loads((settings / "settings.json").read_text())["anonymous_id"]
     assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", token)
     for number, event in enumerate(events):
+        assert event.keys() == example.keys() and event["properties"].keys() == example["properties"].keys()
         replicate.parse_time(event["properties"].pop("timestamp"))
         assert event == {"anonymous_id": token, "event": event["event"], "properties": {
             "command": "replicate ls" if number % 2 else "replicate show", "replicate_version": replicate.__version__,
@@ -9292,19 +9268,6 @@ def test_analytics_can_be_switched_off(project, call, settings, collector, monke
         assert call("analytics", "on")[0] == 0
         call("ls")
         assert (settings / "events.json").exists() and "are on" in call("analytics")[1]
-
-
-def test_the_analytics_command_prints_the_state_and_is_not_tracked(project, call, settings, collector):
-    code, out, err = call("analytics")
-    example = json.loads(out[out.index("{"):])
-    assert code == 0 and set(example) == {"anonymous_id", "event", "properties"}
-    assert set(example["properties"]) == {"command", "replicate_version", "operating_system", "cpu_architecture", "timestamp"}
-    assert not settings.exists()
-    for _ in range(3):
-        call("analytics")
-        call("analytics", "on")
-    assert not (settings / "events.json").exists()
-    assert collector.url in call("analytics")[1]
 
 
 def test_the_settings_follow_xdg_config_home_and_may_not_be_writable(project, call, says, settings, tmp_path, monkeypatch):
