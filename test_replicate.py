@@ -5600,18 +5600,15 @@ def test_threads_get_steps_and_times_in_order_and_lose_nothing(project, repo):
 
 
 def test_threads_share_one_recorder_of_an_experiment(repo, monkeypatch):
-    write_repository(repo, experiment_document(hex_id("1e")))
+    write_repository(repo, experiment_document(A))
     made, start = [], replicate.Recorder.start
-
-    def counted(self, *arguments, **more):
-        made.append(self)
-        return start(self, *arguments, **more)
+    monkeypatch.setattr(replicate.Recorder, "start", lambda self, *more: made.append(self) or start(self, *more))
 
     def work():
         for _ in range(20):
             experiment = replicate.Project().experiments.get("1e")
             assert experiment.checkpoint(metrics={"x": 1}, quiet=True) in experiment.checkpoints
-    monkeypatch.setattr(replicate.Recorder, "start", counted)
+
     in_sixteen_threads(work)
     assert len(made) == 1
     replicate.stop_all()
@@ -5649,8 +5646,7 @@ def test_a_forked_child_neither_records_nor_stops(repo, end):
         child = os.fork()
         if not child:
             for number in range(3):
-                checkpoint = experiment.checkpoint(path="nothing", metrics={"child": number}, quiet=True)
-                assert checkpoint.metrics == {"child": number}
+                assert experiment.checkpoint(path="nothing", metrics={"child": number}, quiet=True).metrics == {"child": number}
             with experiment:
                 pass
             exec(sys.argv[1])
@@ -5819,20 +5815,18 @@ def test_a_full_disk(small_disk, then):
         assert saved_files(small_disk / "repo", item) == {"weights": (small_disk / "weights").read_bytes()}
 
 
-def test_a_full_disk_before_any_journal_is_open(small_disk):
-    """Not even the journal can be made; what was refused comes into the document at stop()."""
-    done = run_script(FILLS_THE_DISK + """
-    while os.listdir("repo/journals"):
-        time.sleep(0.01)
-    os.rename("repo/journals", "elsewhere")
-    open("repo/journals", "w").close()
-    experiment.checkpoint(metrics={"n": 1}, quiet=True)
-    os.unlink("repo/journals")
-    os.rename("elsewhere", "repo/journals")
-    experiment.stop()
-    """, cwd=str(small_disk))
+def test_what_no_journal_could_take_comes_into_the_document_at_stop(repo):
+    done = train("""
+        experiment.checkpoint(metrics={"n": 0}, quiet=True)
+        experiment.stop()
+        os.rename("repo/journals", "elsewhere")
+        open("repo/journals", "w").close()
+        experiment.checkpoint(metrics={"n": 1}, quiet=True)
+        os.unlink("repo/journals")
+        os.rename("elsewhere", "repo/journals")
+        """)
     assert len(errors_in(done.stderr)) >= 1 and "Traceback" not in done.stderr
-    assert [item["metrics"]["n"] for item in stored_documents(small_disk / "repo")[0]["checkpoints"]] == [0, 1]
+    assert [item["metrics"]["n"] for item in stored_documents(repo)[0]["checkpoints"]] == [0, 1]
 
 
 def test_a_file_size_limit(project, repo):
@@ -8745,7 +8739,11 @@ REFUSED += [(arguments.split(), 1, [words]) for arguments, words in {
     "run -- no-such-program": "no program no-such-program", "run -- ./plain": "no program ./plain",
     "run -- ./replicate.yaml": "not executable", "run --path missing -- true": "does not exist", "rerun abc": "not found",
     "checkpoint": "REPLICATE_EXPERIMENT is not set", "plot -m los": "Did you mean 'loss'", "plot abc": "not found",
-    "plot -x nonsense": "no metric 'nonsense'", "plot -m text": "has no values", "plot -m zero --log": "above 0"}.items()]
+    "plot -x nonsense": "no metric 'nonsense'", "plot -m text": "has no values", "plot -m zero --log": "above 0",
+    "demo repo": "repo", "checkout 1e -o out": "Nothing to check out: experiment ", "rm -f 1e ffff": "ffff",
+    "checkout 2e -o out": "Nothing to check out: experiment ", "checkout 1c -o out": "Nothing to check out: experiment ",
+    "rm -f 2e 1": "1cccccc"}.items()]
+REFUSED += [(["rm", "-f", A, ""], 1, ["empty"])]
 REFUSED += [(["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  ")]
 REFUSED += [(["--complete", *words], 2, ["See 'replicate --help'"]) for words in (["-R", ""], ["ls", "-D", ""], ["--color=bogus", ""])]
 
@@ -8755,7 +8753,8 @@ def test_what_is_refused_says_why_in_one_message_and_changes_nothing(project, sa
     two_experiments(project, **measured({"loss": 1, "text": "x", "zero": 0}, ("loss", "minimize")))
     before = snapshot(project)
     err = says(*arguments, code=code)
-    assert len(messages_of(err)) == 1 and all(word in err for word in words)
+    message, = [line for line in messages_of(err) if "Checking out" not in line]
+    assert all(word in message for word in words)
     assert snapshot(project) == before
     assert run(*arguments).returncode == code
 
@@ -8773,7 +8772,7 @@ def test_filters_and_sorting_which_warn_of_an_unknown_name(call, a_and_b, flags,
         assert word in err
 
 
-def test_help(call):
+def test_help_and_version(call):
     options = {"ls": "--all -f --filter --json -q --quiet -s --sort", "ps": "--all -f --filter --json -q --quiet -s --sort",
                "checkout": "-f --force -o --output-directory --path", "rm": "-f --force", "show": "--json"}
     code, out, err = call("--help")
@@ -8788,11 +8787,8 @@ def test_help(call):
             assert call(name, "--help") == call(name, "-h") == call("--help", name) == (0, text, "")
     for arguments in (["rm", "-f", "--help", "abc"], ["help", "list"], ["help", "processes"], ["help", "delete"]):
         assert call(*arguments)[0] == 0
-
-
-def test_version(call):
-    assert call("--version") == (0, "replicate %s\n" % replicate.__version__, "")
-    assert run("--version").stdout == run("-v", "--version").stdout == "replicate %s\n" % replicate.__version__
+    version = "replicate %s\n" % replicate.__version__
+    assert call("--version") == (0, version, "") and run("--version").stdout == run("-v", "--version").stdout == version
 
 
 def test_global_flags_before_and_after_the_command(project, call, tmp_path, monkeypatch, a_and_b):
@@ -8821,14 +8817,10 @@ def test_options_between_arguments_and_two_dashes(project, call):
     assert call("--", "show", A)[0] == call("diff", A, "--no-color", B)[0] == 0
 
 
-def test_rm_with_one_wrong_argument_deletes_nothing_and_a_checkpoint_goes_with_its_experiment(project, call, says):
+def test_rm_of_an_experiment_together_with_its_checkpoint(project, call):
     two_experiments(project, checkpoints=[checkpoint_document(C)])
-    write_repository(project / "repo", experiment_document(hex_id("f1")), experiment_document(hex_id("f2")))
-    before = snapshot(project)
-    for wrong in ("", "ffff", "f"):  # empty, unknown, ambiguous
-        assert len(says("rm", "-f", A, wrong, code=1)) > 10 and snapshot(project) == before, wrong
     assert call("rm", "-f", C, A, A)[0] == 0
-    assert [document["id"][:2] for document in stored_documents(project / "repo")] == ["2e", "f1", "f2"]
+    assert [document["id"] for document in stored_documents(project / "repo")] == [B]
 
 
 def test_rm_asks_on_a_terminal(project):
@@ -8991,13 +8983,6 @@ def test_checkout_asks_before_it_overwrites(project):
     assert (project / "train.py").read_text() == "code\n"
     (project / "train.py").write_text("changed\n")
     assert run("checkout", first, "-f").returncode == 0 and (project / "train.py").read_text() == "code\n"
-
-
-def test_checkout_without_any_files(project, says):
-    write_repository(project / "repo", experiment_document(A, checkpoints=[checkpoint_document(C)]), experiment_document(B, path=""))
-    for item in (A, B, C):
-        assert "Nothing to check out: experiment " in says("checkout", item, "-o", "out", code=1)
-        assert not (project / "out").exists()
 
 
 def test_checkout_never_writes_through_a_link(project, says, tmp_path):
@@ -9269,12 +9254,6 @@ def test_the_demo_works_with_a_bare_python_and_its_commands_as_pasted(bare_pytho
     assert "train.py" in tree(cwd / "replicate-demo/best")
     again = shell("%s replicate.py demo" % bare_python)
     assert again.returncode == 0 and len(stored_documents(cwd / "replicate-demo/.replicate/storage")) == 4
-
-
-def test_the_demo_never_writes_into_a_folder_that_is_there(project, says):
-    (project / "mine").mkdir()
-    before = snapshot(project)
-    assert "mine" in says("demo", "mine", code=1) and snapshot(project) == before
 
 
 # ------------------------------------------------------------------------------------------------------------------
