@@ -6946,7 +6946,7 @@ def test_a_name_that_two_have_is_ambiguous_and_a_checkpoint_has_no_tags(project,
 def checkout_of_git(project):
     if not shutil.which("git"):
         pytest.skip("git is not installed")
-    for command in ("init -qb trunk", "add replicate.yaml", "-c user.email=a@b -c user.name=a commit -qm first", "rev-parse HEAD"):
+    for command in ("init -qb trunk", "add replicate.yaml", "-c user.email=a -c user.name=a commit -qm first", "rev-parse HEAD"):
         done = subprocess.run(["git", *command.split()], cwd=str(project), check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
