@@ -5788,6 +5788,7 @@ def test_a_full_disk(small_disk, then):
     print("stopped", file=sys.stderr, flush=True)
     """, then, cwd=str(small_disk))
     before, during, stopping, after = re.fullmatch(r"(?s)(.*)full\n(.*)listed\n(.*)stopped\n(.*)", done.stderr).groups()
+    assert len(before.splitlines()) == done.stderr.count("is nearly full") == before.count("is nearly full") == 1
     assert "Traceback" not in done.stderr
     assert "weights" in during.splitlines()[0] or "No space left" in during.splitlines()[0]
     assert all("No space left" in line for line in errors_in(during))
@@ -6283,15 +6284,6 @@ def test_much_code_draws_one_warning_that_names_the_largest(project, repo, monke
     (project / ".replicateignore").write_text("*.bin\n")
     replicate.init(path=".", quiet=True)
     assert "saves" not in capsys.readouterr().err
-
-
-def test_a_disk_that_is_nearly_full_draws_one_warning(small_disk):
-    done = train("""
-        open("model", "wb").write(b"x" * 1000)
-        for number in range(5):
-            experiment.checkpoint(path="model", quiet=True)
-        """, cwd=str(small_disk))
-    assert done.stderr.count("is nearly full") == 1 and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("size", [1000, 600000, 9000000])
@@ -8733,7 +8725,7 @@ REFUSED += [(["--complete", *words, ""], 2, ["See 'replicate --help'"]) for word
 
 
 @pytest.mark.parametrize("arguments, code, words", REFUSED, ids=[" ".join(case[0]) for case in REFUSED])
-def test_what_is_refused_says_why_in_one_message_and_changes_nothing(project, says, arguments, code, words):
+def test_wrong_usage_is_refused_in_one_message_and_changes_nothing(project, says, arguments, code, words):
     two_experiments(project, **measured({"loss": 1, "text": "x", "zero": 0}, ("loss", "minimize")))
     before = snapshot(project)
     err = says(*arguments, code=code)
@@ -9200,30 +9192,26 @@ def test_empty_feedback_or_a_url_that_cannot_be_reached_is_an_error(project, arg
 
 # -- demo
 
-@pytest.fixture(scope="module")
-def bare_python(tmp_path_factory):
-    """A Python of its own with nothing installed."""
-    directory = tmp_path_factory.mktemp("bare") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
-    python = directory / "bin/python"
-    assert subprocess.run([str(python), "-c", "import yaml"], env={}, capture_output=True).returncode == 1
-    return str(python)
-
-
 def outside(**changes):
     """The environment without this project's directory on Python's path."""
     return dict({name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, **changes)
 
 
-def test_the_demo_works_with_a_bare_python_and_its_commands_as_pasted(bare_python, tmp_path):
-    (tmp_path / "empty folder").mkdir()
-    cwd = tmp_path / "empty folder"
+def test_a_copy_of_the_file_is_all_that_a_bare_python_needs_for_the_demo_and_its_commands(tmp_path):
+    python, cwd = tmp_path / "venv/bin/python", tmp_path / "empty folder"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    cwd.mkdir()
     shutil.copy(PROGRAM, cwd)
 
     def shell(command):
         return subprocess.run(command, shell=True, cwd=cwd, env=outside(), capture_output=True, text=True)
 
-    done = shell("%s replicate.py demo" % bare_python)
+    assert shell("%s -c 'import yaml'" % python).returncode == 1  # nothing is installed
+    done = shell("%s -I replicate.py --help" % python)
+    assert done.returncode == 0 and "checkout" in done.stdout
+    done = shell("%s -O -W error replicate.py ls" % python)
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    done = shell("%s replicate.py demo" % python)
     assert done.returncode == 0, done.stderr
     documents = stored_documents(cwd / "replicate-demo/.replicate/storage")
     assert len(documents) == 4 and all(len(document["checkpoints"]) >= 2 for document in documents)
@@ -9237,7 +9225,7 @@ def test_the_demo_works_with_a_bare_python_and_its_commands_as_pasted(bare_pytho
         assert pasted.returncode == 0, (command, pasted.stderr)
         assert pasted.stdout or "checkout" in command
     assert "train.py" in tree(cwd / "replicate-demo/best")
-    again = shell("%s replicate.py demo" % bare_python)
+    again = shell("%s replicate.py demo" % python)
     assert again.returncode == 0 and len(stored_documents(cwd / "replicate-demo/.replicate/storage")) == 4
 
 
@@ -9535,15 +9523,6 @@ def test_yaml_is_imported_only_for_rich_configurations(project, text, needed):
     assert ("yaml" in imported("ls")) is needed
 
 
-def test_a_copy_of_the_file_is_all_that_is_needed(bare_python, tmp_path):
-    copy = str(shutil.copy(PROGRAM, tmp_path / "copy.py"))
-    done = subprocess.run([bare_python, "-I", copy, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "checkout" in done.stdout
-    done = subprocess.run([bare_python, "-O", "-W", "error", copy, "ls"], env={}, cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
-
-
 def test_the_inline_metadata_is_what_pep_723_wants():
     block = re.search(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", PROGRAM.read_text())
     assert block["type"] == "script"
@@ -9810,28 +9789,13 @@ def test_a_cache_of_another_user_is_read_and_not_written(shared_project, monkeyp
     assert path.read_bytes() == before
 
 
-@pytest.fixture
-def written(monkeypatch):
-    """The numbers of bytes that each system call for writing took, in a list."""
-    counts = []
-
-    def counted(function):
-        def call(*arguments):
-            result = function(*arguments)
-            counts.append(result)
-            return result
-        return call
-
-    for name in ("write", "pwrite"):
-        monkeypatch.setattr(os, name, counted(getattr(os, name)))
-    return counts
-
-
-def test_weights_are_read_once_and_written_once(project, tmp_path, counted_reads, written):
+def test_weights_are_read_once_and_written_once(project, tmp_path, monkeypatch, counted_reads):
     """Noise as weights are: a checkpoint is one pass over the file, and nothing is left for the background."""
-    content = os.urandom(24 << 20)
+    content, written = os.urandom(24 << 20), []
     fill(project, {"weights": content})
     storage, sources = replicate.DiskStorage(str(tmp_path / "store")), replicate.find_sources(str(project), "weights")
+    for name in ("write", "pwrite"):
+        monkeypatch.setattr(os, name, lambda *arguments, real=getattr(os, name): written.append(real(*arguments)) or written[-1])
     counted_reads.clear()
     assert replicate.save_archive(storage, "checkpoints", PACKED_ID, sources)[1] is False  # it does not shrink
     assert sum(counted_reads) == len(content) and len(counted_reads) == 24
