@@ -6885,7 +6885,8 @@ def test_a_live_run_of_another_machine_keeps_its_heartbeat(project):
 @pytest.mark.parametrize("outcome", [None, [], "x", {"status": "open"}, {"status": "fine", "time": "2006-01-02T15:01:05Z"},
                                      {"status": "failed", "time": 5}, {"status": ["failed"], "time": "2006-01-02T15:01:05Z"}])
 def test_a_run_that_says_nothing_of_its_end_is_stopped(project, call, outcome):
-    write_repository(project / "repo", experiment_document(A, outcome=outcome, name=outcome, tags=outcome, git=outcome, gpus=[outcome]))
+    write_repository(project / "repo", experiment_document(
+        A, outcome=outcome, name=outcome, tags=outcome, git=outcome, gpus=[outcome]))
     code, out, err = call("show", "1e")
     assert "Status:          stopped\n" in out and "Ended" not in out and err == ""
     assert call("ls")[0] == call("ls", "--json")[0] == 0
@@ -8492,19 +8493,26 @@ def report_data(path):
     return json.loads(Path(path).read_text().partition('id="data">')[2].partition("</script>")[0])
 
 
-def test_a_report_of_many_runs_is_small_and_keeps_extremes(project, call):
+def test_a_report_of_many_runs_is_small_keeps_extremes_and_runs_its_own_script_alone(project, call):
     for number in range(40):
         items = [checkpoint_document("%064x" % (number * 10000 + step), step=step, metrics={
             "loss": 99.5 if step == 1234 else 0.123456789, "other": step / 7}) for step in range(3000)]
         write_repository(project / "repo", experiment_document(hex_id("%02xe" % number), checkpoints=items))
     assert call("report", "-o", "small.html")[0] == 0
-    assert os.path.getsize("small.html") < 3 << 20
+    text = Path("small.html").read_text()
     data = report_data("small.html")
-    assert len(data["runs"]) == 40 and len(data["steps"]) == 1
+    assert len(text) < 3 << 20 and len(data["runs"]) == 40 and len(data["steps"]) == 1
     for each in data["runs"]:
         values, steps = each["curves"]["loss"], data["steps"][each["steps"]]
         assert max(values) == 99.5 and len(values) == len(each["seconds"]) == len(steps) <= 4010
         assert steps[values.index(99.5)] == 1234
+    policy = re.search('Content-Security-Policy" content="(.*?)"', text).group(1)
+    for tag in ("style", "script"):
+        content = text.rpartition("<%s>" % tag)[2].partition("</%s>" % tag)[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert "%s-src 'sha256-%s'" % (tag, digest) in policy
+    assert policy.startswith("default-src 'none';") and not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert "innerHTML" not in text and "eval(" not in text
 
 
 def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, project, call, says):
@@ -8532,19 +8540,6 @@ def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, proje
     assert "is not a report" in says("report", code=1) and (project / "report.html").read_text() == "mine" and is_code()
     assert call("report", "-o", "report.html")[0] == 0
     assert not list(project.glob("*.html.*"))
-
-
-def test_the_policy_of_a_report_names_its_own_script_alone(project, call):
-    sweep(project, 2)
-    call("report")
-    text = (project / "report.html").read_text()
-    policy = re.search('Content-Security-Policy" content="(.*?)"', text).group(1)
-    for tag in ("style", "script"):
-        content = text.rpartition("<%s>" % tag)[2].partition("</%s>" % tag)[0]
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert "%s-src 'sha256-%s'" % (tag, digest) in policy
-    assert policy.startswith("default-src 'none';") and not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
-    assert "innerHTML" not in text and "eval(" not in text
 
 
 @pytest.mark.parametrize("values, count, kept", [
@@ -8784,20 +8779,14 @@ def test_global_flags_before_and_after_the_command(project, call, tmp_path, monk
 
 def test_options_between_arguments_and_two_dashes(project, call):
     for arguments in (["rm", "-f", A, B], ["rm", A, "-f", B], ["rm", A, B, "-f"], ["-v", "rm", A, "-f", "-v", B],
-                      ["rm", "-f", "--", A, B], ["delete", "-f", A, B]):
-        two_experiments(project)
+                      ["rm", "-f", "--", A, B], ["delete", "-f", A, B], ["rm", "-f", B, C, A, A]):
+        two_experiments(project, checkpoints=[checkpoint_document(C)])
         assert call(*arguments)[0] == 0, arguments
         assert stored_documents(project / "repo") == []
     two_experiments(project)
     for arguments in (["--", "ls", "-q"], ["-v", "--", "ls", "-q"], ["ls", "-q", "--"]):
         assert call(*arguments) == (0, A + "\n" + B + "\n", "")
     assert call("--", "show", A)[0] == call("diff", A, "--no-color", B)[0] == 0
-
-
-def test_rm_of_an_experiment_together_with_its_checkpoint(project, call):
-    two_experiments(project, checkpoints=[checkpoint_document(C)])
-    assert call("rm", "-f", C, A, A)[0] == 0
-    assert [document["id"] for document in stored_documents(project / "repo")] == [B]
 
 
 def test_rm_asks_on_a_terminal(project):
