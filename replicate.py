@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     import struct
     import tarfile
     import zlib
-    from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
-                        Set, TextIO, Tuple, Union)
+    from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional,
+                        Sequence, Set, TextIO, Tuple, Union)
     Column = Tuple[str, Sequence[str]]  # a table column: its title, and one cell (of one or more lines) per row
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Block = Tuple[str, Sequence[Sequence[Optional[str]]]]  # of `show` or `diff`: a heading, and rows of a label and texts
@@ -542,8 +542,8 @@ def local_time(moment: datetime.datetime) -> datetime.datetime:
 def canonical_time(text: str) -> str:
     """A valid time as text that sorts by time: UTC, always with 9 fractional digits."""
     if text[-1] != "Z" or text[10] != "T":
-        fraction = re.fullmatch(TIMESTAMP, text, re.ASCII).group(3) or ""
-        text = "%04d-%02d-%02dT%02d:%02d:%02d.%sZ" % (parse_time(text).timetuple()[:6] + (fraction,))
+        match = re.fullmatch(TIMESTAMP, text, re.ASCII)
+        text = "%04d-%02d-%02dT%02d:%02d:%02d.%sZ" % (*parse_time(text).timetuple()[:6], match and match.group(3) or "")
     return text[:19] + "." + text[20:-1].ljust(9, "0")
 
 
@@ -679,6 +679,7 @@ class _Stored:
 
     __slots__ = ("_document",)
 
+    _document: Dict[str, Any]
     id = _stored("id", "64 hex digits.")
 
     @property
@@ -754,7 +755,7 @@ class Checkpoint(_Stored):
         return html_table(("Checkpoint", ""), rows + sorted(self.metrics.items()))
 
 
-class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):
+class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):  # type: ignore[misc]
     """A list of checkpoints, oldest first, with the columns `.metrics["loss"]` and `.step`. A slice is one, too."""
 
     @property
@@ -1067,7 +1068,7 @@ def status_of(document: Dict[str, Any], running: bool) -> str:
     return "lost" if status == OPEN else status
 
 
-class ExperimentList(List[Experiment] if TYPE_CHECKING else list):
+class ExperimentList(List[Experiment] if TYPE_CHECKING else list):  # type: ignore[misc]
     """A list of experiments, oldest first. A slice is one, too."""
 
     def plot(self, metric: Optional[str] = None, logy: bool = False, *, ax: Any = None) -> Any:
@@ -1392,7 +1393,7 @@ def _check_checkpoints(items: Sequence[Any]) -> None:
             raise ReadError("primary_metric is not {name, goal}")
 
 
-def _check_fields(documents: Sequence[Any], fields: Dict[str, Tuple[type, ...]]) -> None:
+def _check_fields(documents: Sequence[Any], fields: Mapping[str, Sequence[type]]) -> None:
     """Raise ReadError unless each document has a valid id and creation time, and the fields are of the given types."""
     if not {type(document) for document in documents} <= {dict}:
         raise ReadError("it is not a JSON object")
@@ -1779,9 +1780,9 @@ def _parse_span(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
             raise ValueError("it has a time but no day")
         following = datetime.datetime(year + month // 12, month % 12 + 1, 1)
         return _in_utc(datetime.datetime(year, month, 1), None), following.astimezone(datetime.timezone.utc)
-    clock = [int(found[part] or 0) for part in ("hour", "minute", "second")]
+    hour, minute, second = [int(found[part] or 0) for part in ("hour", "minute", "second")]
     fraction = datetime.timedelta(microseconds=int((found["fraction"] or "0").ljust(6, "0")[:6]))
-    start = _in_utc(datetime.datetime(year, month, int(day), *clock), found["zone"]) + fraction
+    start = _in_utc(datetime.datetime(year, month, int(day), hour, minute, second), found["zone"]) + fraction
     seconds = 1e-6 if found["fraction"] else 1 if found["second"] else 60 if found["hour"] else 86400
     return start, start + datetime.timedelta(seconds=seconds)
 
@@ -1818,7 +1819,8 @@ def parse_sort(key: str) -> Tuple[str, bool]:
 
 def sort_rows(rows: List[Row], name: str, descending: bool) -> List[Row]:
     """rows (which come oldest first), sorted by that value; rows without it, or with NaN, come last in both orders."""
-    present, missing = [], []
+    present: List[Tuple[Row, Any]] = []
+    missing: List[Tuple[Row, Any]] = []
     for row in rows:
         value = row.value(name)
         usable = value is not ABSENT and value is not None and value == value
@@ -2335,7 +2337,7 @@ def open_regular(path: str, follow: bool = False) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Unreadable(0, "it is not a regular file")
-    return RegularFile(descriptor, "rb")  # type: ignore[return-value]
+    return RegularFile(descriptor, "rb")
 
 
 class RegularFile(io.FileIO):
@@ -3769,7 +3771,7 @@ class Archive:
     def _content(self, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
         """Yield the tar in pieces: from offset start to the end of the gzip member that holds offset end, or all of it."""
         first, last, skip = 0, self.size, 0
-        if end is not None:
+        if self.table and end is not None:
             position = compressed_position = 0
             for compressed, size in self.table.members:
                 if position <= start:
@@ -4622,7 +4624,7 @@ class Verification:
 def archives_of(experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
     """(kind, ID, the experiment) of each archive that an experiment should have."""
     items = [("experiments", experiment), *[("checkpoints", checkpoint) for checkpoint in experiment.checkpoints]]
-    return [(kind, item.id, experiment) for kind, item in items if item.path]  # type: ignore[attr-defined]
+    return [(kind, item.id, experiment) for kind, item in items if item.path]
 
 
 # Rows list experiments, and find them by name or ID.
@@ -5031,7 +5033,7 @@ def changed_lines(old: Optional[bytes], new: Optional[bytes]) -> List[bytes]:
     for lines in pair:
         last = lines.pop()[:-1]  # after the last line end
         lines += [last + b"\n\\ No newline at end of file\n"] if last else []
-    return list(difflib.diff_bytes(difflib.unified_diff, *pair, lineterm=b"\n"))[2:]  # type: ignore[arg-type]
+    return list(difflib.diff_bytes(difflib.unified_diff, *pair, lineterm=b"\n"))[2:]  # type: ignore[misc,arg-type]
 
 
 class Checkout:
@@ -5575,13 +5577,13 @@ def new_document(location: Location, path: Optional[str], params: Dict[str, Any]
     heartbeat: whether it will have heartbeats; if not, it gets no outcome, as nobody could tell a lost run from a live one.
     program: the command of the program to record, if that is not this process.
     """
-    document = {"id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
-            "config": {"repository": location.url, "storage": ""},
-            "command": masked_command(program_arguments(location.directory)),
-            "full_command": rerun_command(location.directory), "path": path,
-            "python_version": platform.python_version(),
-            "python_packages": {name: version for name, (version, _) in distributions().items()},
-            "replicate_version": __version__, "checkpoints": []}
+    document: Dict[str, Any] = {
+        "id": new_id(), "created": timestamp(), "params": params, "host": platform.node(), "user": user_name(),
+        "config": {"repository": location.url, "storage": ""},
+        "command": masked_command(program_arguments(location.directory)), "full_command": rerun_command(location.directory),
+        "path": path, "python_version": platform.python_version(),
+        "python_packages": {name: version for name, (version, _) in distributions().items()},
+        "replicate_version": __version__, "checkpoints": []}
     if program:
         document["command"] = masked_command(program)
     if program and not is_this_python(program[0]):
@@ -6746,7 +6748,7 @@ class ExitCalls:
         """Replace sys.exit."""
         self.error = None
         if not self._is_placed:
-            self._original, sys.exit, self._is_placed = sys.exit, self._exit, True  # type: ignore[assignment]
+            self._original, sys.exit, self._is_placed = sys.exit, self._exit, True
 
     def ignore(self) -> None:
         """Restore sys.exit, unless somebody else has replaced it since."""
@@ -7480,7 +7482,7 @@ def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
     """
     keras = framework("keras")
 
-    class ReplicateCallback(keras.callbacks.Callback):  # type: ignore[misc,name-defined]
+    class ReplicateCallback(keras.callbacks.Callback):  # type: ignore[name-defined]
         def on_train_begin(self, logs: Any = None) -> None:
             optimizer = getattr(self.model, "optimizer", None)
             known = {"epochs": self.params.get("epochs"), "optimizer": optimizer.get_config() if optimizer else None}
@@ -7519,7 +7521,7 @@ def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = Non
     """
     lightning = framework("lightning.pytorch", "pytorch_lightning")
 
-    class ReplicateCallback(lightning.Callback):  # type: ignore[misc,name-defined]
+    class ReplicateCallback(lightning.Callback):  # type: ignore[name-defined]
         experiment: Optional[Experiment] = None
 
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -7557,7 +7559,7 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
     """
     transformers = framework("transformers")
 
-    class ReplicateCallback(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+    class ReplicateCallback(transformers.TrainerCallback):  # type: ignore[name-defined]
         experiment: Optional[Experiment] = None
         latest: Dict[str, Any] = {}
 
@@ -7887,7 +7889,7 @@ SPARK_MARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARK_MARKS = "_.:-=+*#"
 
 
-def sparkline(values: Sequence[Optional[float]], marks: str = SPARK_MARKS) -> str:
+def sparkline(values: Sequence[Any], marks: str = SPARK_MARKS) -> str:
     """A curve on one line, with a space for each gap. A long curve is sampled at 16 values, the last among them."""
     if len(values) > SPARK_WIDTH:
         values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
@@ -7901,7 +7903,7 @@ def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
     goal = goal_of(rows, metric)
     if goal is None:
         return set()
-    values = {row.id: row.metrics.get(metric) for row in rows}
+    values: Dict[str, Any] = {row.id: row.metrics.get(metric) for row in rows}
     values = {item_id: value for item_id, value in values.items() if _is_number(value) and value == value}
     if len(values) < 2:
         return set()
@@ -7977,7 +7979,7 @@ def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int 
 
     All blocks share the widths of their columns, which are at least `least`.
     """
-    tables = [[[escape_control(label) + ":", *[escape_control(text or "") for text in texts]] for label, *texts in rows]
+    tables = [[[escape_control(row[0] or "") + ":", *[escape_control(text or "") for text in row[1:]]] for row in rows]
               for _, rows in blocks]
     columns = list(zip(*[cells for table in tables for cells in table]))
     widths = [max([least, *[display_width(text) + 2 for text in column]]) for column in columns[:-1]]
@@ -8369,7 +8371,7 @@ def time_unit(seconds: float) -> Tuple[int, str]:
     return (60, "time (minutes)") if seconds > 300 else (1, "time (seconds)")
 
 
-def x_axis_lines(labels: Dict[int, str], columns: int, margin: int, width: int, marks: str) -> Iterator[str]:
+def x_axis_lines(labels: Dict[int, str], columns: int, margin: int, width: int, marks: Sequence[str]) -> Iterator[str]:
     """Yield the x axis with a mark at each label's column, then the labels that have room."""
     corner, line, tick = marks
     yield " " * margin + corner + "".join(tick if column in labels else line for column in range(columns)) + "\n"
@@ -8445,7 +8447,7 @@ class ReportCode:
         return self._text_numbers[sums]
 
 
-def thinned(values: Sequence[Optional[float]], count: int) -> Set[int]:
+def thinned(values: Sequence[Any], count: int) -> Set[int]:
     """The positions of about count of the values: the first, the last, and extremes (or a gap) in between."""
     if len(values) <= count:
         return set(range(len(values)))
@@ -8462,7 +8464,7 @@ def report_curves(experiment: Experiment, names: Sequence[str],
                   count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
     """(steps, seconds, {metric: values, None for gaps}) of these metrics, thinned to about count values of each."""
     found = experiment.checkpoints.metrics
-    columns = {name: [value if can_draw(value) else None for value in found[name]] for name in names}
+    columns: Dict[str, List[Any]] = {name: [value if can_draw(value) else None for value in found[name]] for name in names}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     places = sorted(set().union(*(thinned(values, count) for values in columns.values())))
     chosen = [experiment.checkpoints[place] for place in places]
@@ -8490,7 +8492,7 @@ def report_data(repository: Repository, experiments: Sequence[Experiment], runni
     count = REPORT_VALUES // max(1, len(rows) * len(measured) ** 2)  # squared: each metric also keeps the steps of the others
     code = ReportCode(repository)
     steps: Dict[Tuple[int, ...], int] = {}  # most runs share them
-    runs = []
+    runs: List[Dict[str, Any]] = []
     for row, experiment in zip(rows, experiments):
         axis, seconds, curves = report_curves(experiment, measured, max(10, min(REPORT_CURVE_VALUES, count)))
         facts = [("ID", row.id), *experiment_facts(experiment, row.running), *machine_facts(experiment),
@@ -9352,7 +9354,7 @@ def diff_command(args: argparse.Namespace) -> int:
     experiments, checkpoints = [one for one, _ in found], [one for _, one in found]
     if args.code:
         patch = [change for items in (experiments, checkpoints) if any(items)
-                 for change in compare_files(*file_sets(project, items), is_below(args.path))]
+                 for old, new in [file_sets(project, items)] for change in compare_files(old, new, is_below(args.path))]
         if not patch:
             console.info("No differences%s" % (" in " + ", ".join(args.path) if args.path else ""))
         say_patch(patch)
@@ -9614,7 +9616,8 @@ List the good ones:
 def tag_command(args: argparse.Namespace) -> int:
     """Name an experiment, tag it, or add a note to it"""
     given: Dict[str, str] = {}
-    added, removed = set(), set()
+    added: Set[str] = set()
+    removed: Set[str] = set()
     for change in args.changes:
         key, equals, text = change.partition("=")
         if change[:1] in ("+", "-"):
@@ -10251,7 +10254,7 @@ def argument_parser(options: Options, prog: str = "replicate", **settings: Any) 
         raise UsageError("%s%s. See '%s --help'." % (message[:1].upper(), message[1:].rstrip("."), prog))
 
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
-    parser.error = fail  # type: ignore[method-assign,assignment]
+    parser.error = fail  # type: ignore[method-assign]
     for names, keywords in options:
         parser.add_argument(*names, **keywords)
     return parser
