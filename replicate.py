@@ -2118,6 +2118,8 @@ class DiskStorage(Storage):
         return "%s%s%s" % (self.root, os.sep, key if os.sep == "/" else key.replace("/", os.sep))
 
     def prepare(self) -> None:
+        if not hasattr(os, "pwrite"):
+            raise WriteError("Recording needs Linux or macOS. On Windows, record in WSL: the commands work in both.")
         try:
             os.makedirs(self.root, exist_ok=True)
             with self._new_lock("probe"):
@@ -2147,19 +2149,22 @@ class DiskStorage(Storage):
             raise self._read_failure(key, error) from error
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        try:
-            file = open_regular(self.path(key), follow=True)
-        except OSError as error:
-            raise self._read_failure(key, error) from error
+        file = self._open(key)
         if end is None and not start:
             return file
         end = os.fstat(file.fileno()).st_size if end is None else end
         return FileRange(file, start, end)  # type: ignore[return-value]
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
-        file = self.open(key)
+        file = self._open(key)
         return (disk_entry(key, os.fstat(file.fileno())),
                 lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
+
+    def _open(self, key: str) -> RegularFile:
+        try:
+            return open_regular(self.path(key), follow=True)
+        except OSError as error:
+            raise self._read_failure(key, error) from error
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
@@ -2178,6 +2183,8 @@ class DiskStorage(Storage):
             with os.fdopen(lock.descriptor, "wb", 0, closefd=False) as file:
                 result = write(file)
             os.close(os.dup(lock.descriptor))  # NFS reports a full disk only here
+            if not lock.is_held:  # Windows, which has no such locks, moves only closed files
+                lock.release(remove=False)
             self._move_in(lock.path, key)
             return result
         except OSError as error:
@@ -2304,13 +2311,13 @@ CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 class FileRange:
     """The bytes [start, end) of an open file, which stays open."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
+    def __init__(self, file: RegularFile, start: int, end: int) -> None:
         self._file, self._position, self._end = file, start, end
 
     def read(self, size: int = -1) -> bytes:
         """Up to size bytes (-1: all), b"" at the end."""
         left = self._end - self._position
-        data = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._position)
+        data = self._file.read_at(self._position, left if size < 0 else min(size, left))
         self._position += len(data)
         return data
 
@@ -2325,7 +2332,7 @@ class Unreadable(OSError):
     """A file cannot be opened or is not a regular one; the text is the reason."""
 
 
-def open_regular(path: str, follow: bool = False) -> BinaryIO:
+def open_regular(path: str, follow: bool = False) -> RegularFile:
     """Open a regular file for reading; never waits, even if path is a FIFO. Raises Unreadable."""
     flags = os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC | (0 if follow else NOFOLLOW)
     try:
@@ -2337,11 +2344,24 @@ def open_regular(path: str, follow: bool = False) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Unreadable(0, "it is not a regular file")
-    return RegularFile(descriptor, "rb")
+    return RegularFile(descriptor)
 
 
 class RegularFile(io.FileIO):
-    """A file that closes without a ResourceWarning when it is dropped: an archive stays open as long as it is used."""
+    """A file open for reading, which threads may share.
+
+    It closes without a ResourceWarning when it is dropped: an archive stays open as long as it is used.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "rb")
+        self._reading = threading.Lock()
+
+    def read_at(self, position: int, size: int) -> bytes:
+        """Up to size bytes from a position."""
+        with self._reading:
+            self.seek(position)
+            return self.read(size)
 
     def __del__(self) -> None:
         self.close()
@@ -2357,7 +2377,7 @@ class FileLock:
         self.path = path
         self.descriptor = -1
         self.is_held = False  # stays False after acquire() if the file system has no locks
-        self._flags = os.O_RDWR | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
+        self._flags = os.O_RDWR | BINARY | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
 
     def acquire(self, wait: bool = True) -> bool:
         """Take the lock; False if another process holds it and wait is False. Raises OSError."""
@@ -2388,11 +2408,13 @@ class FileLock:
             return os.open(self.path, self._flags, 0o666)
 
     def release(self, remove: bool = True) -> None:
-        """Release the lock; removes its file first, unless remove is False."""
+        """Release the lock, and remove its file unless remove is False."""
         if self.descriptor >= 0:
-            if remove:
+            if remove and self.is_held:  # first: another process may lock it afterwards
                 remove_file(self.path)
             os.close(self.descriptor)
+            if remove and not self.is_held:  # Windows removes only closed files
+                remove_file(self.path)
             self.descriptor, self.is_held = -1, False
 
     def __enter__(self) -> FileLock:
@@ -2409,7 +2431,7 @@ def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
     """
     try:
         import fcntl
-    except ImportError:  # on Windows, nothing keeps two processes from recording into one experiment
+    except ImportError:  # on Windows, where nothing is recorded
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -4347,7 +4369,7 @@ class Repository:
     def _append_removal(self, key: str, checkpoint_id: str) -> None:
         """Note in a journal that nobody may fold this checkpoint."""
         try:
-            descriptor = os.open(self.storage.path(key), os.O_WRONLY | os.O_APPEND | CLOEXEC)  # type: ignore
+            descriptor = os.open(self.storage.path(key), os.O_WRONLY | os.O_APPEND | BINARY | CLOEXEC)  # type: ignore
         except FileNotFoundError:
             return
         try:
@@ -5189,6 +5211,8 @@ def same_content(left: str, right: str) -> bool:
 
 def process_is_alive(pid: int) -> bool:
     """Whether a process of this machine exists."""
+    if os.name == "nt":  # where os.kill() would send it Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -9956,6 +9956,49 @@ def test_a_copy_of_the_file_is_all_that_is_needed(bare_python, tmp_path):
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
 
 
+# Takes away what Windows lacks, as far as that can be had here: there, open files cannot be moved or removed, too.
+WINDOWS = """
+import os, signal, sys
+
+for name in ("pread", "pwrite", "geteuid", "getuid", "fork", "register_at_fork", "O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC"):
+    delattr(os, name)
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "pthread_sigmask"):
+    delattr(signal, name)
+sys.modules.update(dict.fromkeys(("fcntl", "pwd", "grp", "resource", "termios")))
+
+def refusing_open_files(function):
+    def changed(path, *more):
+        opened = [os.path.realpath("/proc/self/fd/" + number) for number in os.listdir("/proc/self/fd")]
+        if os.path.realpath(path) in opened:
+            raise PermissionError(13, "The process cannot access the file", path)
+        function(path, *more)
+    return changed
+
+os.replace, os.unlink = refusing_open_files(os.replace), refusing_open_files(os.unlink)
+import replicate
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the open files cannot be listed here")
+def test_commands_need_nothing_that_windows_lacks(project):
+    (project / "code.py").write_text("print()\n" * 100)
+    (project / "weights").write_bytes(os.urandom(3 << 20))
+    for name in ("one", "two"):
+        experiment = replicate.init("code.py", {"lr": len(name)}, name=name)
+        for step in range(2):
+            experiment.checkpoint("weights", step, {"loss": step}, ("loss", "minimize"))
+        experiment.stop()
+    (project / "code.py").write_text("changed\n")
+    commands = ["ls", "ps", "show one", "diff one two", "diff one --code", "checkout one -o copy", "plot", "report", "du", "verify",
+                "tag one +good", "prune --force --keep-latest 0", "rm -f two", "push", "verify --fix", "ls -f tag=good"]
+    done = run_script(WINDOWS + "for command in sys.argv[1:]:\n    assert replicate.main(command.split()) == 0, command", *commands)
+    assert "could not" not in done.stderr and "cannot" not in done.stderr
+    assert len((project / "copy/weights").read_bytes()) == 3 << 20
+    assert len(stored_documents("repo")) == 1 and not list(Path("repo/tmp").iterdir())
+    done = run_script(WINDOWS + "replicate.init()", check=False)
+    assert "WriteError: Recording needs Linux or macOS" in done.stderr and len(stored_documents("repo")) == 1
+
+
 def test_the_inline_metadata_is_what_pep_723_wants():
     block = re.search(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", PROGRAM.read_text())
     assert block["type"] == "script"
