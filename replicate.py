@@ -7748,15 +7748,16 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
 
     width: of the terminal, to which cells are wrapped; None for no limit.
     """
-    from itertools import zip_longest
+    from itertools import chain, zip_longest
 
-    def longest(parts: Callable[[str], List[str]]) -> List[int]:
-        texts = ["\n".join((title, *cells)) for title, cells in columns]
-        return [max(map(len if text.isascii() else display_width, parts(text)), default=0) for text in texts]
+    def longest(cells: Sequence[str], parts: Callable[[str], List[str]]) -> int:
+        measure = len if all(map(str.isascii, cells)) else display_width
+        return max(map(measure, chain.from_iterable(map(parts, cells))), default=0)
 
-    widths = natural = longest(lambda cell: cell.split("\n"))
+    table = [(title, *cells) for title, cells in columns]
+    widths = natural = [longest(cells, str.splitlines) for cells in table]
     if width and sum(natural) + 2 * (len(natural) - 1) > width:
-        widths = narrowed(natural, longest(str.split), width)
+        widths = narrowed(natural, [longest(cells, str.split) for cells in table], width)
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
@@ -7765,7 +7766,7 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
         return [part for line in lines for part in wrapped(line, widths[column])]
 
     template = "  ".join(["%%-%ds" % column_width for column_width in widths])
-    for row in zip(*[(title, *cells) for title, cells in columns]):
+    for row in zip(*table):
         lines = zip_longest(*map(lines_of, row, range(len(row))), fillvalue="")
         padded = map(template.__mod__, lines) if all(map(str.isascii, row)) else [
             "  ".join(map(pad, line, widths)) for line in lines]
