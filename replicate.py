@@ -1051,6 +1051,7 @@ def git_in(document: Dict[str, Any]) -> Dict[str, Any]:
 
 ENDINGS = ("completed", "failed", "interrupted", "terminated")
 OPEN = "open"  # the status of an outcome until the run ends
+STATUSES = ("running", "stopped", *ENDINGS, "lost")  # that a filter may name; all but "running" are also "stopped"
 
 
 def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
@@ -1675,11 +1676,14 @@ class FilterParser:
                 raise ValueError("the regular expression is invalid: %s" % error) from error
         if operator == "in":
             items = read_list(text)
-            return [str(item) for item in items] if name in TEXT_FIELDS else items
+            items = [str(item) for item in items] if name in TEXT_FIELDS else items
+            return check_statuses(items) if name == "status" else items
         if not quoted and text in ("null", "None"):
             return None
         if name in TIME_FIELDS:
             return read_date(text)
+        if name == "status" and operator in ("=", "==", "!="):
+            check_statuses([text])
         return text if quoted or name in TEXT_FIELDS else read_value(text)
 
     def match(self, pattern: str) -> Optional[re.Match]:
@@ -1697,6 +1701,15 @@ class FilterParser:
         """Raise the error for the current position."""
         raise ReplicateError("Filter %s cannot be read at character %d: %s.\n\n%s" % (
             json.dumps(self.text, ensure_ascii=False), self.position + 1, reason, FILTER_HELP))
+
+
+def check_statuses(texts: List[str]) -> List[str]:
+    """The same texts. Raises ValueError if one is a status that no experiment can have."""
+    for text in texts:
+        if text not in STATUSES:
+            raise ValueError("there is no status %r.%s Choose from %s" % (
+                text, nearest(text.lower(), STATUSES), ", ".join(STATUSES)))
+    return texts
 
 
 def read_value(text: str) -> Any:

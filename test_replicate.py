@@ -1069,7 +1069,8 @@ def test_started_is_local_and_relative_to_now(monkeypatch):
     "\"foo = 3", "(foo = 3", "foo = 3 and (bar = 4", "and", "not", "(", ")", "not foo", "foo ~ (", "foo ~ *", "foo in bar",
     "foo in 3", "foo in [1, , 2]", "foo in [1", "started = yesterday", "started = 2006-13-01", "started > 2006-01-02 25:00",
     "started = 3", "started in [2006-01-02]", "started < 99999999 weeks ago", "(" * 60 + "a = 1" + ")" * 60,
-    "not " * 60 + "a = 1", "foo & bar", "foo ! 3", "@ = 3", "(foo = 3) bar", "() = 3", "foo = 3 && bar > 4", "foo != 3||not bar = 4"])
+    "not " * 60 + "a = 1", "foo & bar", "foo ! 3", "@ = 3", "(foo = 3) bar", "() = 3", "foo = 3 && bar > 4", "foo != 3||not bar = 4",
+    "status = stoped", "status == 'Failed'", "not status != open", "status in [lost, lots]"])
 def test_malformed_filters_show_the_format(text):
     with pytest.raises(replicate.ReplicateError) as caught:
         replicate.parse_filter(text)
@@ -9064,7 +9065,7 @@ def test_wrong_usage_exits_with_2(project, says, arguments, a_and_b):
     ("-f|lr > 0.15", [B], []), ("--filter|lr >= 0.1|--filter|name = adam", [A], []), ("--filter=name != adam", [B], []),
     ("-s|lr-desc", [B, A], []), ("--sort=started-desc", [B, A], []), ("-s|lr-asc", [A, B], []), ("--sort|lr", [A, B], []),
     ("-f|name = adam|--sort|step", [A], []), ("-f|naem = adam", [], ["'naem'", "'name'"]),
-    ("--sort|lrr", [A, B], ["'lrr'", "'lr'"])])
+    ("--sort|lrr", [A, B], ["'lrr'", "'lr'"]), ("-f|status in [stopped, lost]", [A, B], [])])
 def test_filters_and_sorting_which_warn_of_an_unknown_name(call, a_and_b, flags, wanted, warnings):
     code, out, err = call("ls", "-q", *flags.split("|"))
     assert (code, out.split()) == (0, wanted)
@@ -9103,7 +9104,8 @@ def test_version(call):
 @pytest.mark.parametrize("arguments, code, words", [
     *(([typed], 2, [typed, "'%s'" % meant]) for typed, meant in {
         "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list"}.items()),
-    *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  "))])
+    *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  ")),
+    (["ls", "-f", "status = Stoped"], 1, ["no status 'Stoped'. Did you mean 'stopped'? Choose from running, stopped, completed"])])
 def test_a_mistyped_command_gets_a_suggestion_and_a_wrong_filter_the_format(says, a_and_b, arguments, code, words):
     err = says(*arguments, code=code)
     for word in words:
