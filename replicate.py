@@ -9098,10 +9098,18 @@ Export everything to a spreadsheet:
 """ + FILTER_HELP
 
 
-def say(text: str) -> None:
-    """Print data to stdout. Raises WriteError, or BrokenPipeError if nobody reads it any more."""
+def say(data: Union[str, bytes]) -> None:
+    """Print data to stdout. Raises WriteError, or BrokenPipeError if nobody reads it any more.
+
+    Bytes, which are UTF-8, stay as they are whatever the encoding of stdout.
+    """
+    output = getattr(sys.stdout, "buffer", None)  # a notebook's stdout has none
     try:
-        write_text(sys.stdout, text)
+        if isinstance(data, str) or output is None:
+            write_text(sys.stdout, data if isinstance(data, str) else data.decode("utf-8", "replace"))
+        else:
+            output.write(data)
+            output.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -9300,7 +9308,7 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
 
 
 @command("report", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: all experiments)"), FILTER,
-         option("-o", "--output", metavar="FILE", help="Output file (default: %s)" % REPORT_NAME),
+         option("-o", "--output", metavar="FILE", help="Output file (default: %s); - for standard output" % REPORT_NAME),
          usage="[ID...] [flags]", epilog="""\
 Make a page of all completed experiments, to look at or to send:
   replicate report --filter "status = completed" -o report.html""")
@@ -9322,6 +9330,9 @@ def report_command(args: argparse.Namespace) -> int:
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
     page = render_report(report_data(repository, experiments, repository.running()))
+    if path == "-":
+        say(page)
+        return 0
     replace_file(path, page)
     console.info("Wrote %s: %s (%s)" % (path, plural(len(experiments), "experiment"), format_size(len(page))))
     return 0
@@ -9413,13 +9424,10 @@ def compared_files(project: Project, items: Sequence[Any]) -> Optional[Dict[str,
 
 def say_patch(changes: Sequence[FileChange]) -> None:
     """Print a unified diff to stdout: byte for byte as the files are, but escaped on a terminal."""
-    output = getattr(sys.stdout, "buffer", None)
-    if output is None or is_terminal(sys.stdout):
+    if is_terminal(sys.stdout):
         say("".join(render_code(changes, paint, lambda line: "\t".join(map(escape_control, line.split("\t"))))))
-        return
-    for line in render_code(changes):
-        output.write(line.encode("utf-8", "surrogateescape"))
-    output.flush()
+    else:
+        say("".join(render_code(changes)).encode("utf-8", "surrogateescape"))
 
 
 def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint]:

@@ -345,7 +345,7 @@ def test_a_pipe_that_nobody_reads_is_no_error(project, arguments, a_and_b):
 
 @pytest.mark.parametrize("command, code, problem", [
     ("ls >&-", 0, ""), ("ls 2>&-", 0, ""), ("ls >&- 2>&-", 0, ""), ("ls <&-", 0, ""),
-    ("ls > /dev/full", 1, "The output cannot be written: No space left"), ("show zz 2> /dev/full", 1, "")])
+    *((command + " > /dev/full", 1, "The output cannot be written: No space left") for command in ("ls", "report -o -")), ("show zz 2> /dev/full", 1, "")])
 def test_output_that_cannot_be_written_is_never_a_traceback(project, command, code, problem):
     if "/dev/full" in command and not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
@@ -8878,6 +8878,8 @@ def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, proje
     assert "report.html" in [source.name for source in replicate.find_sources(str(project), ".")]
     assert "is not a report" in says("report", code=1) and (project / "report.html").read_text() == "mine"
     assert call("report", "-o", "report.html")[0] == 0
+    code, out, err = call("report", "-o", "-")
+    assert (code, err) == (0, "") and out.startswith("<!DOCTYPE html>") and out.endswith("</html>\n") and not (project / "-").exists()
     assert not list(project.glob("*.html.*"))
 
 
