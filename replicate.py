@@ -8565,7 +8565,7 @@ td.best { color: var(--mark); font-weight: bold; }
 td.best::after { content: " ★"; }
 figure { margin: 0; position: relative; width: min(100%, 40rem); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg text { fill: var(--faint); font-size: 12px; }
 svg .axis { stroke: var(--line); }
 svg .curve { fill: none; stroke-width: 1.6; }
@@ -8644,6 +8644,12 @@ const short = run => run.id.slice(0, 7) + (run.name ? " " + run.name : "");
 function show(value) {  // a number, text or null
   if (isNumber(value)) return String(Number.isInteger(value) ? value : Number(value.toPrecision(5)));
   return value ?? "";
+}
+
+function tickText(value) {
+  const text = show(value);
+  if (isNumber(value)) return text.length > 7 ? Number(value.toPrecision(5)).toExponential().replace("e+", "e") : text;
+  return text.length > 10 ? text.slice(0, 9) + "…" : text;
 }
 
 function toggle(set, item, isIn) {
@@ -8778,7 +8784,7 @@ function smoothed(values) {
 }
 
 function axes(x, y) {
-  const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, show(text).slice(0, 12));
+  const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, tickText(text));
   return [draw("path", { class: "axis", d: `M${LEFT} 8V${HEIGHT - BOTTOM}H${WIDTH - 8}`, fill: "none" }),
     ...y.ticks(5).map(value => label(value, LEFT - 6, y(value) + 4, "end")),
     ...x.ticks(6).map(value => label(value, x(value), HEIGHT - BOTTOM + 16, "middle"))];
@@ -8921,7 +8927,7 @@ function showParallel() {
     draw("path", { class: "axis", d: `M${place(number)} 36V${height - 30}` }),
     draw("text", { x: place(number), y: 20, "text-anchor": "middle" }, name.length > 16 ? "…" + name.slice(-15) : name),
     ...scales[number].ticks(4).map(item => draw("text",
-      { x: place(number) - 4, y: scales[number](item) + 4, "text-anchor": "end" }, show(item).slice(0, 10)))]);
+      { x: place(number) - 4, y: scales[number](item) + 4, "text-anchor": "end" }, tickText(item)))]);
   section("parallel", draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Params and metrics of each run" },
     ...lines, ...marks));
 }
@@ -8956,10 +8962,15 @@ function differingLines(old, now) {  // [mark, line] pairs by a longest common s
   return [...found, ...old.slice(old.length - end).map(line => [" ", line])];
 }
 
+function linesOf(text) {
+  const lines = text.split("\n"), last = lines.pop();
+  return last ? [...lines, last + "\n\\ No newline at end of file"] : lines;  // as in a patch
+}
+
 function fileDifference(name, old, now) {
   const texts = [old, now].map(number => number === undefined ? "" : number === null ? null : data.texts[number]);
   const title = make("h3", {}, name + (old === undefined ? " (added)" : now === undefined ? " (removed)" : ""));
-  const lines = texts.includes(null) ? null : differingLines(...texts.map(text => text.split("\n")));
+  const lines = texts.includes(null) ? null : differingLines(...texts.map(linesOf));
   if (!lines) return [title, note("This file is not text, or too large to compare here.")];
   const isNear = lines.map((_, place) => lines.slice(Math.max(0, place - 3), place + 4).some(([mark]) => mark !== " "));
   const classes = { "+": "added", "-": "removed", " ": false };

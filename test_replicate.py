@@ -8811,12 +8811,40 @@ def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page, monk
     first, second, third = [item.id[:7] for item in replicate.experiments.list()]
     report.locator("#code select").nth(1).select_option(label=second)
     assert report.locator("#code h3").all_inner_texts() == ["data.bin", "new0.py (removed)", "new1.py (added)", "train.py"]
-    assert report.locator("#code pre").last.inner_text() == " a\n-b\n+<b>B</b>\n c\n \n"
+    assert report.locator("#code pre").last.inner_text() == " a\n-b\n+<b>B</b>\n c\n"
     assert report.locator("#code .added").last.inner_text() == "+<b>B</b>\n" and "not text" in report.inner_text("#code")
     report.locator("#code select").nth(1).select_option(label=third)
     assert report.locator("#code h3").all_inner_texts() == ["new0.py (removed)", "new2.py (added)"]
     report.locator("tbody button").nth(1).click()
     assert report.locator("#facts dd").first.inner_text() == replicate.experiments.list()[1].id
+
+
+@pytest.mark.parametrize("old, new, shown", [
+    ("a\nb\n", "a\nb", " a\n-b\n+b\n\\ No newline at end of file\n"), ("a", "a\nb\n", "-a\n\\ No newline at end of file\n+a\n+b\n"),
+    ("", "a\n", "+a\n"), ("a\n\n", "", "-a\n-\n")])
+def test_a_report_shows_where_a_file_ends_without_a_newline(project, page, old, new, shown):
+    for text in (old, new):
+        (project / "train.py").write_text(text)
+        replicate.init(path="train.py", quiet=True).stop()
+    assert page().locator("#code pre").inner_text() == shown
+
+
+def test_the_labels_of_charts_are_whole_however_long_the_numbers_are(project, page):
+    for number, (item, name) in enumerate(((A, "adam"), (B, "stochastic_gradient_descent"))):
+        write_repository(project / "repo", experiment_document(item, params={"optimizer": name, "seed": 10 ** 13 * number}, checkpoints=[
+            checkpoint_document(hex_id("%d%dc" % (number, step)), step=step * 10 ** 6, primary=("huge", "maximize"), metrics={
+                "huge": (number + step) * 10 ** 14, "tiny": -1.2345e-7 * step, "plain": 0.25 * step}) for step in range(5)]))
+    report = page()
+    assert report.evaluate("""() => [...document.querySelectorAll("svg text")].filter(label => {
+        const [inner, outer] = [label, label.closest("svg")].map(element => element.getBoundingClientRect());
+        const isCut = getComputedStyle(label.closest("svg")).overflow !== "visible" && (inner.left < outer.left || inner.right > outer.right);
+        return isCut || inner.left < 0 || inner.right > innerWidth;
+      }).map(label => label.textContent)""") == []
+    labels = [figure.locator("svg text").all_text_contents() for figure in report.locator("#curves figure").all()]
+    assert labels[0] == ["0", "1e14", "2e14", "3e14", "4e14", "5e14", "0", "1000000", "2000000", "3000000", "4000000"]
+    assert labels[1][:3] == ["0", "0.2", "0.4"] and labels[2][:2] == ["-4e-7", "-3e-7"]
+    parallel = report.locator("#parallel svg text").all_text_contents()
+    assert {"adam", "stochasti…", "1e13"} <= set(parallel)
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
