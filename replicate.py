@@ -7693,6 +7693,16 @@ def pad(text: str, width: int) -> str:
     return text.ljust(width) if text.isascii() else text + " " * (width - display_width(text))
 
 
+def shortened(text: str, width: int) -> str:
+    """text, cut with '...' if its display width is larger. A number keeps its exponent."""
+    if display_width(text) <= width:
+        return text
+    end = "..." + re.search(r"(e[+-]\d\d\d?)?$", text).group()  # type: ignore[union-attr]
+    while text and display_width(text) > width - len(end):
+        text = text[:-1]
+    return text + end
+
+
 def wrapped(text: str, width: int) -> List[str]:
     """text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`."""
     lines, line = [], ""
@@ -7707,7 +7717,8 @@ def wrapped(text: str, width: int) -> List[str]:
             end = start + width
             while end > start + 1 and display_width(word[start:end]) > width:
                 end -= 1
-            mark = max(word.rfind(mark, start, end) for mark in "=._/-")
+            marks = [word.rfind(mark, start, end) for mark in "=._/-"]
+            mark = marks[0] if marks[0] >= 0 else max(marks)  # `=` first, so that no number is broken at its point
             if mark >= 0:
                 end = mark + 1
             lines.append(word[start:end])
@@ -7985,15 +7996,22 @@ def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
         yield line((full_text(row, name, value), not _is_number(value)) for name, value in values)
 
 
-def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)") -> str:
+def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)",
+                  width: Optional[int] = None) -> str:
     """A title (if any), then blocks of `label: text ...` rows, each block below its heading.
 
-    All blocks share the widths of their columns, which are at least `least`.
+    All blocks share the widths of their columns, which are at least `least`; in a terminal with less than the width that
+    this takes, they are as narrow as necessary, and texts are cut.
     """
     tables = [[[escape_control(label) + ":", *[escape_control(text or "") for text in texts]] for label, *texts in rows]
               for _, rows in blocks]
-    columns = list(zip(*[cells for table in tables for cells in table]))
-    widths = [max([least, *[display_width(text) + 2 for text in column]]) for column in columns[:-1]]
+    columns = zip(*[cells for table in tables for cells in table])
+    longest = [max(map(display_width, column)) for column in columns]
+    widths = [max(least, length + 2) for length in longest[:-1]]
+    if width and sum(widths + longest[-1:]) > width:
+        longest = narrowed(longest, [*longest[:1], *[SHORT_ID] * len(widths)], width)
+        widths = [length + 2 for length in longest[:-1]]
+        tables = [[list(map(shortened, cells, longest)) for cells in table] for table in tables]
     parts = [paint(title, "heading") + "\n"] if title else []
     for (heading, _), table in zip(blocks, tables):
         lines = [paint(heading, "bold")] if heading else []
@@ -8144,15 +8162,15 @@ def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
     return dict(sorted(rows.items()))
 
 
-def render_diff(found: Differences, paint: Paint) -> str:
-    """`diff`: the IDs, then in each block the rows that differ."""
+def render_diff(found: Differences, paint: Paint, width: Optional[int] = None) -> str:
+    """`diff`: the IDs, then in each block the rows that differ. width: of the terminal; None for no limit."""
     blocks = []
     for heading, values in found.blocks.items():
         rows = [(label, *[difference_cell(heading, label, value) for value in row]) for label, row in values.items()]
         if heading in found.ids:
             rows.insert(0, ("ID", *[item_id[:SHORT_ID] if item_id else "(none)" for item_id in found.ids[heading]]))
         blocks.append((heading, rows))
-    return render_blocks("", blocks, paint, DIFF_WIDTH, "(no difference)")
+    return render_blocks("", blocks, paint, DIFF_WIDTH, "(no difference)", width)
 
 
 def difference_cell(heading: str, label: str, value: Any) -> str:
@@ -9407,7 +9425,7 @@ def diff_command(args: argparse.Namespace) -> int:
         if args.json:
             say_json(differences.to_json())
         else:
-            say(render_diff(differences, paint))
+            say(render_diff(differences, paint, terminal_width(sys.stdout)))
     return 0
 
 

@@ -7578,7 +7578,8 @@ def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
 
 @pytest.mark.parametrize("text, width, lines", [
     ("learning_rate=0.001", 15, ["learning_rate=", "0.001"]), ("ab cd ef", 5, ["ab cd", "ef"]), ("", 5, [""]),
-    ("日本語日本", 5, ["日本", "語日", "本"]), ("abcdefgh", 5, ["abcde", "fgh"]), ("a b", 1, ["a", "b"])])
+    ("日本語日本", 5, ["日本", "語日", "本"]), ("abcdefgh", 5, ["abcde", "fgh"]), ("a b", 1, ["a", "b"]),
+    ("loss=2.4270", 9, ["loss=", "2.4270"]), ("model.depth=2", 8, ["model.", "depth=2"])])
 def test_cells_are_wrapped_between_words_and_after_marks(text, width, lines):
     assert replicate.wrapped(text, width) == lines
 
@@ -7795,6 +7796,20 @@ def test_diff_columns_are_at_least_26_wide(project, call):
     assert "\na:                        1                         2\n" in call("diff", A, B)[1]
     write_repository(project / "repo", experiment_document(A, params={"a" * 40: 1}))
     assert "\n" + "a" * 40 + ":  1                         (not set)\n" in call("diff", A, B)[1]
+
+
+@pytest.mark.parametrize("columns, row", [
+    (97, "loss:                     0.12345678901234568       -1.2345678901234566e-07   (not set)"),
+    (96, "loss:  0.12345678901234568  -1.2345678901234566e-07  (not set)"),
+    (60, "loss:  0.12345678901...  -1.234567...e-07  (not set)"), (40, "loss:  0.1234...  -1....e-07  (not set)")])
+def test_diff_fits_the_terminal(project, columns, row):
+    for number, metrics in ((1, {"loss": 0.12345678901234568}), (2, {"loss": -1.2345678901234566e-07}), (3, {})):
+        write_repository(project / "repo", experiment_document(hex_id("%de" % number), user="日本語" * 3 + str(number), checkpoints=[
+            checkpoint_document(hex_id("%dc" % number), metrics=metrics)]))
+    terminal = Terminal("diff", "1c", "2c", "3c", env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+    assert terminal.wait() == 0
+    lines = terminal.output.replace("\r", "").split("\n")
+    assert row in lines and max(map(replicate.display_width, lines)) <= columns
 
 
 def cells(text):
