@@ -6211,6 +6211,8 @@ class Clock:
 class Messages:
     """What a recorder tells the user: each problem once, and checkpoints without files at most once a second."""
 
+    has_hinted = False  # whether this process has given hint_at_outputs()
+
     def __init__(self) -> None:
         self.reported: Set[str] = set()
         self._next_time = 0.0   # monotonic seconds, before which checkpoints without files are not shown
@@ -6224,6 +6226,14 @@ class Messages:
         elif text not in self.reported:
             self.reported.add(text)
             console.error(text)
+
+    def hint_at_outputs(self, path: str, is_directory: bool) -> None:
+        """Tell the user, once in each process, that init() saved what an earlier run wrote at path, and how to avoid that."""
+        if not Messages.has_hinted:
+            Messages.has_hinted = True
+            line = "/%s%s" % (path, "/" if is_directory else "")
+            console.info("init() saved the %s of an earlier run as code, so CODE differs from run to run. To leave it out, add the "
+                         "line '%s' to .replicateignore: checkpoint() still saves it." % (path, line))
 
     def report_checkpoint(self, checkpoint: Checkpoint, problems: List[str], failure: Optional[str], quiet: bool) -> None:
         """Print what became of a checkpoint: its invalid arguments, why the journal failed, or that it was recorded."""
@@ -6287,6 +6297,7 @@ class Recorder:
         self.clock = Clock(self)
         self.worker = Worker(self, remote, prepared, lock)
         self.messages = Messages()
+        self.code: Dict[str, Tuple[int, int]] = {}    # size and CRC-32 of each file that init() saved
         self._saving: List[Any] = []                  # a lock for each running checkpoint(), which holds it
         self._live: Optional[FileLock] = None         # see live_lock(); the pending area has owner_lock() instead
         self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
@@ -6368,8 +6379,11 @@ class Recorder:
             raise ValueError("path %r contains no files to save" % (path,))
         warn_if_disk_is_low(self.storage.root, sum(source.size for source in sources), self.messages.reported)
         self.worker.wait_for_room(quiet)
-        _, large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
+        table, large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
         checkpoint._document["path"] = saved
+        is_changed = any(self.code.get(name, (size, crc)) != (size, crc) for name, _, size, crc in table.files)
+        if is_changed and saved != "." and not quiet:
+            self.messages.hint_at_outputs(saved, os.path.isdir(os.path.join(self.directory, saved)))
         with self.changed:
             self._keys.append(archive_key("checkpoints", checkpoint.id))
             if self.gone:  # removed while it was written
@@ -7169,7 +7183,8 @@ def _save_code(recorder: Recorder, sources: Sequence[Source]) -> None:
     warn_if_code_is_large(sources)
     warn_if_disk_is_low(recorder.directory, sum(source.size for source in sources), set())
     table, large = save_archive(recorder.storage, "experiments", experiment.id, sources)
-    experiment._document["code"] = code_digest({name: (size, crc or 0) for name, _, size, crc in table.files})
+    recorder.code = {name: (size, crc or 0) for name, _, size, crc in table.files}
+    experiment._document["code"] = code_digest(recorder.code)
     if large:
         recorder.worker.pack_later("experiments", experiment.id)
 

@@ -8039,6 +8039,29 @@ def test_ls_shows_the_code_where_runs_differ_in_it(project, call):
     assert " CODE " not in call("ls")[1]
 
 
+@pytest.mark.parametrize("ignored, path, written, flags, line", [
+    ("", "model.bin", "model.bin", "", "'/model.bin'"), ("", "out", "out/model.bin", "", "'/out/'"), ("/out/\n", "out", "out/model.bin", "", ""),
+    ("/model.bin\n", "model.bin", "model.bin", "", ""), ("", "model.bin", "model.bin", ", quiet=True", ""),
+    ("", ".", "model.bin", "", ""), ("", "train.py", "model.bin", "", "")])
+def test_outputs_that_are_saved_as_code_draw_one_hint(project, ignored, path, written, flags, line):
+    fill(project, {".replicateignore": ignored.encode(), "train.py": b"1"})
+    script = """
+        import os, sys, replicate
+        for run in range(2):
+            with replicate.init(path=".") as experiment:
+                for step in range(2):
+                    os.makedirs(os.path.dirname(%(written)r) or ".", exist_ok=True)
+                    open(%(written)r, "w").write("%%s, %%d, %%d" %% (sys.argv[1], run, step))
+                    saved = experiment.checkpoint(path=%(path)r%(flags)s)
+                saved.open(%(written)r if %(path)r != "train.py" else "train.py")
+        """ % {"written": written, "path": path, "flags": flags}
+    for number in "12":
+        err = run_script(script, number).stderr
+        assert err.count(".replicateignore") == err.count("add the line " + line) == bool(line), err
+    if ignored:
+        assert len({document["code"] for document in stored_documents(project / "repo")}) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 11  Commands, parser, main
 # ------------------------------------------------------------------------------------------------------------------
