@@ -1920,7 +1920,7 @@ def read_config(path: str) -> str:
     if not isinstance(url, str) or not url:
         raise RepositoryConfigurationError("%s: '%s' must be a URL such as 's3://my-bucket'." % (path, key))
     if key == "storage":
-        console.warning("%s: 'storage' is deprecated, call it 'repository'." % path)
+        console.warning("%s: 'storage' is deprecated: call it 'repository'." % path)
     return url
 
 
@@ -4700,7 +4700,8 @@ def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Exper
             rows = list_rows(repository)
         matches = _matches(name, rows, load)
         if not matches:
-            raise DoesNotExist("Experiment or checkpoint not found: %s" % (name or "the ID is empty"))
+            labels = [text_in(row.summary, "name") or "" for row in rows]
+            raise DoesNotExist("Experiment or checkpoint not found: %s.%s" % (name or "the ID is empty", nearest(name, labels)))
         if len(matches) > 1:
             raise _ambiguous(name, matches)
         found.append(matches[0])
@@ -4727,8 +4728,8 @@ def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoin
     kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", (checkpoint or experiment).id[:digits])
              for experiment, checkpoint in matches]
     return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
-        "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
-        " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
+        "ID " + name if is_id(name) else "name %r" % name, " or ".join(kinds[:5]),
+        " or %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
 
 
 class RowCache:
@@ -5118,9 +5119,9 @@ class Checkout:
                 if path in self.files:
                     return
         if not self.files:
-            owner = "%s %s" % (layers[-1][0][:-1], layers[-1][1][:SHORT_ID])
-            raise DoesNotExist("There is no file or directory %s in %s.%s" % (path, owner, nearest(path, names)) if path
-                               else "The archive of %s is empty." % owner)
+            owners = " or ".join("%s %s" % (kind[:-1], item_id[:SHORT_ID]) for kind, item_id in reversed(layers))
+            raise DoesNotExist("There is no file or directory %s in %s.%s" % (path, owners, nearest(path, names)) if path
+                               else "There are no files in %s." % owners)
 
     def check_target(self) -> None:
         """Raise WriteError if a staged file cannot be moved into place safely."""
@@ -6840,7 +6841,7 @@ def install_exit_hooks() -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 NO_REPOSITORY = ("There is no replicate.yaml and no %s in %s or above it. Record a first run with replicate.init() in "
-                 "a script, see how it looks with 'replicate demo', or name a repository with -R.")
+                 "a script, see how it looks with '%s demo', or name a repository with -R.")
 
 
 class ArgumentError(ReplicateError, TypeError, ValueError):
@@ -6889,7 +6890,7 @@ class Project:
         """Open the repository without checking its version. Raises ConfigNotFound if there is none."""
         location = self.location
         if location.url is None:
-            raise ConfigNotFound(NO_REPOSITORY % (DEFAULT_STORAGE, location.directory))
+            raise ConfigNotFound(NO_REPOSITORY % (DEFAULT_STORAGE, location.directory, program_name()))
         repository = Repository(location.url)
         if not repository.storage.has_journals:
             pending = self.pending()
@@ -7978,8 +7979,8 @@ def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Pain
 
 def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> Iterator[str]:
     """Yield the lines of `du`: the experiments, then their total."""
-    def sizes(title: str, counts: Sequence[int]) -> Column:
-        texts = [format_size(count) for count in (*counts, sum(counts))]
+    def numbers(title: str, counts: Sequence[int], text: Callable[[int], str] = format_size) -> Column:
+        texts = [text(count) for count in (*counts, sum(counts))]
         width = max(map(len, [title, *texts]))
         return title.rjust(width), [text.rjust(width) for text in texts]
 
@@ -7988,10 +7989,10 @@ def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> I
     if any(names):
         columns.append(("NAME", [*names, ""]))
     columns += [("STARTED", [*(relative_time(row.created, now) for row in rows), ""]),
-                ("CHECKPOINTS", [*(str(row.summary["num_checkpoints"]) for row in rows), ""]),
-                sizes("CODE", [usage.code[row.id] for row in rows]),
-                sizes("WEIGHTS", [usage.weights[row.id] for row in rows]),
-                sizes("TOTAL", [usage.total(row.id) for row in rows])]
+                numbers("CHECKPOINTS", [row.summary["num_checkpoints"] for row in rows], str),
+                numbers("CODE", [usage.code[row.id] for row in rows]),
+                numbers("WEIGHTS", [usage.weights[row.id] for row in rows]),
+                numbers("TOTAL", [usage.total(row.id) for row in rows])]
     return (line + "\n" for line in table_rows(columns))
 
 
@@ -9507,7 +9508,7 @@ def checkout_command(args: argparse.Namespace) -> int:
                 "Pass -f to overwrite them, or -o to check out elsewhere.")
 
     names = project.checkout(experiment, checkpoint, directory, path=args.path, approve=approve)
-    console.info("Checked out %s of %s%s into %s" % (
+    console.info("Checked out %s from %s%s into %s" % (
         plural(len(names), "file"), "checkpoint %s and " % checkpoint.short_id() if checkpoint else "",
         "experiment " + experiment.short_id(), directory))
     if experiment.full_command:
@@ -9788,7 +9789,8 @@ def run_command(args: argparse.Namespace) -> int:
     with 'replicate checkpoint'.
     """
     if args.words or not args.program:
-        raise UsageError("There is no program to run. Write it after --, as in: replicate run --param lr=0.1 -- ./train.sh")
+        raise UsageError("There is no program to run. Write it after --, as in: %s run --param lr=0.1 -- ./train.sh" %
+                         program_name())
     if shutil.which(args.program[0]) is None:
         is_plain = os.sep in args.program[0] and os.path.isfile(args.program[0])
         raise ReplicateError(("%s cannot be run: it is not executable (see chmod +x)." if is_plain else
@@ -9958,7 +9960,8 @@ def mention_other_pending(directory: str, pending: Repository) -> None:
     for name in sorted(os.listdir(base)) if os.path.isdir(base) else ():
         url = "file://" + os.path.join(base, name)
         if not url.startswith(pending.url) and next(Repository(url).storage.list(EXPERIMENTS), None):
-            console.info("Experiments in %s are waiting for another repository: upload them with 'push -R URL'" % url)
+            console.info("Experiments in %s are waiting for another repository: upload them with '%s push -R URL'" % (
+                url, program_name()))
 
 
 def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[str], sent: Sent) -> None:
@@ -10313,7 +10316,10 @@ def argument_parser(options: Options, prog: str = "replicate", **settings: Any) 
 
     def fail(message: str) -> NoReturn:
         message = message.replace("the following arguments are required", "missing arguments")
-        raise UsageError("%s%s. See '%s --help'." % (message[:1].upper(), message[1:].rstrip("."), prog))
+        typed = re.match("unrecognized arguments: (--[a-z-]+)", message)
+        meant = nearest(typed.group(1), [name for names, _ in options for name in names]) if typed else ""
+        raise UsageError("%s%s.%s See '%s%s --help'." % (
+            message[:1].upper(), message[1:].rstrip("."), meant, program_name(), prog[len("replicate"):]))
 
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
     parser.error = fail  # type: ignore[method-assign,assignment]
@@ -10345,7 +10351,8 @@ def find_command(name: str) -> Command:
     """The command with that name or alias. Raises UsageError with a suggestion."""
     found = {alias: chosen for chosen in COMMANDS.values() for alias in (chosen.name, *chosen.aliases)}
     if name not in found:
-        raise UsageError("There is no command %r.%s Run 'replicate --help' for a list." % (name, nearest(name, found)))
+        raise UsageError("There is no command %r.%s Run '%s --help' for a list." % (
+            name, nearest(name, found), program_name()))
     return found[name]
 
 

@@ -7130,7 +7130,8 @@ def test_a_name_that_two_have_is_ambiguous_and_a_checkpoint_has_no_tags(project,
     before = stored_documents(project / "repo")
     for command in (["show", "same"], ["rm", "-f", "same"], ["tag", "same", "+x"], ["checkout", "same"]):
         code, out, err = call(*command)
-        assert code == 1 and "1eeeeee" in err and "2eeeeee" in err and "'same'" in err
+        assert code == 1 and "'same' is ambiguous: it could be experiment 1eeeeee or experiment 2eeeeee." in err
+    assert "not found: smae. Did you mean 'same'?" in call("show", "smae")[2]
     code, out, err = call("tag", C, "+x")
     assert code == 1 and "1cccccc is a checkpoint" in err and stored_documents(project / "repo") == before
     assert "is a checkpoint" not in call("tag", A, "+x")[2]
@@ -8168,6 +8169,9 @@ def test_du_and_prune(place, project, call):
     code, out, err = call("du", "-f", "runs > 0")
     lines = out.split("\n")
     assert [line.split()[0] for line in lines[:-1]] == ["EXPERIMENT", first.short_id(), second.short_id(), "total"]
+    counts = [re.search(r"(\d+)(?: +[\d.]+ \w+){3}$", line) for line in lines[1:4]]
+    assert [found.group(1) for found in counts] == ["6", "2", "8"]
+    assert {found.end(1) for found in counts} == {lines[0].index("CHECKPOINTS") + len("CHECKPOINTS")}
     assert lines[1].endswith(replicate.format_size(sum(sizes[first.id]))) and "No experiment uses 1 other archive (7 bytes): " in err
 
     before = archive_keys()
@@ -8610,7 +8614,7 @@ def test_what_is_offered_to_complete(project, call, line, offered):
 @pytest.mark.parametrize("words", [["-R", ""], ["ls", "-D", ""], ["--color=bogus", ""]])
 def test_completion_leaves_the_values_of_global_flags_to_the_shell(call, words):
     code, out, err = call("--complete", *words)
-    assert (code, out) == (2, "") and "See 'replicate --help'" in err
+    assert (code, out) == (2, "") and "See '%s --help'" % replicate.program_name() in err
 
 
 def test_completion_of_a_bucket_asks_only_the_cache(bucket, project, call):
@@ -9170,8 +9174,9 @@ def test_version(call):
 
 
 @pytest.mark.parametrize("arguments, code, words", [
-    *(([typed], 2, [typed, "'%s'" % meant]) for typed, meant in {
-        "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list"}.items()),
+    *((typed.split(), 2, ["Did you mean '%s'?" % meant]) for typed, meant in {
+        "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list", "ls --fliter x": "--filter",
+        "--vrebose ls": "--verbose"}.items()),
     *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  ")),
     (["ls", "-f", "status = Stoped"], 1, ["no status 'Stoped'. Did you mean 'stopped'? Choose from running, stopped, completed"])])
 def test_a_mistyped_command_gets_a_suggestion_and_a_wrong_filter_the_format(says, a_and_b, arguments, code, words):
@@ -9298,7 +9303,7 @@ def test_checkout_of_an_experiment_takes_the_best_checkpoint_and_of_one_path_onl
         says("checkout", best, "-o", "out%d" % number, "--path", path)
         assert tree(project / ("out%d" % number)) == {name: files[name] for name in names}
     err = says("checkout", best, "-o", "new", "--path", "model/weihgts", code=1)
-    assert "model/weihgts" in err and "'model/weights'" in err
+    assert "model/weihgts in checkpoint %s or experiment %s. Did you mean 'model/weights'?" % (best[:7], experiment[:7]) in err
     says("checkout", best, "-o", "new", "--path", "mod", code=1)
     assert not (project / "new").exists()
 
