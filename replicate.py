@@ -7909,7 +7909,7 @@ def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool
         return str(datetime.timedelta(seconds=round(value)))
     if name == "id" or name == "commit" and row.is_label(name):
         return escape_control(value or "")[:SHORT_ID]
-    if type(value) is float:
+    if type(value) in (int, float):
         return format_cell(value)
     text = full_text(row, name, value)
     return format_cell(text) if cut else escape_control(text)

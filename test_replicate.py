@@ -7541,6 +7541,12 @@ def test_columns_of_a_wide_table_are_left_out_the_least_telling_first(project, c
     assert terminal.wait() == 0 and terminal.output.split("\r\n")[0].split() == titles.split()
 
 
+def test_a_wide_table_cuts_texts_on_a_terminal_but_no_number(project):
+    write_repository(project / "repo", experiment_document(A, params={"n": -10 ** 25, "text": "x" * 30}))
+    terminal = Terminal("ls", "--columns", "n,text", env={"NO_COLOR": "1"})
+    assert terminal.wait() == 0 and terminal.output.split("\r\n")[1].split() == [str(-10 ** 25), "x" * 17 + "..."]
+
+
 def test_a_wide_table_marks_the_best_only_where_the_goal_is_clear(project, call):
     def line(*goals, value=2):
         for number, goal in enumerate(goals):
