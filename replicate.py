@@ -6573,7 +6573,7 @@ def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]
             return {"name": str.__str__(name), "goal": str.__str__(goal)}
         shown = repr(primary)[:80]
     except Exception:  # a foreign object may raise anything
-        shown = "a " + type(primary).__name__
+        shown = type(primary).__name__
     problems.append("primary_metric must be (name, 'maximize' or 'minimize'), not %s" % shown)
     return None
 
@@ -8313,8 +8313,9 @@ class Scale:
         self.is_log, self.low, self.high = log, low, high
 
     def position(self, value: float) -> int:
-        """The position of a value."""
-        return min(self._size - 1, max(0, round((self._map(value) - self._low) / self._span * (self._size - 1))))
+        """The position of a value; of one in the middle between two, the upper."""
+        place = (self._map(value) - self._low) / self._span * (self._size - 1)
+        return min(self._size - 1, max(0, round(place + 1e-9)))
 
     def ticks(self, count: int) -> Dict[int, str]:
         """About count round numbers by position."""

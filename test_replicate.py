@@ -8751,6 +8751,7 @@ def test_a_sparkline_is_a_column(project, call):
     assert "▁█ ▅" in lines[1] or "▁█ ▄" in lines[1]
     assert re.search("▁▁?▂.*▇██? ", lines[2]) and len(lines[2].split()[1]) == 16 and lines[3].split() == ["2eeeeee", "0.2"]
     assert json.loads(call("ls", "--columns", "~loss", "--json", "-n", "3")[1])[0] == {"~loss": [0, 7, None, 3.5]}
+    assert {replicate.sparkline([value]) for value in (0.1, 0.81481, 0.83838, 5, 0)} == {"▅"}  # a single value is in the middle
     assert "#" in run("ls", "--columns", "~loss", env={"PYTHONIOENCODING": "ascii"}).stdout
     assert "called 'los'" in call("ls", "--columns", "~los")[2]
 
