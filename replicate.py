@@ -4700,8 +4700,8 @@ def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Exper
             rows = list_rows(repository)
         matches = _matches(name, rows, load)
         if not matches:
-            labels = [text_in(row.summary, "name") or "" for row in rows]
-            raise DoesNotExist("Experiment or checkpoint not found: %s.%s" % (name or "the ID is empty", nearest(name, labels)))
+            known = [text_in(row.summary, "name") or "" for row in rows]
+            raise DoesNotExist("Experiment or checkpoint not found: %s.%s" % (name or "the ID is empty", nearest(name, known)))
         if len(matches) > 1:
             raise _ambiguous(name, matches)
         found.append(matches[0])
@@ -6233,8 +6233,8 @@ class Messages:
         if not Messages.has_hinted:
             Messages.has_hinted = True
             line = "/%s%s" % (path, "/" if is_directory else "")
-            console.info("init() saved the %s of an earlier run as code, so CODE differs from run to run. To leave it out, add the "
-                         "line '%s' to .replicateignore: checkpoint() still saves it." % (path, line))
+            console.info("init() saved the %s of an earlier run as code, so CODE differs from run to run. To leave it out, "
+                         "add the line '%s' to .replicateignore: checkpoint() still saves it." % (path, line))
 
     def report_checkpoint(self, checkpoint: Checkpoint, problems: List[str], failure: Optional[str], quiet: bool) -> None:
         """Print what became of a checkpoint: its invalid arguments, why the journal failed, or that it was recorded."""
