@@ -7381,7 +7381,7 @@ class ExperimentCollection:
         names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS) if entry.name.endswith(".json")]
         ids = [name for name in names if experiment_id and name.startswith(experiment_id) and is_id(name)]
         if not ids:
-            raise DoesNotExist("Experiment not found: %s" % (experiment_id or "the ID is empty"))
+            raise DoesNotExist("Experiment not found: %s." % (experiment_id or "the ID is empty"))
         if len(ids) > 1 and experiment_id not in ids:
             raise DoesNotExist("The ID %s is ambiguous: the IDs of %d experiments start with it." % (experiment_id, len(ids)))
         found = experiment_id if experiment_id in ids else ids[0]
