@@ -1622,6 +1622,8 @@ class FilterParser:
         try:
             return Comparison(name, operator, self.convert(name, operator, text, quoted), text)
         except ValueError as error:
+            self.position = head.end()
+            self.take(r"\s*")
             self.fail(str(error))
 
     def value_text(self) -> Tuple[str, bool]:
@@ -7720,9 +7722,12 @@ def shortened(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int) -> List[str]:
-    """text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`."""
+    """text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`.
+
+    `(step 4)` stays on one line.
+    """
     lines, line = [], ""
-    for word in text.split(" "):
+    for word in re.split(r" (?!\d+\))", text):
         if line and display_width(line) + 1 + display_width(word) <= width:
             line += " " + word
             continue

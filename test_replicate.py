@@ -7586,7 +7586,8 @@ def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
 @pytest.mark.parametrize("text, width, lines", [
     ("learning_rate=0.001", 15, ["learning_rate=", "0.001"]), ("ab cd ef", 5, ["ab cd", "ef"]), ("", 5, [""]),
     ("日本語日本", 5, ["日本", "語日", "本"]), ("abcdefgh", 5, ["abcde", "fgh"]), ("a b", 1, ["a", "b"]),
-    ("loss=2.4270", 9, ["loss=", "2.4270"]), ("model.depth=2", 8, ["model.", "depth=2"])])
+    ("loss=2.4270", 9, ["loss=", "2.4270"]), ("model.depth=2", 8, ["model.", "depth=2"]),
+    ("1cccccc (step 4)", 15, ["1cccccc", "(step 4)"]), ("1cccccc (step 40)", 7, ["1cccccc", "(step 4", "0)"])])
 def test_cells_are_wrapped_between_words_and_after_marks(text, width, lines):
     assert replicate.wrapped(text, width) == lines
 
@@ -9185,7 +9186,7 @@ def test_version(call):
         "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list", "ls --fliter x": "--filter",
         "--vrebose ls": "--verbose"}.items()),
     *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  ")),
-    (["ls", "-f", "status = Stoped"], 1, ["no status 'Stoped'. Did you mean 'stopped'? Choose from running, stopped, completed"])])
+    (["ls", "-f", "status = Stoped"], 1, ["character 10: there is no status 'Stoped'. Did you mean 'stopped'? Choose from running, stopped, completed"])])
 def test_a_mistyped_command_gets_a_suggestion_and_a_wrong_filter_the_format(says, a_and_b, arguments, code, words):
     err = says(*arguments, code=code)
     for word in words:
