@@ -4056,8 +4056,8 @@ def counted_reads(monkeypatch):
             return result
         return call
 
-    for name in ("read", "pread"):
-        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(os, "pread", counted(os.pread))
+    monkeypatch.setattr(replicate.RegularFile, "read", counted(io.FileIO.read))
     return counts
 
 
