@@ -9598,13 +9598,11 @@ import replicate
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the open files cannot be listed here")
 def test_commands_need_nothing_that_windows_lacks(project):
-    (project / "code.py").write_text("print()\n" * 100)
-    (project / "weights").write_bytes(os.urandom(3 << 20))
+    fill(project, {"code.py": b"print()\n" * 100, "weights": os.urandom(3 << 20)})
     for name in ("one", "two"):
-        experiment = replicate.init("code.py", {"lr": len(name)}, name=name)
-        for step in range(2):
-            experiment.checkpoint("weights", step, {"loss": step}, ("loss", "minimize"))
-        experiment.stop()
+        with replicate.init("code.py", {"lr": len(name)}, name=name) as experiment:
+            for step in range(2):
+                experiment.checkpoint("weights", step, {"loss": step}, ("loss", "minimize"))
     (project / "code.py").write_text("changed\n")
     commands = ["ls", "ps", "show one", "diff one two", "diff one --code", "checkout one -o copy", "plot", "report", "du", "verify",
                 "tag one +good", "prune --force --keep-latest 0", "rm -f two", "push", "verify --fix", "ls -f tag=good"]
