@@ -388,7 +388,7 @@ def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
     from collections.abc import Mapping
     kind = type(value)
     if kind is dict:
-        return value
+        return dict(value)  # another thread may change it
     if isinstance(value, Mapping) or (hasattr(kind, "keys") and hasattr(kind, "__getitem__")):
         return {key: value[key] for key in value.keys()}
     if hasattr(kind, "__dataclass_fields__"):
@@ -950,7 +950,7 @@ class Experiment(_Stored):
         """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or if that is unknown.
 
         status is "completed", "failed" (an uncaught exception or a non-zero sys.exit), "interrupted" (Ctrl-C) or
-        "terminated" (SIGTERM).
+        "terminated" (SIGTERM, SIGHUP).
         """
         outcome = outcome_of(self._document)
         return outcome if outcome.get("status") in ENDINGS else None
@@ -5472,6 +5472,12 @@ def opening() -> Dict[str, str]:
     return {"status": OPEN, "time": timestamp()}
 
 
+def following(outcome: Dict[str, str], document: Dict[str, Any]) -> Dict[str, str]:
+    """An outcome that replaces the one of a document: no earlier, even if the clock was set back."""
+    before = outcome_of(document).get("time", "")
+    return dict(outcome, time=max(outcome["time"], before, key=canonical_time)) if before else outcome
+
+
 def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
     """The outcome of a run that ends now, by an exception or normally."""
     outcome = {"status": "failed", "time": timestamp()}
@@ -5480,7 +5486,7 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
         return dict(outcome, status="completed")
     if isinstance(error, KeyboardInterrupt) or code == 128 + signal.SIGINT:
         return dict(outcome, status="interrupted")
-    if code == 128 + signal.SIGTERM:
+    if code in [128 + number for number in termination_signals()]:
         return dict(outcome, status="terminated")
     if isinstance(code, int):
         return dict(outcome, error="exit code %d" % code)
@@ -5489,9 +5495,14 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
     return dict(outcome, error=re.sub(SECRET_SHAPES, "***", text)[:MAX_ERROR_CHARACTERS])
 
 
+def termination_signals() -> List[int]:
+    """The signals with which schedulers end a program, and a terminal that is closed."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def ending_of_program(returncode: int) -> Dict[str, str]:
     """The outcome of a program that ended with this return code of subprocess."""
-    if returncode >= 0 or -returncode in (signal.SIGINT, signal.SIGTERM):
+    if returncode >= 0 or -returncode in [signal.SIGINT, *termination_signals()]:
         return ending(SystemExit(exit_status(returncode)))
     try:
         name = signal.Signals(-returncode).name
@@ -5891,9 +5902,14 @@ class LiveDocument:
                 if self._needs_journal:
                     self._journals.append(Journal(self.storage, self._id))
                     self._needs_journal = False
+                journal = self._journals[-1]
                 while self.unwritten:
-                    self._journals[-1].append(self.unwritten[0])
-                    del self.unwritten[0]
+                    line = self.unwritten.pop(0)  # before it is written: a signal handler may append, too
+                    try:
+                        journal.append(line)
+                    except BaseException:
+                        self.unwritten.insert(0, line)
+                        raise
             except OSError as error:
                 return _problem(self.storage.write_failure(JOURNALS + self._id, error))
             return None
@@ -6274,7 +6290,7 @@ class Recorder:
         self.clock = Clock(self)
         self.worker = Worker(self, remote, prepared, lock)
         self.messages = Messages()
-        self._saving: List[Any] = []                  # a lock for each running checkpoint(), which holds it
+        self._saving: List[Tuple[int, Any]] = []      # of each running checkpoint(): its thread, a lock that it holds
         self._live: Optional[FileLock] = None         # see live_lock(); the pending area has owner_lock() instead
         self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
 
@@ -6307,8 +6323,13 @@ class Recorder:
             self.clock.ended.set()
             self.worker.ended.set()
         else:
-            for name, run in (("clock", self.clock.run), ("packer", self.worker.run)):
-                threading.Thread(target=run, name="replicate-" + name, daemon=True).start()
+            for name, task in (("clock", self.clock), ("packer", self.worker)):
+                try:
+                    threading.Thread(target=task.run, name="replicate-" + name, daemon=True).start()
+                except RuntimeError as error:  # the system allows no more threads
+                    self.clock.failure = WriteError("Recording needs two threads: %s." % error)
+                    self.clock.has_beaten.set()
+                    task.ended.set()
             self.clock.has_beaten.wait(REACH_SECONDS if beat else 0)
         if self.clock.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
@@ -6330,7 +6351,8 @@ class Recorder:
             with self.changed:
                 if self.closed:
                     return None
-                self._saving = [other for other in self._saving if other.locked()] + [saving]
+                self._saving = [(thread, other) for thread, other in self._saving if other.locked()]
+                self._saving.append((threading.get_ident(), saving))
                 checkpoint = next_checkpoint(self.experiment, None, step, values, primary, problems)
                 if experiment is not self.experiment:
                     checkpoint = Checkpoint(checkpoint._document, experiment)
@@ -6427,9 +6449,21 @@ class Recorder:
             _recorders.remove(self)
         if not _recorders:
             exit_calls.ignore()
-        for saving in self._saving:
-            saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        final = {"outcome": outcome} if self.settings.role != "guest" else {}
+        try:
+            self._write_end(deadline, outcome)
+        except KeyboardInterrupt:  # the second of two: what is running now is over all the same
+            self._write_end(time.monotonic(), outcome)
+            self.over = True
+            raise
+        return True
+
+    def _write_end(self, deadline: float, outcome: Dict[str, str]) -> None:
+        for thread, saving in self._saving:
+            if thread == threading.get_ident() and saving.locked():  # the caller is a signal handler: our threads may wait
+                deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)  # for a lock that checkpoint() has
+            else:
+                saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+        final = {"outcome": following(outcome, self.experiment._document)} if self.settings.role != "guest" else {}
         self.experiment._document.update(final)
         self.fold(dict(final, imported_packages=imported_packages()) if self.settings.role == "script" else final)
         if self.document.unwritten:
@@ -6439,7 +6473,6 @@ class Recorder:
         if self.worker.offline:
             deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)
         self.worker.finish_by(deadline - JOIN_SECONDS)
-        return True
 
     def finish(self) -> None:
         """Wait for the worker, then for the clock, which removes the heartbeat, and for the disk itself."""
@@ -6627,9 +6660,9 @@ def active_recorder(key: Tuple[str, str]) -> Optional[Recorder]:
 
 
 class Termination:
-    """Handles SIGTERM, which schedulers send: stops every experiment, then does what the handler before it did.
+    """Handles termination_signals(): stops every experiment, then does what the handler before it did.
 
-    As a context it defers the signal while the main thread is inside recording code, since the handler needs the same
+    As a context it defers them while the main thread is inside recording code, since the handler needs the same
     locks. The main thread is inside while the frame that entered the context is on the stack; so if Ctrl-C prevents
     leaving the context, later signals are handled all the same.
     """
@@ -6638,24 +6671,24 @@ class Termination:
         self.ending = False             # nothing new is recorded
         self._frame: Any = None         # that entered the context
         self._deferred: Optional[Tuple[int, Any]] = None
-        self._previous: List[Any] = []  # the handlers that ours replaced, the latest last
-        self._active = 0                # running calls of ours: a script's handler may call the one before it
+        self._previous: Dict[int, List[Any]] = {}  # by signal: the handlers that ours replaced, the latest last
+        self._active: List[int] = []    # signals, one for each running call of ours: a script's handler may call it, too
         self._mask: Any = None
         self._watches_forks = False     # in this process, or in one that it was forked from
 
     def install(self) -> None:
-        """Handle SIGTERM from now on, unless the program ignores it or this is not the main thread."""
+        """Handle the signals from now on, except those that the program ignores; does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
-            return
-        current = signal.getsignal(signal.SIGTERM)
-        if current in (None, signal.SIG_IGN) or self._is_ours(current):
             return
         if not self._watches_forks and hasattr(os, "register_at_fork"):
             self._watches_forks = True
             os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
                                 after_in_child=self._in_child)
-        self._previous.append(current)
-        signal.signal(signal.SIGTERM, self._handle)
+        for number in termination_signals():
+            current = signal.getsignal(number)
+            if current not in (None, signal.SIG_IGN) and not self._is_ours(current):
+                self._previous.setdefault(number, []).append(current)
+                signal.signal(number, self._handle)
 
     @property
     def requested(self) -> bool:
@@ -6680,8 +6713,9 @@ class Termination:
             self._finish(number, frame)
 
     def _finish(self, number: int, frame: Any) -> None:
-        previous = self._previous[-1 - min(self._active, len(self._previous) - 1)]
-        self._active += 1
+        handlers = self._previous[number]
+        previous = handlers[-1 - min(self._active.count(number), len(handlers) - 1)]
+        self._active.append(number)
         was_ending, self.ending = self.ending, True
         try:
             stop_all(TERMINATION_SECONDS, outcome=dict(ending(), status="terminated"))
@@ -6693,7 +6727,7 @@ class Termination:
                 previous(number, frame)
         finally:
             self.ending = was_ending
-            self._active -= 1
+            self._active.remove(number)
 
     def __enter__(self) -> None:
         frame = sys._getframe(1)
@@ -6707,11 +6741,11 @@ class Termination:
                 deferred, self._deferred = self._deferred, None
                 self._finish(*deferred)
 
-    # A forked child records nothing, so it gets the first handler back. SIGTERM is blocked while the child starts, since
-    # Python drops the signals there that have arrived but were not handled yet.
+    # A forked child records nothing, so it gets the first handlers back. The signals are blocked while the child starts,
+    # since Python drops those there that have arrived but were not handled yet.
 
     def _before_fork(self) -> None:
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, termination_signals())
 
     def _after_fork(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
@@ -6720,8 +6754,9 @@ class Termination:
         global _resuming
         _resuming, DiskStorage.updating = threading.RLock(), threading.RLock()
         self.ending, self._frame, self._deferred = False, None, None
-        if self._is_ours(signal.getsignal(signal.SIGTERM)):
-            signal.signal(signal.SIGTERM, self._previous[0])
+        for number, handlers in self._previous.items():
+            if self._is_ours(signal.getsignal(number)):
+                signal.signal(number, handlers[0])
         self._previous.clear()
         for recorder in _recorders:
             recorder.forget()
@@ -6801,7 +6836,7 @@ def stop_at_exit() -> None:
 
 
 def install_exit_hooks() -> None:
-    """Have experiments stopped at the end of the process, or by SIGTERM."""
+    """Have experiments stopped at the end of the process, or by termination_signals()."""
     import atexit
     atexit.unregister(stop_at_exit)
     atexit.register(stop_at_exit)
@@ -7062,7 +7097,7 @@ class Recorders:
             recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
         recorder.start()
         if settings.heartbeat:
-            experiment._document["outcome"] = opening()
+            experiment._document["outcome"] = following(opening(), document)
             recorder.fold({"outcome": experiment._document["outcome"]})
         return recorder
 

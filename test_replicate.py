@@ -5596,6 +5596,33 @@ def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
     assert len(stored_documents(repo)[0]["checkpoints"]) == 2 and names_in(repo / "metadata/heartbeats") == []
 
 
+@pytest.mark.parametrize("place", ["replicate.Journal.append", "replicate.save_archive"])
+@pytest.mark.parametrize("handle, code", [("experiment.checkpoint(metrics={'n': 5}, quiet=True)", 0),
+                                          ("experiment.stop(); sys.exit(3)", 3), ("replicate.init(quiet=True); sys.exit(3)", 3)])
+def test_a_signal_handler_may_use_the_experiment_while_a_checkpoint_is_made(project, repo, place, handle, code):
+    """As scripts do that save once more when their scheduler warns them."""
+    (project / "model").write_bytes(b"weights")
+    done = run_script("""
+        import os, signal, sys, replicate
+        replicate.TERMINATION_SECONDS = replicate.JOIN_SECONDS = 0.2
+        exec("original = " + sys.argv[1])
+        def interrupted(*arguments):
+            done = original(*arguments)
+            exec(sys.argv[1] + " = original")
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return done
+        signal.signal(signal.SIGUSR1, lambda number, frame: exec(sys.argv[2], globals()))
+        exec(sys.argv[1] + " = interrupted")
+        experiment = replicate.init(quiet=True)
+        for number in range(2):
+            experiment.checkpoint(path="model", metrics={"n": number}, quiet=True)
+        """, place, handle, timeout=30, check=False)
+    assert (done.returncode, done.stderr, names_in(repo / "journals")) == (code, "", [])
+    stored = sum((item["checkpoints"] for item in stored_documents(repo)), [])
+    assert {item["metrics"]["n"] for item in stored} == ({0, 1, 5} if code == 0 else {0} if "append" in place else set())
+    assert {item["outcome"]["status"] for item in stored_documents(repo)} <= {"completed", "failed"}
+
+
 def test_a_program_that_ignores_sigterm_goes_on_doing_so(repo):
     done = run_script("""
         import os, signal, replicate
@@ -5951,6 +5978,17 @@ def test_init_that_fails_half_way_leaves_no_files_behind(project, repo):
     assert [name for name in tree(repo) if name != "repository.json"] == []
 
 
+def test_init_without_a_thread_to_spare_is_an_error(project, repo, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+    (project / "small").write_text("code")
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", start)
+        with pytest.raises(replicate.WriteError, match="two threads"):
+            replicate.init(path="small", quiet=True)
+    assert [name for name in tree(repo) if name != "repository.json"] == []
+
+
 @pytest.fixture
 def shared_project():
     """A project directory that other users can reach (pytest's are private)."""
@@ -6259,6 +6297,17 @@ def test_wrong_arguments_never_raise_and_the_rest_is_recorded(project, repo, cap
     assert {key: stored[key] for key in expected} == expected
     assert len(names_in(repo / "checkpoints")) == (name != "path")
     assert experiment.checkpoint(metrics={"next": 1}, quiet=True).step == stored["step"] + 1
+
+
+def test_metrics_may_change_while_they_are_read(repo):
+    """As in another thread."""
+    class Number(float):
+        def __float__(self):
+            metrics["late"] = 2
+            return 1.0
+    metrics = {"early": Number(1)}
+    experiment = replicate.init(quiet=True)
+    assert experiment.checkpoint(metrics=metrics, quiet=True).metrics == {"early": 1.0} and len(metrics) == 2
 
 
 def test_an_unknown_keyword_of_checkpoint_is_an_error_message_and_the_rest_is_recorded(project, repo, capsys):
@@ -6998,7 +7047,11 @@ ENDINGS = {
     "with begin(): 1 / 0": ("failed", "ZeroDivisionError: division by zero"),
     "with begin(): pass\nraise ValueError": ("completed", None),
     "begin(); os.kill(os.getpid(), signal.SIGINT); time.sleep(5)": ("interrupted", None),
+    "replicate.imported_packages = lambda: setattr(replicate, 'imported_packages', list) or 1 / os.kill(os.getpid(), 2)\n"
+    "begin(); os.kill(os.getpid(), signal.SIGINT); time.sleep(5)": ("interrupted", None),  # a second Ctrl-C while it stops
     "begin(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)": ("terminated", None),
+    "signal.signal(1, signal.SIG_DFL); begin(); os.kill(os.getpid(), signal.SIGHUP); time.sleep(5)": ("terminated", None),
+    "real = time.time; e = begin(); time.time = lambda: real() - 9; e.stop(); e.checkpoint(quiet=True)": ("completed", None),
     "e = begin(); e.stop(); e.checkpoint(quiet=True); raise OSError('late')": ("failed", "OSError: late"),
     "begin(disable_heartbeat=True); sys.exit(1)": ("failed", "exit code 1"),
     "sys.ps1 = '>>> '; begin(); raise ValueError": ("completed", None),
@@ -8392,7 +8445,7 @@ def test_a_program_in_any_language_is_recorded_and_run_again(place, shell_script
 
 @pytest.mark.parametrize("program, code, status, error", [
     (["./train.sh", "1", "3"], 3, "failed", "exit code 3"), (["sh", "-c", "kill -9 $$"], 137, "failed", "ended by SIGKILL"),
-    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "exit 130"], 130, "interrupted", None),
+    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "kill -1 $$"], 129, "terminated", None), (["sh", "-c", "exit 130"], 130, "interrupted", None),
     (["./no-shell"], 1, "failed", "it could not be started")], ids=lambda value: str(value)[:9])
 def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, code, status, error):
     (shell_script / "no-shell").write_text("#!/nonsense/interpreter\n")
