@@ -6872,6 +6872,14 @@ class Project:
         self.recorders = Recorders(self)
         self.experiments = ExperimentCollection(lambda: self)
 
+    def __deepcopy__(self, memo: Any) -> Project:
+        """Itself: a copy of an experiment is recorded by the same recorder."""
+        return self
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        """An experiment that is pickled for another process can only be read there."""
+        return _unpickled_project, (self.location.url, self.directory)
+
     @property
     def location(self) -> Location:
         """Where the project and its repository are."""
@@ -6947,9 +6955,11 @@ class Project:
                 if not termination.ending:
                     console.error("Experiment %s cannot be recorded: %s." % (experiment.short_id(), _problem(error)))
                 break
+            if recorder.pid != os.getpid():
+                report_child()
+                break
             if recorder.gone:
                 recorder.report_gone()
-            if recorder.gone or recorder.pid != os.getpid():
                 break
             checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
             if checkpoint is not None:  # else another thread has just stopped the recorder
@@ -7326,16 +7336,19 @@ def add_checkpoint(project: Project, experiment_id: str, path: Optional[str], st
 
 
 class InertProject:
-    """The project of an experiment that records nothing, in every process of a distributed job but the first.
+    """The project of an experiment that records nothing: in every process of a distributed job but the first, and in
+    children of multiprocessing.
 
-    project: where to read the files of an experiment that the first process resumes.
+    project: where to read the files of an experiment that another process records.
     """
 
-    def __init__(self, project: Optional[Project] = None) -> None:
-        self._project = project
+    def __init__(self, project: Optional[Project] = None, in_child: bool = False) -> None:
+        self._project, self._in_child = project, in_child
 
     def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
                quiet: bool) -> Checkpoint:
+        if self._in_child:
+            report_child()
         return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
     def stop(self, experiment: Experiment, error: Optional[BaseException] = None) -> None:
@@ -7357,6 +7370,10 @@ class InertProject:
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False) -> List[str]:
         return self._project.checkout(experiment, checkpoint, output_directory, path, quiet) if self._project else []
+
+
+def _unpickled_project(url: str, directory: str) -> InertProject:
+    return InertProject(Project(url, directory if os.path.isdir(directory) else None), in_child=True)
 
 
 class ExperimentCollection:
@@ -7464,17 +7481,21 @@ def checked_keep(keep_best: Any, keep_latest: Any) -> Optional[Tuple[int, int]]:
 RANK_SIZES = {"RANK": ("WORLD_SIZE",), "LOCAL_RANK": ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
               "SLURM_PROCID": ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
               "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",)}  # the variables in which launchers say how many processes run
-_announced: Set[str] = set()  # the rank variables that is_secondary_process() has mentioned
+_announced: Set[str] = set()  # the rank variables that is_secondary_process() has mentioned, and what report_child() did
 
 
 def is_secondary_process() -> bool:
-    """Whether this process of a distributed job is not the first, and so records nothing; says so once."""
+    """Whether this process records nothing: it is not the first of a distributed job, and says so once, or is a child of
+    multiprocessing that imports the script of its parent.
+    """
     def number(variable: str) -> int:
         text = os.environ.get(variable, "")
         return int(text) if text.isdecimal() else 0
 
     if os.environ.get("REPLICATE_ALL_RANKS", "0") not in ("", "0"):
         return False
+    if is_importing_script():
+        return True
     for rank, sizes in RANK_SIZES.items():
         if number(rank) > 0 and any(number(size) > 1 for size in sizes):
             if rank not in _announced:
@@ -7483,6 +7504,21 @@ def is_secondary_process() -> bool:
                                 "To record every process, set REPLICATE_ALL_RANKS=1." % (rank, number(rank)))
             return True
     return False
+
+
+def is_importing_script() -> bool:
+    """Whether this child of multiprocessing imports its parent's script, as it does before its own work unless forked."""
+    module = sys.modules.get("multiprocessing.process")
+    return module is not None and hasattr(module.current_process(), "_inheriting")
+
+
+def report_child() -> None:
+    """Print once that this process is a child that records nothing."""
+    text = ("Checkpoints that a child process makes are not recorded: call checkpoint() in the process that called init(), or "
+            "init() in each child.")
+    if text not in _announced:
+        _announced.add(text)
+        console.error(text)
 
 
 def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = None) -> Experiment:
@@ -7498,7 +7534,8 @@ def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = N
         values = checked_params(params, [])
     except TypeError:  # process 0 says so
         values = {}
-    return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path}, InertProject())
+    return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path},
+                      InertProject(in_child=is_importing_script()))
 
 
 # -- callbacks for training frameworks; each function imports its own when it is called

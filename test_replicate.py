@@ -10,6 +10,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -27,6 +28,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import platform
 import queue
 import random
@@ -5800,6 +5802,37 @@ def test_multiprocessing_children_neither_record_nor_stop_and_die_when_they_are_
     assert names_in(repo / "metadata/heartbeats") == []
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_script_that_starts_an_experiment_when_it_is_imported_starts_one(project, repo, method):
+    (project / "train.py").write_text(textwrap.dedent("""
+        import multiprocessing, sys, replicate
+        experiment = replicate.init(quiet=True)
+        def load(number):
+            return experiment.checkpoint(metrics={"n": number}, quiet=True).metrics["n"]
+        if __name__ == "__main__":
+            with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+                print(pool.map(load, range(3)))
+        """))
+    done = subprocess.run([sys.executable, "train.py", method], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[0, 1, 2]\n" and done.stderr.count("are not recorded") == len(done.stderr.splitlines()) == 1
+    (document,) = stored_documents(repo)
+    assert document["checkpoints"] == [] and document["outcome"]["status"] == "completed"
+
+
+def test_a_copy_of_an_experiment_records_and_a_pickled_one_only_reads(project, repo, capsys, monkeypatch):
+    monkeypatch.setattr(replicate, "_announced", set())
+    (project / "model").write_bytes(b"weights")
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(path="model", metrics={"n": 0}, quiet=True)
+    copied, pickled = copy.deepcopy(experiment), pickle.loads(pickle.dumps(experiment))
+    copied.checkpoint(metrics={"n": 1}, quiet=True)
+    assert pickled.latest().open("model").read() == b"weights" and capsys.readouterr().err == ""
+    assert [pickled.checkpoint(metrics={"n": 2}, quiet=True).step for _ in range(2)] == [1, 2]
+    assert capsys.readouterr().err.count("are not recorded") == 1
+    experiment.stop()
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 0}, {"n": 1}]
+
+
 @pytest.mark.parametrize("variables, reason", [
     ("", ""), ("RANK=0 WORLD_SIZE=8", ""), ("RANK=0 LOCAL_RANK=0 SLURM_PROCID=0 WORLD_SIZE=2 SLURM_NTASKS=2", ""),
     ("RANK= WORLD_SIZE=8", ""), ("RANK=x WORLD_SIZE=8", ""), ("RANK=² WORLD_SIZE=²", ""),
@@ -8445,7 +8478,8 @@ def test_a_program_in_any_language_is_recorded_and_run_again(place, shell_script
 
 @pytest.mark.parametrize("program, code, status, error", [
     (["./train.sh", "1", "3"], 3, "failed", "exit code 3"), (["sh", "-c", "kill -9 $$"], 137, "failed", "ended by SIGKILL"),
-    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "kill -1 $$"], 129, "terminated", None), (["sh", "-c", "exit 130"], 130, "interrupted", None),
+    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "kill -1 $$"], 129, "terminated", None),
+    (["sh", "-c", "exit 130"], 130, "interrupted", None),
     (["./no-shell"], 1, "failed", "it could not be started")], ids=lambda value: str(value)[:9])
 def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, code, status, error):
     (shell_script / "no-shell").write_text("#!/nonsense/interpreter\n")
