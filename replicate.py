@@ -5817,6 +5817,8 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
             pending.remove_experiment(Experiment(document))
             raise
         sent.experiments += 1
+    remote.storage.delete([archive_key("checkpoints", item["id"]) for item in ready  # an upload that failed left it there
+                           if not item.get("path") and item.get("pruned")])
     done = {item["id"] for item in ready}
     with_files = {item["id"] for item in ready if item.get("path")}
     if finished and not unready:

@@ -5599,8 +5599,9 @@ def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
 
 
 @pytest.mark.parametrize("place", ["replicate.Journal.append", "replicate.save_archive"])
-@pytest.mark.parametrize("handle, code", [("experiment.checkpoint(metrics={'n': 5}, quiet=True)", 0),
-                                          ("experiment.stop(); sys.exit(3)", 3), ("replicate.init(quiet=True); sys.exit(3)", 3)])
+@pytest.mark.parametrize("handle, code", [
+    ("experiment.checkpoint(metrics={'n': 5}, quiet=True)", 0), ("experiment.stop(); sys.exit(3)", 3),
+    ("replicate.init(quiet=True); sys.exit(3)", 3)])
 def test_a_signal_handler_may_use_the_experiment_while_a_checkpoint_is_made(project, repo, place, handle, code):
     """As scripts do that save once more when their scheduler warns them."""
     (project / "model").write_bytes(b"weights")
@@ -8415,6 +8416,24 @@ def test_what_a_killed_run_pruned_in_a_bucket_goes_with_the_next_upload(bucket, 
     assert run("push").returncode == 0
     assert [item["path"] for item in bucket.documents()[0]["checkpoints"]] == [None, None, None, None, None, "model", "model"]
     assert len([key for key in bucket.keys() if key.startswith("checkpoints/")]) == 2
+
+
+def test_files_that_are_pruned_after_an_upload_failed_leave_the_bucket(bucket, project, hasty):
+    experiment = replicate.init(keep_best=1, quiet=True)
+    (project / "model").write_bytes(b"weights")
+
+    def archives_after(*losses):
+        for loss in losses:
+            experiment.checkpoint(path="model", metrics={"loss": loss}, primary_metric=("loss", "minimize"), quiet=True)
+        return lambda: [key for key in bucket.keys() if key.startswith("checkpoints/")]
+    until(bucket.documents)
+    bucket.proxy.rule = lambda request: "reset" if experiment.id in request.key and request.method != "GET" else None
+    (first,) = until(archives_after(9))
+    archives = archives_after(7, 8)
+    until(lambda: [item.get("pruned") for item in pending_documents(project)[0]["checkpoints"]] == ["model", None, None])
+    mend(bucket.proxy)
+    experiment.stop()
+    assert first not in archives() and len(archives()) == len(bucket.checkpoints()) - 1 == 2
 
 
 def test_pruning_goes_on_after_an_experiment_that_cannot_be_pruned(project, call, monkeypatch):
