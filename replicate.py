@@ -300,7 +300,10 @@ def confirm(message: str, question: str, otherwise: str) -> None:
 
 def program_name() -> str:
     """The command that runs this file, ready to paste: `replicate` if installed, or else `python3 replicate.py`."""
-    program = sys.argv[0] if __name__ == "__main__" else os.path.relpath(__file__)
+    try:
+        program = sys.argv[0] if __name__ == "__main__" else os.path.relpath(__file__)
+    except OSError:  # the working directory was removed
+        program = __file__
     if os.path.basename(os.path.dirname(os.path.abspath(program))) in ("bin", "Scripts", "site-packages", "dist-packages"):
         return "replicate"
     python = os.path.basename(sys.executable) or "python3"
@@ -1850,7 +1853,7 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
     directory = directory or os.environ.get("REPLICATE_PROJECT_DIRECTORY") or None
     if directory is not None and not os.path.isdir(directory):
         raise ConfigNotFound("There is no directory %s." % directory)
-    start = os.path.abspath(directory or os.getcwd())
+    start = os.path.abspath(directory or working_directory())
     found = _search_upward(start, CONFIG_NAMES + (DEFAULT_STORAGE,), 1 if directory else CONFIG_SEARCH_DEPTH)
     is_default = found is not None and found.endswith(os.sep + DEFAULT_STORAGE)
     project = os.path.dirname(found) if found else start
@@ -1858,10 +1861,18 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
         project = os.path.dirname(project)
     typed = repository or os.environ.get("REPLICATE_REPOSITORY")
     if typed:
-        return Location(project, absolute_url(typed, os.getcwd()))
+        return Location(project, absolute_url(typed, working_directory()))
     if found is None:
         return Location(project, None)
     return Location(project, "file://" + found if is_default else absolute_url(read_config(found), project))
+
+
+def working_directory() -> str:
+    """The working directory (absolute). Raises ConfigNotFound if it was removed."""
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise ConfigNotFound("The working directory was removed, or cannot be read: %s." % short_reason(error)) from error
 
 
 def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional[str]:
@@ -6867,7 +6878,7 @@ class Project:
     def __init__(self, repository: Optional[str] = None, directory: Optional[str] = None) -> None:
         if directory is not None and not os.path.isdir(directory):
             raise ConfigNotFound("There is no directory %s." % directory)
-        self._arguments = (absolute_url(repository, os.getcwd()) if repository else None,
+        self._arguments = (absolute_url(repository, working_directory()) if repository else None,
                            None if directory is None else os.path.abspath(directory))
         self._location: Optional[Location] = None
         self._repository: Optional[Repository] = None

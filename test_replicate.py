@@ -6796,6 +6796,26 @@ def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken
     assert {type(item["path"]) for item in stored_documents(repo)[0]["checkpoints"]} == {str}
 
 
+def test_a_working_directory_that_is_removed(project, repo):
+    """As at the end of `with TemporaryDirectory()` in a script that works there."""
+    done = run_script("""
+        import os, replicate
+        experiment = replicate.init(quiet=True)
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        experiment.checkpoint(path="replicate.yaml", quiet=True)
+        print(replicate.program_name().endswith("replicate.py"))
+        for start in (replicate.init, lambda: replicate.Project("file://x")):
+            try:
+                start()
+            except replicate.ConfigNotFound as error:
+                print(error)
+        """)
+    assert re.fullmatch("True\n(The working directory was removed.*\n){2}", done.stdout)
+    assert [item["path"] for item in stored_documents(repo)[0]["checkpoints"]] == ["replicate.yaml"]
+
+
 def test_the_whole_project_is_saved_without_its_repository(project, repo):
     (project / "train.py").write_text("pass")
     for number in range(2):
