@@ -3435,12 +3435,15 @@ def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
         if source.size > GROUP_BYTES:
             shrinks |= store_large(writer, archive_id, source, warn)
     groups = group_small([source for source in sources if source.size <= GROUP_BYTES])
-    for files, tar, member, problems in in_threads(lambda group: pack_group(archive_id, group), groups):
+    grown: List[Source] = []  # since they were found
+    for files, tar, member, problems in in_threads(lambda group: pack_group(archive_id, group, grown), groups):
         for problem in problems:
             warn(problem)
         if tar:
             writer.table.files += [(name, writer.offset + offset, size, crc) for name, offset, size, crc in files]
             writer.add(member, tar)
+    for source in grown:
+        shrinks |= store_large(writer, archive_id, source, warn)
     writer.add(gzip_member(bytes(1024)), 1024)
     writer.finish()
     return writer.table, shrinks
@@ -3460,9 +3463,12 @@ def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
         yield group
 
 
-def pack_group(archive_id: str,
-               sources: Sequence[Source]) -> Tuple[List[Tuple[str, int, int, int]], int, bytes, List[str]]:
-    """([(name, offset in the tar, size, CRC-32)], size of the tar, its gzip member, problems) for a group of files."""
+def pack_group(archive_id: str, sources: Sequence[Source],
+               grown: List[Source]) -> Tuple[List[Tuple[str, int, int, int]], int, bytes, List[str]]:
+    """([(name, offset in the tar, size, CRC-32)], size of the tar, its gzip member, problems) for a group of files.
+
+    Adds files that have become large to `grown`, and leaves them out.
+    """
     files: List[Tuple[str, int, int, int]] = []
     parts: List[bytes] = []
     problems: List[str] = []
@@ -3472,6 +3478,9 @@ def pack_group(archive_id: str,
             data, status, changed = read_small(source)
         except OSError as error:
             problems.append("%s is not saved: %s." % (source.name, short_reason(error)))
+            continue
+        if status.st_size > GROUP_BYTES:
+            grown.append(source)
             continue
         if changed:
             problems.append(CHANGED % source.name)
@@ -3485,13 +3494,15 @@ CHANGED = "%s changed while it was saved: the saved copy may mix old and new con
 
 
 def read_small(source: Source) -> Tuple[bytes, os.stat_result, bool]:
-    """(content, status, whether it changed during both of two readings) of a small file. Raises OSError."""
+    """(content, status, whether it changed during both of two readings) of a small file; of a larger one, the content
+    is cut off. Raises OSError.
+    """
     with open_regular(source.path) as stream:
         for _ in range(2):
             before = os.fstat(stream.fileno())
             stream.seek(0)
-            data = read_up_to(stream, before.st_size)
-            if len(data) == before.st_size and is_unchanged(before, os.fstat(stream.fileno())):
+            data = read_up_to(stream, min(before.st_size, GROUP_BYTES))
+            if before.st_size > GROUP_BYTES or len(data) == before.st_size and is_unchanged(before, os.fstat(stream.fileno())):
                 return data, before, False
     return data, before, True
 

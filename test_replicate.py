@@ -4098,15 +4098,16 @@ def packed_and_read(tmp_path, sources):
     with open(archive_path(repository), "wb", 0) as file:
         replicate.pack(file, PACKED_ID, sources, warnings.append)
     subprocess.run(["tar", "tzf", archive_path(repository)], check=True, stdout=subprocess.DEVNULL)
+    assert repository.archive("checkpoints", PACKED_ID).table is not None
     return read_archive(repository), warnings
 
 
 def test_a_file_that_changes_its_size_while_it_is_saved(project, tmp_path):
     fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "d": b"d"})
     sources = replicate.find_sources(str(project), ".")
-    fill(project, {"a": b"a" * 10, "b": b"b" * 5000})
+    fill(project, {"a": b"a" * 10, "b": b"b" * 5000, "d": b"d" * (17 << 20)})
     files, warnings = packed_and_read(tmp_path, sources)
-    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" and warnings == []
+    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" * (17 << 20) and warnings == []
 
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
@@ -4162,7 +4163,7 @@ def small_archive(project, tmp_path):
     with open(str(tmp_path / "made"), "w+b", 0) as file:
         writer = replicate.ArchiveWriter(file)
         for source in sources:  # one gzip member a file, as pack makes them of larger files
-            ((name, _, size, crc),), length, member, _ = replicate.pack_group(PACKED_ID, [source])
+            ((name, _, size, crc),), length, member, _ = replicate.pack_group(PACKED_ID, [source], [])
             writer.table.files.append((name, writer.offset, size, crc))
             writer.add(member, length)
         writer.add(replicate.gzip_member(bytes(1024)), 1024)
