@@ -5895,6 +5895,17 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress
     return busy
 
 
+class Condition(threading.Condition):
+    """A condition that Ctrl-C never leaves locked: `with` calls the methods of its lock, which cannot be interrupted."""
+
+    __enter__ = property(lambda self: self.lock.__enter__)  # type: ignore[assignment]
+    __exit__ = property(lambda self: self.lock.__exit__)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        super().__init__(self.lock)
+
+
 class LiveDocument:
     """The document of an experiment that this process records, and the journal in front of it.
 
@@ -6309,7 +6320,7 @@ class Recorder:
         self.gone = False                             # the experiment was removed
         self.closed = False                           # no more checkpoints are taken
         self.over = False                             # both threads have to end
-        self.changed = threading.Condition()          # guards this object, its document and its worker
+        self.changed = Condition()                    # guards this object, its document and its worker
         self.document = LiveDocument(repository, experiment, self.changed)
         self.clock = Clock(self)
         self.worker = Worker(self, remote, prepared, lock)

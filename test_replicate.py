@@ -5599,6 +5599,35 @@ def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
     assert len(stored_documents(repo)[0]["checkpoints"]) == 2 and names_in(repo / "metadata/heartbeats") == []
 
 
+def test_a_ctrl_c_anywhere_in_checkpoint_leaves_no_lock_behind(repo):
+    """A signal is handled where a Python function starts, or where it ends."""
+    done = run_script("""
+        import sys, threading, replicate
+        experiment = replicate.init(quiet=True)
+        def trace(frame, event, argument):
+            global left
+            left -= event != "line"
+            if left == 0:
+                raise KeyboardInterrupt
+            return trace
+        total = left = 0
+        while left <= 0:
+            total += 1
+            left = total
+            sys.settrace(trace)
+            try:
+                experiment.checkpoint(metrics={"n": total}, quiet=True)
+            except KeyboardInterrupt:
+                pass
+            sys.settrace(None)
+        changed = experiment.project.recorders.find(experiment).changed
+        other = threading.Thread(target=lambda: print(changed.acquire(timeout=5)) or changed.release())
+        other.start()
+        other.join()
+        """, timeout=60, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize("place", ["replicate.Journal.append", "replicate.save_archive"])
 @pytest.mark.parametrize("handle, code", [
     ("experiment.checkpoint(metrics={'n': 5}, quiet=True)", 0), ("experiment.stop(); sys.exit(3)", 3),
