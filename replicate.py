@@ -6686,6 +6686,7 @@ def warn_if_code_is_large(sources: Sequence[Source]) -> None:
 
 _recorders: List[Recorder] = []  # those that take checkpoints
 _stopped_while_raising: List[Tuple[Recorder, type, int]] = []  # with the type and id() of the exception then propagating
+_finalizer: Any = None           # of multiprocessing, which calls stop_at_exit()
 _resuming = threading.RLock()    # held while a recorder resumes an experiment
 
 
@@ -6841,7 +6842,8 @@ def uncaught_error() -> Optional[BaseException]:
     """
     if hasattr(sys, "ps1") or sys.flags.interactive or "ipykernel" in sys.modules:
         return None
-    return getattr(sys, "last_value", None) or exit_calls.error
+    in_flight = sys.exc_info()[1]  # at the end of a child of multiprocessing
+    return in_flight or getattr(sys, "last_value", None) or exit_calls.error
 
 
 def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recorder]] = None,
@@ -6872,9 +6874,15 @@ def stop_at_exit() -> None:
 
 def install_exit_hooks() -> None:
     """Have experiments stopped at the end of the process, or by termination_signals()."""
+    global _finalizer
     import atexit
     atexit.unregister(stop_at_exit)
     atexit.register(stop_at_exit)
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process():  # such a child may end without the functions of atexit
+        from multiprocessing.util import Finalize
+        if _finalizer is None or not _finalizer.still_active():
+            _finalizer = Finalize(None, stop_at_exit, exitpriority=0)
     termination.install()
 
 

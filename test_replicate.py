@@ -5834,6 +5834,30 @@ def test_multiprocessing_children_neither_record_nor_stop_and_die_when_they_are_
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_runs_in_children_of_multiprocessing_end_like_others(project, repo, method):
+    (project / "train.py").write_text(textwrap.dedent("""
+        import multiprocessing, sys, replicate
+        def work(source):
+            for number in range(2):
+                experiment = replicate.init(params={"source": source}, quiet=True)
+            experiment.checkpoint(metrics={"n": number}, quiet=True)
+            exec(source)
+        if __name__ == "__main__":
+            for source in ("pass", "sys.exit()", "sys.exit(3)", "raise KeyError(5)"):
+                child = multiprocessing.get_context(sys.argv[1]).Process(target=work, args=(source,))
+                child.start()
+                child.join()
+        """))
+    subprocess.run([sys.executable, "train.py", method], stderr=subprocess.DEVNULL, timeout=60)
+    ends = {document["params"]["source"]: document["outcome"] for document in stored_documents(repo) if document["checkpoints"]}
+    error = ends.pop("raise KeyError(5)").get("error")
+    assert error == "KeyError: 5" or sys.version_info >= (3, 13)  # which has forgotten the exception by then
+    assert {source: (end["status"], end.get("error")) for source, end in ends.items()} == {
+        "pass": ("completed", None), "sys.exit()": ("completed", None), "sys.exit(3)": ("failed", "exit code 3")}
+    assert len(stored_documents(repo)) == 8 and leftovers(repo) == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_script_that_starts_an_experiment_when_it_is_imported_starts_one(project, repo, method):
     (project / "train.py").write_text(textwrap.dedent("""
         import multiprocessing, sys, replicate
