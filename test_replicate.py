@@ -5849,7 +5849,7 @@ def test_runs_in_children_of_multiprocessing_end_like_others(project, repo, meth
                 child.join()
         """))
     subprocess.run([sys.executable, "train.py", method], stderr=subprocess.DEVNULL, timeout=60)
-    ends = {document["params"]["source"]: document["outcome"] for document in stored_documents(repo) if document["checkpoints"]}
+    ends = {item["params"]["source"]: item["outcome"] for item in stored_documents(repo) if item["checkpoints"]}
     error = ends.pop("raise KeyError(5)").get("error")
     assert error == "KeyError: 5" or sys.version_info >= (3, 13)  # which has forgotten the exception by then
     assert {source: (end["status"], end.get("error")) for source, end in ends.items()} == {
