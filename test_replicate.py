@@ -10,6 +10,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -27,6 +28,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import platform
 import queue
 import random
@@ -4104,15 +4106,16 @@ def packed_and_read(tmp_path, sources):
     with open(archive_path(repository), "wb", 0) as file:
         replicate.pack(file, PACKED_ID, sources, warnings.append)
     subprocess.run(["tar", "tzf", archive_path(repository)], check=True, stdout=subprocess.DEVNULL)
+    assert repository.archive("checkpoints", PACKED_ID).table is not None
     return read_archive(repository), warnings
 
 
 def test_a_file_that_changes_its_size_while_it_is_saved(project, tmp_path):
     fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "d": b"d"})
     sources = replicate.find_sources(str(project), ".")
-    fill(project, {"a": b"a" * 10, "b": b"b" * 5000})
+    fill(project, {"a": b"a" * 10, "b": b"b" * 5000, "d": b"d" * (17 << 20)})
     files, warnings = packed_and_read(tmp_path, sources)
-    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" and warnings == []
+    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" * (17 << 20) and warnings == []
 
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
@@ -4168,7 +4171,7 @@ def small_archive(project, tmp_path):
     with open(str(tmp_path / "made"), "w+b", 0) as file:
         writer = replicate.ArchiveWriter(file)
         for source in sources:  # one gzip member a file, as pack makes them of larger files
-            ((name, _, size, crc),), length, member, _ = replicate.pack_group(PACKED_ID, [source])
+            ((name, _, size, crc),), length, member, _ = replicate.pack_group(PACKED_ID, [source], [])
             writer.table.files.append((name, writer.offset, size, crc))
             writer.add(member, length)
         writer.add(replicate.gzip_member(bytes(1024)), 1024)
@@ -5568,6 +5571,63 @@ def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
     assert len(stored_documents(repo)[0]["checkpoints"]) == 2 and names_in(repo / "metadata/heartbeats") == []
 
 
+def test_a_ctrl_c_anywhere_in_checkpoint_leaves_no_lock_behind(repo):
+    """A signal is handled where a Python function starts, or where it ends."""
+    done = run_script("""
+        import sys, threading, replicate
+        experiment = replicate.init(quiet=True)
+        def trace(frame, event, argument):
+            global left
+            left -= event != "line"
+            if left == 0:
+                raise KeyboardInterrupt
+            return trace
+        total = left = 0
+        while left <= 0:
+            total += 1
+            left = total
+            sys.settrace(trace)
+            try:
+                experiment.checkpoint(metrics={"n": total}, quiet=True)
+            except KeyboardInterrupt:
+                pass
+            sys.settrace(None)
+        changed = experiment.project.recorders.find(experiment).changed
+        other = threading.Thread(target=lambda: print(changed.acquire(timeout=5)) or changed.release())
+        other.start()
+        other.join()
+        """, timeout=60, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("place", ["replicate.Journal.append", "replicate.save_archive"])
+@pytest.mark.parametrize("handle, code", [
+    ("experiment.checkpoint(metrics={'n': 5}, quiet=True)", 0), ("experiment.stop(); sys.exit(3)", 3),
+    ("replicate.init(quiet=True); sys.exit(3)", 3)])
+def test_a_signal_handler_may_use_the_experiment_while_a_checkpoint_is_made(project, repo, place, handle, code):
+    """As scripts do that save once more when their scheduler warns them."""
+    (project / "model").write_bytes(b"weights")
+    done = run_script("""
+        import os, signal, sys, replicate
+        replicate.TERMINATION_SECONDS = replicate.JOIN_SECONDS = 0.2
+        exec("original = " + sys.argv[1])
+        def interrupted(*arguments):
+            done = original(*arguments)
+            exec(sys.argv[1] + " = original")
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return done
+        signal.signal(signal.SIGUSR1, lambda number, frame: exec(sys.argv[2], globals()))
+        exec(sys.argv[1] + " = interrupted")
+        experiment = replicate.init(quiet=True)
+        for number in range(2):
+            experiment.checkpoint(path="model", metrics={"n": number}, quiet=True)
+        """, place, handle, timeout=30, check=False)
+    assert (done.returncode, done.stderr, names_in(repo / "journals")) == (code, "", [])
+    stored = sum((item["checkpoints"] for item in stored_documents(repo)), [])
+    assert {item["metrics"]["n"] for item in stored} == ({0, 1, 5} if code == 0 else {0} if "append" in place else set())
+    assert {item["outcome"]["status"] for item in stored_documents(repo)} <= {"completed", "failed"}
+
+
 def in_sixteen_threads(work):
     """Call work() in 16 threads at once; what fails in one of them fails."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -5708,6 +5768,61 @@ def test_multiprocessing_children_neither_record_nor_stop_and_die_when_they_are_
     assert done.stdout == "%s\n-15 True\n{-15}\n" % [n * n for n in range(10)], done.stderr
     assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 1}]
     assert names_in(repo / "metadata/heartbeats") == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_runs_in_children_of_multiprocessing_end_like_others(project, repo, method):
+    (project / "train.py").write_text(textwrap.dedent("""
+        import multiprocessing, sys, replicate
+        def work(source):
+            for number in range(2):
+                experiment = replicate.init(params={"source": source}, quiet=True)
+            experiment.checkpoint(metrics={"n": number}, quiet=True)
+            exec(source)
+        if __name__ == "__main__":
+            for source in ("pass", "sys.exit()", "sys.exit(3)", "raise KeyError(5)"):
+                child = multiprocessing.get_context(sys.argv[1]).Process(target=work, args=(source,))
+                child.start()
+                child.join()
+        """))
+    subprocess.run([sys.executable, "train.py", method], stderr=subprocess.DEVNULL, timeout=60)
+    ends = {item["params"]["source"]: item["outcome"] for item in stored_documents(repo) if item["checkpoints"]}
+    error = ends.pop("raise KeyError(5)").get("error")
+    assert error == "KeyError: 5" or sys.version_info >= (3, 13)  # which has forgotten the exception by then
+    assert {source: (end["status"], end.get("error")) for source, end in ends.items()} == {
+        "pass": ("completed", None), "sys.exit()": ("completed", None), "sys.exit(3)": ("failed", "exit code 3")}
+    assert len(stored_documents(repo)) == 8 and leftovers(repo) == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_script_that_starts_an_experiment_when_it_is_imported_starts_one(project, repo, method):
+    (project / "train.py").write_text(textwrap.dedent("""
+        import multiprocessing, sys, replicate
+        experiment = replicate.init(quiet=True)
+        def load(number):
+            return experiment.checkpoint(metrics={"n": number}, quiet=True).metrics["n"]
+        if __name__ == "__main__":
+            with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+                print(pool.map(load, range(3)))
+        """))
+    done = subprocess.run([sys.executable, "train.py", method], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[0, 1, 2]\n" and done.stderr.count("are not recorded") == len(done.stderr.splitlines()) == 1
+    (document,) = stored_documents(repo)
+    assert document["checkpoints"] == [] and document["outcome"]["status"] == "completed"
+
+
+def test_a_copy_of_an_experiment_records_and_a_pickled_one_only_reads(project, repo, capsys, monkeypatch):
+    monkeypatch.setattr(replicate, "_announced", set())
+    (project / "model").write_bytes(b"weights")
+    experiment = replicate.init(quiet=True)
+    experiment.checkpoint(path="model", metrics={"n": 0}, quiet=True)
+    copied, pickled = copy.deepcopy(experiment), pickle.loads(pickle.dumps(experiment))
+    copied.checkpoint(metrics={"n": 1}, quiet=True)
+    assert pickled.latest().open("model").read() == b"weights" and capsys.readouterr().err == ""
+    assert [pickled.checkpoint(metrics={"n": 2}, quiet=True).step for _ in range(2)] == [1, 2]
+    assert capsys.readouterr().err.count("are not recorded") == 1
+    experiment.stop()
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 0}, {"n": 1}]
 
 
 @pytest.mark.parametrize("variables, reason", [
@@ -5877,6 +5992,17 @@ def test_init_that_fails_half_way_leaves_no_files_behind(project, repo):
         print(error)
     """)
     assert "File too large" in done.stdout
+    assert [name for name in tree(repo) if name != "repository.json"] == []
+
+
+def test_init_without_a_thread_to_spare_is_an_error(project, repo, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+    (project / "small").write_text("code")
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", start)
+        with pytest.raises(replicate.WriteError, match="two threads"):
+            replicate.init(path="small", quiet=True)
     assert [name for name in tree(repo) if name != "repository.json"] == []
 
 
@@ -6159,6 +6285,17 @@ def test_wrong_arguments_never_raise_and_the_rest_is_recorded(project, repo, cap
     assert {key: stored[key] for key in expected} == expected
     assert len(names_in(repo / "checkpoints")) == (name != "path")
     assert experiment.checkpoint(metrics={"next": 1}, quiet=True).step == stored["step"] + 1
+
+
+def test_metrics_may_change_while_they_are_read(repo):
+    """As in another thread."""
+    class Number(float):
+        def __float__(self):
+            metrics["late"] = 2
+            return 1.0
+    metrics = {"early": Number(1)}
+    experiment = replicate.init(quiet=True)
+    assert experiment.checkpoint(metrics=metrics, quiet=True).metrics == {"early": 1.0} and len(metrics) == 2
 
 
 def test_an_unknown_keyword_of_checkpoint_is_an_error_message_and_the_rest_is_recorded(project, repo, capsys):
@@ -6546,6 +6683,26 @@ def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken
     assert {type(item["path"]) for item in stored_documents(repo)[0]["checkpoints"]} == {str}
 
 
+def test_a_working_directory_that_is_removed(project, repo):
+    """As at the end of `with TemporaryDirectory()` in a script that works there."""
+    done = run_script("""
+        import os, replicate
+        experiment = replicate.init(quiet=True)
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        experiment.checkpoint(path="replicate.yaml", quiet=True)
+        print(replicate.program_name().endswith("replicate.py"))
+        for start in (replicate.init, lambda: replicate.Project("file://x")):
+            try:
+                start()
+            except replicate.ConfigNotFound as error:
+                print(error)
+        """)
+    assert re.fullmatch("True\n(The working directory was removed.*\n){2}", done.stdout)
+    assert [item["path"] for item in stored_documents(repo)[0]["checkpoints"]] == ["replicate.yaml"]
+
+
 def test_the_whole_project_is_saved_without_its_repository(project, repo):
     (project / "train.py").write_text("pass")
     for target in ("out0", "out1"):
@@ -6784,7 +6941,12 @@ ENDINGS = {  # source: (exit code, status, error)
     "with begin(): pass\nraise ValueError": (1, "completed", None),
     "with begin() as e: assert e.is_running()\nassert not e.is_running()": (0, "completed", None),
     "begin(); os.kill(os.getpid(), signal.SIGINT); time.sleep(5)": (-2, "interrupted", None),
+    "replicate.imported_packages = lambda: setattr(replicate, 'imported_packages', list) or 1 / os.kill(os.getpid(), 2)\n"
+    "begin(); os.kill(os.getpid(), signal.SIGINT); time.sleep(5)": (-2, "interrupted", None),  # a second Ctrl-C while it stops
     "begin(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)": (-15, "terminated", None),
+    "signal.signal(1, signal.SIG_DFL); begin(); os.kill(os.getpid(), signal.SIGHUP); time.sleep(5)": (-1, "terminated", None),
+    "real = time.time; e = begin(); time.time = lambda: real() - 9; e.stop(); e.checkpoint(quiet=True)":
+        (0, "completed", None),
     "signal.signal(15, signal.SIG_IGN); e = begin(); os.kill(os.getpid(), 15); e.checkpoint(quiet=True)":
         (0, "completed", None),
     "e = begin(); e.stop(); e.checkpoint(quiet=True); raise OSError('late')": (1, "failed", "OSError: late"),
@@ -8073,6 +8235,24 @@ def test_what_a_killed_run_pruned_in_a_bucket_goes_with_the_next_upload(bucket, 
     assert len(archives_in(bucket)) == 2
 
 
+def test_files_that_are_pruned_after_an_upload_failed_leave_the_bucket(bucket, project, hasty):
+    experiment = replicate.init(keep_best=1, quiet=True)
+    (project / "model").write_bytes(b"weights")
+
+    def archives_after(*losses):
+        for loss in losses:
+            experiment.checkpoint(path="model", metrics={"loss": loss}, primary_metric=("loss", "minimize"), quiet=True)
+        return lambda: [key for key in bucket.keys() if key.startswith("checkpoints/")]
+    until(bucket.documents)
+    bucket.proxy.rule = lambda request: "reset" if experiment.id in request.key and request.method != "GET" else None
+    (first,) = until(archives_after(9))
+    archives = archives_after(7, 8)
+    until(lambda: [item.get("pruned") for item in pending_documents(project)[0]["checkpoints"]] == ["model", None, None])
+    mend(bucket.proxy)
+    experiment.stop()
+    assert first not in archives() and len(archives()) == len(bucket.checkpoints()) - 1 == 2
+
+
 @pytest.fixture
 def shell_script(project, monkeypatch):
     """train.sh in the project, a program that is not Python; it and others find `replicate` on the path."""
@@ -8120,9 +8300,9 @@ def test_a_program_in_any_language_is_recorded_and_run_again(place, shell_script
 
 @pytest.mark.parametrize("program, code, status, error", [
     (["./train.sh", "1", "3"], 3, "failed", "exit code 3"), (["sh", "-c", "kill -9 $$"], 137, "failed", "ended by SIGKILL"),
-    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "exit 130"], 130, "interrupted", None),
-    (["./no-shell"], 1, "failed", "it could not be started"), ([sys.executable, "-c", "pass"], 0, "completed", None)],
-    ids=lambda value: str(value)[:9])
+    (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "kill -1 $$"], 129, "terminated", None),
+    (["sh", "-c", "exit 130"], 130, "interrupted", None), (["./no-shell"], 1, "failed", "it could not be started"),
+    ([sys.executable, "-c", "pass"], 0, "completed", None)], ids=lambda value: str(value)[:9])
 def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, code, status, error):
     (shell_script / "no-shell").write_text("#!/nonsense/interpreter\n")
     (shell_script / "no-shell").chmod(0o755)
