@@ -7215,7 +7215,8 @@ class Recorders:
         def reopen(document: Dict[str, Any]) -> None:
             outcome = outcome_of(document)
             if outcome.get("status") == OPEN:
-                if time.time() - parse_time(outcome["time"]).timestamp() < HEARTBEAT_TIMEOUT:
+                age = time.time() - parse_time(outcome["time"]).timestamp()
+                if age < HEARTBEAT_TIMEOUT - 2:  # S3 cuts the time of a heartbeat to whole seconds
                     raise being_recorded(recorder.experiment)
             document["outcome"] = opening()
 
@@ -7331,7 +7332,7 @@ def resume_experiment(project: Project, which: str, path: Optional[str], params:
         sources = [] if path is None else project.files_to_save(relative_path(path, project.directory))
     except (TypeError, ValueError) as error:
         raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
-    if project.is_running(experiment):
+    if not falls_silent(project.repository, [experiment.id]):
         raise being_recorded(experiment)
     project.refresh(experiment)
     if path is not None:
@@ -7356,20 +7357,46 @@ def resumable_experiment(project: Project, which: str, also_running: bool = Fals
         return project.experiments.get(which)
     if project.location.url is None:
         return None
+    job = current_job()
+    key, value = ("job", job) if job else ("command", masked_command(program_arguments(project.directory)))
     try:
         fold_abandoned(project.repository)
-        rows = list_rows(project.repository)
+        rows = [row for row in list_rows(project.repository) if row.summary.get(key) == value]
+        if not also_running and falls_silent(project.repository, [row.id for row in rows if row.running]):
+            return resumable_experiment(project, which)  # its process was killed
     except NoBucket:
         return None
     except Unreachable as error:
         console.warning("%s. Earlier runs cannot be looked up, so a new experiment starts." % _problem(error))
         return None
-    job = current_job()
-    key, value = ("job", job) if job else ("command", masked_command(program_arguments(project.directory)))
-    matching = [row for row in rows if row.summary.get(key) == value and (also_running or not row.running)]
-    if not matching or matching[-1].status in ("completed", "stopped"):  # "stopped": it may have completed
+    rows = [row for row in rows if also_running or not row.running]
+    if not rows or rows[-1].status in ("completed", "stopped"):  # "stopped": it may have completed
         return None
-    return project.experiments.get(matching[-1].id)
+    return project.experiments.get(rows[-1].id)
+
+
+def falls_silent(repository: Repository, ids: Iterable[str]) -> bool:
+    """Whether nobody records one of these experiments any more.
+
+    Waits until each has a new heartbeat, or one has a heartbeat that is too old or removed.
+    """
+    versions: Dict[str, str] = {}
+    waiting = list(ids)
+    while waiting:
+        for experiment_id in list(waiting):
+            try:
+                entry = repository.storage.stat(heartbeat_key(experiment_id))
+            except DoesNotExist:
+                return True
+            if not repository.is_recent(entry):
+                return True
+            if experiment_id not in versions:
+                console.info("Experiment %s seems to be running: waiting up to %d seconds to see whether it still is" % (
+                    experiment_id[:SHORT_ID], HEARTBEAT_TIMEOUT))
+            if versions.setdefault(experiment_id, entry.version) != entry.version:
+                waiting.remove(experiment_id)
+        time.sleep(0.2)
+    return False
 
 
 def _warn_of_changed_code(experiment: Experiment, sources: Sequence[Source]) -> None:

@@ -7152,6 +7152,7 @@ def test_labels_are_fields_of_filters_behind_params_and_metrics():
 
 RESUMED = '''
 import os, signal, sys, time, replicate
+replicate.HEARTBEAT_TIMEOUT = float(os.environ.get("TIMEOUT", 30))
 experiment = replicate.init(path="train.py", params={"lr": float(os.environ.get("LR", 1))}, resume=os.environ.get("RESUME", "auto"))
 latest = experiment.latest()
 start = latest.step + 1 if latest else 0
@@ -7193,12 +7194,8 @@ def test_a_run_goes_on_in_a_bucket_and_with_what_waits_to_be_uploaded(bucket, re
     resumable(HOW="raise ValueError")
     assert [document["outcome"]["status"] for document in bucket.documents()] == ["failed"]
     assert resumable(AT="4", HOW="os._exit(1)")[0] == "3 after 2"  # at once: what is not uploaded waits
-    (document,) = bucket.documents()
-    bucket.remove("metadata/heartbeats/%s.json" % document["id"])  # as if a minute had passed
-    bucket.put(document_key(document["id"]), json.dumps(dict(document, outcome={
-        "status": "open", "time": "2026-01-01T00:00:00.000000Z"})).encode())
-    out, err = resumable()
-    assert out == "5 after 4" and err.count("Resuming experiment") == 1, err
+    out, err = resumable(TIMEOUT="3")
+    assert out == "5 after 4" and err.count("Resuming experiment") == err.count("waiting up to 3 seconds") == 1, err
     (document,) = bucket.documents()
     assert [item["step"] for item in document["checkpoints"]] == list(range(6)) and document["outcome"]["status"] == "completed"
 
@@ -7241,11 +7238,22 @@ def test_each_job_goes_on_with_its_own_run(project, resumable, variable):
         project / "repo")} == {"77": ("completed", 6), "78": ("failed", 3), "79": ("completed", 6)}
 
 
+def test_a_run_that_is_still_recorded_does_not_go_on_elsewhere(place, resumable, monkeypatch):
+    monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 1.0)
+    monkeypatch.setenv("REPLICATE_JOB", "7")
+    with replicate.init(params={"lr": 1.0}, quiet=True) as experiment:
+        out, err = resumable()
+        assert out == "0 new" and "Experiment %s seems to be running" % experiment.short_id() in err
+        out, err = resumable(RESUME=experiment.id)
+        assert out == "" and "is being recorded by another process" in err.splitlines()[-1]
+
+
 def test_of_many_processes_that_resume_at_once_one_does(place, training):
     with replicate.init(quiet=True) as experiment:
         experiment.checkpoint(quiet=True)
     scripts = [training("""
         wait("ready")
+        replicate.HEARTBEAT_INTERVAL = 1.0
         try:
             experiment = replicate.init(resume=%r, quiet=True)
         except replicate.ReplicateError as error:
