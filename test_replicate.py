@@ -1135,7 +1135,8 @@ def write_config(project, text, name="replicate.yaml"):
     ("repository: s3://my-bucket\n", "s3://my-bucket"), ("repository: 's3://my-bucket/root'", "s3://my-bucket/root"),
     ('# a comment\n\nrepository: "gs://b"  # here\n', "gs://b"), ("\ufeffrepository: gs://b\r\n", "gs://b"),
     ("---\nrepository: gs://b\n", "gs://b"), ("{repository: gs://b}", "gs://b"), ("repository: >-\n  gs://b\n", "gs://b"),
-    ("'repository' : gs://b\n", "gs://b"), ("repository: s3://b/\n", "s3://b")])
+    ("'repository' : gs://b\n", "gs://b"), ("repository: s3://b/\n", "s3://b"),
+    ("repository: file:///elsewhere\n", "file:///elsewhere")])
 def test_configurations_that_are_read(project, text, url):
     write_config(project, text)
     if url.startswith(tuple(scheme + "://" for scheme in replicate.BACKENDS)):
@@ -1174,34 +1175,22 @@ def test_the_old_name_storage_warns(project, capsys):
 
 
 @pytest.mark.parametrize("name", ["replicate.yaml", "replicate.yml", "keepsake.yaml", "keepsake.yml"])
-def test_the_configuration_is_searched_upward(project, monkeypatch, name):
-    write_config(project, "repository: file://here\n", name)
-    below = project / "a" / "b" / "c"
-    below.mkdir(parents=True)
-    monkeypatch.chdir(below)
-    location = replicate.find_location()
-    assert (location.directory, location.url) == (str(project), "file://%s/here" % project)
-    (project / "a" / "replicate.yaml").write_text("repository: file:///elsewhere\n")
-    location = replicate.find_location()
-    assert (location.directory, location.url) == (str(project / "a"), "file:///elsewhere")
-
-
-@pytest.mark.parametrize("config, storage, wanted", [
-    ("", "", "config"), ("", "a", "storage"), ("a", "", "config"), ("a", "a", "config"), ("a", "a/b", "storage"), ("a/b", "a", "config"),
-    (None, "", "storage"), (None, None, "default")])
-def test_the_nearest_of_a_configuration_and_an_embedded_repository_is_used(tmp_path, monkeypatch, config, storage, wanted):
+@pytest.mark.parametrize("configs, storage, directory, path", [
+    ([""], "", "", "mine"), ([""], "a", "a", ".replicate/storage"), (["a"], "", "a", "mine"), (["a"], "a", "a", "mine"),
+    (["a"], "a/b", "a/b", ".replicate/storage"), (["a/b"], "a", "a/b", "mine"), (["", "a"], None, "a", "mine"),
+    ([], "", "", ".replicate/storage"), ([], None, "a/b/c", None)])
+def test_the_nearest_of_configurations_and_embedded_repositories_is_used(tmp_path, monkeypatch, name, configs, storage,
+                                                                          directory, path):
     root = tmp_path / "project"
     (root / "a/b/c").mkdir(parents=True)
-    if config is not None:
-        write_config(root / config, "repository: file://mine\n", "keepsake.yml")
+    for config in configs:
+        write_config(root / config, "repository: file://mine\n", name)
     if storage is not None:
         (root / storage / ".replicate/storage").mkdir(parents=True)
     monkeypatch.chdir(root / "a/b/c")
     location = replicate.find_location()
-    directory = str(root / {"config": config, "storage": storage, "default": "a/b/c"}[wanted])
-    assert location.directory == directory
-    assert location.url == {"config": "file://%s/mine" % directory, "storage": "file://%s/.replicate/storage" % directory,
-                            "default": None}[wanted]
+    assert location.directory == str(root / directory)
+    assert location.url == (path and "file://%s" % (root / directory / path))
 
 
 def test_the_search_ends_after_a_hundred_levels(tmp_path, monkeypatch):
@@ -1255,23 +1244,15 @@ def test_file_urls_are_made_absolute(project, monkeypatch):
             replicate.absolute_url(url, str(project))
 
 
-def test_flat_configurations_need_no_pyyaml(project):
-    source = """
-        import sys
-        sys.modules['yaml'] = None
-        import replicate
-        try:
-            print(replicate.find_location().url)
-        except replicate.RepositoryConfigurationError as error:
-            print(error)
-    """
-    for text in ("repository: s3://b\n".replace("s3", "file"), "# c\nrepository: 'file://b' # d\n", 'repository: "file://b"\n'):
-        write_config(project, text)
-        assert run_script(source).stdout == "file://%s/b\n" % project
-    write_config(project, "repository: >-\n  file://b\n")
-    assert "pip install PyYAML" in run_script(source).stdout
-    write_config(project, "unknown: 'x'\n")
-    assert "unknown key" in run_script(source).stdout
+@pytest.mark.parametrize("text, wanted", [
+    ("repository: file://b\n", "file://PROJECT/b"), ("# c\nrepository: 'file://b' # d\n", "file://PROJECT/b"),
+    ('repository: "file://b"\n', "file://PROJECT/b"), ("repository: >-\n  file://b\n", "pip install PyYAML"),
+    ("unknown: 'x'\n", "unknown key")])
+def test_flat_configurations_need_no_pyyaml(project, monkeypatch, text, wanted):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    write_config(project, text)
+    with contextlib.nullcontext() if "://" in wanted else pytest.raises(replicate.RepositoryConfigurationError, match=wanted):
+        assert replicate.find_location().url == wanted.replace("PROJECT", str(project))
 
 
 @hypothesis.given(st.lists(st.lists(st.sampled_from(
@@ -1331,20 +1312,17 @@ def test_disk_storage_leaves_nothing_behind_where_a_write_fails(storage, tmp_pat
 
 
 def test_a_full_disk_leaves_the_old_content(storage):
+    import resource
     storage.write("doc.json", b"old")
-    done = run_script("""
-        import resource, signal, sys, replicate
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-        storage = replicate.DiskStorage(sys.argv[1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
         for attempt in (lambda: storage.write("doc.json", b"n" * 20000), lambda: storage.write("new/doc", b"n" * 20000),
                         lambda: storage.update("doc.json", lambda old: old * 20000)):
-            try:
+            with pytest.raises(replicate.WriteError, match="could not be written: File too large"):
                 attempt()
-            except replicate.WriteError as error:
-                print(error)
-    """, storage.root)
-    assert done.stdout.count("could not be written: File too large") == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert tree(storage.root) == {"doc.json": b"old"}
 
 
@@ -3531,24 +3509,26 @@ def test_processes_that_list_at_once_share_the_cache(shelf, call, fresh_machine)
     assert len(listed_params(call)) == 200 and kinds(shelf)["GET"] == 1
 
 
-def test_documents_that_vanish_or_change_between_listing_and_reading(bucket, call):
+def test_documents_that_vanish_or_change_between_listing_and_reading(place, call, monkeypatch):
     ids = [hex_id("%de" % number) for number in range(1, 5)]
-    furnish(bucket, *[experiment_document(item, user="before") for item in ids])
-    done = []
+    furnish(place, *[experiment_document(item, user="before") for item in ids])
+    list_entries, done = replicate.Repository.document_entries, []
 
-    def meddle(request, status, headers, body):
-        if request.kind == "LIST" and "experiments" in request.query.get("prefix", "") and not done:
-            done.append(request)
-            bucket.remove(document_key(ids[0]))
-            put_documents(bucket, experiment_document(ids[1], user="after"))
+    def list_and_meddle(repository, *arguments):
+        entries = list_entries(repository, *arguments)
+        if not done:
+            done.append(repository)
+            place.remove(document_key(ids[0]))
+            put_documents(place, experiment_document(ids[1], user="after"))
+        return entries
 
-    bucket.proxy.after = meddle
+    monkeypatch.setattr(replicate.Repository, "document_entries", list_and_meddle)
     for _ in range(2):
         code, out, errors = call("ls", "--json")
         assert code == 0 and errors == "" and done
         assert {row["id"]: row["user"] for row in json.loads(out)} == {ids[1]: "after", ids[2]: "before", ids[3]: "before"}
     del done[:]
-    put_documents(bucket, experiment_document(ids[0]))
+    put_documents(place, experiment_document(ids[0]))
     assert len(replicate.experiments.list()) == 3 and done
 
 
@@ -4547,15 +4527,7 @@ def names_in(directory):
     return sorted(os.listdir(str(directory))) if os.path.isdir(str(directory)) else []
 
 
-def wait_until(condition, seconds=30.0):
-    """Poll until condition() is true; returns its value."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.01)
-    pytest.fail("waited %s seconds in vain" % seconds)
+wait_until = until
 
 
 def start_script(source, *arguments, env=None, cwd=None):
@@ -4641,32 +4613,20 @@ def repo(project):
     return project / "repo"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "{}", '{"version":"1"}', '{"version":true}',
-                                  '{"version":0}', '{"version":-1}', '{"version":1.5}', '{"version":NaN}',
-                                  '{"version":null}', "\udcff"])
-def test_a_damaged_repository_json_is_refused(repo, text):
-    write_repository(repo, experiment_document(hex_id("1e")))
+@pytest.mark.parametrize("text, error, words", [('{"version":2}', replicate.IncompatibleRepositoryVersion, "version 2"), *[
+    (text, replicate.CorruptedRepositorySpec, "repository.json") for text in (
+        "", "{", "[]", "null", "1", "{}", '{"version":"1"}', '{"version":true}', '{"version":0}', '{"version":-1}',
+        '{"version":1.5}', '{"version":NaN}', '{"version":null}', "\udcff")]])
+def test_a_newer_or_damaged_repository_is_refused_and_not_touched(repo, call, text, error, words):
+    write_repository(repo, experiment_document(A))
     (repo / "repository.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     before = tree(repo)
-    with pytest.raises(replicate.CorruptedRepositorySpec):
-        opened(repo).check_version()
-    with pytest.raises(replicate.CorruptedRepositorySpec):
-        replicate.init()
-    done = run("ls")
-    assert done.returncode == 1 and "repository.json" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert tree(repo) == before
-
-
-def test_a_newer_repository_is_refused_and_not_touched(repo):
-    write_repository(repo, experiment_document(hex_id("1e")))
-    (repo / "repository.json").write_text('{"version":2}')
-    before = tree(repo)
-    for use in (replicate.init, replicate.experiments.list, lambda: replicate.experiments.get("1e")):
-        with pytest.raises(replicate.IncompatibleRepositoryVersion, match="version 2"):
+    for use in (opened(repo).check_version, replicate.init, replicate.experiments.list, lambda: replicate.experiments.get("1e")):
+        with pytest.raises(error, match=words):
             use()
     for arguments in (["ls"], ["rm", "-f", "1e"], ["show", "1e"], ["checkout", "1e", "-f"]):
-        done = run(*arguments)
-        assert done.returncode == 1 and "version 2" in done.stderr
+        code, _, message = call(*arguments)
+        assert code == 1 and words in message and len(message.splitlines()) == 1
     assert tree(repo) == before
 
 
@@ -4744,65 +4704,19 @@ def test_what_is_no_file_among_the_documents_neither_hangs_nor_hides_the_rest(re
         assert [name in line for line in done.stderr.splitlines()] == [True]
 
 
-@pytest.mark.parametrize("beat", [b"", b"[]", b"{}", b"null", b"\xff", b'{"last_heartbeat": 5}',
-                                  b'{"last_heartbeat": "soon"}', b'{"last_heartbeat": "0001-01-01T00:00:00+23:59"}',
-                                  b'{"last_heartbeat": "9999-12-31T23:59:59-23:59"}', b"[" * 100000])
-def test_an_unreadable_heartbeat_means_stopped(repo, beat):
-    write_repository(repo, experiment_document(hex_id("1e")), experiment_document(hex_id("2e")), running=[hex_id("2e")])
-    (repo / "metadata/heartbeats" / (hex_id("1e") + ".json")).write_bytes(beat)
-    assert opened(repo).running() == {hex_id("2e")}
-    assert not opened(repo).is_running(hex_id("1e"))
-
-
-def test_running_means_a_heartbeat_of_the_last_thirty_seconds(repo, call):
-    write_repository(repo, *[experiment_document(hex_id(letter)) for letter in ("1e", "2e", "3e")])
-    for letter, age in (("1e", 20), ("2e", 40)):
-        beat = datetime.datetime.fromtimestamp(time.time() - age, datetime.timezone(datetime.timedelta(hours=5)))
-        (repo / "metadata/heartbeats" / (hex_id(letter) + ".json")).write_text(
-            json.dumps({"experiment_id": hex_id(letter), "last_heartbeat": beat.isoformat("T", "microseconds")}))
-    assert call("ps", "-q")[1].split() == [hex_id("1e")]
-
-
-class VanishingStorage(replicate.DiskStorage):
-    """A directory whose documents are deleted by somebody between listing and reading, all but the first."""
-
-    def list(self, folder):
-        entries = sorted(super().list(folder), key=lambda entry: entry.key)
-        if folder == "metadata/experiments/":
-            for entry in entries[1:]:
-                os.unlink(self.path(entry.key))
-        return iter(entries)
-
-
-def test_documents_deleted_while_listing_are_no_error(repo, capsys):
-    write_repository(repo, *[experiment_document(hex_id("%02x" % number)) for number in range(60)])
-    repository = replicate.Repository("file://%s" % repo, VanishingStorage(str(repo)))
-    assert [item.id for item in repository.experiments()] == [hex_id("00")]
-    assert capsys.readouterr().err == ""
-
-
-def test_listing_while_others_write_and_delete_never_warns(repo, capsys):
-    write_repository(repo, experiment_document(hex_id("1e")))
-    folder, halt = repo / "metadata/experiments", threading.Event()
-
-    def churn():
-        while not halt.is_set():
-            for number in range(20):
-                document = experiment_document(hex_id("%02x" % (number + 32)))
-                opened(repo).storage.write("metadata/experiments/%s.json" % document["id"],
-                                           json.dumps(document).encode())
-            for number in range(20):
-                (folder / (hex_id("%02x" % (number + 32)) + ".json")).unlink()
-
-    thread = threading.Thread(target=churn)
-    thread.start()
-    try:
-        seen = [len(opened(repo).experiments()) for _ in range(60)]
-    finally:
-        halt.set()
-        thread.join()
-    assert min(seen) >= 1 and capsys.readouterr().err == ""
-    assert names_in(repo / "tmp") == []
+@pytest.mark.parametrize("beat, running", [
+    *[(beat, False) for beat in (b"", b"[]", b"{}", b"null", b"\xff", b"[" * 100000)],
+    *[(b'{"last_heartbeat": %s}' % moment, False) for moment in (
+        b"5", b'"soon"', b'"0001-01-01T00:00:00+23:59"', b'"9999-12-31T23:59:59-23:59"')], (20, True), (40, False)])
+def test_running_means_a_readable_heartbeat_of_the_last_thirty_seconds(repo, call, beat, running):
+    """A number is the age of a heartbeat."""
+    if isinstance(beat, int):
+        moment = datetime.datetime.fromtimestamp(time.time() - beat, datetime.timezone(datetime.timedelta(hours=5)))
+        beat = json.dumps({"experiment_id": A, "last_heartbeat": moment.isoformat("T", "microseconds")}).encode()
+    write_repository(repo, *[experiment_document(hex_id(letter)) for letter in ("1e", "2e", "3e")], running=[B])
+    (repo / "metadata/heartbeats" / (A + ".json")).write_bytes(beat)
+    assert opened(repo).running() == {B, *[A] * running} and opened(repo).is_running(A) is running
+    assert call("ps", "-q")[1].split() == [A] * running + [B]
 
 
 def test_unknown_keys_survive_adding_and_removing_checkpoints(repo):
@@ -4910,27 +4824,23 @@ def recorded_pair(project):
     return made
 
 
-def test_rm_of_an_experiment_leaves_nothing_of_it_and_all_of_the_other(project, repo):
+def test_rm_leaves_nothing_of_what_it_removes_and_all_of_the_rest(project, repo):
+    """First of a checkpoint, then of the other experiment."""
     first, second = recorded_pair(project)
-    others = {name: data for name, data in tree(repo).items()
-              if first.id not in name and first.checkpoints[0].id not in name}
-    assert len(others) == len(tree(repo)) - 3
-    done = run("rm", "-f", first.id[:10])
-    assert (done.returncode, done.stdout) == (0, "") and first.short_id() in done.stderr
-    assert tree(repo) == others
-    assert run("checkout", "-f", second.checkpoints[0].id).returncode == 0
-
-
-def test_rm_of_a_checkpoint_removes_its_file_and_its_entry(project, repo):
-    first, second = recorded_pair(project)
+    removed = first.checkpoints[0]
     expected = {item["id"]: item for item in stored_documents(repo)}
     expected[first.id]["checkpoints"].pop(0)
     files = tree(repo)
-    done = run("rm", "-f", first.checkpoints[0].id[:10])
-    assert (done.returncode, done.stdout) == (0, "") and first.checkpoints[0].short_id() in done.stderr
+    done = run("rm", "-f", removed.id[:10])
+    assert (done.returncode, done.stdout) == (0, "") and removed.short_id() in done.stderr
     assert {item["id"]: item for item in stored_documents(repo)} == expected
-    assert set(files) - set(tree(repo)) == {"checkpoints/%s.tar.gz" % first.checkpoints[0].id}
-    assert not set(tree(repo)) - set(files)
+    assert set(files) - set(tree(repo)) == {"checkpoints/%s.tar.gz" % removed.id} and not set(tree(repo)) - set(files)
+    files = tree(repo)
+    rest = {name: data for name, data in files.items() if second.id not in name and second.checkpoints[0].id not in name}
+    assert len(rest) == len(files) - 3
+    done = run("rm", "-f", second.id[:10])
+    assert (done.returncode, done.stdout) == (0, "") and second.short_id() in done.stderr
+    assert tree(repo) == rest and run("checkout", "-f", first.id).returncode == 0
 
 
 def test_rm_that_cannot_finish_keeps_the_document_and_can_be_run_again(project, repo):
