@@ -2434,15 +2434,20 @@ def test_the_library(place, project, tmp_path):
         replicate.experiments.get(experiment.id)
 
 
-def test_deleting_while_recording_leaves_nothing(bucket, project):
-    (project / "model.bin").write_bytes(bytes(100000))
-    before = set(threading.enumerate())
-    experiment = replicate.init(path="model.bin", quiet=True)
-    experiment.checkpoint(path="model.bin", quiet=True)
-    until(lambda: bucket.checkpoints())
-    experiment.delete()
-    assert bucket.keys() == ["repository.json"] and pending_leftovers(project) == []
-    until(lambda: "replicate-packer" not in [thread.name for thread in set(threading.enumerate()) - before])
+@pytest.mark.parametrize("place, times", [("file", 60), ("s3", 2), ("gs", 2)], indirect=["place"])
+def test_deleting_right_after_a_checkpoint_leaves_nothing(place, project, times):
+    (project / "model").write_bytes(b"text " * 100000)
+    others = set(threading.enumerate())
+    for number in range(times):
+        experiment = replicate.init(path=None if place.proxy is None else "model", quiet=True)
+        experiment.checkpoint(path="model" if number % 3 == 0 else None, metrics={"n": number}, quiet=True)
+        if place.proxy:
+            until(place.checkpoints)
+        experiment.delete()
+    until(lambda: not [item for item in set(threading.enumerate()) - others if item.name.startswith("replicate-")
+                       and item.name != "replicate-worker"])
+    assert place.keys() == ["repository.json"]
+    assert place.proxy is None or pending_leftovers(project) == []
 
 
 def test_the_peer_reads_what_we_write_to_a_bucket(peer, new_place, project, tmp_path):
@@ -3605,6 +3610,7 @@ def test_bad_bucket_names_are_refused(project, call, monkeypatch, url):
 # ------------------------------------------------------------------------------------------------------------------
 
 PACKED_ID = "ab" * 32
+PACKED_KEY = "checkpoints/%s.tar.gz" % PACKED_ID
 
 
 def fill(directory, files):
@@ -3621,26 +3627,17 @@ def source_names(directory, path=".", **options):
     return [source.name for source in replicate.find_sources(str(directory), path, warn=warnings.append, **options)]
 
 
-def recompress(repository):
-    """What the recorder does in the background."""
-    path = archive_path(repository)
-    with open(path + ".new", "wb", 0) as file:
-        replicate.recompress(repository.archive("checkpoints", PACKED_ID), file, lambda: None)
-    os.replace(path + ".new", path)
-
-
 def pack_tree(tmp_path, directory, path=".", compress=True, name="store"):
-    """Pack a directory into a repository with replicate.pack; returns the repository."""
-    repository = store_bytes(tmp_path, b"", name)
-    with open(archive_path(repository), "wb", 0) as file:
-        replicate.pack(file, PACKED_ID, replicate.find_sources(str(directory), path))
+    """Save a directory in a repository, as recording does it at once and then in the background; returns the repository."""
+    repository = replicate.Repository("file://%s" % (tmp_path / name))
+    replicate.save_archive(repository.storage, "checkpoints", PACKED_ID, replicate.find_sources(str(directory), path))
     if compress:
-        recompress(repository)
+        replicate.shrink_archive(repository.storage, "checkpoints", PACKED_ID)
     return repository
 
 
 def archive_path(repository):
-    return repository.storage.path("checkpoints/%s.tar.gz" % PACKED_ID)
+    return repository.storage.path(PACKED_KEY)
 
 
 def read_archive(repository):
@@ -3658,11 +3655,10 @@ def read_one(repository, name):
         return target.getvalue() if found else None
 
 
-def store_bytes(tmp_path, data, name="store"):
+def store_bytes(tmp_path, data):
     """A repository whose one archive has these bytes."""
-    repository = replicate.Repository("file://%s" % (tmp_path / name))
-    os.makedirs(os.path.dirname(archive_path(repository)), exist_ok=True)
-    Path(archive_path(repository)).write_bytes(data)
+    repository = replicate.Repository("file://%s" % (tmp_path / "store"))
+    repository.storage.write(PACKED_KEY, data)
     return repository
 
 
@@ -3786,9 +3782,9 @@ def test_archives_and_the_checksums_of_their_files_are_read_back_by_everyone(pro
     plain_size = os.stat(path).st_size
     assert plain_size > 35 << 20
     if compress:
-        recompress(repository)
+        replicate.shrink_archive(repository.storage, "checkpoints", PACKED_ID)
         assert os.stat(path).st_size < min(32 << 20, plain_size - (18 << 20))
-        again = pack_tree(tmp_path, project, compress=True, name="again")
+        again = pack_tree(tmp_path, project, name="again")
         assert Path(archive_path(again)).read_bytes() == Path(path).read_bytes()
     archive = repository.archive("checkpoints", PACKED_ID)
     table = archive.table
@@ -3973,20 +3969,10 @@ def test_files_with_very_long_names_are_read_singly(project, tmp_path):
 
 def packed_and_read(tmp_path, sources):
     """(files, warnings) of packing sources that are not what they were, into an archive that tar reads too."""
-    warnings = []
-    repository = store_bytes(tmp_path, b"")
-    with open(archive_path(repository), "wb", 0) as file:
-        replicate.pack(file, PACKED_ID, sources, warnings.append)
+    warnings, repository = [], replicate.Repository("file://%s" % (tmp_path / "store"))
+    repository.storage.create(PACKED_KEY, lambda file: replicate.pack(file, PACKED_ID, sources, warnings.append))
     subprocess.run(["tar", "tzf", archive_path(repository)], check=True, stdout=subprocess.DEVNULL)
     return read_archive(repository), warnings
-
-
-def test_a_file_that_changes_its_size_while_it_is_saved(project, tmp_path):
-    fill(project, {"a": b"a" * 1000, "b": b"b" * 1000, "d": b"d"})
-    sources = replicate.find_sources(str(project), ".")
-    fill(project, {"a": b"a" * 10, "b": b"b" * 5000})
-    files, warnings = packed_and_read(tmp_path, sources)
-    assert files["a"] == b"a" * 10 and files["b"] == b"b" * 5000 and files["d"] == b"d" and warnings == []
 
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
@@ -4018,17 +4004,22 @@ def test_a_file_that_changes_while_it_is_read_is_read_once_more(project, tmp_pat
         assert len(warnings) == 1 and warnings[0].startswith("a changed while it was saved")
 
 
-@pytest.mark.parametrize("size", [10, 1 << 20])
-@pytest.mark.parametrize("what", ["fifo", "link", "directory", "socket", "nothing"])
-def test_a_name_that_has_become_something_else_is_not_saved(project, tmp_path, what, size):
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+@pytest.mark.parametrize("change, content", [
+    (lambda: os.truncate("a", 10), b"a" * 10), (lambda: fill(".", {"a": b"A" * 2000000}), b"A" * 2000000), (lambda: os.mkfifo("a"), None),
+    (lambda: os.symlink("secret", "a"), None), (lambda: os.mkdir("a"), None),
+    (lambda: socket.socket(socket.AF_UNIX).bind("a"), None), (lambda: None, None)],
+    ids=["shorter", "longer", "fifo", "link", "directory", "socket", "nothing"])
+def test_a_file_that_has_changed_is_saved_as_it_is_and_anything_else_is_not(project, tmp_path, size, change, content):
     fill(project, {"a": b"a" * size, "b": b"b" * size, "secret": b"s"})
     sources = replicate.find_sources(str(project), ".")
-    (project / "a").unlink()
-    {"fifo": os.mkfifo, "link": lambda name: os.symlink("secret", name), "directory": os.mkdir,
-     "socket": socket.socket(socket.AF_UNIX).bind, "nothing": lambda name: None}[what]("a")
+    if content is None:
+        os.unlink("a")
+    change()
     files, warnings = packed_and_read(tmp_path, sources)
-    assert sorted(files) == ["b", "replicate.yaml", "secret"]
-    assert len(warnings) == 1 and warnings[0].startswith("a is not saved: ")
+    assert files.pop("a", None) == content and files.pop("replicate.yaml")
+    assert files == {"b": b"b" * size, "secret": b"s"}
+    assert [warning.partition(": ")[0] for warning in warnings] == ["a is not saved"] * (content is None)
 
 
 def small_archive(project, tmp_path):
@@ -4133,19 +4124,16 @@ def test_a_table_of_nonsense_is_not_believed(project, tmp_path, content):
         answers(repository, files)
 
 
-def test_a_table_of_very_many_empty_fields_is_passed_over(project, tmp_path):
+@pytest.mark.parametrize("fields", [
+    lambda: [b""] * 100000, lambda: [zlib.compress(b'{"files": [], "members": [[1,1]' + b",[1,1]" * 2500000 + b"]}")]],
+    ids=["very many empty fields", "enough to fill the memory"])
+def test_a_table_that_costs_much_is_passed_over(project, tmp_path, monkeypatch, fields):
     repository, files, data = small_archive(project, tmp_path)
-    write_table(repository, data, *[b""] * 800000)
-    assert repository.archive("checkpoints", PACKED_ID).table is None
-
-
-def test_a_table_that_would_fill_the_memory_is_not_believed(project, tmp_path, monkeypatch):
-    repository, files, data = small_archive(project, tmp_path)
-    write_table(repository, data, zlib.compress(b'{"files": [], "members": [[1,1]' + b",[1,1]" * 2500000 + b"]}"))
+    write_table(repository, data, *fields())
     parsed = []
     with monkeypatch.context() as patch:
         patch.setattr(replicate.json, "loads", parsed.append)
-        assert repository.archive("checkpoints", PACKED_ID).table is None and parsed == []
+        assert repository.archive("checkpoints", PACKED_ID).table is None and not any(parsed)
     assert read_archive(repository) == files
 
 
@@ -4846,18 +4834,6 @@ def test_a_document_that_is_being_updated_is_not_put_back_after_its_removal(repo
     assert stored_documents(repo) == []
 
 
-def test_deleting_right_after_a_checkpoint_leaves_nothing(project, repo):
-    (project / "model").write_bytes(b"text " * 100000)
-    others = set(threading.enumerate())
-    for number in range(60):
-        experiment = replicate.init(quiet=True)
-        experiment.checkpoint(path="model" if number % 3 == 0 else None, metrics={"n": number}, quiet=True)
-        experiment.delete()
-    wait_until(lambda: not [item for item in set(threading.enumerate()) - others if item.name.startswith("replicate-")
-                            and item.name != "replicate-worker"])
-    assert list(tree(repo)) == ["repository.json"]
-
-
 LEAVES_A_JOURNAL = """
     replicate.FOLD_INTERVAL = 4  # time enough to get from the first checkpoint to the signal
     experiment.checkpoint(metrics={"n": 0}, quiet=True)
@@ -4873,6 +4849,7 @@ LEAVES_A_JOURNAL = """
 
 
 def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_command(repo):
+    """Without the checkpoint that is removed between the two."""
     done = train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(stored_documents(repo)[0]["checkpoints"]) == 1 and len(names_in(repo / "journals")) == 1
@@ -4880,8 +4857,12 @@ def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_comm
     assert [item.metrics for item in replicate.experiments.list()[0].checkpoints] == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert len(replicate.experiments.get(done.stdout.strip()).checkpoints) == 3
     assert len(names_in(repo / "journals")) == 1
-    assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 3
-    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    experiment = opened(repo).experiments()[0]
+    victim = experiment.checkpoints[1]
+    opened(repo).remove_checkpoint(experiment, victim)
+    assert len(names_in(repo / "journals")) == 1 and victim.id not in listed(repo)[experiment.id]
+    assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 2
+    assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 0}, {"n": 2}]
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
 
 
@@ -4947,18 +4928,6 @@ def test_several_journals_are_merged_in_order_of_time(repo):
     assert [item.checkpoints.step for item in opened(repo).experiments()] == [[0, 1, 2]] * 10
     assert run("ls").returncode == 0 and names_in(repo / "journals") == []
     assert [[item["step"] for item in document["checkpoints"]] for document in stored_documents(repo)] == [[0, 1, 2]] * 10
-
-
-def test_rm_of_a_checkpoint_that_is_in_a_journal_only(repo):
-    done = train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
-    experiment = opened(repo).experiments()[0]
-    victim = experiment.checkpoints[1]
-    opened(repo).remove_checkpoint(experiment, victim)
-    assert len(names_in(repo / "journals")) == 1
-    assert victim.id not in listed(repo)[done.stdout.strip()] and len(listed(repo)[done.stdout.strip()]) == 2
-    run("ls")
-    assert [item["metrics"]["n"] for item in stored_documents(repo)[0]["checkpoints"]] == [0, 2]
-    assert names_in(repo / "journals") == names_in(repo / "tmp") == []
 
 
 @pytest.mark.parametrize("by", ["a command", "a recording", "rm"])
