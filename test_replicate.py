@@ -582,13 +582,10 @@ def test_broken_json_is_a_read_error_that_names_it(data):
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("2006-01-02T15:04:05Z", utc(2006, 1, 2, 15, 4, 5)),
-    ("2006-01-02T15:04:05.1Z", utc(2006, 1, 2, 15, 4, 5, 100000)),
-    ("2006-01-02t15:04:05.123456z", utc(2006, 1, 2, 15, 4, 5, 123456)),
+    ("2006-01-02T15:04:05Z", utc(2006, 1, 2, 15, 4, 5)), ("2006-01-02T15:04:05.1Z", utc(2006, 1, 2, 15, 4, 5, 100000)),
+    ("2006-01-02t15:04:05.123456z", utc(2006, 1, 2, 15, 4, 5, 123456)), ("0001-01-01T00:00:00Z", utc(1, 1, 1)),
     ("2006-01-02T15:04:05.123456789Z", utc(2006, 1, 2, 15, 4, 5, 123456)),
-    ("2006-01-02T15:04:05+08:00", utc(2006, 1, 2, 7, 4, 5)),
-    ("2006-01-02T22:04:05.5-02:30", utc(2006, 1, 3, 0, 34, 5, 500000)),
-    ("0001-01-01T00:00:00Z", utc(1, 1, 1)),
+    ("2006-01-02T15:04:05+08:00", utc(2006, 1, 2, 7, 4, 5)), ("2006-01-02T22:04:05.5-02:30", utc(2006, 1, 3, 0, 34, 5, 500000)),
     ("9999-12-31T23:59:59.999999999Z", utc(9999, 12, 31, 23, 59, 59, 999999)),
     *[(text, None) for text in (
         "", "2006-01-02", "2006-01-02T15:04:05", "2006-01-02 15:04:05Z", "2006-13-02T15:04:05Z", "2006-01-02T25:04:05Z",
@@ -1275,18 +1272,16 @@ def test_a_repository_that_cannot_be_made_is_a_write_error(tmp_path):
             replicate.DiskStorage(str(root)).update("x", lambda old: b"new")
 
 
-def test_updates_of_two_processes_lose_nothing(storage):
+def test_updates_of_several_processes_lose_nothing(storage):
     source = """
         import sys, replicate
         storage = replicate.DiskStorage(sys.argv[1])
         for _ in range(150):
             storage.update("count", lambda old: b"%d" % (int(old or 0) + 1))
     """
-    others = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(source), storage.root]) for _ in range(3)]
-    for other in others:
-        assert other.wait(120) == 0
-    assert storage.read("count") == b"450"
-    assert sorted(tree(storage.root)) == ["count"]
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda _: run_script(source, storage.root), range(3)))
+    assert tree(storage.root) == {"count": b"450"}
 
 
 def test_a_file_lock_holds_between_processes_and_dies_with_its_holder(tmp_path, training):
@@ -1351,16 +1346,15 @@ def test_only_what_nobody_holds_is_removed_from_tmp(storage, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("settings", [{}, {"disable_heartbeat": True}])
-def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, project, call, monkeypatch, settings):
+def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, call, monkeypatch, settings):
     """As on Lustre without flock, here by a function that says so; the checkpoints of a live run must not get lost."""
     monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
-    monkeypatch.chdir(project)
     experiment = replicate.init(quiet=True, **settings)
     for step in range(3):
         experiment.checkpoint(step=step, metrics={"loss": step}, quiet=True)
         assert call("ls")[0] == 0
-        if not isinstance(place, DiskPlace):
-            until(lambda: place.documents())
+        if place.proxy:
+            until(place.documents)
             assert call("push")[0] == 0
     experiment.stop()
     assert [item.step for item in replicate.experiments.get(experiment.id).checkpoints] == [0, 1, 2]
@@ -3310,15 +3304,13 @@ def test_the_local_cache_is_private_and_may_go_at_any_time(shelf, call, fresh_ma
     name.unlink()
     name.mkdir()
     assert listed_params(call) == first
-    shutil.rmtree(cache)
-    assert listed_params(call) == first
-    shutil.rmtree(cache)
-    cache.write_bytes(b"not a directory")
-    assert listed_params(call) == first
+    for content in (None, b"not a directory"):
+        shutil.rmtree(cache)
+        if content:
+            cache.write_bytes(content)
+        assert listed_params(call) == first
     cache.unlink()
-    (cache / "replicate").mkdir(parents=True)
-    for number in range(100):
-        (cache / "replicate" / ("old%d" % number)).write_bytes(b"x")
+    fill(cache, {"replicate/old%d" % number: b"x" for number in range(100)})
     listed_params(call)
     assert len(list((cache / "replicate").iterdir())) <= 64
 
@@ -3326,10 +3318,9 @@ def test_the_local_cache_is_private_and_may_go_at_any_time(shelf, call, fresh_ma
 def test_processes_that_list_at_once_share_the_cache(shelf, call, fresh_machine):
     cache = fresh_machine()
     ids = shelf.fill(200)
-    started = [subprocess.Popen([sys.executable, str(PROGRAM), "ls", "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
-    for process in started:
-        out, errors = process.communicate(timeout=60)
-        assert process.returncode == 0 and sorted(out.decode().split()) == sorted(ids), errors
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for done in threads.map(lambda _: run("ls", "-q"), range(3)):
+            assert done.returncode == 0 and sorted(done.stdout.split()) == sorted(ids), done.stderr
     assert len(list((cache / "replicate").iterdir())) == 1
     shelf.clear()
     assert len(listed_params(call)) == 200 and kinds(shelf)["GET"] == 1
@@ -3472,27 +3463,21 @@ def test_a_missing_sdk_is_one_sentence(project, scheme, module, package):
     assert "No experiments found" in done.stderr
 
 
-@pytest.mark.parametrize("scheme, variable, value, problem", [
-    ("s3", "AWS_SHARED_CREDENTIALS_FILE", "/nonexistent", "Unable to locate credentials"),
-    ("s3", "AWS_PROFILE", "nobody", "nobody"),
-    ("gs", "GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent", "/nonexistent")])
-def test_missing_credentials_are_one_sentence(project, call, monkeypatch, silent_proxy, scheme, variable, value, problem):
-    pytest.importorskip({"s3": "boto3", "gs": "google.cloud.storage"}[scheme])
-    (project / "replicate.yaml").write_text("repository: %s://some-bucket\n" % scheme)
-    for name, setting in {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": silent_proxy.address, variable: value}.items():
+@pytest.mark.parametrize("url, variable, value, words", [
+    ("s3://some-bucket", "AWS_SHARED_CREDENTIALS_FILE", "/nonexistent", ["Unable to locate credentials", "s3://some-bucket"]),
+    ("s3://some-bucket", "AWS_PROFILE", "nobody", ["nobody", "s3://some-bucket"]),
+    ("gs://some-bucket", "GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent", ["/nonexistent", "gs://some-bucket"]),
+    *[(url, "AWS_PROFILE", "", ["bucket"]) for url in ("s3://", "gs://a", "s3://bad_bucket!", "gs://../x", "s3://-x-")]])
+def test_missing_credentials_and_bad_names_are_one_sentence(project, call, monkeypatch, silent_proxy, url, variable, value, words):
+    pytest.importorskip({"s3": "boto3", "gs": "google.cloud.storage"}[url[:2]])
+    (project / "replicate.yaml").write_text("repository: %s\n" % url)
+    for name, setting in (("AWS_EC2_METADATA_DISABLED", "true"), ("AWS_ENDPOINT_URL", silent_proxy.address), (variable, value)):
         monkeypatch.setenv(name, setting)
     code, _, errors = call("ls")
-    assert code == 1 and problem in one_message(errors) and scheme + "://some-bucket" in errors
-    with pytest.raises(replicate.ReplicateError, match=problem):
+    assert code == 1 and [word for word in words if word not in one_message(errors)] == []
+    with pytest.raises(replicate.ReplicateError, match=words[0]):
         replicate.init()
     assert silent_proxy.requests == []
-
-
-@pytest.mark.parametrize("url", ["s3://", "gs://a", "s3://bad_bucket!", "gs://../x", "s3://-x-"])
-def test_bad_bucket_names_are_refused(project, call, monkeypatch, url):
-    use_cloud(monkeypatch)
-    code, _, errors = call("ls", "-R", url)
-    assert code == 1 and one_message(errors)
 
 
 # ------------------------------------------------------------------------------------------------------------------
