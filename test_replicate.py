@@ -1339,15 +1339,6 @@ def test_where_files_cannot_be_locked_commands_leave_live_runs_alone(place, call
     assert [item.step for item in replicate.experiments.get(experiment.id).checkpoints] == [0, 1, 2]
 
 
-def test_threads_update_one_object_one_after_the_other_even_without_locks(tmp_path, monkeypatch):
-    """The clock folds checkpoints into a pending document while the worker takes out those that were uploaded."""
-    monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
-    storage = replicate.DiskStorage(str(tmp_path))
-    for _ in range(25):
-        in_sixteen_threads(lambda: storage.update("counter", lambda old: b"%d" % (int(old or 0) + 1)))
-    assert storage.read("counter") == b"400"
-
-
 @pytest.mark.parametrize("moment", ["created", "locked", "written", "renamed"])
 def test_removing_leftovers_never_takes_a_file_in_use(storage, monkeypatch, moment):
     """Another process removes leftovers just then, or has opened the file before it is renamed, and locks it after that."""
@@ -2056,6 +2047,12 @@ def save(step, path="model.bin", **more):
 """
 
 
+def save(experiment, step):
+    """The same in this process."""
+    Path("model.bin").write_bytes(b"step %d" % step)
+    return experiment.checkpoint(path="model.bin", step=step, quiet=True)
+
+
 class Training:
     """A training script that runs beside the test, and stops where it calls wait(word)."""
 
@@ -2237,17 +2234,23 @@ def test_storage_primitives(place, tmp_path):
     assert place.keys() == ["a/deeper/not listed", "ab", "checkpoints/big", "n"]
 
 
-def test_concurrent_updates_lose_nothing(place, hasty):
+@pytest.mark.parametrize("place, locks, count", [
+    ("file", True, 50), ("file", False, 100), ("s3/deep/root", True, 6), ("gs", True, 6)], indirect=["place"])
+def test_concurrent_updates_lose_nothing(place, hasty, monkeypatch, locks, count):
+    """Without locks at least those of one storage: a clock folds checkpoints into a pending document that a worker changes."""
     storages = [replicate.open_storage(place.url) for _ in range(4)]
+    if not locks:
+        monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
+        storages = storages[:1] * 4
     storages[0].prepare()
 
     def work(number):
-        for step in range(6):
+        for step in range(count):
             storages[number].update("list", lambda old: (old or b"") + b"%d.%d " % (number, step))  # noqa: B023
 
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         list(threads.map(work, range(4)))
-    assert sorted(place.get("list").split()) == sorted(b"%d.%d" % (number, step) for number in range(4) for step in range(6))
+    assert sorted(place.get("list").split()) == sorted(b"%d.%d" % (number, step) for number in range(4) for step in range(count))
 
 
 COMMANDS = [shlex.split(command) for command in (
@@ -2408,20 +2411,15 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training, ho
     assert not [key for key in bucket.keys() if key.startswith("metadata/heartbeats")]
 
 
-def test_the_end_of_the_upload_is_not_taken_for_a_removal(bucket, project, training):
-    script = training("""
-        replicate.HEARTBEAT_INTERVAL = 0.01
-        wait_for_worker = replicate.Worker.wait
-        def wait_longer(worker):  # so that the clock looks once more after the last upload
-            wait_for_worker(worker)
-            time.sleep(0.5)
-        replicate.Worker.wait = wait_longer
-        experiment = replicate.init(quiet=True)
-        save(0)
-        experiment.stop()
-        """)
-    assert messages_of(script.end()) == [line for line in script.errors if "did not exist" in line]
-    assert bucket.steps() == [0] and pending_leftovers(project) == []
+def test_the_end_of_the_upload_is_not_taken_for_a_removal(bucket, project, monkeypatch, capsys):
+    monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.01)
+    wait = replicate.Worker.wait  # after which the clock looks once more
+    monkeypatch.setattr(replicate.Worker, "wait", lambda worker: (wait(worker), time.sleep(0.5)))
+    experiment = replicate.init(quiet=True)
+    save(experiment, 0)
+    experiment.stop()
+    (message,) = messages_of(capsys.readouterr().err)
+    assert "did not exist" in message and bucket.steps() == [0] and pending_leftovers(project) == []
 
 
 def test_only_what_is_in_the_pending_document_is_uploaded(bucket, project):
@@ -2643,35 +2641,29 @@ def test_a_refusal_at_init_is_raised_at_once(bucket, project, what):
 
 
 @pytest.mark.parametrize("how", ["nothing listens", "it stalls"])
-def test_an_unreachable_bucket_at_init_does_not_stop_training(bucket, project, training, how):
+def test_an_unreachable_bucket_at_init_does_not_stop_training(bucket, project, hasty, monkeypatch, capsys, how):
+    monkeypatch.setattr(replicate, "REACH_SECONDS", 0.5)
+    monkeypatch.setattr(replicate.CloudStorage, "TIMEOUT", 0.5)
+    bucket.proxy.rule = lambda request: "stall"
     if how == "nothing listens":
         bucket.proxy.down()
-    else:
-        bucket.proxy.rule = lambda request: "stall"
-    script = training("""
-        replicate.REACH_SECONDS = 0.5
-        replicate.CloudStorage.TIMEOUT = 0.5
-        experiment = replicate.init(path=".", quiet=True)
-        save(0)
-        wait("saved")
-        save(1)
-        experiment.stop()
-        """)
-    script.expect("saved")
-    assert messages_of(script.stderr) and "cannot be reached" in script.stderr
+    experiment = replicate.init(path=".", quiet=True)
+    save(experiment, 0)
+    errors = capsys.readouterr().err
+    assert "cannot be reached" in errors
     until(lambda: [item for item in pending_documents(project) if item["checkpoints"]])
-    if how == "nothing listens":
-        script.go()
-        errors = script.end()
+    if how == "it stalls":
+        mend(bucket.proxy)
+        until(lambda: bucket.exists() and bucket.checkpoints())
+    save(experiment, 1)
+    experiment.stop()
+    errors += capsys.readouterr().err
+    if how == "it stalls":
+        assert "can be reached again" in errors and bucket.steps() == [0, 1] and pending_leftovers(project) == []
+    else:
         assert "Not everything was uploaded" in errors and errors.count("Recording continues") == 1, errors
         assert len(pending_documents(project)[0]["checkpoints"]) == 2
         push_the_rest(bucket, project, [0, 1])
-    else:
-        mend(bucket.proxy)
-        until(lambda: bucket.exists() and bucket.checkpoints())
-        script.go()
-        assert "can be reached again" in script.end()
-    assert bucket.steps() == [0, 1] and pending_leftovers(project) == []
 
 
 def test_a_request_that_gave_up_is_never_taken_for_done(bucket, hasty, monkeypatch):
@@ -2876,26 +2868,19 @@ def test_an_upload_that_the_store_forgot_is_no_missing_file(s3_bucket, project, 
 
 
 @pytest.mark.parametrize("removed", ["experiment", "checkpoint"])
-def test_what_is_removed_from_the_bucket_is_not_put_back(bucket, project, training, removed):
-    script = training("""
-        experiment = replicate.init(quiet=True)
-        ids = {"checkpoint": save(0).id, "experiment": experiment.id}
-        save(1)
-        wait(ids[os.environ["REMOVED"]])
-        save(2)
-        experiment.stop()
-        save(3)
-        experiment.stop()
-        """, env={"REMOVED": removed})
-    gone = script.lines.get(timeout=60)
+def test_what_is_removed_from_the_bucket_is_not_put_back(bucket, project, hasty, capsys, removed):
+    experiment = replicate.init(quiet=True)
+    checkpoint = save(experiment, 0)
+    save(experiment, 1)
     until(lambda: len(bucket.checkpoints()) == 2)
-    assert run("rm", "-f", gone).returncode == 0
-    script.go()
-    errors = script.end()
+    assert run("rm", "-f", experiment.id if removed == "experiment" else checkpoint.id).returncode == 0
+    for step in (2, 3):
+        save(experiment, step)
+        experiment.stop()
     if removed == "experiment":
-        assert "was removed" in errors and bucket.keys() == ["repository.json"]
+        assert "was removed" in capsys.readouterr().err and bucket.keys() == ["repository.json"]
     else:
-        assert bucket.steps() == [1, 2, 3] and "checkpoints/%s.tar.gz" % gone not in bucket.keys()
+        assert bucket.steps() == [1, 2, 3] and "checkpoints/%s.tar.gz" % checkpoint.id not in bucket.keys()
     assert pending_leftovers(project) == []
 
 
@@ -2925,12 +2910,9 @@ def test_nothing_is_lost_or_doubled_where_a_third_of_the_requests_fail(bucket, p
         if dice.random() >= 0.3:
             return None
         failures.append(request)
-        action = dice.choice([bucket.proxy.refusal(request, 500, "InternalError", "We encountered an internal error."),
-                              bucket.proxy.refusal(request, 503, "SlowDown", "Please reduce your request rate."),
-                              "reset", "cut", "lost"])
-        if action == "cut":
-            return dice.choice([0, 10, 1000, 50000]) if request.kind == "GET" else "reset"
-        return action
+        return dice.choice([bucket.proxy.refusal(request, 500, "InternalError", "We encountered an internal error."),
+                            bucket.proxy.refusal(request, 503, "SlowDown", "Please reduce your request rate."), "reset", "lost",
+                            dice.choice([0, 10, 1000, 50000]) if request.kind == "GET" else "reset"])
 
     bucket.proxy.rule = rule
     with replicate.init(path="replicate.yaml", quiet=True) as experiment:
@@ -4685,13 +4667,12 @@ def test_a_live_process_s_journal_is_shown_but_left_to_it(repo):
 def test_torn_and_foreign_lines_of_a_journal_are_passed_over(repo):
     write_repository(repo, experiment_document(hex_id("1e"), checkpoints=[checkpoint_document(hex_id("1c"))]))
     (repo / "journals").mkdir()
-    lines = [json.dumps({"checkpoint": checkpoint_document(hex_id("2c"))}),
-             json.dumps({"checkpoint": checkpoint_document(hex_id("3c"))})[:60], "null", "[]", "{}", "\0\0\0", "5",
-             json.dumps({"checkpoint": dict(checkpoint_document(hex_id("4c")), step="x")}),
-             json.dumps({"checkpoint": checkpoint_document(hex_id("1c"))}),
-             json.dumps({"checkpoint": checkpoint_document(hex_id("5c"))}),
-             json.dumps({"checkpoint": checkpoint_document(hex_id("6c"))}), json.dumps({"removed": hex_id("5c")}),
-             json.dumps({"checkpoint": checkpoint_document(hex_id("7c"))})[:-1]]
+
+    def line(letter, **fields):
+        return json.dumps({"checkpoint": dict(checkpoint_document(hex_id(letter)), **fields)})
+
+    lines = [line("2c"), line("3c")[:60], "null", "[]", "{}", "\0\0\0", "5", line("4c", step="x"), line("1c"), line("5c"),
+             line("6c"), json.dumps({"removed": hex_id("5c")}), line("7c")[:-1]]
     (repo / "journals" / (hex_id("1e") + ".abcd.jsonl")).write_text("\n".join(lines))
     (repo / "journals" / (hex_id("2e") + ".abcd.jsonl")).write_text(lines[0])  # of an experiment that is gone
     (repo / "journals" / "notes.txt").write_text("not ours")
