@@ -492,17 +492,12 @@ class Duck:
         return {key}
 
 
-class Torch:
-    """Has a dtype as torch has it."""
-
-    class dtype:
-        def __str__(self):
-            return "torch.float32"
+DTYPE = type("dtype", (), {"__str__": lambda self: "torch.float32"})()  # as torch has it
 
 
 @pytest.mark.parametrize("value, plain", [
     (Shade.DARK, "DARK"), (Rate.LOW, 3), ({2, "a", 1.5, "A"}, [1.5, 2, "A", "a"]), (frozenset(), []), ({"b": 1}.keys(), ["b"]),
-    (len, "len"), (utc, "utc"), (Layer, "Layer"), (json, "json"), (Torch.dtype(), "torch.float32"),
+    (len, "len"), (utc, "utc"), (Layer, "Layer"), (json, "json"), (DTYPE, "torch.float32"),
     (datetime.date(2020, 1, 2), "2020-01-02"), (range(3), [0, 1, 2]), (Decimal("0.5"), 0.5), (Path("a/b"), "a/b"),
     (argparse.Namespace(lr=1, opt=Shade.DARK), {"lr": 1, "opt": "DARK"}), (types.SimpleNamespace(a=[{1}]), {"a": [[1]]}),
     (Layer(2, Layer()), {"size": 2, "inner": {"size": 8, "inner": None}}), (types.MappingProxyType({"a": 1}), {"a": 1}),
@@ -1019,17 +1014,14 @@ def test_long_and_odd_filters_are_answered_or_refused(text):
 
 
 def test_rows_sort_by_kind_with_missing_values_last():
-    values = {"a": 3, "b": None, "c": "x", "d": 1.5, "e": "[NaN]", "f": True, "g": [1], "h": "abc", "i": ABSENT_PARAM}
-    rows = [make_row({"v": value} if value is not ABSENT_PARAM else {}, created="2006-01-02T14:54:%02dZ" % number, user=name)
+    values = {"a": 3, "b": None, "c": "x", "d": 1.5, "e": "[NaN]", "f": True, "g": [1], "h": "abc", "i": replicate.ABSENT}
+    rows = [make_row({"v": value} if value is not replicate.ABSENT else {}, created="2006-01-02T14:54:%02dZ" % number, user=name)
             for number, (name, value) in enumerate(values.items())]
     order = lambda *key: "".join(row.value("user") for row in replicate.sort_rows(rows, *key))  # noqa: E731
     assert order("v", False) == "dafhcgbei"
     assert order("v", True) == "gchfadbei"
     assert order("params.v", False) == "dafhcgbei"
     assert order("started", False) == "abcdefghi" and order("created", True) == "ihgfedcba"
-
-
-ABSENT_PARAM = object()
 
 
 @pytest.mark.parametrize("key, wanted", [
@@ -2450,20 +2442,16 @@ def test_a_heartbeat_that_fails_or_hangs_does_not_hold_up_checkpoints(bucket, pr
     assert bucket.steps() == [0]
 
 
-def test_what_a_bucket_has_stays_when_the_pending_area_is_deleted(bucket, project, training):
-    script = training("""
-        replicate.HEARTBEAT_INTERVAL = 0.05
-        experiment = replicate.init(quiet=True)
-        save(0)
-        wait("saved")
-        experiment.checkpoint(step=1, quiet=True)
-        """)
-    script.expect("saved")
-    until(lambda: len(bucket.checkpoints()) == 1 and not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
+def test_what_a_bucket_has_stays_when_the_pending_area_is_deleted(bucket, project, monkeypatch, capsys):
+    monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.05)
+    experiment = replicate.init(quiet=True)
+    save(experiment, 0)
+    until(lambda: len(bucket.checkpoints()) == 1)
+    until(lambda: not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
     shutil.rmtree(str(project / ".replicate/pending"))
-    until(lambda: "it is no longer recorded" in script.stderr)
-    script.go()
-    assert "was removed from file://" in script.end()
+    until(lambda: re.search("was removed from file://(?s:.*)it is no longer recorded", capsys.readouterr().err))
+    experiment.checkpoint(step=1, quiet=True)
+    experiment.stop()
     assert bucket.steps() == [0]
 
 
@@ -4549,15 +4537,13 @@ def test_rm_that_cannot_finish_keeps_the_document_and_can_be_run_again(project, 
     assert not [name for name in tree(repo) if first.id in name or first.checkpoints[0].id in name]
 
 
-def test_rm_killed_anywhere_can_be_run_again(project, repo):
+def test_rm_killed_anywhere_can_be_run_again(project, repo, call):
     """The process dies just before its first, second, third... removal; the document must outlive everything else."""
     killed_rm = """
         import os, signal, sys, replicate
-        left, unlink = int(sys.argv[1]), os.unlink
+        spared, unlink = iter(range(int(sys.argv[1]))), os.unlink
         def count(path, *more, **named):
-            global left
-            left -= 1
-            if left < 0:
+            if next(spared, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             unlink(path, *more, **named)
         os.unlink = count
@@ -4580,8 +4566,7 @@ def test_rm_killed_anywhere_can_be_run_again(project, repo):
         if [name for name in left if not name.startswith(("metadata/experiments", "tmp/%s.json.lock" % ids[0]))]:
             assert experiment.id in listed(repo)
         if experiment.id in listed(repo):
-            again = run("rm", "-f", experiment.id)
-            assert again.returncode == 0, again.stderr
+            assert call("rm", "-f", experiment.id)[0] == 0
             assert not [name for name in tree(repo) if any(item in name for item in ids)]
     assert count >= 4 and left == []
 
