@@ -315,8 +315,7 @@ def test_stdout_in_a_pipe_has_no_colors_while_stderr_is_a_terminal(project):
 def test_a_closed_pipe_is_no_error(project):
     write_repository(project / "repo", *(experiment_document("%064x" % number, params={"text%d" % i: "x" * 50 for i in range(9)})
                                          for number in range(1500)))
-    process = subprocess.Popen([sys.executable, str(PROGRAM), "ls", "--json"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(PROGRAM), "ls", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"[\n"
     process.stdout.close()
     assert process.stderr.read() == b""
@@ -772,13 +771,12 @@ def nested(depth, kind=list):
 WRONG_FIELDS = [
     {"id": "2e" * 32}, {"id": None}, {"id": 7}, {"id": "../x"}, {"created": None}, {"created": 3}, {"created": "yesterday"},
     {"created": "0001-01-01T00:00:00+23:59"}, {"created": "9999-12-31T23:59:59-23:59"}, {"created": "2006-13-45T99:00:00Z"},
-    {"created": ["2"] * 27}, {"created": {str(number): 1 for number in range(27)}}, {"created": "x" * 26 + "Z"},
-    {"params": [1]}, {"params": "x"}, {"params": 0}, {"host": 7}, {"user": ["x"]}, {"config": "x"}, {"command": {}},
-    {"path": 1}, {"python_version": 3.11}, {"python_packages": ["a"]}, {"python_packages": {"a": None}},
-    {"python_packages": {"a": {}}}, {"python_packages": {"a": 1}},
-    {"replicate_version": 1}, {"keepsake_version": []}, {"checkpoints": {}},
-    {"checkpoints": [None]}, {"checkpoints": ["x"]}, {"checkpoints": [[]]}, {"params": nested(60)},
-    {"params": {"a": nested(60)}}, {"params": {"a": nested(60, dict)}}, {"unknown": nested(100)},
+    {"created": ["2"] * 27}, {"created": {str(number): 1 for number in range(27)}}, {"created": "x" * 26 + "Z"}, {"params": [1]},
+    {"params": "x"}, {"params": 0}, {"host": 7}, {"user": ["x"]}, {"config": "x"}, {"command": {}}, {"path": 1}, {"path": ["x"]},
+    {"python_version": 3.11}, {"python_packages": ["a"]}, {"python_packages": {"a": None}}, {"python_packages": {"a": {}}},
+    {"python_packages": {"a": 1}}, {"replicate_version": 1}, {"keepsake_version": []}, {"checkpoints": {}},
+    {"checkpoints": [None]}, {"checkpoints": ["x"]}, {"checkpoints": [[]]}, {"params": nested(60)}, {"params": {"a": nested(60)}},
+    {"params": {"a": nested(60, dict)}}, {"unknown": nested(100)},
     *[{"checkpoints": [dict(GOOD_DOCUMENT["checkpoints"][0], **change), GOOD_DOCUMENT["checkpoints"][1]]} for change in [
         {"id": "x"}, {"id": "../../etc/passwd"}, {"id": "3c" * 32}, {"created": "2006"}, {"created": ""}, {"created": {}},
         {"created": "0001-01-01T00:00:00+10:00"}, {"step": 1.5}, {"step": "1"}, {"step": True},
@@ -2461,20 +2459,14 @@ def is_upload(request):
     return request.kind in ("PUT", "START", "PART") and "checkpoints/" in request.key
 
 
-def stalled_archives(proxy, count):
-    """Let `count` uploads of checkpoint archives through, then let the next ones hang; the list grows as they do."""
-    held, seen = [], set()
+def stall_archives(proxy, count):
+    """Let `count` uploads of checkpoint archives through, and let the next ones hang; returns whether one does, when called."""
+    def is_stalled():
+        return len({request.key for request in proxy.seen() if is_upload(request)}) > count
 
-    def rule(request):
-        if is_upload(request):
-            seen.add(request.key)
-            if len(seen) > count:
-                held.append(request.key)
-                return "stall"
-        return None
-
-    proxy.rule = rule
-    return held
+    proxy.clear()
+    proxy.rule = lambda request: "stall" if is_upload(request) and is_stalled() else None
+    return is_stalled
 
 
 def once(proxy, when, action):
@@ -2536,10 +2528,10 @@ def record_offline(script, place, project, rule, proxy=None):
 
 @pytest.mark.parametrize("by", ["push", "the next run"])
 def test_what_a_killed_process_left_is_sent(bucket, project, training, by):
-    held = stalled_archives(bucket.proxy, 2)
+    is_stalled = stall_archives(bucket.proxy, 2)
     script = training(KILLED)
     script.expect("saved")
-    until(lambda: held)
+    until(is_stalled)
     script.kill()
     (before,) = pending_documents(project)
     mend(bucket.proxy)
@@ -2563,9 +2555,9 @@ def test_a_push_that_is_refused_or_interrupted_can_be_run_again(bucket, project,
     done = run("push")
     assert done.returncode == 1 and "You may not do that" in done.stderr and "Traceback" not in done.stderr
     assert len(pending_documents(project)[0]["checkpoints"]) == 6
-    held = stalled_archives(bucket.proxy, 2)
+    is_stalled = stall_archives(bucket.proxy, 2)
     push = subprocess.Popen([sys.executable, str(PROGRAM), "push"], stderr=subprocess.PIPE, universal_newlines=True)
-    until(lambda: held)
+    until(is_stalled)
     push.send_signal(signal.SIGINT)
     _, errors = push.communicate(timeout=30)
     assert push.returncode == 130 and "Traceback" not in errors, errors
@@ -4694,13 +4686,12 @@ def test_what_a_killed_recorder_left_goes_at_once(project, repo, by):
         assert list(tree(repo)) == ["repository.json"]
         return
     beat.write_text(json.dumps({"experiment_id": done.stdout.strip(), "last_heartbeat": "2020-01-01T00:00:00Z"}))
-    live = repo / "metadata/heartbeats" / (hex_id("1e") + ".json")
-    live.write_text(json.dumps({"experiment_id": hex_id("1e"), "last_heartbeat": replicate.timestamp()}))
+    write_repository(repo, running=[A])
     if by == "a command":
         assert run("ls").returncode == 0
     else:
         replicate.init(quiet=True).stop()
-    assert names_in(repo / "tmp") == [] and names_in(live.parent) == [live.name]
+    assert names_in(repo / "tmp") == [] and names_in(beat.parent) == [A + ".json"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
