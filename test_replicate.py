@@ -772,8 +772,8 @@ WRONG_FIELDS = [
     {"id": "2e" * 32}, {"id": None}, {"id": 7}, {"id": "../x"}, {"created": None}, {"created": 3}, {"created": "yesterday"},
     {"created": "0001-01-01T00:00:00+23:59"}, {"created": "9999-12-31T23:59:59-23:59"}, {"created": "2006-13-45T99:00:00Z"},
     {"created": ["2"] * 27}, {"created": {str(number): 1 for number in range(27)}}, {"created": "x" * 26 + "Z"},
-    {"params": [1]}, {"params": "x"}, {"params": 0}, {"host": 7}, {"user": ["x"]}, {"config": "x"}, {"command": {}}, {"path": 1},
-    {"path": ["x"]}, {"python_version": 3.11}, {"python_packages": ["a"]}, {"python_packages": {"a": None}},
+    {"params": [1]}, {"params": "x"}, {"params": 0}, {"host": 7}, {"user": ["x"]}, {"config": "x"}, {"command": {}},
+    {"path": 1}, {"path": ["x"]}, {"python_version": 3.11}, {"python_packages": ["a"]}, {"python_packages": {"a": None}},
     {"python_packages": {"a": {}}}, {"python_packages": {"a": 1}}, {"replicate_version": 1}, {"keepsake_version": []},
     {"checkpoints": {}}, {"checkpoints": [None]}, {"checkpoints": ["x"]}, {"checkpoints": [[]]}, {"params": nested(60)},
     {"params": {"a": nested(60)}}, {"params": {"a": nested(60, dict)}}, {"unknown": nested(100)},
@@ -4488,7 +4488,7 @@ def recorded_pair(project):
 
 
 def test_rm_leaves_nothing_of_what_it_removes_and_all_of_the_rest(project, repo):
-    """First of a checkpoint, then of the other experiment; if it cannot finish, the document stays, and it can be run again."""
+    """First of a checkpoint, then of the other experiment: if it cannot finish, the document stays, and it runs again."""
     first, second = recorded_pair(project)
     removed = first.checkpoints[0]
     expected = {item["id"]: item for item in stored_documents(repo)}
