@@ -1052,6 +1052,7 @@ def git_in(document: Dict[str, Any]) -> Dict[str, Any]:
 
 ENDINGS = ("completed", "failed", "interrupted", "terminated")
 OPEN = "open"  # the status of an outcome until the run ends
+STATUSES = ("running", "stopped", *ENDINGS, "lost")  # that a filter may name; all but "running" are also "stopped"
 
 
 def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
@@ -1622,6 +1623,8 @@ class FilterParser:
         try:
             return Comparison(name, operator, self.convert(name, operator, text, quoted), text)
         except ValueError as error:
+            self.position = head.end()
+            self.take(r"\s*")
             self.fail(str(error))
 
     def value_text(self) -> Tuple[str, bool]:
@@ -1676,11 +1679,14 @@ class FilterParser:
                 raise ValueError("the regular expression is invalid: %s" % error) from error
         if operator == "in":
             items = read_list(text)
-            return [str(item) for item in items] if name in TEXT_FIELDS else items
+            items = [str(item) for item in items] if name in TEXT_FIELDS else items
+            return check_statuses(items) if name == "status" else items
         if not quoted and text in ("null", "None"):
             return None
         if name in TIME_FIELDS:
             return read_date(text)
+        if name == "status" and operator in ("=", "==", "!="):
+            check_statuses([text])
         return text if quoted or name in TEXT_FIELDS else read_value(text)
 
     def match(self, pattern: str) -> Optional[re.Match]:
@@ -1698,6 +1704,15 @@ class FilterParser:
         """Raise the error for the current position."""
         raise ReplicateError("Filter %s cannot be read at character %d: %s.\n\n%s" % (
             json.dumps(self.text, ensure_ascii=False), self.position + 1, reason, FILTER_HELP))
+
+
+def check_statuses(texts: List[str]) -> List[str]:
+    """The same texts. Raises ValueError if one is a status that no experiment can have."""
+    for text in texts:
+        if text not in STATUSES:
+            raise ValueError("there is no status %r.%s Choose from %s" % (
+                text, nearest(text.lower(), STATUSES), ", ".join(STATUSES)))
+    return texts
 
 
 def read_value(text: str) -> Any:
@@ -1909,7 +1924,7 @@ def read_config(path: str) -> str:
     if not isinstance(url, str) or not url:
         raise RepositoryConfigurationError("%s: '%s' must be a URL such as 's3://my-bucket'." % (path, key))
     if key == "storage":
-        console.warning("%s: 'storage' is deprecated, call it 'repository'." % path)
+        console.warning("%s: 'storage' is deprecated: call it 'repository'." % path)
     return url
 
 
@@ -2118,6 +2133,8 @@ class DiskStorage(Storage):
         return "%s%s%s" % (self.root, os.sep, key if os.sep == "/" else key.replace("/", os.sep))
 
     def prepare(self) -> None:
+        if not hasattr(os, "pwrite"):
+            raise WriteError("Recording needs Linux or macOS. On Windows, record in WSL: the commands work in both.")
         try:
             os.makedirs(self.root, exist_ok=True)
             with self._new_lock("probe"):
@@ -2147,19 +2164,22 @@ class DiskStorage(Storage):
             raise self._read_failure(key, error) from error
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        try:
-            file = open_regular(self.path(key), follow=True)
-        except OSError as error:
-            raise self._read_failure(key, error) from error
+        file = self._open(key)
         if end is None and not start:
             return file
         end = os.fstat(file.fileno()).st_size if end is None else end
         return FileRange(file, start, end)  # type: ignore[return-value]
 
     def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
-        file = self.open(key)
+        file = self._open(key)
         return (disk_entry(key, os.fstat(file.fileno())),
                 lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
+
+    def _open(self, key: str) -> RegularFile:
+        try:
+            return open_regular(self.path(key), follow=True)
+        except OSError as error:
+            raise self._read_failure(key, error) from error
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
@@ -2178,6 +2198,8 @@ class DiskStorage(Storage):
             with os.fdopen(lock.descriptor, "wb", 0, closefd=False) as file:
                 result = write(file)
             os.close(os.dup(lock.descriptor))  # NFS reports a full disk only here
+            if not lock.is_held:  # Windows, which has no such locks, moves only closed files
+                lock.release(remove=False)
             self._move_in(lock.path, key)
             return result
         except OSError as error:
@@ -2304,13 +2326,13 @@ CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 class FileRange:
     """The bytes [start, end) of an open file, which stays open."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
+    def __init__(self, file: RegularFile, start: int, end: int) -> None:
         self._file, self._position, self._end = file, start, end
 
     def read(self, size: int = -1) -> bytes:
         """Up to size bytes (-1: all), b"" at the end."""
         left = self._end - self._position
-        data = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._position)
+        data = self._file.read_at(self._position, left if size < 0 else min(size, left))
         self._position += len(data)
         return data
 
@@ -2325,7 +2347,7 @@ class Unreadable(OSError):
     """A file cannot be opened or is not a regular one; the text is the reason."""
 
 
-def open_regular(path: str, follow: bool = False) -> BinaryIO:
+def open_regular(path: str, follow: bool = False) -> RegularFile:
     """Open a regular file for reading; never waits, even if path is a FIFO. Raises Unreadable."""
     flags = os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC | (0 if follow else NOFOLLOW)
     try:
@@ -2337,11 +2359,24 @@ def open_regular(path: str, follow: bool = False) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Unreadable(0, "it is not a regular file")
-    return RegularFile(descriptor, "rb")
+    return RegularFile(descriptor)
 
 
 class RegularFile(io.FileIO):
-    """A file that closes without a ResourceWarning when it is dropped: an archive stays open as long as it is used."""
+    """A file open for reading, which threads may share.
+
+    It closes without a ResourceWarning when it is dropped: an archive stays open as long as it is used.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "rb")
+        self._reading = threading.Lock()
+
+    def read_at(self, position: int, size: int) -> bytes:
+        """Up to size bytes from a position."""
+        with self._reading:
+            self.seek(position)
+            return self.read(size)
 
     def __del__(self) -> None:
         self.close()
@@ -2357,7 +2392,7 @@ class FileLock:
         self.path = path
         self.descriptor = -1
         self.is_held = False  # stays False after acquire() if the file system has no locks
-        self._flags = os.O_RDWR | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
+        self._flags = os.O_RDWR | BINARY | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
 
     def acquire(self, wait: bool = True) -> bool:
         """Take the lock; False if another process holds it and wait is False. Raises OSError."""
@@ -2388,11 +2423,13 @@ class FileLock:
             return os.open(self.path, self._flags, 0o666)
 
     def release(self, remove: bool = True) -> None:
-        """Release the lock; removes its file first, unless remove is False."""
+        """Release the lock, and remove its file unless remove is False."""
         if self.descriptor >= 0:
-            if remove:
+            if remove and self.is_held:  # first: another process may lock it afterwards
                 remove_file(self.path)
             os.close(self.descriptor)
+            if remove and not self.is_held:  # Windows removes only closed files
+                remove_file(self.path)
             self.descriptor, self.is_held = -1, False
 
     def __enter__(self) -> FileLock:
@@ -2409,7 +2446,7 @@ def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
     """
     try:
         import fcntl
-    except ImportError:  # on Windows, nothing keeps two processes from recording into one experiment
+    except ImportError:  # on Windows, where nothing is recorded
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -4347,7 +4384,7 @@ class Repository:
     def _append_removal(self, key: str, checkpoint_id: str) -> None:
         """Note in a journal that nobody may fold this checkpoint."""
         try:
-            descriptor = os.open(self.storage.path(key), os.O_WRONLY | os.O_APPEND | CLOEXEC)  # type: ignore
+            descriptor = os.open(self.storage.path(key), os.O_WRONLY | os.O_APPEND | BINARY | CLOEXEC)  # type: ignore
         except FileNotFoundError:
             return
         try:
@@ -4689,7 +4726,8 @@ def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Exper
             rows = list_rows(repository)
         matches = _matches(name, rows, load)
         if not matches:
-            raise DoesNotExist("Experiment or checkpoint not found: %s" % (name or "the ID is empty"))
+            known = [text_in(row.summary, "name") or "" for row in rows]
+            raise DoesNotExist("Experiment or checkpoint not found: %s.%s" % (name or "the ID is empty", nearest(name, known)))
         if len(matches) > 1:
             raise _ambiguous(name, matches)
         found.append(matches[0])
@@ -4716,8 +4754,8 @@ def _ambiguous(name: str, matches: Sequence[Tuple[Experiment, Optional[Checkpoin
     kinds = ["%s %s" % ("checkpoint" if checkpoint else "experiment", (checkpoint or experiment).id[:digits])
              for experiment, checkpoint in matches]
     return DoesNotExist("The %s is ambiguous: it could be %s%s. Type %s." % (
-        "ID " + name if is_id(name) else "name %r" % name, ", ".join(kinds[:5]),
-        " and %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
+        "ID " + name if is_id(name) else "name %r" % name, " or ".join(kinds[:5]),
+        " or %d more" % (len(kinds) - 5) if len(kinds) > 5 else "", "more of it" if is_id(name) else "one of these IDs"))
 
 
 class RowCache:
@@ -5107,9 +5145,9 @@ class Checkout:
                 if path in self.files:
                     return
         if not self.files:
-            owner = "%s %s" % (layers[-1][0][:-1], layers[-1][1][:SHORT_ID])
-            raise DoesNotExist("There is no file or directory %s in %s.%s" % (path, owner, nearest(path, names)) if path
-                               else "The archive of %s is empty." % owner)
+            owners = " or ".join("%s %s" % (kind[:-1], item_id[:SHORT_ID]) for kind, item_id in reversed(layers))
+            raise DoesNotExist("There is no file or directory %s in %s.%s" % (path, owners, nearest(path, names)) if path
+                               else "There are no files in %s." % owners)
 
     def check_target(self) -> None:
         """Raise WriteError if a staged file cannot be moved into place safely."""
@@ -5189,6 +5227,8 @@ def same_content(left: str, right: str) -> bool:
 
 def process_is_alive(pid: int) -> bool:
     """Whether a process of this machine exists."""
+    if os.name == "nt":  # where os.kill() would send it Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -6200,6 +6240,8 @@ class Clock:
 class Messages:
     """What a recorder tells the user: each problem once, and checkpoints without files at most once a second."""
 
+    has_hinted = False  # whether this process has given hint_at_outputs()
+
     def __init__(self) -> None:
         self.reported: Set[str] = set()
         self._next_time = 0.0   # monotonic seconds, before which checkpoints without files are not shown
@@ -6213,6 +6255,14 @@ class Messages:
         elif text not in self.reported:
             self.reported.add(text)
             console.error(text)
+
+    def hint_at_outputs(self, path: str, is_directory: bool) -> None:
+        """Tell the user, once in each process, that init() saved what an earlier run wrote at path, and how to avoid that."""
+        if not Messages.has_hinted:
+            Messages.has_hinted = True
+            line = "/%s%s" % (path, "/" if is_directory else "")
+            console.info("init() saved the %s of an earlier run as code, so CODE differs from run to run. To leave it out, "
+                         "add the line '%s' to .replicateignore: checkpoint() still saves it." % (path, line))
 
     def report_checkpoint(self, checkpoint: Checkpoint, problems: List[str], failure: Optional[str], quiet: bool) -> None:
         """Print what became of a checkpoint: its invalid arguments, why the journal failed, or that it was recorded."""
@@ -6276,6 +6326,7 @@ class Recorder:
         self.clock = Clock(self)
         self.worker = Worker(self, remote, prepared, lock)
         self.messages = Messages()
+        self.code: Dict[str, Tuple[int, int]] = {}    # size and CRC-32 of each file that init() saved
         self._saving: List[Any] = []                  # a lock for each running checkpoint(), which holds it
         self._live: Optional[FileLock] = None         # see live_lock(); the pending area has owner_lock() instead
         self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
@@ -6357,8 +6408,11 @@ class Recorder:
             raise ValueError("path %r contains no files to save" % (path,))
         warn_if_disk_is_low(self.storage.root, sum(source.size for source in sources), self.messages.reported)
         self.worker.wait_for_room(quiet)
-        _, large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
+        table, large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
         checkpoint._document["path"] = saved
+        is_changed = any(self.code.get(name, (size, crc)) != (size, crc) for name, _, size, crc in table.files)
+        if is_changed and saved != "." and not quiet:
+            self.messages.hint_at_outputs(saved, os.path.isdir(os.path.join(self.directory, saved)))
         with self.changed:
             self._keys.append(archive_key("checkpoints", checkpoint.id))
             if self.gone:  # removed while it was written
@@ -6547,7 +6601,7 @@ def _valid_primary(primary: Any, problems: List[str]) -> Optional[Dict[str, str]
             return {"name": str.__str__(name), "goal": str.__str__(goal)}
         shown = repr(primary)[:80]
     except Exception:  # a foreign object may raise anything
-        shown = "a " + type(primary).__name__
+        shown = type(primary).__name__
     problems.append("primary_metric must be (name, 'maximize' or 'minimize'), not %s" % shown)
     return None
 
@@ -6815,7 +6869,7 @@ def install_exit_hooks() -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 NO_REPOSITORY = ("There is no replicate.yaml and no %s in %s or above it. Record a first run with replicate.init() in "
-                 "a script, see how it looks with 'replicate demo', or name a repository with -R.")
+                 "a script, see how it looks with '%s demo', or name a repository with -R.")
 
 
 class ArgumentError(ReplicateError, TypeError, ValueError):
@@ -6864,7 +6918,7 @@ class Project:
         """Open the repository without checking its version. Raises ConfigNotFound if there is none."""
         location = self.location
         if location.url is None:
-            raise ConfigNotFound(NO_REPOSITORY % (DEFAULT_STORAGE, location.directory))
+            raise ConfigNotFound(NO_REPOSITORY % (DEFAULT_STORAGE, location.directory, program_name()))
         repository = Repository(location.url)
         if not repository.storage.has_journals:
             pending = self.pending()
@@ -7158,7 +7212,8 @@ def _save_code(recorder: Recorder, sources: Sequence[Source]) -> None:
     warn_if_code_is_large(sources)
     warn_if_disk_is_low(recorder.directory, sum(source.size for source in sources), set())
     table, large = save_archive(recorder.storage, "experiments", experiment.id, sources)
-    experiment._document["code"] = code_digest({name: (size, crc or 0) for name, _, size, crc in table.files})
+    recorder.code = {name: (size, crc or 0) for name, _, size, crc in table.files}
+    experiment._document["code"] = code_digest(recorder.code)
     if large:
         recorder.worker.pack_later("experiments", experiment.id)
 
@@ -7354,7 +7409,7 @@ class ExperimentCollection:
         names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS) if entry.name.endswith(".json")]
         ids = [name for name in names if experiment_id and name.startswith(experiment_id) and is_id(name)]
         if not ids:
-            raise DoesNotExist("Experiment not found: %s" % (experiment_id or "the ID is empty"))
+            raise DoesNotExist("Experiment not found: %s." % (experiment_id or "the ID is empty"))
         if len(ids) > 1 and experiment_id not in ids:
             raise DoesNotExist("The ID %s is ambiguous: the IDs of %d experiments start with it." % (experiment_id, len(ids)))
         found = experiment_id if experiment_id in ids else ids[0]
@@ -7682,10 +7737,23 @@ def pad(text: str, width: int) -> str:
     return text.ljust(width) if text.isascii() else text + " " * (width - display_width(text))
 
 
+def shortened(text: str, width: int) -> str:
+    """text, cut with '...' if its display width is larger. A number keeps its exponent."""
+    if display_width(text) <= width:
+        return text
+    end = "..." + re.search(r"(e[+-]\d\d\d?)?$", text).group()  # type: ignore[union-attr]
+    while text and display_width(text) > width - len(end):
+        text = text[:-1]
+    return text + end
+
+
 def wrapped(text: str, width: int) -> List[str]:
-    """text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`."""
+    """text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`.
+
+    `(step 4)` stays on one line.
+    """
     lines, line = [], ""
-    for word in text.split(" "):
+    for word in re.split(r" (?!\d+\))", text):
         if line and display_width(line) + 1 + display_width(word) <= width:
             line += " " + word
             continue
@@ -7696,7 +7764,8 @@ def wrapped(text: str, width: int) -> List[str]:
             end = start + width
             while end > start + 1 and display_width(word[start:end]) > width:
                 end -= 1
-            mark = max(word.rfind(mark, start, end) for mark in "=._/-")
+            marks = [word.rfind(mark, start, end) for mark in "=._/-"]
+            mark = marks[0] if marks[0] >= 0 else max(marks)  # `=` first, so that no number is broken at its point
             if mark >= 0:
                 end = mark + 1
             lines.append(word[start:end])
@@ -7724,15 +7793,16 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
 
     width: of the terminal, to which cells are wrapped; None for no limit.
     """
-    from itertools import zip_longest
+    from itertools import chain, zip_longest
 
-    def longest(parts: Callable[[str], List[str]]) -> List[int]:
-        texts = ["\n".join((title, *cells)) for title, cells in columns]
-        return [max(map(len if text.isascii() else display_width, parts(text)), default=0) for text in texts]
+    def longest(cells: Sequence[str], parts: Callable[[str], List[str]]) -> int:
+        measure = len if all(map(str.isascii, cells)) else display_width
+        return max(map(measure, chain.from_iterable(map(parts, cells))), default=0)
 
-    widths = natural = longest(lambda cell: cell.split("\n"))
+    table = [(title, *cells) for title, cells in columns]
+    widths = natural = [longest(cells, str.splitlines) for cells in table]
     if width and sum(natural) + 2 * (len(natural) - 1) > width:
-        widths = narrowed(natural, longest(str.split), width)
+        widths = narrowed(natural, [longest(cells, str.split) for cells in table], width)
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
@@ -7741,7 +7811,7 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
         return [part for line in lines for part in wrapped(line, widths[column])]
 
     template = "  ".join(["%%-%ds" % column_width for column_width in widths])
-    for row in zip(*[(title, *cells) for title, cells in columns]):
+    for row in zip(*table):
         lines = zip_longest(*map(lines_of, row, range(len(row))), fillvalue="")
         padded = map(template.__mod__, lines) if all(map(str.isascii, row)) else [
             "  ".join(map(pad, line, widths)) for line in lines]
@@ -7871,7 +7941,7 @@ def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool
         return str(datetime.timedelta(seconds=round(value)))
     if name == "id" or name == "commit" and row.is_label(name):
         return escape_control(value or "")[:SHORT_ID]
-    if type(value) is float:
+    if type(value) in (int, float):
         return format_cell(value)
     text = full_text(row, name, value)
     return format_cell(text) if cut else escape_control(text)
@@ -7941,8 +8011,8 @@ def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Pain
 
 def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> Iterator[str]:
     """Yield the lines of `du`: the experiments, then their total."""
-    def sizes(title: str, counts: Sequence[int]) -> Column:
-        texts = [format_size(count) for count in (*counts, sum(counts))]
+    def numbers(title: str, counts: Sequence[int], text: Callable[[int], str] = format_size) -> Column:
+        texts = [text(count) for count in (*counts, sum(counts))]
         width = max(map(len, [title, *texts]))
         return title.rjust(width), [text.rjust(width) for text in texts]
 
@@ -7951,10 +8021,10 @@ def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> I
     if any(names):
         columns.append(("NAME", [*names, ""]))
     columns += [("STARTED", [*(relative_time(row.created, now) for row in rows), ""]),
-                ("CHECKPOINTS", [*(str(row.summary["num_checkpoints"]) for row in rows), ""]),
-                sizes("CODE", [usage.code[row.id] for row in rows]),
-                sizes("WEIGHTS", [usage.weights[row.id] for row in rows]),
-                sizes("TOTAL", [usage.total(row.id) for row in rows])]
+                numbers("CHECKPOINTS", [row.summary["num_checkpoints"] for row in rows], str),
+                numbers("CODE", [usage.code[row.id] for row in rows]),
+                numbers("WEIGHTS", [usage.weights[row.id] for row in rows]),
+                numbers("TOTAL", [usage.total(row.id) for row in rows])]
     return (line + "\n" for line in table_rows(columns))
 
 
@@ -7974,15 +8044,22 @@ def render_csv(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
         yield line((full_text(row, name, value), not _is_number(value)) for name, value in values)
 
 
-def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)") -> str:
+def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int = SHOW_WIDTH, empty: str = "(none)",
+                  width: Optional[int] = None) -> str:
     """A title (if any), then blocks of `label: text ...` rows, each block below its heading.
 
-    All blocks share the widths of their columns, which are at least `least`.
+    All blocks share the widths of their columns, which are at least `least`; in a terminal with less than the width that
+    this takes, they are as narrow as necessary, and texts are cut.
     """
     tables = [[[escape_control(row[0] or "") + ":", *[escape_control(text or "") for text in row[1:]]] for row in rows]
               for _, rows in blocks]
-    columns = list(zip(*[cells for table in tables for cells in table]))
-    widths = [max([least, *[display_width(text) + 2 for text in column]]) for column in columns[:-1]]
+    columns = zip(*[cells for table in tables for cells in table])
+    longest = [max(map(display_width, column)) for column in columns]
+    widths = [max(least, length + 2) for length in longest[:-1]]
+    if width and sum(widths + longest[-1:]) > width:
+        longest = narrowed(longest, [*longest[:1], *[SHORT_ID] * len(widths)], width)
+        widths = [length + 2 for length in longest[:-1]]
+        tables = [[list(map(shortened, cells, longest)) for cells in table] for table in tables]
     parts = [paint(title, "heading") + "\n"] if title else []
     for (heading, _), table in zip(blocks, tables):
         lines = [paint(heading, "bold")] if heading else []
@@ -8133,15 +8210,15 @@ def file_rows(sets: Sequence[Any]) -> Dict[str, List[Any]]:
     return dict(sorted(rows.items()))
 
 
-def render_diff(found: Differences, paint: Paint) -> str:
-    """`diff`: the IDs, then in each block the rows that differ."""
+def render_diff(found: Differences, paint: Paint, width: Optional[int] = None) -> str:
+    """`diff`: the IDs, then in each block the rows that differ. width: of the terminal; None for no limit."""
     blocks = []
     for heading, values in found.blocks.items():
         rows = [(label, *[difference_cell(heading, label, value) for value in row]) for label, row in values.items()]
         if heading in found.ids:
             rows.insert(0, ("ID", *[item_id[:SHORT_ID] if item_id else "(none)" for item_id in found.ids[heading]]))
         blocks.append((heading, rows))
-    return render_blocks("", blocks, paint, DIFF_WIDTH, "(no difference)")
+    return render_blocks("", blocks, paint, DIFF_WIDTH, "(no difference)", width)
 
 
 def difference_cell(heading: str, label: str, value: Any) -> str:
@@ -8268,8 +8345,9 @@ class Scale:
         self.is_log, self.low, self.high = log, low, high
 
     def position(self, value: float) -> int:
-        """The position of a value."""
-        return min(self._size - 1, max(0, round((self._map(value) - self._low) / self._span * (self._size - 1))))
+        """The position of a value; of one in the middle between two, the upper."""
+        place = (self._map(value) - self._low) / self._span * (self._size - 1)
+        return min(self._size - 1, max(0, round(place + 1e-9)))
 
     def ticks(self, count: int) -> Dict[int, str]:
         """About count round numbers by position."""
@@ -8554,7 +8632,7 @@ td.best { color: var(--mark); font-weight: bold; }
 td.best::after { content: " ★"; }
 figure { margin: 0; position: relative; width: min(100%, 40rem); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg text { fill: var(--faint); font-size: 12px; }
 svg .axis { stroke: var(--line); }
 svg .curve { fill: none; stroke-width: 1.6; }
@@ -8633,6 +8711,12 @@ const short = run => run.id.slice(0, 7) + (run.name ? " " + run.name : "");
 function show(value) {  // a number, text or null
   if (isNumber(value)) return String(Number.isInteger(value) ? value : Number(value.toPrecision(5)));
   return value ?? "";
+}
+
+function tickText(value) {
+  const text = show(value);
+  if (isNumber(value)) return text.length > 7 ? Number(value.toPrecision(5)).toExponential().replace("e+", "e") : text;
+  return text.length > 10 ? text.slice(0, 9) + "…" : text;
 }
 
 function toggle(set, item, isIn) {
@@ -8767,7 +8851,7 @@ function smoothed(values) {
 }
 
 function axes(x, y) {
-  const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, show(text).slice(0, 12));
+  const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, tickText(text));
   return [draw("path", { class: "axis", d: `M${LEFT} 8V${HEIGHT - BOTTOM}H${WIDTH - 8}`, fill: "none" }),
     ...y.ticks(5).map(value => label(value, LEFT - 6, y(value) + 4, "end")),
     ...x.ticks(6).map(value => label(value, x(value), HEIGHT - BOTTOM + 16, "middle"))];
@@ -8910,7 +8994,7 @@ function showParallel() {
     draw("path", { class: "axis", d: `M${place(number)} 36V${height - 30}` }),
     draw("text", { x: place(number), y: 20, "text-anchor": "middle" }, name.length > 16 ? "…" + name.slice(-15) : name),
     ...scales[number].ticks(4).map(item => draw("text",
-      { x: place(number) - 4, y: scales[number](item) + 4, "text-anchor": "end" }, show(item).slice(0, 10)))]);
+      { x: place(number) - 4, y: scales[number](item) + 4, "text-anchor": "end" }, tickText(item)))]);
   section("parallel", draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Params and metrics of each run" },
     ...lines, ...marks));
 }
@@ -8945,10 +9029,15 @@ function differingLines(old, now) {  // [mark, line] pairs by a longest common s
   return [...found, ...old.slice(old.length - end).map(line => [" ", line])];
 }
 
+function linesOf(text) {
+  const lines = text.split("\n"), last = lines.pop();
+  return last ? [...lines, last + "\n\\ No newline at end of file"] : lines;  // as in a patch
+}
+
 function fileDifference(name, old, now) {
   const texts = [old, now].map(number => number === undefined ? "" : number === null ? null : data.texts[number]);
   const title = make("h3", {}, name + (old === undefined ? " (added)" : now === undefined ? " (removed)" : ""));
-  const lines = texts.includes(null) ? null : differingLines(...texts.map(text => text.split("\n")));
+  const lines = texts.includes(null) ? null : differingLines(...texts.map(linesOf));
   if (!lines) return [title, note("This file is not text, or too large to compare here.")];
   const isNear = lines.map((_, place) => lines.slice(Math.max(0, place - 3), place + 4).some(([mark]) => mark !== " "));
   const classes = { "+": "added", "-": "removed", " ": false };
@@ -9087,10 +9176,18 @@ Export everything to a spreadsheet:
 """ + FILTER_HELP
 
 
-def say(text: str) -> None:
-    """Print data to stdout. Raises WriteError, or BrokenPipeError if nobody reads it any more."""
+def say(data: Union[str, bytes]) -> None:
+    """Print data to stdout. Raises WriteError, or BrokenPipeError if nobody reads it any more.
+
+    Bytes, which are UTF-8, stay as they are whatever the encoding of stdout.
+    """
+    output = getattr(sys.stdout, "buffer", None)  # a notebook's stdout has none
     try:
-        write_text(sys.stdout, text)
+        if isinstance(data, str) or output is None:
+            write_text(sys.stdout, data if isinstance(data, str) else data.decode("utf-8", "replace"))
+        else:
+            output.write(data)
+            output.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -9289,7 +9386,7 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
 
 
 @command("report", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: all experiments)"), FILTER,
-         option("-o", "--output", metavar="FILE", help="Output file (default: %s)" % REPORT_NAME),
+         option("-o", "--output", metavar="FILE", help="Output file (default: %s); - for standard output" % REPORT_NAME),
          usage="[ID...] [flags]", epilog="""\
 Make a page of all completed experiments, to look at or to send:
   replicate report --filter "status = completed" -o report.html""")
@@ -9311,6 +9408,9 @@ def report_command(args: argparse.Namespace) -> int:
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
     page = render_report(report_data(repository, experiments, repository.running()))
+    if path == "-":
+        say(page)
+        return 0
     replace_file(path, page)
     console.info("Wrote %s: %s (%s)" % (path, plural(len(experiments), "experiment"), format_size(len(page))))
     return 0
@@ -9374,7 +9474,7 @@ def diff_command(args: argparse.Namespace) -> int:
         if args.json:
             say_json(differences.to_json())
         else:
-            say(render_diff(differences, paint))
+            say(render_diff(differences, paint, terminal_width(sys.stdout)))
     return 0
 
 
@@ -9402,13 +9502,10 @@ def compared_files(project: Project, items: Sequence[Any]) -> Optional[Dict[str,
 
 def say_patch(changes: Sequence[FileChange]) -> None:
     """Print a unified diff to stdout: byte for byte as the files are, but escaped on a terminal."""
-    output = getattr(sys.stdout, "buffer", None)
-    if output is None or is_terminal(sys.stdout):
+    if is_terminal(sys.stdout):
         say("".join(render_code(changes, paint, lambda line: "\t".join(map(escape_control, line.split("\t"))))))
-        return
-    for line in render_code(changes):
-        output.write(line.encode("utf-8", "surrogateescape"))
-    output.flush()
+    else:
+        say("".join(render_code(changes)).encode("utf-8", "surrogateescape"))
 
 
 def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint]:
@@ -9444,7 +9541,7 @@ def checkout_command(args: argparse.Namespace) -> int:
                 "Pass -f to overwrite them, or -o to check out elsewhere.")
 
     names = project.checkout(experiment, checkpoint, directory, path=args.path, approve=approve)
-    console.info("Checked out %s of %s%s into %s" % (
+    console.info("Checked out %s from %s%s into %s" % (
         plural(len(names), "file"), "checkpoint %s and " % checkpoint.short_id() if checkpoint else "",
         "experiment " + experiment.short_id(), directory))
     if experiment.full_command:
@@ -9726,7 +9823,8 @@ def run_command(args: argparse.Namespace) -> int:
     with 'replicate checkpoint'.
     """
     if args.words or not args.program:
-        raise UsageError("There is no program to run. Write it after --, as in: replicate run --param lr=0.1 -- ./train.sh")
+        raise UsageError("There is no program to run. Write it after --, as in: %s run --param lr=0.1 -- ./train.sh" %
+                         program_name())
     if shutil.which(args.program[0]) is None:
         is_plain = os.sep in args.program[0] and os.path.isfile(args.program[0])
         raise ReplicateError(("%s cannot be run: it is not executable (see chmod +x)." if is_plain else
@@ -9896,7 +9994,8 @@ def mention_other_pending(directory: str, pending: Repository) -> None:
     for name in sorted(os.listdir(base)) if os.path.isdir(base) else ():
         url = "file://" + os.path.join(base, name)
         if not url.startswith(pending.url) and next(Repository(url).storage.list(EXPERIMENTS), None):
-            console.info("Experiments in %s are waiting for another repository: upload them with 'push -R URL'" % url)
+            console.info("Experiments in %s are waiting for another repository: upload them with '%s push -R URL'" % (
+                url, program_name()))
 
 
 def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[str], sent: Sent) -> None:
@@ -10251,7 +10350,10 @@ def argument_parser(options: Options, prog: str = "replicate", **settings: Any) 
 
     def fail(message: str) -> NoReturn:
         message = message.replace("the following arguments are required", "missing arguments")
-        raise UsageError("%s%s. See '%s --help'." % (message[:1].upper(), message[1:].rstrip("."), prog))
+        typed = re.match("unrecognized arguments: (--[a-z-]+)", message)
+        meant = nearest(typed.group(1), [name for names, _ in options for name in names]) if typed else ""
+        raise UsageError("%s%s.%s See '%s%s --help'." % (
+            message[:1].upper(), message[1:].rstrip("."), meant, program_name(), prog[len("replicate"):]))
 
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
     parser.error = fail  # type: ignore[method-assign]
@@ -10283,7 +10385,8 @@ def find_command(name: str) -> Command:
     """The command with that name or alias. Raises UsageError with a suggestion."""
     found = {alias: chosen for chosen in COMMANDS.values() for alias in (chosen.name, *chosen.aliases)}
     if name not in found:
-        raise UsageError("There is no command %r.%s Run 'replicate --help' for a list." % (name, nearest(name, found)))
+        raise UsageError("There is no command %r.%s Run '%s --help' for a list." % (
+            name, nearest(name, found), program_name()))
     return found[name]
 
 

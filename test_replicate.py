@@ -334,7 +334,7 @@ def test_a_pipe_that_nobody_reads_is_no_error(project, arguments, a_and_b):
 
 @pytest.mark.parametrize("command, code, problem", [
     ("ls >&-", 0, ""), ("ls 2>&-", 0, ""), ("ls >&- 2>&-", 0, ""), ("ls <&-", 0, ""),
-    ("ls > /dev/full", 1, "The output cannot be written: No space left"), ("show zz 2> /dev/full", 1, "")])
+    *((command + " > /dev/full", 1, "The output cannot be written: No space left") for command in ("ls", "report -o -")), ("show zz 2> /dev/full", 1, "")])
 def test_output_that_cannot_be_written_is_never_a_traceback(project, command, code, problem):
     if "/dev/full" in command and not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
@@ -976,7 +976,8 @@ def test_started_is_local_and_relative_to_now(monkeypatch):
     "\"foo = 3", "(foo = 3", "foo = 3 and (bar = 4", "and", "not", "(", ")", "not foo", "foo ~ (", "foo ~ *", "foo in bar",
     "foo in 3", "foo in [1, , 2]", "foo in [1", "started = yesterday", "started = 2006-13-01", "started > 2006-01-02 25:00",
     "started = 3", "started in [2006-01-02]", "started < 99999999 weeks ago", "(" * 60 + "a = 1" + ")" * 60,
-    "not " * 60 + "a = 1", "foo & bar", "foo ! 3", "@ = 3", "(foo = 3) bar", "() = 3", "foo = 3 && bar > 4", "foo != 3||not bar = 4"])
+    "not " * 60 + "a = 1", "foo & bar", "foo ! 3", "@ = 3", "(foo = 3) bar", "() = 3", "foo = 3 && bar > 4", "foo != 3||not bar = 4",
+    "status = stoped", "status == 'Failed'", "not status != open", "status in [lost, lots]"])
 def test_malformed_filters_show_the_format(text):
     with pytest.raises(replicate.ReplicateError) as caught:
         replicate.parse_filter(text)
@@ -3707,8 +3708,8 @@ def counted_reads(monkeypatch):
             return result
         return call
 
-    for name in ("read", "pread"):
-        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(os, "pread", counted(os.pread))
+    monkeypatch.setattr(replicate.RegularFile, "read", counted(io.FileIO.read))
     return counts
 
 
@@ -6642,7 +6643,8 @@ def test_a_name_that_two_have_is_ambiguous_and_a_checkpoint_has_no_tags(project,
     before = stored_documents(project / "repo")
     for command in (["show", "same"], ["rm", "-f", "same"], ["tag", "same", "+x"], ["checkout", "same"]):
         code, out, err = call(*command)
-        assert code == 1 and "1eeeeee" in err and "2eeeeee" in err and "'same'" in err
+        assert code == 1 and "'same' is ambiguous: it could be experiment 1eeeeee or experiment 2eeeeee." in err
+    assert "not found: smae. Did you mean 'same'?" in call("show", "smae")[2]
     code, out, err = call("tag", C, "+x")
     assert code == 1 and "1cccccc is a checkpoint" in err and stored_documents(project / "repo") == before
     assert "is a checkpoint" not in call("tag", A, "+x")[2]
@@ -7052,6 +7054,12 @@ def test_columns_of_a_wide_table_are_left_out_the_least_telling_first(project, c
     assert terminal.wait() == 0 and terminal.output.split("\r\n")[0].split() == titles.split()
 
 
+def test_a_wide_table_cuts_texts_on_a_terminal_but_no_number(project):
+    write_repository(project / "repo", experiment_document(A, params={"n": -10 ** 25, "text": "x" * 30}))
+    terminal = Terminal("ls", "--columns", "n,text", env={"NO_COLOR": "1"})
+    assert terminal.wait() == 0 and terminal.output.split("\r\n")[1].split() == [str(-10 ** 25), "x" * 17 + "..."]
+
+
 def test_a_wide_table_marks_the_best_only_where_the_goal_is_clear(project, call):
     def line(*goals, value=2):
         for number, goal in enumerate(goals):
@@ -7090,7 +7098,9 @@ def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
 
 @pytest.mark.parametrize("text, width, lines", [
     ("learning_rate=0.001", 15, ["learning_rate=", "0.001"]), ("ab cd ef", 5, ["ab cd", "ef"]), ("", 5, [""]),
-    ("日本語日本", 5, ["日本", "語日", "本"]), ("abcdefgh", 5, ["abcde", "fgh"]), ("a b", 1, ["a", "b"])])
+    ("日本語日本", 5, ["日本", "語日", "本"]), ("abcdefgh", 5, ["abcde", "fgh"]), ("a b", 1, ["a", "b"]),
+    ("loss=2.4270", 9, ["loss=", "2.4270"]), ("model.depth=2", 8, ["model.", "depth=2"]),
+    ("1cccccc (step 4)", 15, ["1cccccc", "(step 4)"]), ("1cccccc (step 40)", 7, ["1cccccc", "(step 4", "0)"])])
 def test_cells_are_wrapped_between_words_and_after_marks(text, width, lines):
     assert replicate.wrapped(text, width) == lines
 
@@ -7307,6 +7317,20 @@ def test_diff_columns_are_at_least_26_wide(project, call):
     assert "\na:                        1                         2\n" in call("diff", A, B)[1]
     write_repository(project / "repo", experiment_document(A, params={"a" * 40: 1}))
     assert "\n" + "a" * 40 + ":  1                         (not set)\n" in call("diff", A, B)[1]
+
+
+@pytest.mark.parametrize("columns, row", [
+    (97, "loss:                     0.12345678901234568       -1.2345678901234566e-07   (not set)"),
+    (96, "loss:  0.12345678901234568  -1.2345678901234566e-07  (not set)"),
+    (60, "loss:  0.12345678901...  -1.234567...e-07  (not set)"), (40, "loss:  0.1234...  -1....e-07  (not set)")])
+def test_diff_fits_the_terminal(project, columns, row):
+    for number, metrics in ((1, {"loss": 0.12345678901234568}), (2, {"loss": -1.2345678901234566e-07}), (3, {})):
+        write_repository(project / "repo", experiment_document(hex_id("%de" % number), user="日本語" * 3 + str(number), checkpoints=[
+            checkpoint_document(hex_id("%dc" % number), metrics=metrics)]))
+    terminal = Terminal("diff", "1c", "2c", "3c", env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+    assert terminal.wait() == 0
+    lines = terminal.output.replace("\r", "").split("\n")
+    assert row in lines and max(map(replicate.display_width, lines)) <= columns
 
 
 def cells(text):
@@ -7536,6 +7560,29 @@ def test_ls_shows_the_code_where_runs_differ_in_it(project, call):
     assert " CODE " not in call("ls")[1]
 
 
+@pytest.mark.parametrize("ignored, path, written, flags, line", [
+    ("", "model.bin", "model.bin", "", "'/model.bin'"), ("", "out", "out/model.bin", "", "'/out/'"), ("/out/\n", "out", "out/model.bin", "", ""),
+    ("/model.bin\n", "model.bin", "model.bin", "", ""), ("", "model.bin", "model.bin", ", quiet=True", ""),
+    ("", ".", "model.bin", "", ""), ("", "train.py", "model.bin", "", "")])
+def test_outputs_that_are_saved_as_code_draw_one_hint(project, ignored, path, written, flags, line):
+    fill(project, {".replicateignore": ignored.encode(), "train.py": b"1"})
+    script = """
+        import os, sys, replicate
+        for run in range(2):
+            with replicate.init(path=".") as experiment:
+                for step in range(2):
+                    os.makedirs(os.path.dirname(%(written)r) or ".", exist_ok=True)
+                    open(%(written)r, "w").write("%%s, %%d, %%d" %% (sys.argv[1], run, step))
+                    saved = experiment.checkpoint(path=%(path)r%(flags)s)
+                saved.open(%(written)r if %(path)r != "train.py" else "train.py")
+        """ % {"written": written, "path": path, "flags": flags}
+    for number in "12":
+        err = run_script(script, number).stderr
+        assert err.count(".replicateignore") == err.count("add the line " + line) == bool(line), err
+    if ignored:
+        assert len({document["code"] for document in stored_documents(project / "repo")}) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 11  Commands, parser, main
 # ------------------------------------------------------------------------------------------------------------------
@@ -7642,6 +7689,9 @@ def test_du_and_prune(place, project, call):
     code, out, err = call("du", "-f", "runs > 0")
     lines = out.split("\n")
     assert [line.split()[0] for line in lines[:-1]] == ["EXPERIMENT", first.short_id(), second.short_id(), "total"]
+    counts = [re.search(r"(\d+)(?: +[\d.]+ \w+){3}$", line) for line in lines[1:4]]
+    assert [found.group(1) for found in counts] == ["6", "2", "8"]
+    assert {found.end(1) for found in counts} == {lines[0].index("CHECKPOINTS") + len("CHECKPOINTS")}
     assert lines[1].endswith(replicate.format_size(sum(sizes[first.id]))) and "No experiment uses 1 other archive (7 bytes): " in err
 
     before = archive_keys()
@@ -8084,7 +8134,7 @@ def test_what_is_offered_to_complete(project, call, line, offered):
 @pytest.mark.parametrize("words", [["-R", ""], ["ls", "-D", ""], ["--color=bogus", ""]])
 def test_completion_leaves_the_values_of_global_flags_to_the_shell(call, words):
     code, out, err = call("--complete", *words)
-    assert (code, out) == (2, "") and "See 'replicate --help'" in err
+    assert (code, out) == (2, "") and "See '%s --help'" % replicate.program_name() in err
 
 
 def test_completion_of_a_bucket_asks_only_the_cache(bucket, project, call):
@@ -8215,6 +8265,7 @@ def test_a_sparkline_is_a_column(project, call):
     assert "▁█ ▅" in lines[1] or "▁█ ▄" in lines[1]
     assert re.search("▁▁?▂.*▇██? ", lines[2]) and len(lines[2].split()[1]) == 16 and lines[3].split() == ["2eeeeee", "0.2"]
     assert json.loads(call("ls", "--columns", "~loss", "--json", "-n", "3")[1])[0] == {"~loss": [0, 7, None, 3.5]}
+    assert {replicate.sparkline([value]) for value in (0.1, 0.81481, 0.83838, 5, 0)} == {"▅"}  # a single value is in the middle
     assert "#" in run("ls", "--columns", "~loss", env={"PYTHONIOENCODING": "ascii"}).stdout
     assert "called 'los'" in call("ls", "--columns", "~los")[2]
 
@@ -8323,12 +8374,40 @@ def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page, monk
     first, second, third = [item.id[:7] for item in replicate.experiments.list()]
     report.locator("#code select").nth(1).select_option(label=second)
     assert report.locator("#code h3").all_inner_texts() == ["data.bin", "new0.py (removed)", "new1.py (added)", "train.py"]
-    assert report.locator("#code pre").last.inner_text() == " a\n-b\n+<b>B</b>\n c\n \n"
+    assert report.locator("#code pre").last.inner_text() == " a\n-b\n+<b>B</b>\n c\n"
     assert report.locator("#code .added").last.inner_text() == "+<b>B</b>\n" and "not text" in report.inner_text("#code")
     report.locator("#code select").nth(1).select_option(label=third)
     assert report.locator("#code h3").all_inner_texts() == ["new0.py (removed)", "new2.py (added)"]
     report.locator("tbody button").nth(1).click()
     assert report.locator("#facts dd").first.inner_text() == replicate.experiments.list()[1].id
+
+
+@pytest.mark.parametrize("old, new, shown", [
+    ("a\nb\n", "a\nb", " a\n-b\n+b\n\\ No newline at end of file\n"), ("a", "a\nb\n", "-a\n\\ No newline at end of file\n+a\n+b\n"),
+    ("", "a\n", "+a\n"), ("a\n\n", "", "-a\n-\n")])
+def test_a_report_shows_where_a_file_ends_without_a_newline(project, page, old, new, shown):
+    for text in (old, new):
+        (project / "train.py").write_text(text)
+        replicate.init(path="train.py", quiet=True).stop()
+    assert page().locator("#code pre").inner_text() == shown
+
+
+def test_the_labels_of_charts_are_whole_however_long_the_numbers_are(project, page):
+    for number, (item, name) in enumerate(((A, "adam"), (B, "stochastic_gradient_descent"))):
+        write_repository(project / "repo", experiment_document(item, params={"optimizer": name, "seed": 10 ** 13 * number}, checkpoints=[
+            checkpoint_document(hex_id("%d%dc" % (number, step)), step=step * 10 ** 6, primary=("huge", "maximize"), metrics={
+                "huge": (number + step) * 10 ** 14, "tiny": -1.2345e-7 * step, "plain": 0.25 * step}) for step in range(5)]))
+    report = page()
+    assert report.evaluate("""() => [...document.querySelectorAll("svg text")].filter(label => {
+        const [inner, outer] = [label, label.closest("svg")].map(element => element.getBoundingClientRect());
+        const isCut = getComputedStyle(label.closest("svg")).overflow !== "visible" && (inner.left < outer.left || inner.right > outer.right);
+        return isCut || inner.left < 0 || inner.right > innerWidth;
+      }).map(label => label.textContent)""") == []
+    labels = [figure.locator("svg text").all_text_contents() for figure in report.locator("#curves figure").all()]
+    assert labels[0] == ["0", "1e14", "2e14", "3e14", "4e14", "5e14", "0", "1000000", "2000000", "3000000", "4000000"]
+    assert labels[1][:3] == ["0", "0.2", "0.4"] and labels[2][:2] == ["-4e-7", "-3e-7"]
+    parallel = report.locator("#parallel svg text").all_text_contents()
+    assert {"adam", "stochasti…", "1e13"} <= set(parallel)
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
@@ -8390,6 +8469,8 @@ def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, proje
     assert "report.html" in [source.name for source in replicate.find_sources(str(project), ".")]
     assert "is not a report" in says("report", code=1) and (project / "report.html").read_text() == "mine"
     assert call("report", "-o", "report.html")[0] == 0
+    code, out, err = call("report", "-o", "-")
+    assert (code, err) == (0, "") and out.startswith("<!DOCTYPE html>") and out.endswith("</html>\n") and not (project / "-").exists()
     assert not list(project.glob("*.html.*"))
 
 
@@ -8577,7 +8658,7 @@ def test_wrong_usage_exits_with_2(project, says, arguments, a_and_b):
     ("-f|lr > 0.15", [B], []), ("--filter|lr >= 0.1|--filter|name = adam", [A], []), ("--filter=name != adam", [B], []),
     ("-s|lr-desc", [B, A], []), ("--sort=started-desc", [B, A], []), ("-s|lr-asc", [A, B], []), ("--sort|lr", [A, B], []),
     ("-f|name = adam|--sort|step", [A], []), ("-f|naem = adam", [], ["'naem'", "'name'"]),
-    ("--sort|lrr", [A, B], ["'lrr'", "'lr'"])])
+    ("--sort|lrr", [A, B], ["'lrr'", "'lr'"]), ("-f|status in [stopped, lost]", [A, B], [])])
 def test_filters_and_sorting_which_warn_of_an_unknown_name(call, a_and_b, flags, wanted, warnings):
     code, out, err = call("ls", "-q", *flags.split("|"))
     assert (code, out.split()) == (0, wanted)
@@ -8614,9 +8695,11 @@ def test_version(call):
 
 
 @pytest.mark.parametrize("arguments, code, words", [
-    *(([typed], 2, [typed, "'%s'" % meant]) for typed, meant in {
-        "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list"}.items()),
-    *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  "))])
+    *((typed.split(), 2, ["Did you mean '%s'?" % meant]) for typed, meant in {
+        "lss": "ls", "shwo": "show", "chekout": "checkout", "dif": "diff", "lists": "list", "ls --fliter x": "--filter",
+        "--vrebose ls": "--verbose"}.items()),
+    *((["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  ")),
+    (["ls", "-f", "status = Stoped"], 1, ["character 10: there is no status 'Stoped'. Did you mean 'stopped'? Choose from running, stopped, completed"])])
 def test_a_mistyped_command_gets_a_suggestion_and_a_wrong_filter_the_format(says, a_and_b, arguments, code, words):
     err = says(*arguments, code=code)
     for word in words:
@@ -8741,7 +8824,7 @@ def test_checkout_of_an_experiment_takes_the_best_checkpoint_and_of_one_path_onl
         says("checkout", best, "-o", "out%d" % number, "--path", path)
         assert tree(project / ("out%d" % number)) == {name: files[name] for name in names}
     err = says("checkout", best, "-o", "new", "--path", "model/weihgts", code=1)
-    assert "model/weihgts" in err and "'model/weights'" in err
+    assert "model/weihgts in checkpoint %s or experiment %s. Did you mean 'model/weights'?" % (best[:7], experiment[:7]) in err
     says("checkout", best, "-o", "new", "--path", "mod", code=1)
     assert not (project / "new").exists()
 
@@ -9467,6 +9550,49 @@ def test_a_copy_of_the_file_is_all_that_is_needed(bare_python, tmp_path):
     done = subprocess.run([bare_python, "-O", "-W", "error", copy, "ls"], env={}, cwd=tmp_path, capture_output=True,
                           text=True)
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+
+
+# Takes away what Windows lacks, as far as that can be had here: there, open files cannot be moved or removed, too.
+WINDOWS = """
+import os, signal, sys
+
+for name in ("pread", "pwrite", "geteuid", "getuid", "fork", "register_at_fork", "O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC"):
+    delattr(os, name)
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "pthread_sigmask"):
+    delattr(signal, name)
+sys.modules.update(dict.fromkeys(("fcntl", "pwd", "grp", "resource", "termios")))
+
+def refusing_open_files(function):
+    def changed(path, *more):
+        opened = [os.path.realpath("/proc/self/fd/" + number) for number in os.listdir("/proc/self/fd")]
+        if os.path.realpath(path) in opened:
+            raise PermissionError(13, "The process cannot access the file", path)
+        function(path, *more)
+    return changed
+
+os.replace, os.unlink = refusing_open_files(os.replace), refusing_open_files(os.unlink)
+import replicate
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the open files cannot be listed here")
+def test_commands_need_nothing_that_windows_lacks(project):
+    (project / "code.py").write_text("print()\n" * 100)
+    (project / "weights").write_bytes(os.urandom(3 << 20))
+    for name in ("one", "two"):
+        experiment = replicate.init("code.py", {"lr": len(name)}, name=name)
+        for step in range(2):
+            experiment.checkpoint("weights", step, {"loss": step}, ("loss", "minimize"))
+        experiment.stop()
+    (project / "code.py").write_text("changed\n")
+    commands = ["ls", "ps", "show one", "diff one two", "diff one --code", "checkout one -o copy", "plot", "report", "du", "verify",
+                "tag one +good", "prune --force --keep-latest 0", "rm -f two", "push", "verify --fix", "ls -f tag=good"]
+    done = run_script(WINDOWS + "for command in sys.argv[1:]:\n    assert replicate.main(command.split()) == 0, command", *commands)
+    assert "could not" not in done.stderr and "cannot" not in done.stderr
+    assert len((project / "copy/weights").read_bytes()) == 3 << 20
+    assert len(stored_documents("repo")) == 1 and not list(Path("repo/tmp").iterdir())
+    done = run_script(WINDOWS + "replicate.init()", check=False)
+    assert "WriteError: Recording needs Linux or macOS" in done.stderr and len(stored_documents("repo")) == 1
 
 
 def test_the_inline_metadata_is_what_pep_723_wants():
