@@ -300,7 +300,10 @@ def confirm(message: str, question: str, otherwise: str) -> None:
 
 def program_name() -> str:
     """The command that runs this file, ready to paste: `replicate` if installed, or else `python3 replicate.py`."""
-    program = sys.argv[0] if __name__ == "__main__" else os.path.relpath(__file__)
+    try:
+        program = sys.argv[0] if __name__ == "__main__" else os.path.relpath(__file__)
+    except OSError:  # the working directory was removed
+        program = __file__
     if os.path.basename(os.path.dirname(os.path.abspath(program))) in ("bin", "Scripts", "site-packages", "dist-packages"):
         return "replicate"
     python = os.path.basename(sys.executable) or "python3"
@@ -388,7 +391,7 @@ def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
     from collections.abc import Mapping
     kind = type(value)
     if kind is dict:
-        return value
+        return dict(value)  # another thread may change it
     if isinstance(value, Mapping) or (hasattr(kind, "keys") and hasattr(kind, "__getitem__")):
         return {key: value[key] for key in value.keys()}
     if hasattr(kind, "__dataclass_fields__"):
@@ -951,7 +954,7 @@ class Experiment(_Stored):
         """How it ended: {"status", "time", and for a failure "error"}. None while it runs, or if that is unknown.
 
         status is "completed", "failed" (an uncaught exception or a non-zero sys.exit), "interrupted" (Ctrl-C) or
-        "terminated" (SIGTERM).
+        "terminated" (SIGTERM, SIGHUP).
         """
         outcome = outcome_of(self._document)
         return outcome if outcome.get("status") in ENDINGS else None
@@ -1867,7 +1870,7 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
     directory = directory or os.environ.get("REPLICATE_PROJECT_DIRECTORY") or None
     if directory is not None and not os.path.isdir(directory):
         raise ConfigNotFound("There is no directory %s." % directory)
-    start = os.path.abspath(directory or os.getcwd())
+    start = os.path.abspath(directory or working_directory())
     found = _search_upward(start, CONFIG_NAMES + (DEFAULT_STORAGE,), 1 if directory else CONFIG_SEARCH_DEPTH)
     is_default = found is not None and found.endswith(os.sep + DEFAULT_STORAGE)
     project = os.path.dirname(found) if found else start
@@ -1875,10 +1878,18 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
         project = os.path.dirname(project)
     typed = repository or os.environ.get("REPLICATE_REPOSITORY")
     if typed:
-        return Location(project, absolute_url(typed, os.getcwd()))
+        return Location(project, absolute_url(typed, working_directory()))
     if found is None:
         return Location(project, None)
     return Location(project, "file://" + found if is_default else absolute_url(read_config(found), project))
+
+
+def working_directory() -> str:
+    """The working directory (absolute). Raises ConfigNotFound if it was removed."""
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise ConfigNotFound("The working directory was removed, or cannot be read: %s." % short_reason(error)) from error
 
 
 def _search_upward(directory: str, names: Sequence[str], depth: int) -> Optional[str]:
@@ -3463,12 +3474,15 @@ def pack(file: BinaryIO, archive_id: str, sources: Sequence[Source],
         if source.size > GROUP_BYTES:
             shrinks |= store_large(writer, archive_id, source, warn)
     groups = group_small([source for source in sources if source.size <= GROUP_BYTES])
-    for files, tar, member, problems in in_threads(lambda group: pack_group(archive_id, group), groups):
+    grown: List[Source] = []  # since they were found
+    for files, tar, member, problems in in_threads(lambda group: pack_group(archive_id, group, grown), groups):
         for problem in problems:
             warn(problem)
         if tar:
             writer.table.files += [(name, writer.offset + offset, size, crc) for name, offset, size, crc in files]
             writer.add(member, tar)
+    for source in grown:
+        shrinks |= store_large(writer, archive_id, source, warn)
     writer.add(gzip_member(bytes(1024)), 1024)
     writer.finish()
     return writer.table, shrinks
@@ -3488,9 +3502,12 @@ def group_small(sources: Sequence[Source]) -> Iterator[List[Source]]:
         yield group
 
 
-def pack_group(archive_id: str,
-               sources: Sequence[Source]) -> Tuple[List[Tuple[str, int, int, int]], int, bytes, List[str]]:
-    """([(name, offset in the tar, size, CRC-32)], size of the tar, its gzip member, problems) for a group of files."""
+def pack_group(archive_id: str, sources: Sequence[Source],
+               grown: List[Source]) -> Tuple[List[Tuple[str, int, int, int]], int, bytes, List[str]]:
+    """([(name, offset in the tar, size, CRC-32)], size of the tar, its gzip member, problems) for a group of files.
+
+    Adds files that have become large to `grown`, and leaves them out.
+    """
     files: List[Tuple[str, int, int, int]] = []
     parts: List[bytes] = []
     problems: List[str] = []
@@ -3500,6 +3517,9 @@ def pack_group(archive_id: str,
             data, status, changed = read_small(source)
         except OSError as error:
             problems.append("%s is not saved: %s." % (source.name, short_reason(error)))
+            continue
+        if status.st_size > GROUP_BYTES:
+            grown.append(source)
             continue
         if changed:
             problems.append(CHANGED % source.name)
@@ -3513,13 +3533,15 @@ CHANGED = "%s changed while it was saved: the saved copy may mix old and new con
 
 
 def read_small(source: Source) -> Tuple[bytes, os.stat_result, bool]:
-    """(content, status, whether it changed during both of two readings) of a small file. Raises OSError."""
+    """(content, status, whether it changed during both of two readings) of a small file; of a larger one, the content
+    is cut off. Raises OSError.
+    """
     with open_regular(source.path) as stream:
         for _ in range(2):
             before = os.fstat(stream.fileno())
             stream.seek(0)
-            data = read_up_to(stream, before.st_size)
-            if len(data) == before.st_size and is_unchanged(before, os.fstat(stream.fileno())):
+            data = read_up_to(stream, min(before.st_size, GROUP_BYTES))
+            if before.st_size > GROUP_BYTES or len(data) == before.st_size and is_unchanged(before, os.fstat(stream.fileno())):
                 return data, before, False
     return data, before, True
 
@@ -5514,6 +5536,12 @@ def opening() -> Dict[str, str]:
     return {"status": OPEN, "time": timestamp()}
 
 
+def following(outcome: Dict[str, str], document: Dict[str, Any]) -> Dict[str, str]:
+    """An outcome that replaces the one of a document: no earlier, even if the clock was set back."""
+    before = outcome_of(document).get("time", "")
+    return dict(outcome, time=max(outcome["time"], before, key=canonical_time)) if before else outcome
+
+
 def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
     """The outcome of a run that ends now, by an exception or normally."""
     outcome = {"status": "failed", "time": timestamp()}
@@ -5522,7 +5550,7 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
         return dict(outcome, status="completed")
     if isinstance(error, KeyboardInterrupt) or code == 128 + signal.SIGINT:
         return dict(outcome, status="interrupted")
-    if code == 128 + signal.SIGTERM:
+    if code in [128 + number for number in termination_signals()]:
         return dict(outcome, status="terminated")
     if isinstance(code, int):
         return dict(outcome, error="exit code %d" % code)
@@ -5531,9 +5559,14 @@ def ending(error: Optional[BaseException] = None) -> Dict[str, str]:
     return dict(outcome, error=re.sub(SECRET_SHAPES, "***", text)[:MAX_ERROR_CHARACTERS])
 
 
+def termination_signals() -> List[int]:
+    """The signals with which schedulers end a program, and a terminal that is closed."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def ending_of_program(returncode: int) -> Dict[str, str]:
     """The outcome of a program that ended with this return code of subprocess."""
-    if returncode >= 0 or -returncode in (signal.SIGINT, signal.SIGTERM):
+    if returncode >= 0 or -returncode in [signal.SIGINT, *termination_signals()]:
         return ending(SystemExit(exit_status(returncode)))
     try:
         name = signal.Signals(-returncode).name
@@ -5848,6 +5881,8 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
             pending.remove_experiment(Experiment(document))
             raise
         sent.experiments += 1
+    remote.storage.delete([archive_key("checkpoints", item["id"]) for item in ready  # an upload that failed left it there
+                           if not item.get("path") and item.get("pruned")])
     done = {item["id"] for item in ready}
     with_files = {item["id"] for item in ready if item.get("path")}
     if finished and not unready:
@@ -5902,6 +5937,17 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress
     return busy
 
 
+class Condition(threading.Condition):
+    """A condition that Ctrl-C never leaves locked: `with` calls the methods of its lock, which cannot be interrupted."""
+
+    __enter__ = property(lambda self: self.lock.__enter__)
+    __exit__ = property(lambda self: self.lock.__exit__)
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        super().__init__(self.lock)
+
+
 class LiveDocument:
     """The document of an experiment that this process records, and the journal in front of it.
 
@@ -5933,9 +5979,14 @@ class LiveDocument:
                 if self._needs_journal:
                     self._journals.append(Journal(self.storage, self._id))
                     self._needs_journal = False
+                journal = self._journals[-1]
                 while self.unwritten:
-                    self._journals[-1].append(self.unwritten[0])
-                    del self.unwritten[0]
+                    line = self.unwritten.pop(0)  # before it is written: a signal handler may append, too
+                    try:
+                        journal.append(line)
+                    except BaseException:
+                        self.unwritten.insert(0, line)
+                        raise
             except OSError as error:
                 return _problem(self.storage.write_failure(JOURNALS + self._id, error))
             return None
@@ -6321,13 +6372,13 @@ class Recorder:
         self.gone = False                             # the experiment was removed
         self.closed = False                           # no more checkpoints are taken
         self.over = False                             # both threads have to end
-        self.changed = threading.Condition()          # guards this object, its document and its worker
+        self.changed = Condition()                    # guards this object, its document and its worker
         self.document = LiveDocument(repository, experiment, self.changed)
         self.clock = Clock(self)
         self.worker = Worker(self, remote, prepared, lock)
         self.messages = Messages()
         self.code: Dict[str, Tuple[int, int]] = {}    # size and CRC-32 of each file that init() saved
-        self._saving: List[Any] = []                  # a lock for each running checkpoint(), which holds it
+        self._saving: List[Tuple[int, Any]] = []      # of each running checkpoint(): its thread, a lock that it holds
         self._live: Optional[FileLock] = None         # see live_lock(); the pending area has owner_lock() instead
         self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
 
@@ -6360,8 +6411,13 @@ class Recorder:
             self.clock.ended.set()
             self.worker.ended.set()
         else:
-            for name, run in (("clock", self.clock.run), ("packer", self.worker.run)):
-                threading.Thread(target=run, name="replicate-" + name, daemon=True).start()
+            for name, task in (("clock", self.clock), ("packer", self.worker)):
+                try:
+                    threading.Thread(target=task.run, name="replicate-" + name, daemon=True).start()
+                except RuntimeError as error:  # the system allows no more threads
+                    self.clock.failure = WriteError("Recording needs two threads: %s." % error)
+                    self.clock.has_beaten.set()
+                    task.ended.set()
             self.clock.has_beaten.wait(REACH_SECONDS if beat else 0)
         if self.clock.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
@@ -6383,7 +6439,8 @@ class Recorder:
             with self.changed:
                 if self.closed:
                     return None
-                self._saving = [other for other in self._saving if other.locked()] + [saving]
+                self._saving = [(thread, other) for thread, other in self._saving if other.locked()]
+                self._saving.append((threading.get_ident(), saving))
                 checkpoint = next_checkpoint(self.experiment, None, step, values, primary, problems)
                 if experiment is not self.experiment:
                     checkpoint = Checkpoint(checkpoint._document, experiment)
@@ -6483,9 +6540,21 @@ class Recorder:
             _recorders.remove(self)
         if not _recorders:
             exit_calls.ignore()
-        for saving in self._saving:
-            saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        final = {"outcome": outcome} if self.settings.role != "guest" else {}
+        try:
+            self._write_end(deadline, outcome)
+        except KeyboardInterrupt:  # the second of two: what is running now is over all the same
+            self._write_end(time.monotonic(), outcome)
+            self.over = True
+            raise
+        return True
+
+    def _write_end(self, deadline: float, outcome: Dict[str, str]) -> None:
+        for thread, saving in self._saving:
+            if thread == threading.get_ident() and saving.locked():  # the caller is a signal handler: our threads may wait
+                deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)  # for a lock that checkpoint() has
+            else:
+                saving.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+        final = {"outcome": following(outcome, self.experiment._document)} if self.settings.role != "guest" else {}
         self.experiment._document.update(final)
         self.fold(dict(final, imported_packages=imported_packages()) if self.settings.role == "script" else final)
         if self.document.unwritten:
@@ -6495,7 +6564,6 @@ class Recorder:
         if self.worker.offline:
             deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)
         self.worker.finish_by(deadline - JOIN_SECONDS)
-        return True
 
     def finish(self) -> None:
         """Wait for the worker, then for the clock, which removes the heartbeat, and for the disk itself."""
@@ -6674,6 +6742,7 @@ def warn_if_code_is_large(sources: Sequence[Source]) -> None:
 
 _recorders: List[Recorder] = []  # those that take checkpoints
 _stopped_while_raising: List[Tuple[Recorder, type, int]] = []  # with the type and id() of the exception then propagating
+_finalizer: Any = None           # of multiprocessing, which calls stop_at_exit()
 _resuming = threading.RLock()    # held while a recorder resumes an experiment
 
 
@@ -6683,9 +6752,9 @@ def active_recorder(key: Tuple[str, str]) -> Optional[Recorder]:
 
 
 class Termination:
-    """Handles SIGTERM, which schedulers send: stops every experiment, then does what the handler before it did.
+    """Handles termination_signals(): stops every experiment, then does what the handler before it did.
 
-    As a context it defers the signal while the main thread is inside recording code, since the handler needs the same
+    As a context it defers them while the main thread is inside recording code, since the handler needs the same
     locks. The main thread is inside while the frame that entered the context is on the stack; so if Ctrl-C prevents
     leaving the context, later signals are handled all the same.
     """
@@ -6694,24 +6763,24 @@ class Termination:
         self.ending = False             # nothing new is recorded
         self._frame: Any = None         # that entered the context
         self._deferred: Optional[Tuple[int, Any]] = None
-        self._previous: List[Any] = []  # the handlers that ours replaced, the latest last
-        self._active = 0                # running calls of ours: a script's handler may call the one before it
+        self._previous: Dict[int, List[Any]] = {}  # by signal: the handlers that ours replaced, the latest last
+        self._active: List[int] = []    # signals, one for each running call of ours: a script's handler may call it, too
         self._mask: Any = None
         self._watches_forks = False     # in this process, or in one that it was forked from
 
     def install(self) -> None:
-        """Handle SIGTERM from now on, unless the program ignores it or this is not the main thread."""
+        """Handle the signals from now on, except those that the program ignores; does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
-            return
-        current = signal.getsignal(signal.SIGTERM)
-        if current in (None, signal.SIG_IGN) or self._is_ours(current):
             return
         if not self._watches_forks and hasattr(os, "register_at_fork"):
             self._watches_forks = True
             os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
                                 after_in_child=self._in_child)
-        self._previous.append(current)
-        signal.signal(signal.SIGTERM, self._handle)
+        for number in termination_signals():
+            current = signal.getsignal(number)
+            if current not in (None, signal.SIG_IGN) and not self._is_ours(current):
+                self._previous.setdefault(number, []).append(current)
+                signal.signal(number, self._handle)
 
     @property
     def requested(self) -> bool:
@@ -6736,8 +6805,9 @@ class Termination:
             self._finish(number, frame)
 
     def _finish(self, number: int, frame: Any) -> None:
-        previous = self._previous[-1 - min(self._active, len(self._previous) - 1)]
-        self._active += 1
+        handlers = self._previous[number]
+        previous = handlers[-1 - min(self._active.count(number), len(handlers) - 1)]
+        self._active.append(number)
         was_ending, self.ending = self.ending, True
         try:
             stop_all(TERMINATION_SECONDS, outcome=dict(ending(), status="terminated"))
@@ -6749,7 +6819,7 @@ class Termination:
                 previous(number, frame)
         finally:
             self.ending = was_ending
-            self._active -= 1
+            self._active.remove(number)
 
     def __enter__(self) -> None:
         frame = sys._getframe(1)
@@ -6763,11 +6833,11 @@ class Termination:
                 deferred, self._deferred = self._deferred, None
                 self._finish(*deferred)
 
-    # A forked child records nothing, so it gets the first handler back. SIGTERM is blocked while the child starts, since
-    # Python drops the signals there that have arrived but were not handled yet.
+    # A forked child records nothing, so it gets the first handlers back. The signals are blocked while the child starts,
+    # since Python drops those there that have arrived but were not handled yet.
 
     def _before_fork(self) -> None:
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, termination_signals())
 
     def _after_fork(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
@@ -6776,8 +6846,9 @@ class Termination:
         global _resuming
         _resuming, DiskStorage.updating = threading.RLock(), threading.RLock()
         self.ending, self._frame, self._deferred = False, None, None
-        if self._is_ours(signal.getsignal(signal.SIGTERM)):
-            signal.signal(signal.SIGTERM, self._previous[0])
+        for number, handlers in self._previous.items():
+            if self._is_ours(signal.getsignal(number)):
+                signal.signal(number, handlers[0])
         self._previous.clear()
         for recorder in _recorders:
             recorder.forget()
@@ -6827,7 +6898,8 @@ def uncaught_error() -> Optional[BaseException]:
     """
     if hasattr(sys, "ps1") or sys.flags.interactive or "ipykernel" in sys.modules:
         return None
-    return getattr(sys, "last_value", None) or exit_calls.error
+    in_flight = sys.exc_info()[1]  # at the end of a child of multiprocessing
+    return in_flight or getattr(sys, "last_value", None) or exit_calls.error
 
 
 def stop_all(timeout: Optional[float] = None, recorders: Optional[Sequence[Recorder]] = None,
@@ -6857,10 +6929,16 @@ def stop_at_exit() -> None:
 
 
 def install_exit_hooks() -> None:
-    """Have experiments stopped at the end of the process, or by SIGTERM."""
+    """Have experiments stopped at the end of the process, or by termination_signals()."""
+    global _finalizer
     import atexit
     atexit.unregister(stop_at_exit)
     atexit.register(stop_at_exit)
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process():  # such a child may end without the functions of atexit
+        from multiprocessing.util import Finalize
+        if _finalizer is None or not _finalizer.still_active():
+            _finalizer = Finalize(None, stop_at_exit, exitpriority=0)
     termination.install()
 
 
@@ -6886,12 +6964,20 @@ class Project:
     def __init__(self, repository: Optional[str] = None, directory: Optional[str] = None) -> None:
         if directory is not None and not os.path.isdir(directory):
             raise ConfigNotFound("There is no directory %s." % directory)
-        self._arguments = (absolute_url(repository, os.getcwd()) if repository else None,
+        self._arguments = (absolute_url(repository, working_directory()) if repository else None,
                            None if directory is None else os.path.abspath(directory))
         self._location: Optional[Location] = None
         self._repository: Optional[Repository] = None
         self.recorders = Recorders(self)
         self.experiments = ExperimentCollection(lambda: self)
+
+    def __deepcopy__(self, memo: Any) -> Project:
+        """Itself: a copy of an experiment is recorded by the same recorder."""
+        return self
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        """An experiment that is pickled for another process can only be read there."""
+        return _unpickled_project, (self.location.url, self.directory)
 
     @property
     def location(self) -> Location:
@@ -6968,9 +7054,11 @@ class Project:
                 if not termination.ending:
                     console.error("Experiment %s cannot be recorded: %s." % (experiment.short_id(), _problem(error)))
                 break
+            if recorder.pid != os.getpid():
+                report_child()
+                break
             if recorder.gone:
                 recorder.report_gone()
-            if recorder.gone or recorder.pid != os.getpid():
                 break
             checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
             if checkpoint is not None:  # else another thread has just stopped the recorder
@@ -7118,7 +7206,7 @@ class Recorders:
             recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
         recorder.start()
         if settings.heartbeat:
-            experiment._document["outcome"] = opening()
+            experiment._document["outcome"] = following(opening(), document)
             recorder.fold({"outcome": experiment._document["outcome"]})
         return recorder
 
@@ -7348,16 +7436,19 @@ def add_checkpoint(project: Project, experiment_id: str, path: Optional[str], st
 
 
 class InertProject:
-    """The project of an experiment that records nothing, in every process of a distributed job but the first.
+    """The project of an experiment that records nothing: in every process of a distributed job but the first, and in
+    children of multiprocessing.
 
-    project: where to read the files of an experiment that the first process resumes.
+    project: where to read the files of an experiment that another process records.
     """
 
-    def __init__(self, project: Optional[Project] = None) -> None:
-        self._project = project
+    def __init__(self, project: Optional[Project] = None, in_child: bool = False) -> None:
+        self._project, self._in_child = project, in_child
 
     def record(self, experiment: Experiment, path: Any, step: Any, metrics: Any, primary_metric: Any,
                quiet: bool) -> Checkpoint:
+        if self._in_child:
+            report_child()
         return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
     def stop(self, experiment: Experiment, error: Optional[BaseException] = None) -> None:
@@ -7379,6 +7470,10 @@ class InertProject:
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False) -> List[str]:
         return self._project.checkout(experiment, checkpoint, output_directory, path, quiet) if self._project else []
+
+
+def _unpickled_project(url: str, directory: str) -> InertProject:
+    return InertProject(Project(url, directory if os.path.isdir(directory) else None), in_child=True)
 
 
 class ExperimentCollection:
@@ -7486,17 +7581,21 @@ def checked_keep(keep_best: Any, keep_latest: Any) -> Optional[Tuple[int, int]]:
 RANK_SIZES = {"RANK": ("WORLD_SIZE",), "LOCAL_RANK": ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
               "SLURM_PROCID": ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
               "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",)}  # the variables in which launchers say how many processes run
-_announced: Set[str] = set()  # the rank variables that is_secondary_process() has mentioned
+_announced: Set[str] = set()  # the rank variables that is_secondary_process() has mentioned, and what report_child() did
 
 
 def is_secondary_process() -> bool:
-    """Whether this process of a distributed job is not the first, and so records nothing; says so once."""
+    """Whether this process records nothing: it is not the first of a distributed job, and says so once, or is a child of
+    multiprocessing that imports the script of its parent.
+    """
     def number(variable: str) -> int:
         text = os.environ.get(variable, "")
         return int(text) if text.isdecimal() else 0
 
     if os.environ.get("REPLICATE_ALL_RANKS", "0") not in ("", "0"):
         return False
+    if is_importing_script():
+        return True
     for rank, sizes in RANK_SIZES.items():
         if number(rank) > 0 and any(number(size) > 1 for size in sizes):
             if rank not in _announced:
@@ -7505,6 +7604,21 @@ def is_secondary_process() -> bool:
                                 "To record every process, set REPLICATE_ALL_RANKS=1." % (rank, number(rank)))
             return True
     return False
+
+
+def is_importing_script() -> bool:
+    """Whether this child of multiprocessing imports its parent's script, as it does before its own work unless forked."""
+    module = sys.modules.get("multiprocessing.process")
+    return module is not None and hasattr(module.current_process(), "_inheriting")
+
+
+def report_child() -> None:
+    """Print once that this process is a child that records nothing."""
+    text = ("Checkpoints that a child process makes are not recorded: call checkpoint() in the process that called init(), or "
+            "init() in each child.")
+    if text not in _announced:
+        _announced.add(text)
+        console.error(text)
 
 
 def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = None) -> Experiment:
@@ -7520,7 +7634,8 @@ def inert_experiment(path: Optional[str], params: Any, resume: Optional[str] = N
         values = checked_params(params, [])
     except TypeError:  # process 0 says so
         values = {}
-    return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path}, InertProject())
+    return Experiment({"id": new_id(), "created": timestamp(), "params": values, "path": path},
+                      InertProject(in_child=is_importing_script()))
 
 
 # -- callbacks for training frameworks; each function imports its own when it is called
