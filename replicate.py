@@ -3390,13 +3390,13 @@ class Table:
         if start + length + FOOTER_BYTES != size:
             return None
         fields = tail[start - tail_start:-FOOTER_BYTES] if start >= tail_start else read_range(start, start + length)
-        pieces, position = [], 0
-        while position < len(fields):
-            field = _extra_field(fields[position:position + 2 * 65536])
+        pieces, rest = [], memoryview(fields)
+        while rest:
+            field = _extra_field(rest)
             if field is None:
                 return None
             pieces.append(field[0])
-            position += field[1]
+            rest = rest[field[1]:]
         return cls._decode(b"".join(pieces), start)
 
     @classmethod
@@ -3426,7 +3426,7 @@ def _extra_member(data: bytes) -> bytes:
             GZIP_EMPTY_BODY)
 
 
-def _extra_field(data: bytes) -> Optional[Tuple[bytes, int]]:
+def _extra_field(data: Union[bytes, memoryview]) -> Optional[Tuple[Union[bytes, memoryview], int]]:
     """(content, length) of the member at the start of data; None if _extra_member() did not make it."""
     length = int.from_bytes(data[14:16], "little")
     if (data[:10] != GZIP_EXTRA_HEADER or data[12:14] != b"RV" or data[10:12] != (length + 4).to_bytes(2, "little")

@@ -4217,9 +4217,6 @@ def names_in(directory):
     return sorted(os.listdir(str(directory))) if os.path.isdir(str(directory)) else []
 
 
-wait_until = until
-
-
 def start_script(source, *arguments, env=None, cwd=None):
     """A training script that runs beside the test; its output is in pipes."""
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)], cwd=cwd,
@@ -4621,14 +4618,14 @@ def test_a_live_process_s_journal_is_shown_but_left_to_it(repo):
     process = start_training(LEAVES_A_JOURNAL, "SIGSTOP")
     try:
         process.stdout.readline()
-        wait_until(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
+        until(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
         journals = names_in(repo / "journals")
         assert len(journals) == 1
         assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 3
         assert names_in(repo / "journals") == journals and len(stored_documents(repo)[0]["checkpoints"]) == 1
         process.send_signal(signal.SIGCONT)
-        wait_until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 3)
-        wait_until(lambda: names_in(repo / "journals") == [])
+        until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 3)
+        until(lambda: names_in(repo / "journals") == [])
     finally:
         process.kill()
         finish(process)
@@ -4828,7 +4825,7 @@ def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(projec
     if moment == "journal open":
         assert tell(process, 3) == "done"
     elif moment == "at rest":
-        wait_until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and names_in(repo / "tmp") == [
+        until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and names_in(repo / "tmp") == [
             experiment_id + ".live.lock"])
     assert run("rm", "-f", experiment_id).returncode == 0
     if moment != "before stop":
@@ -4850,8 +4847,8 @@ def test_a_removed_experiment_is_noticed_by_the_next_heartbeat(repo, monkeypatch
         experiment.delete()
     else:
         assert run("rm", "-f", experiment.id).returncode == 0
-        wait_until(lambda: "was removed" in capsys.readouterr().err)
-        wait_until(lambda: list(tree(repo)) == ["repository.json"])
+        until(lambda: "was removed" in capsys.readouterr().err)
+        until(lambda: list(tree(repo)) == ["repository.json"])
     for number in range(5):
         assert experiment.checkpoint(metrics={"n": number}, quiet=True).metrics == {"n": number}
     experiment.stop()
@@ -4865,7 +4862,7 @@ def test_a_checkpoint_that_is_compressed_when_its_experiment_is_found_removed_le
     fold, compressed, noticed = replicate.Repository.fold, [], threading.Event()
 
     def fold_later(self, *args):
-        wait_until(lambda: [name for name in names_in(repo / "tmp") if not name.endswith(".lock")])
+        until(lambda: [name for name in names_in(repo / "tmp") if not name.endswith(".lock")])
         try:
             fold(self, *args)
         finally:
@@ -4885,7 +4882,7 @@ def test_a_checkpoint_that_is_compressed_when_its_experiment_is_found_removed_le
     experiment = replicate.init(quiet=True)
     assert run("rm", "-f", experiment.id).returncode == 0
     experiment.checkpoint(path="model", quiet=True)
-    wait_until(lambda: "was removed" in capsys.readouterr().err)
+    until(lambda: "was removed" in capsys.readouterr().err)
     experiment.stop()
     assert list(tree(repo)) == ["repository.json"]
     assert sum(compressed) < (10 << 20) * 5 / 2
@@ -4899,7 +4896,7 @@ def test_the_heartbeat(project, repo, monkeypatch):
     assert set(first) == {"experiment_id", "last_heartbeat"} and first["experiment_id"] == experiment.id
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", first["last_heartbeat"])
     assert -1 <= time.time() - replicate.parse_time(first["last_heartbeat"]).timestamp() < 25
-    wait_until(lambda: json.loads(path.read_text())["last_heartbeat"] > first["last_heartbeat"])
+    until(lambda: json.loads(path.read_text())["last_heartbeat"] > first["last_heartbeat"])
     assert experiment.is_running() and run("ps", "-q").stdout.split() == [experiment.id]
     experiment.stop()
     assert not path.exists() and not experiment.is_running() and run("ps", "-q").stdout == ""
@@ -4935,7 +4932,7 @@ def test_disable_heartbeat(repo, monkeypatch):
     monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.02)
     experiment = replicate.init(disable_heartbeat=True, quiet=True)
     experiment.checkpoint(metrics={"x": 1}, quiet=True)
-    wait_until(lambda: stored_documents(repo)[0]["checkpoints"])
+    until(lambda: stored_documents(repo)[0]["checkpoints"])
     assert names_in(repo / "metadata/heartbeats") == [] and not experiment.is_running()
     experiment.stop()
     experiment.checkpoint(metrics={"x": 2}, quiet=True)
@@ -5973,7 +5970,7 @@ def test_a_ctrl_c_at_exit_leaves_the_rest_to_the_next_command(project, repo):
         print("ready", flush=True)
         """)
     ids = [process.stdout.readline().strip() for _ in range(3)][:2]
-    wait_until(lambda: names_in(repo / "tmp"))
+    until(lambda: names_in(repo / "tmp"))
     process.send_signal(signal.SIGINT)
     finish(process)
     assert list(listed(repo).values()) == [ids]
@@ -9164,7 +9161,7 @@ def test_both_programs_show_who_runs(project, peer, library):
         experiment.stop()
         """ % library)
     assert process.stdout.readline() == "on\n"
-    wait_until(lambda: names_in(project / "repo/metadata/heartbeats") and stored_documents(project / "repo"), 60)
+    until(lambda: names_in(project / "repo/metadata/heartbeats") and stored_documents(project / "repo"), 60)
     assert peer("ps", "-q").stdout == run("ps", "-q").stdout == stored_documents(project / "repo")[0]["id"] + "\n"
     finish(process)
     assert peer("ps", "-q").stdout == run("ps", "-q").stdout == ""
@@ -9217,7 +9214,7 @@ def test_times_look_as_the_peer_prints_them(project, peer, call):
     def agree():  # the clock may tick between the two
         return started(peer("ls", "--sort", "started").stdout) == started(call("ls")[1])
 
-    wait_until(agree)
+    until(agree)
 
 
 @pytest.mark.parametrize("filters", [["lr > 0.15"], ["name = adam"], ["name != adam"], ["step >= 1"], ["status = stopped"], ["user = ben"],
