@@ -6466,7 +6466,8 @@ def test_how_a_run_ends(project, repo, source):
     started = datetime.datetime.now(datetime.timezone.utc)
     done = run_script(ENDS + source, check=False)
     code, status, error = ENDINGS[source]
-    assert done.returncode == code and errors_in(done.stderr) == [] and (code or done.stderr == "")
+    told = ["═══╡ Interrupted: the next replicate command here finishes the rest."] if "imported_packages" in source else []
+    assert done.returncode == code and errors_in(done.stderr) == told and (code or done.stderr == "")
     (experiment,) = replicate.experiments.list()
     assert (experiment.outcome["status"], experiment.outcome.get("error")) == (status, error)
     assert started <= replicate.parse_time(experiment.outcome["time"]) <= datetime.datetime.now(datetime.timezone.utc)
@@ -6475,7 +6476,7 @@ def test_how_a_run_ends(project, repo, source):
     assert "Status:          %s\n" % status in shown and ("Error:" in shown) == bool(error) and "\nEnded:  " in shown
     assert leftovers(repo) == [] and len(stored_documents(repo)[0]["checkpoints"]) == 3 + source.count("checkpoint")
     for name in names_in(repo / "checkpoints"):
-        assert (repo / "checkpoints" / name).stat().st_size < 1 << 19  # compressed before the end
+        assert told or (repo / "checkpoints" / name).stat().st_size < 1 << 19  # compressed before the end
         assert saved_files(repo, name[:64]) == {"model": (project / "model").read_bytes()}
 
 
