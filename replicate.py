@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     import struct
     import tarfile
     import zlib
-    from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional,
-                        Sequence, Set, TextIO, Tuple, Union)
+    from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
+                        Set, TextIO, Tuple, Union)
     Column = Tuple[str, Sequence[str]]  # a table column: its title, and one cell (of one or more lines) per row
     Options = Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
     Block = Tuple[str, Sequence[Sequence[Optional[str]]]]  # of `show` or `diff`: a heading, and rows of a label and texts
@@ -1397,7 +1397,7 @@ def _check_checkpoints(items: Sequence[Any]) -> None:
             raise ReadError("primary_metric is not {name, goal}")
 
 
-def _check_fields(documents: Sequence[Any], fields: Mapping[str, Sequence[type]]) -> None:
+def _check_fields(documents: Sequence[Any], fields: Dict[str, Any]) -> None:
     """Raise ReadError unless each document has a valid id and creation time, and the fields are of the given types."""
     if not {type(document) for document in documents} <= {dict}:
         raise ReadError("it is not a JSON object")
