@@ -7576,8 +7576,9 @@ def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool
     `replicate tag` changes them later, and commands take a name in place of an ID.
 
     resume: the ID or name of an experiment to continue, or "auto" for the last one of this job (SLURM_JOB_ID,
-    REPLICATE_JOB), or without a job the last one of this command, unless it completed or is still running. It keeps its
-    code, labels and step count, and params must be the same as before.
+    REPLICATE_JOB), or without a job the last one of this command, unless it completed or is still running. If it seems to
+    be running, init() waits up to 30 seconds to see whether it was killed. It keeps its code, labels and step count, and
+    params must be the same as before.
 
     keep_best, keep_latest: keep the files of this many of the best checkpoints, by the primary metric, and of the latest
     ones; if only one is given, the other is 1. All other checkpoints keep only their metrics.
