@@ -6307,6 +6307,11 @@ class Messages:
             self.reported.add(text)
             console.error(text)
 
+    def report_gone(self, experiment: Experiment, url: str) -> None:
+        """Print once that an experiment was removed from the repository at url."""
+        self.report(ReplicateError("Experiment %s was removed from %s: it is no longer recorded." % (
+            experiment.short_id(), url)))
+
     def hint_at_outputs(self, path: str, is_directory: bool) -> None:
         """Tell the user, once in each process, that init() saved what an earlier run wrote at path, and how to avoid that."""
         if not Messages.has_hinted:
@@ -6518,12 +6523,7 @@ class Recorder:
             except ReplicateError as error:  # after any other error, what the bucket may have stays
                 only_here = not isinstance(error, DoesNotExist)
         self.abandon(from_bucket=not only_here)
-        self.report_gone(self.repository if only_here else self.target)
-
-    def report_gone(self, removed_from: Optional[Repository] = None) -> None:
-        """Print once that the experiment was removed from a repository, by default the target."""
-        self.messages.report(ReplicateError("Experiment %s was removed from %s: it is no longer recorded." %
-                                            (self.experiment.short_id(), (removed_from or self.target).url)))
+        self.messages.report_gone(self.experiment, (self.repository if only_here else self.target).url)
 
     # -- the end
 
@@ -6579,15 +6579,6 @@ class Recorder:
             self._live.release()
         # last, since a slow disk may take longer than a scheduler waits before it kills
         self.storage.sync(self._keys + [document_key(self.experiment.id)])
-
-    def amend(self, outcome: Dict[str, str]) -> None:
-        """After finish(), replace the outcome: in the bucket if everything was uploaded, else here."""
-        try:
-            self.target.storage.deadline = time.monotonic() + TERMINATION_SECONDS
-            repository = self.target if self.worker.is_done else self.repository
-            repository.fold(self.experiment.id, [], final={"outcome": outcome})
-        except ReplicateError as error:
-            self.messages.report(error)
 
     def abandon(self, from_bucket: bool = True) -> None:
         """Stop recording because the experiment is removed, and remove what this run has written."""
@@ -6925,7 +6916,17 @@ def stop_at_exit() -> None:
     stop_all(outcome=ending(error))
     for recorder, kind, number in _stopped_while_raising:
         if error is not None and type(error) is kind and (kind is SystemExit or id(error) == number):
-            recorder.amend(ending(error))
+            amend_outcome(recorder, ending(error))
+
+
+def amend_outcome(recorder: Recorder, outcome: Dict[str, str]) -> None:
+    """Replace the outcome of a recorder that has finished: in the bucket if everything was uploaded, else here."""
+    try:
+        recorder.target.storage.deadline = time.monotonic() + TERMINATION_SECONDS
+        repository = recorder.target if recorder.worker.is_done else recorder.repository
+        repository.fold(recorder.experiment.id, [], final={"outcome": outcome})
+    except ReplicateError as error:
+        recorder.messages.report(error)
 
 
 def install_exit_hooks() -> None:
@@ -7058,7 +7059,7 @@ class Project:
                 report_child()
                 break
             if recorder.gone:
-                recorder.report_gone()
+                recorder.messages.report_gone(experiment, recorder.target.url)
                 break
             checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
             if checkpoint is not None:  # else another thread has just stopped the recorder
