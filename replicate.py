@@ -5477,7 +5477,7 @@ class MachineFacts:
         header = dict(line[2:].split(" ", 1) for line in lines if re.match("# [a-z.]+ ", line))
         git = {"commit": header.get("branch.oid"), "branch": header.get("branch.head"),
                "dirty": any(line[:1] != "#" for line in lines)}
-        gpus = [line.strip() for line in self._output(self._gpus)]
+        gpus = [line.strip() for line in self._output(self._gpus) if line.strip()]
         return dict({"git": git} if header else {}, **({"gpus": gpus} if gpus else {}))
 
     def _started(self, *words: str) -> Any:

@@ -6615,7 +6615,7 @@ def fake_program(directory, name, script, monkeypatch):
 
 
 def test_git_and_gpus_are_recorded(project, call, tmp_path, monkeypatch, checkout_of_git):
-    fake_program(tmp_path / "bin", "nvidia-smi", "echo 'NVIDIA H100 80GB'; echo 'NVIDIA H100 80GB'", monkeypatch)
+    fake_program(tmp_path / "bin", "nvidia-smi", "echo 'NVIDIA H100 80GB'; echo; echo 'NVIDIA H100 80GB'", monkeypatch)
     replicate.init(quiet=True)
     (project / "replicate.yaml").write_text("repository: file://repo\n# changed\n")
     replicate.init(quiet=True).stop()
