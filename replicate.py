@@ -5881,8 +5881,9 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
             pending.remove_experiment(Experiment(document))
             raise
         sent.experiments += 1
-    remote.storage.delete([archive_key("checkpoints", item["id"]) for item in ready  # an upload that failed left it there
-                           if not item.get("path") and item.get("pruned")])
+    left = [archive_key("checkpoints", item["id"]) for item in ready if item.get("pruned") and not item.get("path")]
+    if left:  # by an upload that failed
+        remote.storage.delete(left)
     done = {item["id"] for item in ready}
     with_files = {item["id"] for item in ready if item.get("path")}
     if finished and not unready:
