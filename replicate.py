@@ -9223,25 +9223,19 @@ else section("code", note("Fewer than two of these runs saved their code."));
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class Command:
-    """A subcommand: its function, whose docstring is the help text, and its options."""
-
-    def __init__(self, name: str, run: Callable[[argparse.Namespace], int], options: Options, aliases: Sequence[str] = (),
-                 usage: str = "[flags]", epilog: str = "") -> None:
-        self.name, self.run, self.options, self.aliases = name, run, options, aliases
-        self.usage, self.epilog = usage, epilog
-        self.description = (run.__doc__ or "").replace("\n    ", "\n").strip()
-
-
 COMMANDS: Dict[str, Command] = {}
 
 
-def command(name: str, *options: Any, **settings: Any) -> Callable:
-    """Register a function as a subcommand; settings are further arguments of Command."""
-    def register(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-        COMMANDS[name] = Command(name, run, options, **settings)
+class Command:
+    """A subcommand: its options, and the function that it decorates, whose docstring is the help text."""
+
+    def __init__(self, name: str, *options: Any, aliases: Sequence[str] = (), usage: str = "[flags]", epilog: str = "") -> None:
+        self.name, self.options, self.aliases, self.usage, self.epilog = name, options, aliases, usage, epilog
+
+    def __call__(self, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+        self.run, self.description = run, (run.__doc__ or "").replace("\n    ", "\n").strip()
+        COMMANDS[self.name] = self
         return run
-    return register
 
 
 def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
@@ -9425,13 +9419,13 @@ def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[s
     return [row for row in rows if all(tree.matches(row) for tree in filters)]
 
 
-@command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
+@Command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
 def ls_command(args: argparse.Namespace) -> int:
     """List experiments in this project"""
     return print_list(args, only_running=False)
 
 
-@command("ps", *LIST_OPTIONS, aliases=("processes",), epilog="""\
+@Command("ps", *LIST_OPTIONS, aliases=("processes",), epilog="""\
 List all running experiments in the current project:
   replicate ps
 List those where the parameter "optimizer" is "adam":
@@ -9445,7 +9439,7 @@ def ps_command(args: argparse.Namespace) -> int:
     return print_list(args, only_running=True)
 
 
-@command("show", ID, JSON, option("--all", action="store_true", help="List all installed packages (default: only those that "
+@Command("show", ID, JSON, option("--all", action="store_true", help="List all installed packages (default: only those that "
                                   "the program imported)"), usage="<experiment or checkpoint ID> [flags]")
 def show_command(args: argparse.Namespace) -> int:
     """View information about an experiment or checkpoint"""
@@ -9470,7 +9464,7 @@ def show_command(args: argparse.Namespace) -> int:
 WATCH_SECONDS = 2.0
 
 
-@command("plot", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: the last experiments)"),
+@Command("plot", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: the last experiments)"),
          option("-m", "--metric", metavar="METRIC", help="Metric to plot (default: the primary metric)"),
          option("-x", "--axis", default="step", metavar="step|time|METRIC", help="Horizontal axis (default: step)"),
          option("--log", action="store_true", help="Use a logarithmic scale"),
@@ -9530,7 +9524,7 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
     return render_plot(curves, (args.axis, title), (size[0] - 1, size[1] - 1), args.log, braille, paint)
 
 
-@command("report", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: all experiments)"), FILTER,
+@Command("report", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: all experiments)"), FILTER,
          option("-o", "--output", metavar="FILE", help="Output file (default: %s); - for standard output" % REPORT_NAME),
          usage="[ID...] [flags]", epilog="""\
 Make a page of all completed experiments, to look at or to send:
@@ -9573,7 +9567,7 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
         raise WriteError("%s cannot be written: %s." % (path, short_reason(error))) from error
 
 
-@command("diff", IDS, JSON,
+@Command("diff", IDS, JSON,
          option("--code", action="store_true", help="Print what differs in the code as a patch"),
          option("--path", action="append", help="With --code: only this file or directory, repeatable"),
          usage="<ID> [ID...] [flags]", epilog="""\
@@ -9663,7 +9657,7 @@ def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint
     return checkpoint
 
 
-@command("checkout", ID, option("-f", "--force", action="store_true", help="Force checkout without prompt, even if "
+@Command("checkout", ID, option("-f", "--force", action="store_true", help="Force checkout without prompt, even if "
                                 "files would be overwritten"),
          option("-o", "--output-directory", metavar="DIRECTORY",
                 help="Output directory (default: the project directory)"),
@@ -9694,7 +9688,7 @@ def checkout_command(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("rm", IDS, option("-f", "--force", action="store_true", help="Force delete without interactive prompt"),
+@Command("rm", IDS, option("-f", "--force", action="store_true", help="Force delete without interactive prompt"),
          aliases=("delete",), usage="<experiment or checkpoint ID> [experiment or checkpoint ID...] [flags]", epilog="""\
 Delete an experiment and its checkpoints (where a1b2c3d4 is an experiment ID):
   replicate rm a1b2c3d4
@@ -9729,7 +9723,7 @@ def rm_command(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("du", FILTER, JSON, epilog="""\
+@Command("du", FILTER, JSON, epilog="""\
 Show how much space the failed experiments take:
   replicate du --filter "status = failed\"""")
 def du_command(args: argparse.Namespace) -> int:
@@ -9753,7 +9747,7 @@ def du_command(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: everything)"),
+@Command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: everything)"),
          option("--fix", action="store_true", help="Fold the journals of killed runs into their experiments, and remove files "
                 "that no experiment uses"),
          JSON, usage="[ID...] [flags]", epilog="""\
@@ -9792,7 +9786,7 @@ def verify_command(args: argparse.Namespace) -> int:
     return 1 if verification.faults else 0
 
 
-@command("prune", option("--keep-best", type=natural_number, default=1, metavar="N",
+@Command("prune", option("--keep-best", type=natural_number, default=1, metavar="N",
                          help="Keep the files of the best N checkpoints of each experiment (default: 1)"),
          option("--keep-latest", type=natural_number, default=1, metavar="N",
                 help="Also keep the files of the latest N checkpoints (default: 1)"), FILTER,
@@ -9845,7 +9839,7 @@ def prune_command(args: argparse.Namespace) -> int:
     return status
 
 
-@command("tag", option("id", metavar="ID", help="Experiment ID, the start of one, or a name"),
+@Command("tag", option("id", metavar="ID", help="Experiment ID, the start of one, or a name"),
          option("changes", nargs="*", metavar="CHANGE", help="name=NAME or note=TEXT (empty text removes it), +TAG to add a "
                                                              "tag, -TAG to remove one"),
          usage="<experiment ID> [name=NAME] [note=TEXT] [+TAG...] [-TAG...] [flags]", epilog="""\
@@ -9948,7 +9942,7 @@ def read_primary(text: str) -> Tuple[str, str]:
     return name, goal
 
 
-@command("run", option("--param", action="append", default=[], type=read_pair, metavar="NAME=VALUE",
+@Command("run", option("--param", action="append", default=[], type=read_pair, metavar="NAME=VALUE",
                        help="A hyperparameter, repeatable"),
          option("--path", help="The file or directory of code to save (default: none)"),
          option("--name", help="A name for the experiment"),
@@ -9991,7 +9985,7 @@ def run_command(args: argparse.Namespace) -> int:
     return exit_status(status)
 
 
-@command("checkpoint", option("--path", help="The file or directory to save (default: none)"),
+@Command("checkpoint", option("--path", help="The file or directory to save (default: none)"),
          option("--step", type=natural_number, metavar="N", help="The training step (default: one more than the last)"),
          option("--metric", action="append", default=[], type=read_pair, metavar="NAME=VALUE", help="A metric, repeatable"),
          option("--primary", type=read_primary, metavar="NAME:GOAL",
@@ -10016,7 +10010,7 @@ def checkpoint_command(args: argparse.Namespace) -> int:
     return 0 if is_whole else 1
 
 
-@command("rerun", ID, option("-o", "--output-directory", metavar="DIRECTORY",
+@Command("rerun", ID, option("-o", "--output-directory", metavar="DIRECTORY",
                              help="Directory to create (default: rerun-<ID>)"),
          usage="<experiment or checkpoint ID> [flags]", epilog="""\
 Run an experiment again, with the code that it had:
@@ -10082,7 +10076,7 @@ def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
     return place, words
 
 
-@command("push", option("ids", nargs="*", metavar="ID", help="With --from: experiment IDs (default: all experiments)"),
+@Command("push", option("ids", nargs="*", metavar="ID", help="With --from: experiment IDs (default: all experiments)"),
          option("--from", dest="source", metavar="URL", help="Copy experiments from this repository"),
          usage="[--from URL [ID...]] [flags]", epilog="""\
 Upload what is waiting:
@@ -10188,7 +10182,7 @@ experiment.stop()
 DEMO_RUNS = (("1", "0.1"), ("2", "0.1"), ("3", "0.1"), ("3", "0.01"))
 
 
-@command("demo", option("directory", nargs="?", metavar="DIRECTORY",
+@Command("demo", option("directory", nargs="?", metavar="DIRECTORY",
                         help="Directory to create (default: replicate-demo)"), usage="[DIRECTORY] [flags]")
 def demo_command(args: argparse.Namespace) -> int:
     """Train a small model four times, and list the experiments"""
@@ -10330,7 +10324,7 @@ def post_json(url: str, data: bytes, timeout: float) -> None:
         raise ReplicateError("%s cannot be reached: %s." % (url, short_reason(error))) from error
 
 
-@command("analytics", option("switch", nargs="?", choices=("on", "off"), metavar="on|off",
+@Command("analytics", option("switch", nargs="?", choices=("on", "off"), metavar="on|off",
                              help="Switch analytics on or off (default: show the state)"), usage="<on|off> [flags]")
 def analytics_command(args: argparse.Namespace) -> int:
     """Enable or disable analytics
@@ -10363,7 +10357,7 @@ def analytics_command(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("feedback", option("message", nargs="*", metavar="MESSAGE",
+@Command("feedback", option("message", nargs="*", metavar="MESSAGE",
                             help="Your feedback (default: ask for it, or read standard input)"), usage="[MESSAGE] [flags]")
 def feedback_command(args: argparse.Namespace) -> int:
     """Submit feedback to the team!"""
@@ -10414,7 +10408,7 @@ complete -c replicate.py -a '(__replicate_complete)'
 """}
 
 
-@command("completion", option("shell", choices=sorted(COMPLETION), metavar="bash|zsh|fish", help="Your shell"),
+@Command("completion", option("shell", choices=sorted(COMPLETION), metavar="bash|zsh|fish", help="Your shell"),
          usage="<bash|zsh|fish> [flags]", epilog="""\
 Turn on completion in this shell, or add the line to ~/.bashrc or ~/.zshrc:
   source <(replicate completion bash)
@@ -10478,7 +10472,7 @@ def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:
     return found
 
 
-@command("help", option("command", nargs="?", metavar="COMMAND", help="A command (default: list all commands)"),
+@Command("help", option("command", nargs="?", metavar="COMMAND", help="A command (default: list all commands)"),
          usage="[COMMAND] [flags]")
 def help_command(args: argparse.Namespace) -> int:
     """Help about any command"""
