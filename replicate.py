@@ -9222,14 +9222,14 @@ else section("code", note("Fewer than two of these runs saved their code."));
 # 11  Commands, parser, main
 # ------------------------------------------------------------------------------------------------------------------
 
-
 COMMANDS: Dict[str, Command] = {}
 
 
 class Command:
     """A subcommand: its options, and the function that it decorates, whose docstring is the help text."""
 
-    def __init__(self, name: str, *options: Any, aliases: Sequence[str] = (), usage: str = "[flags]", epilog: str = "") -> None:
+    def __init__(self, name: str, *options: Any, aliases: Sequence[str] = (), usage: str = "[flags]",
+                 epilog: Optional[str] = None) -> None:
         self.name, self.options, self.aliases, self.usage, self.epilog = name, options, aliases, usage, epilog
 
     def __call__(self, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -9243,18 +9243,13 @@ def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any
     return names, settings
 
 
-def natural_number(text: str) -> int:
-    """Parse an option's 0, 1, 2, ..."""
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError("expected 0, 1, 2, ..., not %r" % text)
-    return int(text)
-
-
-def positive_number(text: str) -> int:
-    """Parse an option's 1, 2, ..."""
-    if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
-        raise argparse.ArgumentTypeError("expected 1, 2, 3, ..., not %r" % text)
-    return int(text)
+def number_from(least: int) -> Callable[[str], int]:
+    """A function that parses an option's whole number, which is not below least."""
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError("expected %d, %d, %d, ..., not %r" % (least, least + 1, least + 2, text))
+        return int(text)
+    return parse
 
 
 def read_columns(text: str) -> List[str]:
@@ -9291,8 +9286,7 @@ LIST_OPTIONS = (
     option("-q", "--quiet", action="store_true", help="Only print experiment IDs"),
     option("-s", "--sort", metavar="KEY",
            help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"),
-    option("-n", "--number", type=positive_number, metavar="N",
-           help="Only the last N experiments (with --sort: the first N)"))
+    option("-n", "--number", type=number_from(1), metavar="N", help="Only the last N experiments (with --sort: the first N)"))
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
@@ -9469,7 +9463,7 @@ WATCH_SECONDS = 2.0
          option("-x", "--axis", default="step", metavar="step|time|METRIC", help="Horizontal axis (default: step)"),
          option("--log", action="store_true", help="Use a logarithmic scale"),
          option("--smooth", action="store_true", help="Plot a moving average"),
-         FILTER, option("-n", "--number", type=positive_number, default=6, metavar="N",
+         FILTER, option("-n", "--number", type=number_from(1), default=6, metavar="N",
                         help="Without IDs: plot the last N experiments (default: 6)"),
          option("--watch", action="store_true", help="Keep redrawing while experiments are running"),
          usage="[ID...] [flags]", epilog="""\
@@ -9786,9 +9780,9 @@ def verify_command(args: argparse.Namespace) -> int:
     return 1 if verification.faults else 0
 
 
-@Command("prune", option("--keep-best", type=natural_number, default=1, metavar="N",
+@Command("prune", option("--keep-best", type=number_from(0), default=1, metavar="N",
                          help="Keep the files of the best N checkpoints of each experiment (default: 1)"),
-         option("--keep-latest", type=natural_number, default=1, metavar="N",
+         option("--keep-latest", type=number_from(0), default=1, metavar="N",
                 help="Also keep the files of the latest N checkpoints (default: 1)"), FILTER,
          option("--dry-run", action="store_true", help="Only print what would be pruned"), JSON,
          option("--force", action="store_true", help="Prune without interactive prompt"), epilog="""\
@@ -9813,8 +9807,7 @@ def prune_command(args: argparse.Namespace) -> int:
         format_size(pruning.bytes)) for pruning in prunings]
     freed = format_size(sum(pruning.bytes for pruning in prunings))
     if args.json:
-        say_json([{"id": pruning.experiment.id, "checkpoints": pruning.ids, "bytes": pruning.bytes}
-                  for pruning in prunings])
+        say_json([{"id": pruning.experiment.id, "checkpoints": pruning.ids, "bytes": pruning.bytes} for pruning in prunings])
     elif args.dry_run:
         say("".join(line + "\n" for line in lines))
     if not prunings:
@@ -9986,7 +9979,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 @Command("checkpoint", option("--path", help="The file or directory to save (default: none)"),
-         option("--step", type=natural_number, metavar="N", help="The training step (default: one more than the last)"),
+         option("--step", type=number_from(0), metavar="N", help="The training step (default: one more than the last)"),
          option("--metric", action="append", default=[], type=read_pair, metavar="NAME=VALUE", help="A metric, repeatable"),
          option("--primary", type=read_primary, metavar="NAME:GOAL",
                 help="The metric that tells which checkpoint is best, and its goal: minimize or maximize"),
@@ -10505,7 +10498,7 @@ def command_parser(chosen: Command) -> argparse.ArgumentParser:
     """The parser of one subcommand; global flags that it does not meet keep their values."""
     flags = [(names, dict(settings, default=argparse.SUPPRESS)) for names, settings in GLOBAL_OPTIONS]
     aliases = "\n\naliases: %s" % ", ".join(chosen.aliases) if chosen.aliases else ""
-    return argument_parser((*chosen.options, *flags), prog="replicate " + chosen.name, epilog=chosen.epilog or None,
+    return argument_parser((*chosen.options, *flags), prog="replicate " + chosen.name, epilog=chosen.epilog,
                            usage="replicate %s %s" % (chosen.name, chosen.usage), description=chosen.description + aliases)
 
 
