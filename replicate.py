@@ -9419,15 +9419,7 @@ def ls_command(args: argparse.Namespace) -> int:
     return print_list(args, only_running=False)
 
 
-@Command("ps", *LIST_OPTIONS, aliases=("processes",), epilog="""\
-List all running experiments in the current project:
-  replicate ps
-List those where the parameter "optimizer" is "adam":
-  replicate ps --filter "optimizer = adam"
-Compare them line by line, the lowest "val_loss" first:
-  replicate ps --wide --sort val_loss
-
-""" + FILTER_HELP)
+@Command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=FILTER_HELP)
 def ps_command(args: argparse.Namespace) -> int:
     """List running experiments in this project"""
     return print_list(args, only_running=True)
