@@ -26,7 +26,7 @@ To follow one task through the code, read in this order:
 
     record      init(), create_experiment() [9]; Recorder.checkpoint() packs the files [6] and appends to a journal [8]; in
                 the background, threads fold the journal into the document, compress archives and upload to buckets [8]
-    list        print_list() [11], list_rows() and RowCache [7], filters and sorting [4], render_list() [10]
+    list        ls_command() [11], list_rows() and RowCache [7], filters and sorting [4], render_list() [10]
     show, diff  their commands [11], find_item() [7], Experiment [3], compare_files() [7], render_experiment() and
                 render_diff() [10]
     plot        plot_command() [11], Experiment [3], render_plot() [10]
@@ -9232,7 +9232,7 @@ class Command:
                  epilog: Optional[str] = None) -> None:
         self.name, self.options, self.aliases, self.usage, self.epilog = name, options, aliases, usage, epilog
 
-    def __call__(self, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def __call__(self, run: Callable[..., int]) -> Callable[..., int]:
         self.run, self.description = run, (run.__doc__ or "").replace("\n    ", "\n").strip()
         COMMANDS[self.name] = self
         return run
@@ -9365,8 +9365,9 @@ def open_project(args: argparse.Namespace, fold: bool = True) -> Project:
     return project
 
 
-def print_list(args: argparse.Namespace, only_running: bool) -> int:
-    """Run `ls` or `ps`."""
+@Command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
+def ls_command(args: argparse.Namespace, only_running: bool = False) -> int:
+    """List experiments in this project"""
     forms = ["--" + name for name in ("quiet", "json", "csv", "wide") if getattr(args, name)]
     forms += ["--" + name for name in ("all", "columns") if args.quiet and getattr(args, name)]
     if len(forms) > 1:
@@ -9413,16 +9414,10 @@ def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[s
     return [row for row in rows if all(tree.matches(row) for tree in filters)]
 
 
-@Command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
-def ls_command(args: argparse.Namespace) -> int:
-    """List experiments in this project"""
-    return print_list(args, only_running=False)
-
-
 @Command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=FILTER_HELP)
 def ps_command(args: argparse.Namespace) -> int:
     """List running experiments in this project"""
-    return print_list(args, only_running=True)
+    return ls_command(args, only_running=True)
 
 
 @Command("show", ID, JSON, option("--all", action="store_true", help="List all installed packages (default: only those that "
