@@ -9521,10 +9521,9 @@ def report_command(args: argparse.Namespace) -> int:
         raise ReplicateError("%s already exists and is not a report. Choose another file with -o." % path)
     repository = open_project(args).repository
     chosen = {row.id for row in matching_rows(list_rows(repository), args.filter)}
-    experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
     if args.ids:
-        named = {experiment.id for experiment, _ in find_items(repository, args.ids)}
-        experiments = [experiment for experiment in experiments if experiment.id in named]
+        chosen &= {experiment.id for experiment, _ in find_items(repository, args.ids)}
+    experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
     page = render_report(report_data(repository, experiments, repository.running()))
@@ -10464,9 +10463,6 @@ def help_command(args: argparse.Namespace) -> int:
 
 def argument_parser(options: Options, prog: str = "replicate", **settings: Any) -> argparse.ArgumentParser:
     """A parser of these options that raises UsageError."""
-    def formatter(prog: str) -> argparse.HelpFormatter:  # argparse imports a lot to ask for the terminal's width
-        return argparse.RawDescriptionHelpFormatter(prog, width=80)
-
     def fail(message: str) -> NoReturn:
         message = message.replace("the following arguments are required", "missing arguments")
         typed = re.match("unrecognized arguments: (--[a-z-]+)", message)
@@ -10474,7 +10470,9 @@ def argument_parser(options: Options, prog: str = "replicate", **settings: Any) 
         raise UsageError("%s%s.%s See '%s%s --help'." % (
             message[:1].upper(), message[1:].rstrip("."), meant, program_name(), prog[len("replicate"):]))
 
-    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, formatter_class=formatter, **settings)
+    parser = argparse.ArgumentParser(  # argparse imports a lot to ask for the terminal's width
+        prog, add_help=False, allow_abbrev=False, **settings,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80))
     parser.error = fail  # type: ignore[method-assign]
     for names, keywords in options:
         parser.add_argument(*names, **keywords)
