@@ -9944,9 +9944,7 @@ def run_command(args: argparse.Namespace) -> int:
         raise UsageError("There is no program to run. Write it after --, as in: %s run --param lr=0.1 -- ./train.sh" %
                          program_name())
     if shutil.which(args.program[0]) is None:
-        is_plain = os.sep in args.program[0] and os.path.isfile(args.program[0])
-        raise ReplicateError(("%s cannot be run: it is not executable (see chmod +x)." if is_plain else
-                              "There is no program %s.") % args.program[0])
+        raise ReplicateError("There is no program %s, or it is not executable (see chmod +x)." % args.program[0])
     if is_secondary_process():
         return exit_status(run_program(args.program, os.getcwd(), dict(os.environ)))
     project = Project(args.repository, args.project_directory)
