@@ -9442,9 +9442,6 @@ def show_command(args: argparse.Namespace) -> int:
     return 0
 
 
-WATCH_SECONDS = 2.0
-
-
 @Command("plot", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: the last experiments)"),
          option("-m", "--metric", metavar="METRIC", help="Metric to plot (default: the primary metric)"),
          option("-x", "--axis", default="step", metavar="step|time|METRIC", help="Horizontal axis (default: step)"),
@@ -9464,20 +9461,20 @@ def plot_command(args: argparse.Namespace) -> int:
         raise UsageError("--watch needs a terminal.")
     repository = open_project(args).repository
     while True:
-        experiments, running = experiments_to_plot(repository, args)
+        running = repository.running() if args.watch else set()
+        experiments = experiments_to_plot(repository, args)
         say(("\x1b[H\x1b[J" if args.watch else "") + "".join(plotted(experiments, args)))
-        if not args.watch or not running:
+        if running.isdisjoint(experiment.id for experiment in experiments):
             return 0
-        time.sleep(WATCH_SECONDS)
+        time.sleep(2.0)
 
 
-def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> Tuple[List[Experiment], bool]:
-    """The experiments that the arguments of `plot` name, and whether one of them is running."""
+def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> List[Experiment]:
+    """The experiments that the arguments of `plot` name."""
     if args.ids:
-        found = [experiment for experiment, _ in find_items(repository, args.ids)]
-        return found, any(repository.is_running(experiment.id) for experiment in found)
+        return [experiment for experiment, _ in find_items(repository, args.ids)]
     rows = [row for row in matching_rows(list_rows(repository), args.filter) if row.latest][-args.number:]
-    return [Experiment(repository.load(row.id)) for row in rows], any(row.running for row in rows)
+    return [Experiment(repository.load(row.id)) for row in rows]
 
 
 def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iterator[str]:
