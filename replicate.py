@@ -164,12 +164,9 @@ class Console:
 
     def colored(self, text: str, style: str, stream: TextIO) -> str:
         """text in that style if stream shows colors, or else plain."""
-        return "%s%s\x1b[0m" % (self.COLORS[style], text) if self.uses_color(stream) else text
-
-    def uses_color(self, stream: TextIO) -> bool:
-        """Whether stream shows colors."""
         wanted = self.color if self.color is not None else not os.environ.get("NO_COLOR")
-        return wanted and is_terminal(stream) and os.environ.get("TERM") != "dumb"
+        shown = wanted and is_terminal(stream) and os.environ.get("TERM") != "dumb"
+        return "%s%s\x1b[0m" % (self.COLORS[style], text) if shown else text
 
     def info(self, message: str) -> None:
         """Print a message, which may have several lines."""
