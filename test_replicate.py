@@ -7587,8 +7587,7 @@ def test_verify_finds_what_is_gone_damaged_or_belongs_to_nobody(place, project, 
     assert faults(call) == {}
     gone, torn, flipped, other, foreign = ["checkpoints/%s.tar.gz" % item.id for item in first.checkpoints[:5]]
     place.remove(gone)
-    data = place.get(torn)
-    place.put(torn, data[:len(data) // 2])
+    place.put(torn, place.get(torn)[:2000])
     data = place.get(flipped)
     place.put(flipped, data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
     place.put(other, archive_bytes(hex_id("ab"), {"model.bin": b"x"}))
@@ -8438,9 +8437,7 @@ def test_without_their_package_callbacks_and_plots_say_what_to_install(project, 
 
 
 def test_a_notebook_shows_tables(project):
-    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    nbformat, nbclient, _ = map(pytest.importorskip, ("nbformat", "nbclient", "ipykernel"))
     cells = ["import replicate\nfor lr in (0.1, 0.2):\n"
              "    with replicate.init(params={'lr': lr, 'same': 1, 'net': {'<b>': lr}}, quiet=True) as experiment:\n"
              "        for step in range(4):\n"
@@ -8710,8 +8707,6 @@ def test_checkout_asks_before_it_overwrites(project):
     assert terminal.wait() == 130 and snapshot(project) == before
     assert Terminal("checkout", first).expect("(y/N)").send("yes\n").wait() == 0
     assert (project / "train.py").read_text() == "code\n"
-    (project / "train.py").write_text("changed\n")
-    assert run("checkout", first, "-f").returncode == 0 and (project / "train.py").read_text() == "code\n"
 
 
 def test_checkout_never_writes_through_a_link(project, says, tmp_path):
