@@ -9724,11 +9724,7 @@ def du_command(args: argparse.Namespace) -> int:
 @Command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: everything)"),
          option("--fix", action="store_true", help="Fold the journals of killed runs into their experiments, and remove files "
                 "that no experiment uses"),
-         JSON, usage="[ID...] [flags]", epilog="""\
-Check the whole repository:
-  replicate verify
-Check one experiment and its checkpoints:
-  replicate verify a1b2c3d""")
+         JSON, usage="[ID...] [flags]")
 def verify_command(args: argparse.Namespace) -> int:
     """Check that everything is there and undamaged
 
@@ -9923,10 +9919,7 @@ def read_primary(text: str) -> Tuple[str, str]:
          option("words", nargs="*", metavar="command", help="The program and its arguments, after --"),
          usage="[--param NAME=VALUE...] [--path PATH] [flags] -- <command>", epilog="""\
 Record a program in any language, and the code in this directory:
-  replicate run --param lr=0.1 --path . -- ./train.sh 0.1
-In the program, record the weights and metrics of each epoch:
-  replicate checkpoint --path model.bin --step 1 --metric loss=0.25 \\
-    --primary loss:minimize""")
+  replicate run --param lr=0.1 --path . -- ./train.sh 0.1""")
 def run_command(args: argparse.Namespace) -> int:
     """Run a program and record it as an experiment
 
@@ -9963,7 +9956,7 @@ def run_command(args: argparse.Namespace) -> int:
                 help="The metric that tells which checkpoint is best, and its goal: minimize or maximize"),
          option("-q", "--quiet", action="store_true", help="Only print errors"),
          usage="[--path PATH] [--step N] [--metric NAME=VALUE...] [--primary NAME:GOAL] [flags]", epilog="""\
-In a program that 'replicate run' has started:
+In a program that 'replicate run' has started, record the results of an epoch:
   replicate checkpoint --path model.bin --step 1 --metric loss=0.25 \\
     --primary loss:minimize""")
 def checkpoint_command(args: argparse.Namespace) -> int:
@@ -9983,9 +9976,7 @@ def checkpoint_command(args: argparse.Namespace) -> int:
 
 @Command("rerun", ID, option("-o", "--output-directory", metavar="DIRECTORY",
                              help="Directory to create (default: rerun-<ID>)"),
-         usage="<experiment or checkpoint ID> [flags]", epilog="""\
-Run an experiment again, with the code that it had:
-  replicate rerun a1b2c3d""")
+         usage="<experiment or checkpoint ID> [flags]")
 def rerun_experiment(args: argparse.Namespace) -> int:
     """Run an experiment again in a new directory
 
@@ -10050,8 +10041,6 @@ def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
 @Command("push", option("ids", nargs="*", metavar="ID", help="With --from: experiment IDs (default: all experiments)"),
          option("--from", dest="source", metavar="URL", help="Copy experiments from this repository"),
          usage="[--from URL [ID...]] [flags]", epilog="""\
-Upload what is waiting:
-  replicate push
 Copy all experiments, or only one, from another repository into this one:
   replicate push --from file://../old/.replicate/storage
   replicate push --from s3://my-bucket a1b2c3d""")
