@@ -9311,13 +9311,12 @@ def say(data: Union[str, bytes]) -> None:
 
     Bytes, which are UTF-8, stay as they are whatever the encoding of stdout.
     """
-    output = getattr(sys.stdout, "buffer", None)  # a notebook's stdout has none
     try:
-        if isinstance(data, str) or output is None:
-            write_text(sys.stdout, data if isinstance(data, str) else data.decode("utf-8", "replace"))
+        if isinstance(data, bytes) and hasattr(sys.stdout, "buffer"):  # a notebook's stdout has none
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
         else:
-            output.write(data)
-            output.flush()
+            write_text(sys.stdout, data if isinstance(data, str) else data.decode("utf-8", "replace"))
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -10445,7 +10444,6 @@ def help_command(args: argparse.Namespace) -> int:
 def argument_parser(options: Options, prog: str = "replicate", **settings: Any) -> argparse.ArgumentParser:
     """A parser of these options that raises UsageError."""
     def fail(message: str) -> NoReturn:
-        message = message.replace("the following arguments are required", "missing arguments")
         typed = re.match("unrecognized arguments: (--[a-z-]+)", message)
         meant = nearest(typed.group(1), [name for names, _ in options for name in names]) if typed else ""
         raise UsageError("%s%s.%s See '%s%s --help'." % (
