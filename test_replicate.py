@@ -7706,8 +7706,7 @@ def test_which_files_are_kept(losses, goal, best, latest, kept):
 def test_init_keeps_the_files_of_the_best_and_latest(place, project, call):
     experiment = run_with_files(project, LOSSES, keep_best=2)
     assert steps_with_files(experiment) == [3, 4, 5]
-    kept = ["checkpoints/%s.tar.gz" % experiment.checkpoints[step].id for step in (3, 4, 5)]
-    assert archives_in(place, "checkpoints/") == sorted(kept)
+    assert archives_in(place, "checkpoints/") == sorted("checkpoints/%s.tar.gz" % item.id for item in experiment.checkpoints[3:])
     assert replicate.experiments.get(experiment.id).checkpoints.metrics["loss"] == LOSSES
     with replicate.init(resume=experiment.id, keep_best=1, keep_latest=0, quiet=True) as resumed:
         (project / "model.bin").write_bytes(b"best of all")
@@ -7832,8 +7831,7 @@ def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, cod
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_of_a_scheduler_reach_the_program(project, number):
     patient = "import signal, sys, time\nsignal.signal(%d, lambda *_: sys.exit(5))\nprint('ready', flush=True)\ntime.sleep(60)"
-    command = [sys.executable, PROGRAM, "run", "--", sys.executable, "-c", patient % number]
-    runner = subprocess.Popen(command, stdout=subprocess.PIPE,
+    runner = subprocess.Popen([sys.executable, PROGRAM, "run", "--", sys.executable, "-c", patient % number], stdout=subprocess.PIPE,
                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # under nohup it would be ignored
     assert runner.stdout.readline() == b"ready\n"
     runner.send_signal(number)
@@ -8183,7 +8181,7 @@ def test_curves_of_a_report_overlay_the_chosen_runs_and_tell_values(project, pag
     assert report.locator("#parallel path.curve").count() == 3 and "lr" in report.inner_text("#parallel")
 
 
-def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page, monkeypatch):
+def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page):
     for number, text in enumerate(("a\nb\nc\n", "a\n<b>B</b>\nc\n", "a\nb\nc\n")):
         (project / "train.py").write_text(text)
         (project / "data.bin").write_bytes(b"\0" + text.encode())
@@ -8191,7 +8189,7 @@ def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page, monk
         replicate.init(path=".", params={"n": number}, quiet=True).stop()
         (project / ("new%d.py" % number)).unlink()
     report = page()
-    first, second, third = [item.id[:7] for item in replicate.experiments.list()]
+    _, second, third = [item.id[:7] for item in replicate.experiments.list()]
     report.locator("#code select").nth(1).select_option(label=second)
     assert report.locator("#code h3").all_inner_texts() == ["data.bin", "new0.py (removed)", "new1.py (added)", "train.py"]
     assert report.locator("#code pre").last.inner_text() == " a\n-b\n+<b>B</b>\n c\n"
@@ -8226,8 +8224,7 @@ def test_the_labels_of_charts_are_whole_however_long_the_numbers_are(project, pa
     labels = [figure.locator("svg text").all_text_contents() for figure in report.locator("#curves figure").all()]
     assert labels[0] == ["0", "1e14", "2e14", "3e14", "4e14", "5e14", "0", "1000000", "2000000", "3000000", "4000000"]
     assert labels[1][:3] == ["0", "0.2", "0.4"] and labels[2][:2] == ["-4e-7", "-3e-7"]
-    parallel = report.locator("#parallel svg text").all_text_contents()
-    assert {"adam", "stochasti…", "1e13"} <= set(parallel)
+    assert {"adam", "stochasti…", "1e13"} <= set(report.locator("#parallel svg text").all_text_contents())
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
@@ -8778,7 +8775,7 @@ def test_nothing_is_written_for_a_hostile_damaged_or_missing_archive(project, sa
 
 @pytest.mark.parametrize("function, count", [("chmod", 0), ("chmod", 2), ("replace", 0), ("replace", 1), ("replace", 2)])
 def test_a_killed_checkout_can_be_run_again_and_leaves_nothing_behind(project, function, count):
-    experiment, first, _ = recorded(project)
+    _, first, _ = recorded(project)
     fill(project, {"out/data/in.txt": b"mine"})
     killed = run_script("""
         import os, signal, sys, replicate
@@ -8895,12 +8892,11 @@ def test_the_settings_follow_xdg_config_home_and_may_not_be_writable(project, ca
     assert "replicate.yaml/replicate cannot be created" in says("analytics", "off", code=1)
 
 
-def test_analytics_never_fail_a_command_and_do_not_exist_without_a_url(project, call, settings, monkeypatch, tmp_path):
+def test_analytics_never_fail_a_command_and_do_not_exist_without_a_url(project, call, settings, monkeypatch):
     assert [call("ls", "-q")[2] for _ in range(17)] == [""] * 17 and not settings.exists()
     monkeypatch.setenv("REPLICATE_ANALYTICS_URL", "http://127.0.0.1:1/")
     call("ls")
-    event = replicate.Analytics().event("ls")
-    for content in (b"{", b"[1, 2]", b'[{"properties": 1}]', json.dumps([event] * 500).encode()):
+    for content in (b"{", b"[1, 2]", b'[{"properties": 1}]', json.dumps([replicate.Analytics().event("ls")] * 500).encode()):
         (settings / "events.json").write_bytes(content)
         assert call("ls") == (0, "", "═══╡ No experiments found\n")
         if (settings / "events.json").exists():
