@@ -9223,13 +9223,13 @@ COMMANDS: Dict[str, Command] = {}
 
 
 class Command:
-    """A subcommand: its options, and the function that it decorates, whose docstring is the help text."""
+    """A subcommand: its options, and its function, which returns the exit code (None: 0) and whose docstring is the help."""
 
     def __init__(self, name: str, *options: Any, aliases: Sequence[str] = (), usage: str = "[flags]",
                  epilog: Optional[str] = None) -> None:
         self.name, self.options, self.aliases, self.usage, self.epilog = name, options, aliases, usage, epilog
 
-    def __call__(self, run: Callable[..., int]) -> Callable[..., int]:
+    def __call__(self, run: Callable[..., Optional[int]]) -> Callable[..., Optional[int]]:
         self.run, self.description = run, (run.__doc__ or "").replace("\n    ", "\n").strip()
         COMMANDS[self.name] = self
         return run
@@ -9362,7 +9362,7 @@ def open_project(args: argparse.Namespace, fold: bool = True) -> Project:
 
 
 @Command("ls", *LIST_OPTIONS, aliases=("list",), epilog=LIST_EXAMPLES)
-def ls_command(args: argparse.Namespace, only_running: bool = False) -> int:
+def ls_command(args: argparse.Namespace, only_running: bool = False) -> None:
     """List experiments in this project"""
     forms = ["--" + name for name in ("quiet", "json", "csv", "wide") if getattr(args, name)]
     forms += ["--" + name for name in ("all", "columns") if args.quiet and getattr(args, name)]
@@ -9393,7 +9393,6 @@ def ls_command(args: argparse.Namespace, only_running: bool = False) -> int:
         say("".join(render_wide(wide, width, paint)))
     else:
         say("".join(render_list(rows, now, args.all, width)))
-    return 0
 
 
 def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[str] = ()) -> List[Row]:
@@ -9411,20 +9410,20 @@ def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[s
 
 
 @Command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=FILTER_HELP)
-def ps_command(args: argparse.Namespace) -> int:
+def ps_command(args: argparse.Namespace) -> None:
     """List running experiments in this project"""
-    return ls_command(args, only_running=True)
+    ls_command(args, only_running=True)
 
 
 @Command("show", ID, JSON, option("--all", action="store_true", help="List all installed packages (default: only those that "
                                   "the program imported)"), usage="<experiment or checkpoint ID> [flags]")
-def show_command(args: argparse.Namespace) -> int:
+def show_command(args: argparse.Namespace) -> None:
     """View information about an experiment or checkpoint"""
     repository = open_project(args).repository
     experiment, checkpoint = find_item(repository, args.id)
     if args.json:
         say_json((checkpoint or experiment).to_json())
-        return 0
+        return
     running = repository.is_running(experiment.id)
     hidden = len(experiment.python_packages) - len(shown_packages(experiment, args.all))
     if checkpoint:
@@ -9435,7 +9434,6 @@ def show_command(args: argparse.Namespace) -> int:
             console.info("To see more of a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
     if hidden:
         console.info("Not shown: %s that the program did not import (--all shows all)" % plural(hidden, "installed package"))
-    return 0
 
 
 @Command("plot", option("ids", nargs="*", metavar="ID", help="Experiment IDs (default: the last experiments)"),
@@ -9451,7 +9449,7 @@ Watch the last runs:
   replicate plot --watch
 Compare the loss of two experiments:
   replicate plot a1b2c3d e4f5a6b --metric loss --log""")
-def plot_command(args: argparse.Namespace) -> int:
+def plot_command(args: argparse.Namespace) -> None:
     """Draw curves of a metric in the terminal"""
     if args.watch and not is_terminal(sys.stdout):
         raise UsageError("--watch needs a terminal.")
@@ -9461,7 +9459,7 @@ def plot_command(args: argparse.Namespace) -> int:
         experiments = experiments_to_plot(repository, args)
         say(("\x1b[H\x1b[J" if args.watch else "") + "".join(plotted(experiments, args)))
         if running.isdisjoint(experiment.id for experiment in experiments):
-            return 0
+            return
         time.sleep(2.0)
 
 
@@ -9503,7 +9501,7 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
          usage="[ID...] [flags]", epilog="""\
 Make a page of all completed experiments, to look at or to send:
   replicate report --filter "status = completed" -o report.html""")
-def report_command(args: argparse.Namespace) -> int:
+def report_command(args: argparse.Namespace) -> None:
     """Write a web page with tables, curves and code
 
     The page works offline. It holds the metrics, params, commands and code of the
@@ -9522,10 +9520,9 @@ def report_command(args: argparse.Namespace) -> int:
     page = render_report(report_data(repository, experiments, repository.running()))
     if path == "-":
         say(page)
-        return 0
+        return
     replace_file(path, page)
     console.info("Wrote %s: %s (%s)" % (path, plural(len(experiments), "experiment"), format_size(len(page))))
-    return 0
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
@@ -9549,7 +9546,7 @@ Compare two experiments, then their code line by line:
   replicate diff a1b2c3d e4f5a6b --code
 See what you have changed since an experiment:
   replicate diff a1b2c3d --code --path train.py""")
-def diff_command(args: argparse.Namespace) -> int:
+def diff_command(args: argparse.Namespace) -> None:
     """Compare experiments or checkpoints.
 
     If an experiment ID is passed, it will pick the best checkpoint from that
@@ -9587,7 +9584,6 @@ def diff_command(args: argparse.Namespace) -> int:
             say_json(differences.to_json())
         else:
             say(render_diff(differences, paint, terminal_width(sys.stdout)))
-    return 0
 
 
 def is_below(paths: Optional[Sequence[str]]) -> Callable[[str], bool]:
@@ -9636,7 +9632,7 @@ def chosen_checkpoint(experiment: Experiment, doing: str) -> Optional[Checkpoint
                 help="Output directory (default: the project directory)"),
          option("--path", help="A specific file or directory to check out (default: all of the checkpoint/experiment)"),
          usage="<experiment or checkpoint ID> [flags]")
-def checkout_command(args: argparse.Namespace) -> int:
+def checkout_command(args: argparse.Namespace) -> None:
     """Copy files from an experiment or checkpoint into the project directory"""
     project = open_project(args)
     experiment, checkpoint = find_item(project.repository, args.id)
@@ -9658,7 +9654,6 @@ def checkout_command(args: argparse.Namespace) -> int:
         "experiment " + experiment.short_id(), directory))
     if experiment.full_command:
         console.info("The experiment ran with this command:\n  %s" % escape_control(experiment.full_command))
-    return 0
 
 
 @Command("rm", IDS, option("-f", "--force", action="store_true", help="Force delete without interactive prompt"),
@@ -9668,7 +9663,7 @@ Delete an experiment and its checkpoints (where a1b2c3d4 is an experiment ID):
 Delete all experiments where the metric "val_accuracy" is less than 0.2 at the
 best checkpoints:
   replicate rm $(replicate ls -q --filter "val_accuracy < 0.2")""")
-def rm_command(args: argparse.Namespace) -> int:
+def rm_command(args: argparse.Namespace) -> None:
     """Remove experiments or checkpoints.
 
     To remove experiments or checkpoints, pass any number of IDs (or prefixes).
@@ -9693,13 +9688,12 @@ def rm_command(args: argparse.Namespace) -> int:
     for experiment in experiments.values():
         repository.remove_experiment(experiment)
         console.info("Removed experiment %s" % experiment.short_id())
-    return 0
 
 
 @Command("du", FILTER, JSON, epilog="""\
 Show how much space the failed experiments take:
   replicate du --filter "status = failed\"""")
-def du_command(args: argparse.Namespace) -> int:
+def du_command(args: argparse.Namespace) -> None:
     """Show how much space each experiment takes"""
     repository = open_project(args).repository
     rows = list_rows(repository)
@@ -9709,7 +9703,7 @@ def du_command(args: argparse.Namespace) -> int:
         found = [{"id": row.id, "code": usage.code[row.id], "weights": usage.weights[row.id], "total": usage.total(row.id)}
                  for row in rows]
         say_json({"experiments": found, "total": sum(item["total"] for item in found), "unowned": sum(usage.unowned)})
-        return 0
+        return
     if rows:
         say("".join(render_usage(rows, usage, datetime.datetime.now(datetime.timezone.utc))))
     else:
@@ -9717,7 +9711,6 @@ def du_command(args: argparse.Namespace) -> int:
     if usage.unowned:
         console.info("No experiment uses %s (%s): run '%s verify' for a list" % (
             plural(len(usage.unowned), "other archive"), format_size(sum(usage.unowned)), program_name()))
-    return 0
 
 
 @Command("verify", option("ids", nargs="*", metavar="ID", help="Experiment or checkpoint IDs (default: everything)"),
@@ -9817,7 +9810,7 @@ Add a note to the experiment of that name:
   replicate tag baseline note="the one in the paper"
 List the good ones:
   replicate ls --filter "tag = good\"""")
-def tag_command(args: argparse.Namespace) -> int:
+def tag_command(args: argparse.Namespace) -> None:
     """Name an experiment, tag it, or add a note to it"""
     given: Dict[str, str] = {}
     added: Set[str] = set()
@@ -9853,7 +9846,6 @@ def tag_command(args: argparse.Namespace) -> int:
     console.info("Experiment %s: name %s; tags %s; note %s" % (
         experiment.short_id(), experiment.name or "(none)", ", ".join(experiment.tags) or "(none)",
         experiment.note or "(none)"))
-    return 0
 
 
 # -- programs in any language
@@ -10043,7 +10035,7 @@ def words_to_rerun(experiment: Experiment) -> Tuple[str, List[str]]:
 Copy all experiments, or only one, from another repository into this one:
   replicate push --from file://../old/.replicate/storage
   replicate push --from s3://my-bucket a1b2c3d""")
-def push_command(args: argparse.Namespace) -> int:
+def push_command(args: argparse.Namespace) -> None:
     """Upload waiting experiments, or copy some from another repository
 
     While a bucket cannot be reached, experiments and checkpoints wait in
@@ -10063,13 +10055,13 @@ def push_command(args: argparse.Namespace) -> int:
             raise UsageError("--from and the repository to copy to are the same: %s." % target.url)
         copy_experiments(source, target, args.ids, sent)
         console.info("Copied %s from %s to %s" % (sent, source.url, project.repository.url))
-        return 0
+        return
     pending = project.pending()
     areas = pending_areas(pending)
     mention_other_pending(project.directory, pending)
     if not [entry for area in areas for entry in area.storage.list(EXPERIMENTS)]:
         console.info("Nothing is waiting to be uploaded")
-        return 0
+        return
     remote = project.repository
     remote.prepare()
     total = sum(entry.size for area in areas for kind in ("experiments/", "checkpoints/")
@@ -10083,7 +10075,6 @@ def push_command(args: argparse.Namespace) -> int:
         console.info("Uploaded %s to %s" % (sent, remote.url))
     for experiment_id in busy:
         console.info("Another process is still recording experiment %s, and will upload it" % experiment_id[:SHORT_ID])
-    return 0
 
 
 def mention_other_pending(directory: str, pending: Repository) -> None:
@@ -10143,7 +10134,7 @@ DEMO_RUNS = (("1", "0.1"), ("2", "0.1"), ("3", "0.1"), ("3", "0.01"))
 
 @Command("demo", option("directory", nargs="?", metavar="DIRECTORY",
                         help="Directory to create (default: replicate-demo)"), usage="[DIRECTORY] [flags]")
-def demo_command(args: argparse.Namespace) -> int:
+def demo_command(args: argparse.Namespace) -> None:
     """Train a small model four times, and list the experiments"""
     import subprocess
     directory = args.directory or new_directory("replicate-demo")
@@ -10171,7 +10162,6 @@ def demo_command(args: argparse.Namespace) -> int:
         "  %s show %s\n  %s diff %s %s\n  %s checkout %s -o %s\n" % (
             directory, program, best.id[:SHORT_ID], program, rows[0].id[:SHORT_ID], best.id[:SHORT_ID],
             program, best.id[:SHORT_ID], shlex.quote(os.path.join(directory, "best"))))
-    return 0
 
 
 def new_directory(name: str) -> str:
@@ -10285,7 +10275,7 @@ def post_json(url: str, data: bytes, timeout: float) -> None:
 
 @Command("analytics", option("switch", nargs="?", choices=("on", "off"), metavar="on|off",
                              help="Switch analytics on or off (default: show the state)"), usage="<on|off> [flags]")
-def analytics_command(args: argparse.Namespace) -> int:
+def analytics_command(args: argparse.Namespace) -> None:
     """Enable or disable analytics
 
     Nothing is sent unless you set REPLICATE_ANALYTICS_URL. If you do, the following
@@ -10302,7 +10292,7 @@ def analytics_command(args: argparse.Namespace) -> int:
     if args.switch:
         analytics.switch(args.switch == "on")
         console.info("Analytics are now %s" % args.switch)
-        return 0
+        return
     if analytics.refused:
         state = "off: REPLICATE_NO_ANALYTICS or DO_NOT_TRACK is set"
     elif not analytics.settings().get("analytics_enabled", True):
@@ -10313,12 +10303,11 @@ def analytics_command(args: argparse.Namespace) -> int:
         state = "on, and sent to " + analytics.url
     say("Analytics are %s.\nAn example of an event:\n" % escape_control(state))
     say_json(analytics.event("ls"))
-    return 0
 
 
 @Command("feedback", option("message", nargs="*", metavar="MESSAGE",
                             help="Your feedback (default: ask for it, or read standard input)"), usage="[MESSAGE] [flags]")
-def feedback_command(args: argparse.Namespace) -> int:
+def feedback_command(args: argparse.Namespace) -> None:
     """Submit feedback to the team!"""
     message = " ".join(args.message)
     if not message and is_terminal(sys.stdin):
@@ -10337,7 +10326,6 @@ def feedback_command(args: argparse.Namespace) -> int:
     else:
         console.info("Nothing was sent: REPLICATE_FEEDBACK_URL is not set. Set it and run this again, or pass this on:")
         say_json(content)
-    return 0
 
 
 # -- completion
@@ -10374,14 +10362,13 @@ Turn on completion in this shell, or add the line to ~/.bashrc or ~/.zshrc:
   source <(replicate completion zsh)
 In fish:
   replicate completion fish > ~/.config/fish/completions/replicate.fish""")
-def completion_command(args: argparse.Namespace) -> int:
+def completion_command(args: argparse.Namespace) -> None:
     """Print a script that completes commands, flags, IDs and names"""
     program = "replicate"
     if program_name() != program:  # Python compiles this file each time it runs as a script: too slow for completion
         start = "import sys; sys.path[0] = %r; import replicate; sys.exit(replicate.main())"
         program = "%s -c %s" % (shlex.quote(sys.executable), shlex.quote(start % os.path.dirname(os.path.abspath(__file__))))
     say(COMPLETION[args.shell] % {"program": program})
-    return 0
 
 
 def completions(words: Sequence[str]) -> List[str]:
@@ -10433,10 +10420,9 @@ def item_names(rows: Sequence[Row], start: str, checkpoints: bool) -> List[str]:
 
 @Command("help", option("command", nargs="?", metavar="COMMAND", help="A command (default: list all commands)"),
          usage="[COMMAND] [flags]")
-def help_command(args: argparse.Namespace) -> int:
+def help_command(args: argparse.Namespace) -> None:
     """Help about any command"""
     say(command_parser(find_command(args.command)).format_help() if args.command else general_help())
-    return 0
 
 
 # -- parsing
@@ -10536,7 +10522,7 @@ def run(argv: Sequence[str]) -> int:
     chosen, args = parse_arguments(argv)
     console.verbose = args.verbose
     console.color = args.color in ("true", "1", "yes", "always") if args.color else None
-    status = chosen.run(args)
+    status = chosen.run(args) or 0
     Analytics().track(chosen.name)
     return status
 
