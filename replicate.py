@@ -9456,19 +9456,15 @@ def plot_command(args: argparse.Namespace) -> None:
     repository = open_project(args).repository
     while True:
         running = repository.running() if args.watch else set()
-        experiments = experiments_to_plot(repository, args)
+        if args.ids:
+            experiments = [experiment for experiment, _ in find_items(repository, args.ids)]
+        else:
+            rows = [row for row in matching_rows(list_rows(repository), args.filter) if row.latest][-args.number:]
+            experiments = [Experiment(repository.load(row.id)) for row in rows]
         say(("\x1b[H\x1b[J" if args.watch else "") + "".join(plotted(experiments, args)))
         if running.isdisjoint(experiment.id for experiment in experiments):
             return
         time.sleep(2.0)
-
-
-def experiments_to_plot(repository: Repository, args: argparse.Namespace) -> List[Experiment]:
-    """The experiments that the arguments of `plot` name."""
-    if args.ids:
-        return [experiment for experiment, _ in find_items(repository, args.ids)]
-    rows = [row for row in matching_rows(list_rows(repository), args.filter) if row.latest][-args.number:]
-    return [Experiment(repository.load(row.id)) for row in rows]
 
 
 def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iterator[str]:
