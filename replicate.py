@@ -8293,41 +8293,37 @@ def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Pa
     return heading + "\n".join(table_rows(list(zip(titles, zip(*rows))))) + "\n"
 
 
-class Side:
-    """One column of `diff`: an experiment, and which of its checkpoints to compare."""
-
-    def __init__(self, experiment: Experiment, checkpoint: Optional[Checkpoint]) -> None:
-        self.experiment, self.checkpoint = experiment, checkpoint
-
-    def facts(self) -> Dict[str, Dict[str, Any]]:
-        """The values to compare by label, in each block. A text that is not set is ''."""
-        experiment, checkpoint = self.experiment, self.checkpoint
-        outcome = experiment.outcome or {}
-        about = {"Created": experiment._document["created"], "Name": experiment.name, "Tags": ", ".join(experiment.tags),
-                 "Note": experiment.note, "Outcome": ": ".join(outcome[key] for key in ("status", "error") if key in outcome),
-                 "Host": experiment.host, "User": experiment.user, "Command": experiment.command,
-                 "Python version": experiment.python_version, **dict(machine_facts(experiment))}
-        saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path or "",
-                 "Step": checkpoint.step} if checkpoint else {}
-        return {"Experiment": {label: text or "" for label, text in about.items()}, "Params": experiment.flat_params,
-                "Python Packages": experiment.python_packages, "Checkpoint": saved,
-                "Metrics": checkpoint.metrics if checkpoint else {}}
+def facts_to_compare(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> Dict[str, Dict[str, Any]]:
+    """The values that `diff` compares by label, in each block. A text that is not set is ''."""
+    outcome = experiment.outcome or {}
+    about = {"Created": experiment._document["created"], "Name": experiment.name, "Tags": ", ".join(experiment.tags),
+             "Note": experiment.note, "Outcome": ": ".join(outcome[key] for key in ("status", "error") if key in outcome),
+             "Host": experiment.host, "User": experiment.user, "Command": experiment.command,
+             "Python version": experiment.python_version, **dict(machine_facts(experiment))}
+    saved = {"Created": checkpoint._document["created"], "Path": checkpoint.path or "",
+             "Step": checkpoint.step} if checkpoint else {}
+    return {"Experiment": {label: text or "" for label, text in about.items()}, "Params": experiment.flat_params,
+            "Python Packages": experiment.python_packages, "Checkpoint": saved,
+            "Metrics": checkpoint.metrics if checkpoint else {}}
 
 
 class Differences:
-    """What differs between the columns of `diff`. Code and files are compared with those of the first column."""
+    """What differs between the columns of `diff`, each an experiment and which of its checkpoints to compare. Code and files
+    are compared with those of the first column.
+    """
 
-    def __init__(self, sides: Sequence[Side], code: Dict[str, List[Any]], files: Dict[str, List[Any]]) -> None:
-        self.ids = {"Experiment": [side.experiment.id for side in sides],
-                    "Checkpoint": [side.checkpoint.id if side.checkpoint else None for side in sides]}
+    def __init__(self, sides: Sequence[Tuple[Experiment, Optional[Checkpoint]]], code: Dict[str, List[Any]],
+                 files: Dict[str, List[Any]]) -> None:
+        self.ids = {"Experiment": [experiment.id for experiment, _ in sides],
+                    "Checkpoint": [checkpoint.id if checkpoint else None for _, checkpoint in sides]}
         self.blocks: Dict[str, Dict[str, List[Any]]] = {}  # by heading and label: the value in each column
-        facts = [side.facts() for side in sides]
+        facts = [facts_to_compare(experiment, checkpoint) for experiment, checkpoint in sides]
         for heading in facts[0]:
             columns = [blocks[heading] for blocks in facts]
             rows = {label: [column.get(label, ABSENT) for column in columns] for label in sorted(set().union(*columns))}
             self.blocks[heading] = {label: values for label, values in rows.items()
                                     if not all(same_value(value, values[0]) for value in values)}
-            if heading == "Params" and any(side.experiment.path for side in sides):
+            if heading == "Params" and any(experiment.path for experiment, _ in sides):
                 self.blocks["Code"] = code
         if files:
             self.blocks["Files"] = files
@@ -9573,9 +9569,9 @@ def diff_command(args: argparse.Namespace) -> None:
             rows = [(escape_control(name), change_text(change)) for name, change in changes]
             say(render_blocks("", [("Changes since " + since, rows)], paint))
     else:
-        sides = [Side(one, checkpoint or chosen_checkpoint(one, "Comparing")) for one, checkpoint in found]
+        sides = [(one, checkpoint or chosen_checkpoint(one, "Comparing")) for one, checkpoint in found]
         differences = Differences(sides, compared_files(project, experiments) or {},
-                                  compared_files(project, [side.checkpoint for side in sides]) or {})
+                                  compared_files(project, [checkpoint for _, checkpoint in sides]) or {})
         if args.json:
             say_json(differences.to_json())
         else:
