@@ -8492,10 +8492,10 @@ class Scale:
         import math
         if self.is_log and self._span > 1.5:
             exponents = range(math.ceil(self._low), math.floor(self._low + self._span) + 1)
-            every = max(1, -(-len(exponents) // max(1, count)))
+            every = max(1, -(-len(exponents) // count))
             found = [10.0 ** exponent for exponent in exponents if exponent % every == 0]
         else:
-            rough = (self.high - self.low) / max(1, count)
+            rough = (self.high - self.low) / count
             power = 10.0 ** math.floor(math.log10(rough))
             step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
             found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
@@ -8511,8 +8511,7 @@ class Canvas:
         self.columns, self._braille = columns, braille
         self._across, self._down = (2, 4) if braille else (1, 1)  # dots of a character
         self.width, self.height = columns * self._across, rows * self._down  # in dots
-        self._dots = [[0] * columns for _ in range(rows)]
-        self._owners = [[-1] * columns for _ in range(rows)]
+        self._cells = [[(-1, 0)] * columns for _ in range(rows)]  # the number of a curve and its dots
 
     def line(self, start: Tuple[int, int], end: Tuple[int, int], owner: int) -> None:
         """Draw from dot to dot for the curve of that number; (0, 0) is the lower left."""
@@ -8521,29 +8520,23 @@ class Canvas:
             x = round(start[0] + (end[0] - start[0]) * number / count)
             y = self.height - 1 - round(start[1] + (end[1] - start[1]) * number / count)
             row, column = y // self._down, x // self._across
-            self._dots[row][column] |= self.BRAILLE[y % self._down][x % self._across]
-            self._owners[row][column] = owner
+            dots = self._cells[row][column][1] | self.BRAILLE[y % self._down][x % self._across]
+            self._cells[row][column] = owner, dots
 
     def row(self, number: int, paint: Paint) -> str:
         """A line of characters, counted from the top."""
-        from itertools import groupby
-        cells = zip(self._owners[number], self._dots[number])
-        parts = []
-        for owner, group in groupby(cells, key=lambda cell: cell[0]):
-            text = "".join(" " if owner < 0 else chr(0x2800 + dots) if self._braille else CURVES[owner % len(CURVES)]
-                           for _, dots in group)
-            parts.append(text if owner < 0 else paint(text, curve_style(owner)))
-        return "".join(parts)
+        return "".join(" " if owner < 0 else painted(owner, paint, chr(0x2800 + dots) if self._braille else "")
+                       for owner, dots in self._cells[number])
 
 
-def curve_style(number: int) -> str:
-    """The style of a curve."""
-    return "curve %d" % (number % 6)
+def painted(number: int, paint: Paint, mark: str = "") -> str:
+    """A mark of the curve of that number, by default its letter, in its color."""
+    return paint(mark or CURVES[number % len(CURVES)], "curve %d" % (number % 6))
 
 
 def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[int, int], log: bool, braille: bool,
                 paint: Paint = no_paint) -> Iterator[str]:
-    """Yield the lines of curves with axes and a legend. titles: of the axes x and y; size: in columns and lines."""
+    """Yield the lines of curves, each with a value, with axes and a legend. titles: of the axes; size: in columns and lines."""
     width, height = size
     xs, ys = zip(*[point for curve in curves for point in curve.values()])
     unit, x_title = time_unit(max(xs)) if titles[0] == "time" else (1, titles[0])
@@ -8553,7 +8546,7 @@ def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[in
     margin = max(map(len, labels.values()), default=0)
     canvas = Canvas(max(8, width - margin - 2 - min(len(curves), 4)), rows, braille)
     x_scale, y_scale = Scale([x / unit for x in xs], canvas.width), Scale(ys, canvas.height, log)
-    ends: Dict[int, List[int]] = {}  # the curves that end in each row
+    ends: Dict[int, List[str]] = {}  # the letters of the curves that end in each row
     for number, curve in enumerate(curves):
         before = None
         for point in curve.points:
@@ -8561,23 +8554,18 @@ def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[in
             if here:
                 canvas.line(before or here, here, number)
             before = here
-        if curve.values():
-            row = y_scale.position(curve.values()[-1][1]) * rows // canvas.height
-            ends.setdefault(row, []).append(number)
-
-    def letter(number: int) -> str:
-        return paint(CURVES[number % len(CURVES)], curve_style(number))
-
+        row = y_scale.position(curve.values()[-1][1]) * rows // canvas.height
+        ends.setdefault(row, []).append(painted(number, paint))
     tick, axis = "┤│" if braille else "+|"
     yield paint(escape_control("%s over %s" % (titles[1], x_title)), "bold") + "\n"
     for row in range(rows - 1, -1, -1):
         yield "%s%s%s%s\n" % (labels.get(row, "").rjust(margin), tick if row in labels else axis,
-                              canvas.row(rows - 1 - row, paint), "".join(map(letter, ends.get(row, [])[:4])))
+                              canvas.row(rows - 1 - row, paint), "".join(ends.get(row, [])[:4]))
     places = {position * canvas.columns // canvas.width: label
               for position, label in x_scale.ticks(max(2, width // 12)).items()}
     yield from x_axis_lines(places, canvas.columns, margin, width, "└─┬" if braille else "+-+")
     for number, text in enumerate(legend):
-        yield "%s  %s\n" % (letter(number), text)
+        yield "%s  %s\n" % (painted(number, paint), text)
 
 
 def time_unit(seconds: float) -> Tuple[int, str]:
@@ -8607,7 +8595,7 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
     for curve, values in zip(curves, params):
         words = [curve.experiment.short_id(), format_cell(curve.experiment.name or ""), *value_lines(values, names)]
         text = "  ".join(filter(None, words))
-        last = format_cell(curve.values()[-1][1]) if curve.values() else "no values"
+        last = format_cell(curve.values()[-1][1])
         room = width - len(last) - 2
         lines.append("%s  %s" % (text if len(text) <= room else text[:max(0, room - 3)] + "...", last))
     return lines
