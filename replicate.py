@@ -8906,20 +8906,15 @@ function runRow(run, columns, best) {
 
 function showRuns() {
   const table = make("table"), count = make("span", { class: "faint" });
-  let rows = new Map(), madeFor = "";  // made once, which makes sorting quick
   const fillTable = () => {
     const found = visibleRuns(), columns = [...state.shown].sort((a, b) => a - b);
     const best = columns.map(column => bestValue(column, found));
-    const key = JSON.stringify([columns, best]);
-    if (key !== madeFor) [rows, madeFor] = [new Map(), key];
-    for (const run of found) if (!rows.has(run)) rows.set(run, runRow(run, columns, best));
     const head = columns.map(column => headCell(column, () => { sortBy(column); fillTable(); }));
     table.replaceChildren(make("thead", {}, make("tr", {}, make("th"), ...head)),
-      make("tbody", {}, ...found.map(run => rows.get(run))));
+      make("tbody", {}, ...found.map(run => runRow(run, columns, best))));
     count.textContent = found.length === runs.length ? `${runs.length} runs` : `${found.length} of ${runs.length} runs`;
   };
   const change = action => event => { action(event); fillTable(); showCharts(); };
-  const clear = () => { state.selected.clear(); madeFor = ""; };
   const filter = make("input", {
     type: "search", placeholder: "Filter", "aria-label": "Filter runs", input: change(event => { state.text = event.target.value; }),
   });
@@ -8928,7 +8923,7 @@ function showRuns() {
     fillTable();
   }));
   section("runs",
-    make("div", { class: "controls" }, filter, count, make("button", { click: change(clear) }, "Clear selection")),
+    make("div", { class: "controls" }, filter, count, make("button", { click: change(() => state.selected.clear()) }, "Clear selection")),
     make("details", {}, make("summary", {}, "Columns"), make("div", { class: "columns" }, ...boxes)),
     make("div", { class: "scroll", tabindex: 0 }, table));
   fillTable();
