@@ -8745,23 +8745,23 @@ body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; background: var(--
 h1 { font-size: 1.4rem; margin: 0 0 1rem; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .controls { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; margin: .5rem 0; }
-.columns { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: .4rem 0; }
 .scroll { overflow: auto; max-height: 60vh; border: 1px solid var(--line); }
 table { border-collapse: collapse; white-space: nowrap; }
 th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid var(--line); }
 th { position: sticky; top: 0; background: var(--back); }
-th button, td button { all: unset; cursor: pointer; font-weight: bold; }
-td button { color: inherit; font-weight: normal; text-decoration: underline; }
+th button, td button { all: unset; cursor: pointer; }
+td button { text-decoration: underline; }
 button:focus-visible, svg:focus-visible { outline: 2px solid currentColor; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.best { color: var(--mark); font-weight: bold; }
 td.best::after { content: " ★"; }
 figure { margin: 0; position: relative; width: min(100%, 40rem); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg text { fill: var(--faint); font-size: 12px; }
+svg path { fill: none; }
 svg .axis { stroke: var(--line); }
-svg .curve { fill: none; stroke-width: 1.6; }
+svg .curve { stroke-width: 1.6; stroke-linecap: round; }
 .tip { position: absolute; top: 1.6rem; right: .5rem; padding: .2rem .5rem; background: var(--back); border: 1px solid var(--line);
        font-size: 12px; white-space: pre; pointer-events: none; }
 .tip:empty { display: none; }
@@ -8832,6 +8832,9 @@ function checkbox(label, checked, change) {
 const note = text => make("p", { class: "faint" }, text);
 const isNumber = value => typeof value === "number";
 const color = number => `hsl(${(number * 137.5) % 360} 65% 50%)`;
+const toggle = (set, item, isIn) => isIn ? set.add(item) : set.delete(item);
+const column = name => data.columns.findIndex(item => item.name === name);
+const nearest = (items, distance) => items.reduce((best, item) => distance(item) < distance(best) ? item : best);
 const short = run => run.id.slice(0, 7) + (run.name ? " " + run.name : "");
 
 function show(value) {  // a number, text or null
@@ -8843,11 +8846,6 @@ function tickText(value) {
   const text = show(value);
   if (isNumber(value)) return text.length > 7 ? Number(value.toPrecision(5)).toExponential().replace("e+", "e") : text;
   return text.length > 10 ? text.slice(0, 9) + "…" : text;
-}
-
-function toggle(set, item, isIn) {
-  if (isIn) set.add(item);
-  else set.delete(item);
 }
 
 // ---- the table
@@ -8877,7 +8875,7 @@ function bestValue(column, found) {
   const { goal } = data.columns[column];
   const values = found.map(run => run.values[column]).filter(isNumber);
   const better = goal === "maximize" ? Math.max : Math.min;
-  return goal && values.length > 1 ? values.reduce((a, b) => better(a, b)) : undefined;
+  return goal && values.length > 1 ? better(...values) : undefined;
 }
 
 function headCell(column, sort) {
@@ -8890,9 +8888,8 @@ function headCell(column, sort) {
 
 function bodyCell(run, column, best) {
   const { name, number } = data.columns[column];
-  const classes = [number ? "number" : "", run.values[column] === best ? "best" : ""].join(" ").trim();
-  const text = cellText(run, column);
-  return make("td", { class: classes || false },
+  const classes = (number ? "number" : "") + (run.values[column] === best ? " best" : ""), text = cellText(run, column);
+  return make("td", { class: classes },
     name === "id" ? make("button", { click: () => showFacts(run.number), title: run.id }, text) : text);
 }
 
@@ -8906,10 +8903,14 @@ function runRow(run, columns, best) {
 
 function showRuns() {
   const table = make("table"), count = make("span", { class: "faint" });
+  const sort = column => {
+    [state.column, state.descending] = [column, state.column === column && !state.descending];
+    fillTable();
+  };
   const fillTable = () => {
     const found = visibleRuns(), columns = [...state.shown].sort((a, b) => a - b);
     const best = columns.map(column => bestValue(column, found));
-    const head = columns.map(column => headCell(column, () => { sortBy(column); fillTable(); }));
+    const head = columns.map(column => headCell(column, () => sort(column)));
     table.replaceChildren(make("thead", {}, make("tr", {}, make("th"), ...head)),
       make("tbody", {}, ...found.map(run => runRow(run, columns, best))));
     count.textContent = found.length === runs.length ? `${runs.length} runs` : `${found.length} of ${runs.length} runs`;
@@ -8924,14 +8925,9 @@ function showRuns() {
   }));
   section("runs",
     make("div", { class: "controls" }, filter, count, make("button", { click: change(() => state.selected.clear()) }, "Clear selection")),
-    make("details", {}, make("summary", {}, "Columns"), make("div", { class: "columns" }, ...boxes)),
+    make("details", {}, make("summary", {}, "Columns"), make("div", { class: "controls" }, ...boxes)),
     make("div", { class: "scroll", tabindex: 0 }, table));
   fillTable();
-}
-
-function sortBy(column) {
-  state.descending = state.column === column ? !state.descending : false;
-  state.column = column;
 }
 
 // ---- charts
@@ -8973,7 +8969,7 @@ function smoothed(values) {
 
 function axes(x, y) {
   const label = (text, x, y, anchor) => draw("text", { x, y, "text-anchor": anchor }, tickText(text));
-  return [draw("path", { class: "axis", d: `M${LEFT} 8V${HEIGHT - BOTTOM}H${WIDTH - 8}`, fill: "none" }),
+  return [draw("path", { class: "axis", d: `M${LEFT} 8V${HEIGHT - BOTTOM}H${WIDTH - 8}` }),
     ...y.ticks(5).map(value => label(value, LEFT - 6, y(value) + 4, "end")),
     ...x.ticks(6).map(value => label(value, x(value), HEIGHT - BOTTOM + 16, "middle"))];
 }
@@ -8993,10 +8989,6 @@ function linePath(points) {  // through [x, y] pairs, with gaps for null
   return path;
 }
 
-function nearest(items, distance) {
-  return items.reduce((best, item) => distance(item) < distance(best) ? item : best);
-}
-
 function curveChart(metric, found) {
   const measured = found.filter(run => Object.hasOwn(run.curves, metric));
   const curves = measured.map(run => curveOf(run, metric)).filter(({ known }) => known.length);
@@ -9006,8 +8998,7 @@ function curveChart(metric, found) {
   const x = scale(known.map(([value]) => value), LEFT, WIDTH - 12);
   const y = scale(known.map(([, value]) => value), HEIGHT - BOTTOM, 12, state.log);
   const lines = curves.map(({ run, points }) => draw("path", {
-    class: "curve", stroke: color(run.number), "stroke-linecap": "round",
-    d: linePath(points.map(point => point && [x(point[0]), y(point[1])])),
+    class: "curve", stroke: color(run.number), d: linePath(points.map(point => point && [x(point[0]), y(point[1])])),
   }));
   const places = [...new Set(known.map(([value]) => value))].sort((a, b) => a - b);
   const cursor = draw("path", { class: "axis" }), tip = make("div", { class: "tip", role: "status" });
@@ -9063,10 +9054,6 @@ function showCharts() {
     make("div", { class: "charts" }, ...data.metrics.map(metric => curveChart(metric, found))));
   showScatter();
   showParallel();
-}
-
-function column(name) {
-  return data.columns.findIndex(item => item.name === name);
 }
 
 function position(values, start, end) {  // numbers on a scale; anything else sorted as text
