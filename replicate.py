@@ -8615,10 +8615,10 @@ class ReportCode:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self._set_numbers: Dict[str, int] = {}  # by the digest of the code
-        self._text_numbers: Dict[Tuple[int, int], Optional[int]] = {}  # by size and CRC-32; None: not in the report
+        self._text_numbers: Dict[Tuple[int, int], int] = {}  # by size and CRC-32
         self._left = REPORT_CODE_BYTES
-        self.texts: List[str] = []
-        self.sets: List[List[Tuple[str, Tuple[str, Optional[int]]]]] = []  # (name, (size and CRC-32, number of the text))
+        self.texts: List[Optional[str]] = []  # None for a binary or large file
+        self.sets: List[List[Tuple[str, int]]] = []  # the names of files and the numbers of their texts
 
     def number(self, experiment: Experiment) -> Optional[int]:
         """The number of the set that an experiment saved, or None if there is none or it cannot be read."""
@@ -8628,7 +8628,7 @@ class ReportCode:
         if digest not in self._set_numbers:
             try:
                 files = SavedFiles(self._repository, "experiments", experiment.id)
-                found = [(name, ("%d-%08x" % files.sums[name], self._text(files, name))) for name in sorted(files.sums)]
+                found = [(name, self._text_number(files, name)) for name in sorted(files.sums)]
             except ReplicateError as error:
                 console.warning("The report lacks the code of experiment %s: %s" % (experiment.short_id(), error))
                 return None
@@ -8636,18 +8636,17 @@ class ReportCode:
             self.sets.append(found)
         return self._set_numbers[digest]
 
-    def _text(self, files: SavedFiles, name: str) -> Optional[int]:
-        """The number of a file's text, or None for a binary or large file."""
-        sums = files.sums[name]
+    def _text_number(self, files: SavedFiles, name: str) -> int:
+        """The number of a file's text."""
+        sums, text = files.sums[name], None
         if sums not in self._text_numbers:
-            self._text_numbers[sums] = None
-            if sums[0] <= min(REPORT_FILE_BYTES, self._left):
-                data = files.contents([name])[name]
-                if b"\0" not in data:
-                    self._left -= len(data)
-                    self._text_numbers[sums] = len(self.texts)
-                    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
-                    self.texts.append("\n".join("\t".join(map(escape_control, line.split("\t"))) for line in lines))
+            data = files.contents([name])[name] if sums[0] <= min(REPORT_FILE_BYTES, self._left) else b"\0"
+            if b"\0" not in data:
+                self._left -= len(data)
+                lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+                text = "\n".join("\t".join(map(escape_control, line.split("\t"))) for line in lines)
+            self._text_numbers[sums] = len(self.texts)
+            self.texts.append(text)
         return self._text_numbers[sums]
 
 
@@ -9143,7 +9142,7 @@ function linesOf(text) {
 }
 
 function fileDifference(name, old, now) {
-  const texts = [old, now].map(number => number === undefined ? "" : number === null ? null : data.texts[number]);
+  const texts = [old, now].map(number => number === undefined ? "" : data.texts[number]);
   const title = make("h3", {}, name + (old === undefined ? " (added)" : now === undefined ? " (removed)" : ""));
   const lines = texts.includes(null) ? null : differingLines(...texts.map(linesOf));
   if (!lines) return [title, note("This file is not text, or too large to compare here.")];
@@ -9158,13 +9157,13 @@ const saved = runs.filter(run => run.files !== null);
 
 function showCode(one, other) {  // by their numbers in saved
   const options = saved.map((run, number) => [number, short(run)]);
-  const [old, now] = [one, other].map(number => new Map(data.codes[saved[number].files]));  // name: [content ID, text or null]
-  const names = [...new Set([...old.keys(), ...now.keys()])].sort().filter(name => old.get(name)?.[0] !== now.get(name)?.[0]);
+  const [old, now] = [one, other].map(number => new Map(data.codes[saved[number].files]));  // the numbers of texts by name
+  const names = [...new Set([...old.keys(), ...now.keys()])].sort().filter(name => old.get(name) !== now.get(name));
   section("code",
     make("div", { class: "controls" },
       choice("From", options, one, value => showCode(Number(value), other)),
       choice("to", options, other, value => showCode(one, Number(value)))),
-    ...names.flatMap(name => fileDifference(name, old.get(name)?.[1], now.get(name)?.[1])),
+    ...names.flatMap(name => fileDifference(name, old.get(name), now.get(name))),
     names.length ? null : note("No file differs."));
 }
 
