@@ -7523,22 +7523,21 @@ class ExperimentCollection:
         if not isinstance(experiment_id, str):
             raise ArgumentError("experiments.get(): the ID must be a string, not %s." % type(experiment_id).__name__)
         project = self._find_project()
-        if experiment_id and not is_id(experiment_id):
+        if not is_id(experiment_id):
             experiment, _ = find_item(project.repository, experiment_id)
             experiment.project = project
             return experiment
-        names = [entry.name[:-5] for entry in project.repository.storage.list(EXPERIMENTS) if entry.name.endswith(".json")]
-        ids = [name for name in names if experiment_id and name.startswith(experiment_id) and is_id(name)]
-        if not ids:
-            raise DoesNotExist("Experiment not found: %s." % (experiment_id or "the ID is empty"))
-        if len(ids) > 1 and experiment_id not in ids:
-            raise DoesNotExist("The ID %s is ambiguous: the IDs of %d experiments start with it." % (experiment_id, len(ids)))
-        found = experiment_id if experiment_id in ids else ids[0]
+        ids = [entry.name[:-5] for entry in project.repository.document_entries(lambda key, reason: None)]
+        found = [item for item in ids if item == experiment_id] or [item for item in ids if item.startswith(experiment_id)]
+        if not found:
+            raise DoesNotExist("Experiment not found: %s." % experiment_id)
+        if len(found) > 1:
+            raise DoesNotExist("The ID %s is ambiguous: %d experiment IDs start with it." % (experiment_id, len(found)))
         try:
-            return Experiment(project.repository.load(found), project)
+            return Experiment(project.repository.load(found[0]), project)
         except ReadError as error:
             raise ReadError("The document of experiment %s cannot be read: %s." % (
-                found[:SHORT_ID], str(error).rstrip("."))) from error
+                found[0][:SHORT_ID], str(error).rstrip("."))) from error
 
     def list(self, filter: Optional[Callable[[Experiment], bool]] = None) -> ExperimentList:
         """All experiments, or those for which filter(experiment) is true; oldest first."""
@@ -7560,7 +7559,7 @@ class ExperimentCollection:
         return found
 
 
-experiments = ExperimentCollection(lambda: Project())
+experiments = ExperimentCollection(Project)
 
 
 def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False, debug: bool = False, *,
