@@ -8112,13 +8112,11 @@ def sparkline(values: Sequence[Any], marks: str = SPARK_MARKS) -> str:
 def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
     """The IDs of the experiments with the best value of a primary metric; none if there is nothing to compare."""
     goal = goal_of(rows, metric)
-    if goal is None:
+    values = {row.id: usable_value(row.best or row.latest or {}, metric) for row in rows}
+    usable = [value for value in values.values() if value is not None]
+    if goal is None or len(usable) < 2:
         return set()
-    values: Dict[str, Any] = {row.id: row.metrics.get(metric) for row in rows}
-    values = {item_id: value for item_id, value in values.items() if _is_number(value) and value == value}
-    if len(values) < 2:
-        return set()
-    best = (max if goal == "maximize" else min)(values.values())
+    best = (max if goal == "maximize" else min)(usable)
     return {item_id for item_id, value in values.items() if value == best}
 
 
