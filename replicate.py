@@ -7859,11 +7859,6 @@ DIFF_WIDTH = 26  # of a column in `diff`, at least
 DIFF_CUT = 50    # characters of a value in `diff`, at most
 
 
-def no_paint(text: str, style: str) -> str:
-    """text without a style."""
-    return text
-
-
 def display_width(text: str) -> int:
     """The number of terminal columns that text takes."""
     if text.isascii():
@@ -8386,7 +8381,7 @@ def change_text(value: Any) -> str:
 NO_FILE, EMPTY_FILE = "0000000", "e69de29"  # Git's object names, by which `patch` recognizes an empty file
 
 
-def render_code(changes: Iterable[FileChange], paint: Paint = no_paint,
+def render_code(changes: Iterable[FileChange], paint: Paint = lambda text, style: text,
                 clean: Callable[[str], str] = lambda line: line) -> Iterator[str]:
     """Yield the lines of a unified diff in Git's format, which `patch -p1` accepts; it only names binary and huge files.
 
@@ -8532,8 +8527,8 @@ def painted(number: int, paint: Paint, mark: str = "") -> str:
 
 
 def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[int, int], log: bool, braille: bool,
-                paint: Paint = no_paint) -> Iterator[str]:
-    """Yield the lines of curves, each with a value, with axes and a legend. titles: of the axes; size: in columns and lines."""
+                paint: Paint = lambda text, style: text) -> Iterator[str]:
+    """Yield the lines of curves that have values, with axes and a legend. titles: of both axes; size: columns and lines."""
     width, height = size
     xs, ys = zip(*[point for curve in curves for point in curve.values()])
     unit, x_title = time_unit(max(xs)) if titles[0] == "time" else (1, titles[0])
