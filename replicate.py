@@ -7311,8 +7311,7 @@ def _announce_recording(experiment: Experiment, url: str, is_new: bool, sources:
     notes = ["a new repository: there is no replicate.yaml here"] if is_new else []
     if sources:
         notes.append("saved %s" % (sources[0].name if len(sources) == 1 else plural(len(sources), "file")))
-    console.info("Recording experiment %s in %s%s" % (experiment.short_id(), url,
-                                                      " (%s)" % "; ".join(notes) if notes else ""))
+    console.info("Recording experiment %s in %s%s" % (experiment.short_id(), url, " (%s)" % "; ".join(notes) if notes else ""))
 
 
 def resume_experiment(project: Project, which: str, path: Optional[str], params: Any, settings: RecordingSettings,
@@ -8009,8 +8008,7 @@ def listed_metrics(rows: Sequence[Row], show_all: bool) -> List[str]:
 def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
     """The sorted names whose values differ between these dicts; an absent value equals null."""
     names = sorted({name for values in rows for name in values})
-    return [name for name in names
-            if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
+    return [name for name in names if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
 
 
 def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
