@@ -7507,10 +7507,9 @@ class ExperimentCollection:
     def __init__(self, find_project: Callable[[], Project]) -> None:
         self._find_project = find_project
 
-    def create(self, path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False,
-               quiet: bool = False, *, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
-               note: Optional[str] = None, keep_best: Optional[int] = None,
-               keep_latest: Optional[int] = None) -> Experiment:
+    def create(self, path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False, quiet: bool = False, *,
+               name: Optional[str] = None, tags: Optional[Iterable[str]] = None, note: Optional[str] = None,
+               keep_best: Optional[int] = None, keep_latest: Optional[int] = None) -> Experiment:
         """Create and start an experiment, as init() does, without stopping the other experiments of this process."""
         if is_secondary_process():
             return inert_experiment(path, params)
@@ -7562,9 +7561,8 @@ experiments = ExperimentCollection(Project)
 
 
 def init(path: Optional[str] = None, params: Any = None, disable_heartbeat: bool = False, debug: bool = False, *,
-         quiet: bool = False, name: Optional[str] = None, tags: Optional[Iterable[str]] = None,
-         note: Optional[str] = None, resume: Optional[str] = None, keep_best: Optional[int] = None,
-         keep_latest: Optional[int] = None) -> Experiment:
+         quiet: bool = False, name: Optional[str] = None, tags: Optional[Iterable[str]] = None, note: Optional[str] = None,
+         resume: Optional[str] = None, keep_best: Optional[int] = None, keep_latest: Optional[int] = None) -> Experiment:
     """Create and start an experiment, and stop those that this process started before.
 
     path is the file or directory of code to save, relative to the project directory ("." for all of it); params are
