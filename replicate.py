@@ -7781,8 +7781,7 @@ def transformers_callback(params: Any = None, primary_metric: Optional[Tuple[str
         def default(self, args: Any) -> Tuple[str, str]:
             name = args.metric_for_best_model
             if not name:
-                strategy = getattr(args, "eval_strategy", "no")
-                return "loss" if getattr(strategy, "value", strategy) == "no" else "eval_loss", "minimize"
+                return "loss" if getattr(args, "eval_strategy", "no") == "no" else "eval_loss", "minimize"
             if not name.startswith("eval_") and name not in self.latest:
                 name = "eval_" + name
             return name, "maximize" if args.greater_is_better else "minimize"
