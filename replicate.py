@@ -7874,6 +7874,7 @@ def shortened(text: str, width: int) -> str:
     if display_width(text) <= width:
         return text
     end = "..." + re.search(r"(e[+-]\d\d\d?)?$", text).group()  # type: ignore[union-attr]
+    text = text[:max(0, width)]  # first: it can be very long
     while text and display_width(text) > width - len(end):
         text = text[:-1]
     return text + end
@@ -8581,10 +8582,8 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
     lines = []
     for curve, values in zip(curves, params):
         words = [curve.experiment.short_id(), format_cell(curve.experiment.name or ""), *value_lines(values, names)]
-        text = "  ".join(filter(None, words))
         last = format_cell(curve.values()[-1][1])
-        room = width - len(last) - 2
-        lines.append("%s  %s" % (text if len(text) <= room else text[:max(0, room - 3)] + "...", last))
+        lines.append("%s  %s" % (shortened("  ".join(filter(None, words)), width - len(last) - 2), last))
     return lines
 
 
