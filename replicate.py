@@ -9102,24 +9102,20 @@ function showFacts(number) {
 }
 
 function differingLines(old, now) {  // [mark, line] pairs by a longest common subsequence, or null if that would take long
-  let start = 0, end = 0;
-  while (start < old.length && start < now.length && old[start] === now[start]) start++;
-  while (end < Math.min(old.length, now.length) - start && old[old.length - 1 - end] === now[now.length - 1 - end]) end++;
-  const [a, b] = [old.slice(start, old.length - end), now.slice(start, now.length - end)];
-  if (a.length * b.length > 4e6) return null;
-  const lengths = Array.from({ length: a.length + 1 }, () => new Uint32Array(b.length + 1));
-  for (let i = a.length - 1; i >= 0; i--) {
-    for (let j = b.length - 1; j >= 0; j--) {
-      lengths[i][j] = a[i] === b[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
+  if (old.length * now.length > 2e7) return null;
+  const lengths = Array.from({ length: old.length + 1 }, () => new Uint16Array(now.length + 1));
+  for (let i = old.length - 1; i >= 0; i--) {
+    for (let j = now.length - 1; j >= 0; j--) {
+      lengths[i][j] = old[i] === now[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
     }
   }
-  const found = old.slice(0, start).map(line => [" ", line]);
-  for (let i = 0, j = 0; i < a.length || j < b.length;) {
-    if (i < a.length && j < b.length && a[i] === b[j]) { found.push([" ", a[i++]]); j++; }
-    else if (i < a.length && (j === b.length || lengths[i + 1][j] >= lengths[i][j + 1])) found.push(["-", a[i++]]);
-    else found.push(["+", b[j++]]);
+  const found = [];
+  for (let i = 0, j = 0; i < old.length || j < now.length;) {
+    if (i < old.length && j < now.length && old[i] === now[j]) { found.push([" ", old[i++]]); j++; }
+    else if (i < old.length && (j === now.length || lengths[i + 1][j] >= lengths[i][j + 1])) found.push(["-", old[i++]]);
+    else found.push(["+", now[j++]]);
   }
-  return [...found, ...old.slice(old.length - end).map(line => [" ", line])];
+  return found;
 }
 
 function linesOf(text) {
