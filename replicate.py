@@ -7849,7 +7849,6 @@ def saved_model(save: Callable[[str], Any], filepath: Optional[str]) -> Optional
 # 10  Rendering: tables, show, diff, curves, report (data in, text out)
 # ------------------------------------------------------------------------------------------------------------------
 
-NARROW_COLUMNS = (len("EXPERIMENT"), SHORT_ID, 2)  # column widths to shrink to, one after the other, in a narrow terminal
 SHOW_WIDTH = 17  # of a column in `show`, at least
 DIFF_WIDTH = 26  # of a column in `diff`, at least
 DIFF_CUT = 50    # characters of a value in `diff`, at most
@@ -7913,7 +7912,7 @@ def narrowed(widths: Sequence[int], words: Sequence[int], total: int) -> List[in
     words: the longest word of each column; words break only where that is not enough, and the IDs in the first column never.
     """
     narrow = list(widths)
-    for least in [words, *([least] * len(narrow) for least in NARROW_COLUMNS)]:
+    for least in (words, [2] * len(narrow)):
         floors = [max(SHORT_ID, least[0]), *least[1:]]
         while sum(narrow) + 2 * (len(narrow) - 1) > total and any(map(int.__gt__, narrow, floors)):
             widest = max((width, -number) for number, width in enumerate(narrow) if width > floors[number])
