@@ -8094,9 +8094,8 @@ def sparkline(values: Sequence[Any], marks: str = SPARK_MARKS) -> str:
     """A curve on one line, with a space for each gap. A long curve is sampled at 16 values, the last among them."""
     if len(values) > SPARK_WIDTH:
         values = [values[(number + 1) * len(values) // SPARK_WIDTH - 1] for number in range(SPARK_WIDTH)]
-    known = [value for value in values if can_draw(value)]
-    scale = Scale(known, len(marks)) if known else None
-    return "".join(marks[scale.position(value)] if scale and can_draw(value) else " " for value in values)
+    scale = Scale([value for value in values if can_draw(value)] or [0], len(marks))
+    return "".join(marks[scale.position(value)] if can_draw(value) else " " for value in values)
 
 
 def best_rows(rows: Sequence[Row], metric: str) -> Set[str]:
