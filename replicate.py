@@ -3550,64 +3550,51 @@ def store_large(writer: ArchiveWriter, archive_id: str, source: Source, warn: Ca
             for is_last in (False, True):
                 before = os.fstat(stream.fileno())
                 settle(before)
-                header = tar_header(archive_id, source.name, before, before.st_size)
-                large = LargeFile(stream, before.st_size, header, writer)
-                pieces = large.store()
-                if large.is_complete and is_unchanged(before, os.fstat(stream.fileno())):
+                size = before.st_size
+                header = tar_header(archive_id, source.name, before, size)
+                position = writer.position + stored_size(len(header))
+                crc, is_complete, shrinks = store_content(stream, size, writer.file, position)
+                if is_complete and is_unchanged(before, os.fstat(stream.fileno())):
                     break
                 if is_last:
                     warn(CHANGED % source.name)
     except Unreadable as error:
         warn("%s is not saved: %s." % (source.name, short_reason(error)))
         return False
-    writer.table.files.append((source.name, writer.offset, before.st_size, large.crc))
-    for size in pieces:
-        writer.note(stored_size(size), size)
-    return large.shrinks
+    writer.table.files.append((source.name, writer.offset, size, crc))
+    writer.add(stored_member(header), len(header))
+    for start in range(0, size, MEMBER_BYTES):
+        length = min(MEMBER_BYTES, size - start)
+        writer.note(stored_size(length), length)
+    if size % 512:
+        writer.add(stored_member(bytes(-size % 512)), -size % 512)
+    return shrinks
 
 
-class LargeFile:
-    """A file that several threads store uncompressed, in gzip members."""
+def store_content(stream: BinaryIO, size: int, file: BinaryIO, position: int) -> Tuple[int, bool, bool]:
+    """Write size bytes of a stream uncompressed, in gzip members from this position of a file, with several threads.
 
-    def __init__(self, stream: BinaryIO, size: int, header: bytes, writer: ArchiveWriter) -> None:
-        self.is_complete = True  # False if it turns out to be shorter
-        self.shrinks = False     # True if a sample of it shrinks
-        self.crc = 0             # CRC-32 of what was stored
-        self._stream, self._size, self._header, self._writer = stream, size, header, writer
-
-    def store(self) -> List[int]:
-        """Write the members at the writer's position, and return the sizes of their contents. Raises Unreadable, OSError."""
-        position = self._writer.position
-        pieces, sizes = [], []
-        for start in range(0, max(self._size, 1), MEMBER_BYTES):
-            length = min(MEMBER_BYTES, self._size - start)
-            head = b"" if start else self._header
-            tail = bytes(-self._size % 512) if start + length == self._size else b""
-            pieces.append((start, length, head, tail, position))
-            sizes.append(len(head) + length + len(tail))
-            position += stored_size(sizes[-1])
-        crcs = in_threads(self._store_piece, pieces, min(len(pieces), 2) if len(pieces) < 8 else 0)
-        shift = crc_shift(MEMBER_BYTES)
-        for (_, length, *_), crc in zip(pieces, crcs):
-            self.crc = crc_product(shift if length == MEMBER_BYTES else crc_shift(length), self.crc) ^ crc
-        return sizes
-
-    def _store_piece(self, piece: Tuple[int, int, bytes, bytes, int]) -> int:
-        """Store one member, and return the CRC-32 of its part of the file."""
-        start, length, head, tail, position = piece
+    Returns their CRC-32, whether all of them were there, and whether a sample shrinks. Raises Unreadable, OSError.
+    """
+    def store(start: int) -> Tuple[int, int, bool, bool]:
+        length = min(MEMBER_BYTES, size - start)
         try:
-            data = os.pread(self._stream.fileno(), length, start)
+            data = os.pread(stream.fileno(), length, start)
         except OSError as error:
             raise Unreadable(error.errno, error.strerror) from error
-        if len(data) < length:
-            self.is_complete = False
-            data += bytes(length - len(data))
-        if start % (SAMPLED_MEMBERS * MEMBER_BYTES) == 0 and does_shrink(data):
-            self.shrinks = True
-        crc = zlib.crc32(data)
-        member = stored_member(head + data + tail) if head or tail else stored_member(data, crc)
-        write_at(self._writer.file, member, position)
-        return crc
+        is_complete = len(data) == length
+        member = stored_member(data if is_complete else data.ljust(length, b"\0"))
+        write_at(file, member, position + start // MEMBER_BYTES * stored_size(MEMBER_BYTES))
+        is_sampled = start % (SAMPLED_MEMBERS * MEMBER_BYTES) == 0
+        return length, int.from_bytes(member[-8:-4], "little"), is_complete, is_sampled and does_shrink(data)
+
+    whole_crc, all_complete, any_shrinks = 0, True, False
+    shift = crc_shift(MEMBER_BYTES)
+    for length, crc, is_complete, shrinks in in_threads(store, range(0, size, MEMBER_BYTES), 2 if size < 8 * MEMBER_BYTES else 0):
+        whole_crc = crc_product(shift if length == MEMBER_BYTES else crc_shift(length), whole_crc) ^ crc
+        all_complete &= is_complete
+        any_shrinks |= shrinks
+    return whole_crc, all_complete, any_shrinks
 
 
 # The CRC-32 of two parts together is that of the first, times x^(bits of the second) modulo the polynomial, plus that of
@@ -3627,14 +3614,8 @@ def crc_product(one: int, other: int) -> int:
 
 
 def crc_shift(length: int) -> int:
-    """The factor for the CRC-32 of data that `length` more bytes follow."""
-    power, square, exponent = 1 << 31, 1 << 30, 8 * length
-    while exponent:
-        if exponent & 1:
-            power = crc_product(power, square)
-        square = crc_product(square, square)
-        exponent >>= 1
-    return power
+    """The factor for the CRC-32 of data that `length` more bytes follow: what as many zeros make of 1."""
+    return zlib.crc32(bytes(length), 0x7fffffff) ^ 0xffffffff  # zlib inverts its state
 
 
 def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
@@ -3692,15 +3673,15 @@ def does_shrink(data: bytes) -> bool:
     return len(zlib.compress(sample, LEVEL)) < SHRINKS * len(sample)
 
 
-def stored_member(data: bytes, crc: Optional[int] = None) -> bytes:
-    """A gzip member that holds data in stored blocks (RFC 1951, 3.2.4). crc: the CRC-32 of data, if known."""
+def stored_member(data: bytes) -> bytes:
+    """A gzip member that holds data in stored blocks (RFC 1951, 3.2.4)."""
     view = memoryview(data)
     parts: List[Any] = [GZIP_HEADER]
     for start in range(0, len(view), STORED_BYTES):
         block = view[start:start + STORED_BYTES]
         is_last = start + len(block) == len(view)
         parts += [struct.pack("<BHH", is_last, len(block), len(block) ^ 0xffff), block]
-    return b"".join(parts + [struct.pack("<II", zlib.crc32(view) if crc is None else crc, len(view))])
+    return b"".join(parts + [struct.pack("<II", zlib.crc32(view), len(view))])
 
 
 def stored_size(size: int) -> int:

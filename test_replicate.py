@@ -9608,9 +9608,9 @@ def test_a_damaged_stored_member_is_noticed(project, tmp_path, place):
 def test_nothing_writes_on_when_saving_has_failed(project, tmp_path, monkeypatch):
     """The descriptor could belong to another file by then."""
     fill(project, {"a": os.urandom(8 << 20)})
-    working, failed, real = [], threading.Event(), replicate.LargeFile._store_piece
+    working, failed, real = [], threading.Event(), replicate.write_at
 
-    def slow(self, piece):
+    def slow(file, data, position):
         working.append(1)
         try:
             if len(working) == 2:
@@ -9618,11 +9618,11 @@ def test_nothing_writes_on_when_saving_has_failed(project, tmp_path, monkeypatch
                 raise OSError(errno.EIO, "the disk is broken")
             assert failed.wait(60)
             time.sleep(0.2)  # what does not wait for this piece is through by now
-            return real(self, piece)
+            return real(file, data, position)
         finally:
             working.pop()
 
-    monkeypatch.setattr(replicate.LargeFile, "_store_piece", slow)
+    monkeypatch.setattr(replicate, "write_at", slow)
     with pytest.raises(replicate.WriteError, match="broken"):
         replicate.save_archive(replicate.DiskStorage(str(tmp_path / "store")), "checkpoints", PACKED_ID,
                                replicate.find_sources(str(project), "a"))
