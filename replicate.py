@@ -3338,8 +3338,7 @@ def _regular_file(name: str, path: str, warn: Callable[[str], None]) -> Iterator
 # each MEMBER_BYTES of a large one, so that threads can pack and unpack members and a reader can fetch one file alone.
 # Data that does not shrink is stored uncompressed. Empty gzip members at the end hold a table of contents in their extra
 # fields (RFC 1952, subfield "RV"): zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset
-# in the tar, size, CRC-32]...]}. The last one has a fixed length and says where the first one starts. Older tables have
-# no CRC-32.
+# in the tar, size, CRC-32]...]}. The last one has a fixed length and says where the first one starts.
 
 MEMBER_BYTES = 1 << 20            # of a large file in one gzip member
 GROUP_BYTES = 256 << 10           # small files share a member up to this size
@@ -3362,9 +3361,9 @@ MAX_FIELD_BYTES = 65535 - 4
 class Table:
     """The table of contents of an archive."""
 
-    def __init__(self, members: List[Tuple[int, int]], files: List[Tuple[str, int, int, Optional[int]]]) -> None:
+    def __init__(self, members: List[Tuple[int, int]], files: List[Tuple[str, int, int, int]]) -> None:
         self.members = members  # (compressed size, size) of each gzip member with data, from the start of the file
-        self.files = files      # (name in the project, offset of its header in the tar, size, CRC-32 or None)
+        self.files = files      # (name in the project, offset of its header in the tar, size, CRC-32)
 
     def encode(self) -> bytes:
         """The gzip members that hold it."""
@@ -3405,8 +3404,7 @@ class Table:
                 return None
             content = json.loads(text)
             members = [(int(compressed), int(size)) for compressed, size in content["members"]]
-            files = [(str(name), int(offset), int(size), int(crc[0]) if crc else None)
-                     for name, offset, size, *crc in content["files"]]
+            files = [(str(name), int(offset), int(size), int(crc)) for name, offset, size, crc in content["files"]]
         except (zlib.error, ValueError, TypeError, KeyError, RecursionError, OverflowError):
             return None
         if sum(compressed for compressed, _ in members) != start:
@@ -3590,7 +3588,8 @@ def store_content(stream: BinaryIO, size: int, file: BinaryIO, position: int) ->
 
     whole_crc, all_complete, any_shrinks = 0, True, False
     shift = crc_shift(MEMBER_BYTES)
-    for length, crc, is_complete, shrinks in in_threads(store, range(0, size, MEMBER_BYTES), 2 if size < 8 * MEMBER_BYTES else 0):
+    threads = 2 if size < 8 * MEMBER_BYTES else 0
+    for length, crc, is_complete, shrinks in in_threads(store, range(0, size, MEMBER_BYTES), threads):
         whole_crc = crc_product(shift if length == MEMBER_BYTES else crc_shift(length), whole_crc) ^ crc
         all_complete &= is_complete
         any_shrinks |= shrinks
@@ -3745,7 +3744,7 @@ class Archive:
             return read_fully(stream, end - start)
 
     def files(self, wanted: Callable[[str], bool], archive_id: str,
-              name: Optional[str] = None) -> Iterator[Tuple[TarMember, Iterator[Any]]]:
+              name: Optional[str] = None) -> Iterator[Tuple[tarfile.TarInfo, Iterator[Any]]]:
         """Yield (member, pieces of its content) for each wanted file; of a name that the table lists, read only that file.
 
         Take the pieces of a file before you ask for the next one. Raises ReadError for a member that is neither a plain
@@ -3757,12 +3756,10 @@ class Archive:
                 yield member, pieces
 
     def sums(self, archive_id: str) -> Dict[str, Tuple[int, int]]:
-        """(size, CRC-32) of each file by name, from the table if it has them. Raises like files()."""
-        found: Dict[str, Tuple[int, int]] = {}
-        if self.table and all(crc is not None for *_, crc in self.table.files):
-            for name, _, size, known in self.table.files:
-                found[safe_name(TarMember("%s/%s" % (archive_id, name), size, 0, False), archive_id)] = size, known or 0
-            return found
+        """(size, CRC-32) of each file by name, from the table if there is one. Raises like files()."""
+        if self.table:
+            return {safe_name("%s/%s" % (archive_id, name), archive_id): (size, crc)
+                    for name, _, size, crc in self.table.files}
         with Progress("Reading %s" % archive_id[:SHORT_ID], 0) as progress:
             return self.read_sums(archive_id, progress.add)
 
@@ -3793,7 +3790,7 @@ class Archive:
             found = True
         return found
 
-    def _located(self, name: str, archive_id: str) -> Optional[Tuple[TarMember, Iterator[Any]]]:
+    def _located(self, name: str, archive_id: str) -> Optional[Tuple[tarfile.TarInfo, Iterator[Any]]]:
         places = [(offset, size) for listed, offset, size, _ in self.table.files if listed == name] if self.table else []
         if places:
             offset, size = places[-1]
@@ -3861,15 +3858,6 @@ def gunzip(stream: BinaryIO) -> Iterator[bytes]:
         raise EOFError("it is cut off")
 
 
-class TarMember:
-    """A file or directory in a tar."""
-
-    __slots__ = ("name", "size", "mode", "is_directory")
-
-    def __init__(self, name: str, size: int, mode: int, is_directory: bool) -> None:
-        self.name, self.size, self.mode, self.is_directory = name, size, mode, is_directory
-
-
 class TarReader:
     """Reads an untrusted tar stream. Raises ReadError for anything but regular files and directories.
 
@@ -3894,7 +3882,7 @@ class TarReader:
         self._left = 0     # bytes of the current member's content,
         self._padding = 0  # and of the padding after it
 
-    def members(self) -> Iterator[TarMember]:
+    def members(self) -> Iterator[tarfile.TarInfo]:
         """Yield each member. Take its content from data() before you ask for the next one."""
         overrides: Dict[str, str] = {}
         headers = 0
@@ -3923,12 +3911,12 @@ class TarReader:
             if any(key.startswith("GNU.sparse") for key in overrides) or info.type not in (
                     tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
                 raise ReadError("%s in it is not a regular file or directory" % (escape_control(name) or "something"))
-            is_directory = info.type == tarfile.DIRTYPE
-            if is_directory:
+            if info.isdir():
                 self._left = self._padding = 0
             overrides, headers = {}, 0
-            self._check_bounds(name, is_directory)
-            yield TarMember(name, size, info.mode, is_directory)
+            self._check_bounds(name, info.isdir())
+            info.name, info.size = name, size
+            yield info
 
     def _check_bounds(self, name: str, is_directory: bool) -> None:
         """Raise ReadError if a name or the number of members exceeds a limit."""
@@ -3995,21 +3983,20 @@ def read_pax(content: bytes) -> Dict[str, str]:
     return records
 
 
-def read_tar(content: Iterator[bytes], archive_id: str) -> Iterator[Tuple[TarMember, Iterator[memoryview]]]:
+def read_tar(content: Iterator[bytes], archive_id: str) -> Iterator[Tuple[tarfile.TarInfo, Iterator[memoryview]]]:
     """Yield (member with its path in the project, pieces of its content) for each file.
 
     Raises ReadError, EOFError, TarError.
     """
     reader = TarReader(content)
     for member in reader.members():
-        member.name = safe_name(member, archive_id)
-        if not member.is_directory:
+        member.name = safe_name(member.name, archive_id)
+        if not member.isdir():
             yield member, reader.data()
 
 
-def safe_name(member: TarMember, archive_id: str) -> str:
-    """A member's path in the project, '' for the top directory. Raises ReadError for a dangerous one."""
-    name = member.name
+def safe_name(name: str, archive_id: str) -> str:
+    """The path in the project of a member with this name, '' for the top directory. Raises ReadError for a dangerous one."""
     parts = name.rstrip("/").split("/")
     if parts[0] != archive_id:
         raise ReadError("%s in it is not below the folder %s" % (escape_control(name), archive_id[:SHORT_ID]))
@@ -4033,7 +4020,7 @@ def is_protected(part: str) -> bool:
     return plain in (".git", ".replicate", "git~1", "replic~1") or plain.startswith(STAGING_PREFIX)
 
 
-def unpack_to(directory: str, files: Iterable[Tuple[TarMember, Iterator[Any]]],
+def unpack_to(directory: str, files: Iterable[Tuple[tarfile.TarInfo, Iterator[Any]]],
               progress: Optional[Progress] = None) -> Set[str]:
     """Write files below a private directory, and return their names. Raises ReadError, OSError."""
     written: Set[str] = set()
