@@ -4659,25 +4659,23 @@ def list_rows(repository: Repository) -> List[Row]:
     running, waiting = repository.running(), repository.journal_contents()
     entries = {entry.name[:-5]: entry for entry in repository.document_entries()}
     cache = RowCache(repository.url)
-    found = {row.id: row for row in cache.rows()
+    cached = cache.rows()
+    found = {row.id: row for row in cached
              if row.id in entries and row.id not in waiting and row.version == entries[row.id].version}
-    forgotten = cache.count - len(found)
     stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
     new: Dict[str, Row] = {}
-    unpublished, index = cache.unpublished + len(stale), None
-    if storage.has_index and unpublished >= RowIndex.MIN_STALE:  # one object instead of many documents
-        unpublished, index = 0, RowIndex(storage)
-        new = {row.id: row for row in index.rows(stale)}
+    if storage.has_index and len(stale) >= INDEX_MIN_STALE:  # one object instead of many documents
+        new = {row.id: row for row in read_index(storage, stale)}
     missing = [entry for entry in stale if entry.name[:-5] not in new]
     for document in repository.documents(missing, waiting):
         experiment_id = document["id"]
         settled = experiment_id not in waiting and cache.is_settled(entries[experiment_id], storage)
         new[experiment_id] = Row.of(document, entries[experiment_id].version if settled else "")
+    if new or len(cached) > len(found):
+        cache.update([row for row in new.values() if row.version], entries)
     found.update(new)
-    if index is not None and index.lacks(entries.values()) >= max(RowIndex.MIN_STALE, len(entries) // 10):
-        index.publish(storage, found.values())
-    if forgotten or new or unpublished != cache.unpublished:
-        cache.update([row for row in new.values() if row.version], entries, unpublished)
+    if storage.has_index and len(missing) >= max(INDEX_MIN_STALE, len(entries) // 10):
+        write_index(storage, found.values())
     for experiment_id in running & found.keys():
         found[experiment_id].running = True
     return sorted(found.values(), key=lambda row: (canonical_time(row.summary["created"]), row.id))
@@ -4763,13 +4761,10 @@ class RowCache:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         self._path = os.path.join(base, "replicate", "%s-%08x.%d" % (name, zlib.crc32(os.fsencode(url)), self.FORMAT))
         self._listed = time.time()
-        self.count = 0        # of rows in the file
-        self.unpublished = 0  # documents read since this user last read the index of the bucket
 
     def rows(self) -> List[Row]:
         """Every row in the file."""
         def read(database: Any) -> List[Row]:
-            self.unpublished = database.execute("PRAGMA user_version").fetchone()[0]
             cursor = database.execute("SELECT version, summary, checkpoints, checksum FROM rows")
             found: List[Row] = []
             for batch in iter(lambda: cursor.fetchmany(self.BATCH), []):
@@ -4779,15 +4774,13 @@ class RowCache:
                 found += map(Row, json.loads("[%s]" % ",".join(summaries)), versions, checkpoint_ids)
             return found
 
-        found = (self._attempt(read) if os.path.exists(self._path) else None) or []
-        self.count = len(found)
-        return found
+        return (self._attempt(read) if os.path.exists(self._path) else None) or []
 
     def is_settled(self, entry: Entry, storage: Storage) -> bool:
         """Whether any further change would give a document another version."""
         return not storage.has_journals or entry.modified < self._listed - self.SETTLED_SECONDS
 
-    def update(self, new: Sequence[Row], present: Container[str], unpublished: int) -> None:
+    def update(self, new: Sequence[Row], present: Container[str]) -> None:
         """Store new rows, and remove those of experiments that are not present any more."""
         def write(database: Any) -> None:
             database.execute("BEGIN IMMEDIATE")
@@ -4800,7 +4793,6 @@ class RowCache:
                 values = (row.version, encode(row.summary), row.checkpoint_ids)
                 database.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)",
                                  (row.id, *values, self._checksum(*values)))
-            database.execute("PRAGMA user_version = %d" % unpublished)
             database.execute("COMMIT")
 
         if not os.path.exists(self._path):
@@ -4844,56 +4836,45 @@ class RowCache:
             console.debug("The cache cannot be written: %s" % error)
 
 
-class RowIndex:
-    """An object in a bucket with the rows of its experiments, for machines that have never listed it.
+# The index of a bucket is an object with the rows of its experiments, for machines that have never listed it: one line per
+# experiment, `<ID> <version> <JSON>`, gzipped. Others write it, so it is checked like their documents.
 
-    One line per experiment, `<ID> <version> <JSON>`, gzipped. Others write it, so it is checked like their documents.
-    """
+INDEX = "index/rows-1.gz"
+INDEX_MIN_STALE = 100            # changed documents that make it worth reading or writing
+INDEX_MAX_BYTES = 512 << 20      # when unpacked
 
-    KEY = "index/rows-1.gz"
-    MIN_STALE = 100            # changed documents that make it worth reading or writing the object
-    MAX_BYTES = 512 << 20      # when unpacked
 
-    def __init__(self, storage: Storage) -> None:
+def read_index(storage: Storage, entries: Iterable[Entry]) -> Iterator[Row]:
+    """Yield the rows of those entries whose version is in the index."""
+    try:
+        data = b"".join(_limited(gunzip(storage.open(INDEX)), INDEX_MAX_BYTES))
+    except (ReplicateError, EOFError, zlib.error):  # there is none, or it is damaged
+        return
+    lines = dict(line.split(b" {", 1) for line in data.split(b"\n") if b" {" in line)
+    for entry in entries:
         try:
-            data = b"".join(_limited(gunzip(storage.open(self.KEY)), self.MAX_BYTES))
-        except (ReplicateError, EOFError, zlib.error):  # there is none, or it is damaged
-            data = b""
-        self._lines = {line[:line.find(b" {")]: line for line in data.split(b"\n") if b" {" in line}
-
-    def rows(self, entries: Iterable[Entry]) -> Iterator[Row]:
-        """Yield the rows of those entries whose version it has."""
-        for entry in entries:
-            line = self._lines.get(self._key(entry.name[:-5], entry.version))
-            if line is None:
-                continue
-            try:
-                summary = decode_json(line[line.find(b"{"):], "a row")
-                checkpoint_ids = summary.pop("checkpoint_ids")
-                if type(checkpoint_ids) is not str:
-                    raise ReadError("checkpoint_ids is not text")
+            summary = decode_json(b"{" + lines[_index_key(entry.name[:-5], entry.version)], "a row")
+            checkpoint_ids = summary.pop("checkpoint_ids")
+            if type(checkpoint_ids) is str:
                 yield Row(checked_summary(summary, entry.name[:-5]), entry.version, checkpoint_ids)
-            except (ReadError, KeyError, TypeError, AttributeError):
-                continue
+        except (ReadError, KeyError, TypeError, AttributeError):
+            continue
 
-    def lacks(self, entries: Iterable[Entry]) -> int:
-        """How many of these entries it lacks, or has in another version."""
-        return sum(self._key(entry.name[:-5], entry.version) not in self._lines for entry in entries)
 
-    def publish(self, storage: Storage, rows: Iterable[Row]) -> None:
-        """Write the object for others, if this user may."""
-        lines = [b"%s %s" % (self._key(row.id, row.version), encode_json(
-            dict(row.summary, checkpoint_ids=row.checkpoint_ids), indent=None)) for row in rows]
-        packer = zlib.compressobj(6, zlib.DEFLATED, 31)
-        try:
-            storage.write(self.KEY, packer.compress(b"\n".join(lines)) + packer.flush())
-        except ReplicateError as error:
-            console.debug("The index was not written: %s" % error)
+def write_index(storage: Storage, rows: Iterable[Row]) -> None:
+    """Write the index for others, if this user may."""
+    lines = [b"%s %s" % (_index_key(row.id, row.version), encode_json(
+        dict(row.summary, checkpoint_ids=row.checkpoint_ids), indent=None)) for row in rows]
+    packer = zlib.compressobj(6, zlib.DEFLATED, 31)
+    try:
+        storage.write(INDEX, packer.compress(b"\n".join(lines)) + packer.flush())
+    except ReplicateError as error:
+        console.debug("The index was not written: %s" % error)
 
-    @staticmethod
-    def _key(experiment_id: str, version: str) -> bytes:
-        """The start of a line."""
-        return ("%s %s" % (experiment_id, version)).encode("utf-8", "replace")
+
+def _index_key(experiment_id: str, version: str) -> bytes:
+    """The start of a line."""
+    return ("%s %s" % (experiment_id, version)).encode("utf-8", "replace")
 
 
 class DocumentText:

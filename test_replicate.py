@@ -3107,15 +3107,6 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_mac
     assert kinds(shelf)["GET"] == 2 + 30 and not shelf.count("PUT")
 
 
-def test_experiments_that_came_a_few_at_a_time_are_in_the_index_too(shelf, call, fresh_machine):
-    for _ in range(5):
-        shelf.fill(50)
-        assert call("ls", "-q")[0] == 0
-    fresh_machine()
-    assert len(listed_params(call)) == 250
-    assert shelf.count() <= 30 + 100, kinds(shelf)  # less than a hundred may be out of date
-
-
 def index_lines(shelf):
     """(ID, version, summary) of each line of the index."""
     lines = [line.split(b" ", 2) for line in gzip.decompress(shelf.objects["index/rows-1.gz"][0]).split(b"\n")]
