@@ -4108,7 +4108,6 @@ def read_journals(journals: Iterable[bytes], known: Container[str]) -> Tuple[Lis
     added: Dict[str, Dict[str, Any]] = {}
     removed: Set[str] = set()
     pruned: Set[str] = set()
-    torn = 0
     for line in filter(None, b"\n".join(journals).split(b"\n")):
         try:
             record = decode_json(line, "journal")
@@ -4120,9 +4119,7 @@ def read_journals(journals: Iterable[bytes], known: Container[str]) -> Tuple[Lis
                 item = checked_checkpoint(record["checkpoint"])
                 added[item["id"]] = item
         except (ReadError, TypeError, KeyError, AttributeError):
-            torn += 1
-    if torn:
-        console.debug("Skipped %s in a journal." % plural(torn, "torn line"))
+            console.debug("Skipped a torn line in a journal.")
     strip_files(added.values(), pruned)
     new = [item for item_id, item in added.items() if item_id not in removed and item_id not in known]
     return sorted(new, key=lambda item: canonical_time(item["created"])), pruned
@@ -4138,13 +4135,10 @@ def merge_journals(document: Dict[str, Any], journals: Iterable[bytes]) -> None:
     note_pruned(document, pruned - {item["id"] for item in items})
 
 
-def note_pruned(header: Dict[str, Any], ids: Set[str]) -> bool:
-    """Note in a pending document which uploaded checkpoints to prune in the bucket; return whether that changed it."""
-    known = set(texts_in(header, PRUNED_KEY))
-    if not header.get(SENT_KEY) or ids <= known:
-        return False
-    header[PRUNED_KEY] = sorted(known | ids)
-    return True
+def note_pruned(header: Dict[str, Any], ids: Set[str]) -> None:
+    """Note in a pending document which uploaded checkpoints to prune in the bucket."""
+    if ids and header.get(SENT_KEY):
+        header[PRUNED_KEY] = sorted(ids.union(texts_in(header, PRUNED_KEY)))
 
 
 def decode_document(data: bytes, experiment_id: str) -> Dict[str, Any]:
@@ -4323,8 +4317,8 @@ class Repository:
                 raise ExperimentGone("Experiment %s was removed from %s." % (experiment_id[:SHORT_ID], self.url))
             if text is None or text.data() != old:
                 text = DocumentText(decode_document(old, experiment_id))
-            is_changed = text.merge(self._contents(keys) + [more], final or {})
-            return text.data() if is_changed else None
+            text.merge(self._contents(keys) + [more], final or {})
+            return text.data()
 
         self.storage.update(document_key(experiment_id), change)
         return text
@@ -4884,34 +4878,26 @@ class DocumentText:
         checkpoints = document.get("checkpoints")
         self._ids = {item["id"] for item in checkpoints or ()}
         self._header = {key: value for key, value in document.items() if key != "checkpoints"}
-        self._start = self._encoded_header()
         self._checkpoints = encoded_checkpoints(checkpoints)
-
-    def _encoded_header(self) -> bytes:
-        return encode_json(dict(self._header, checkpoints=0))[:-len(b"0\n}")]
 
     def data(self) -> bytes:
         """The whole text."""
-        return b"%s%s\n}" % (self._start, self._checkpoints)
+        header = encode_json(dict(self._header, checkpoints=0))[:-len(b"0\n}")]
+        return b"%s%s\n}" % (header, self._checkpoints)
 
-    def merge(self, journals: Iterable[bytes], final: Dict[str, Any]) -> bool:
-        """Do what merge_journals() does, and add final keys; return whether that changed anything."""
+    def merge(self, journals: Iterable[bytes], final: Dict[str, Any]) -> None:
+        """Do what merge_journals() does, and add final keys."""
         new, pruned = read_journals(journals, self._ids)
-        is_changed = bool(new)
         if pruned & self._ids:
             items = json.loads(self._checkpoints)
-            if strip_files(items, pruned):
-                is_changed = True
-                self._checkpoints = encoded_checkpoints(items)
+            strip_files(items, pruned)
+            self._checkpoints = encoded_checkpoints(items)
         if new:
             lines = encoded_checkpoints(new)
             self._checkpoints = self._checkpoints[:-len(b"\n ]")] + b"," + lines[1:] if self._ids else lines
             self._ids.update(item["id"] for item in new)
-        is_header_changed = note_pruned(self._header, pruned - self._ids)
-        if merge_final_keys(self._header, final) or is_header_changed:
-            is_changed = True
-            self._start = self._encoded_header()
-        return is_changed
+        note_pruned(self._header, pruned - self._ids)
+        merge_final_keys(self._header, final)
 
 
 def encoded_checkpoints(items: Optional[Sequence[Dict[str, Any]]]) -> bytes:
