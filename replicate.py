@@ -4028,7 +4028,7 @@ def unpack_to(directory: str, files: Iterable[Tuple[tarfile.TarInfo, Iterator[An
         path = os.path.join(directory, *member.name.split("/"))
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY | CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o600)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise ReadError("%s in it is both a file and a directory" % escape_control(member.name)) from error
         with os.fdopen(descriptor, "wb", 0) as file:
@@ -4233,19 +4233,15 @@ class Repository:
         """
         def read(entry: Entry) -> Any:
             try:
-                return self.storage.read(entry.key, entry)
+                return decode_document(self.storage.read(entry.key, entry), entry.name[:-5])
             except ReplicateError as error:
                 return error
 
-        for entry, data in zip(entries, self.storage.in_parallel(read, entries)):
-            try:
-                if isinstance(data, ReplicateError):
-                    raise data
-                document = decode_document(data, entry.name[:-5])
-            except DoesNotExist:  # somebody removed it meanwhile
+        for entry, document in zip(entries, self.storage.in_parallel(read, entries)):
+            if isinstance(document, DoesNotExist):  # somebody removed it meanwhile
                 continue
-            except ReplicateError as error:
-                skipped(entry.key, str(error).rstrip("."))
+            if isinstance(document, ReplicateError):
+                skipped(entry.key, str(document).rstrip("."))
                 continue
             if document["id"] in waiting:
                 merge_journals(document, waiting[document["id"]])
@@ -4330,16 +4326,12 @@ class Repository:
         ids = [experiment.id] + [checkpoint.id for checkpoint in experiment.checkpoints]
         keys = [archive_key("checkpoints", item_id) for item_id in ids[1:]]
         keys += [archive_key("experiments", experiment.id), heartbeat_key(experiment.id)]
-        if self.storage.has_journals:
-            keys += self.journals().get(experiment.id, [])
-            keys += self._temporary_keys(ids)
-        self.storage.delete(keys)
+        self.storage.delete(keys + self.journals().get(experiment.id, []) + self._temporary_keys(ids))
         self.storage.remove(document_key(experiment.id))
 
     def remove_checkpoint(self, experiment: Experiment, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint's files, then its entry in the document. Raises WriteError."""
-        self.storage.delete([archive_key("checkpoints", checkpoint.id)] +
-                            (self._temporary_keys([checkpoint.id]) if self.storage.has_journals else []))
+        self.storage.delete([archive_key("checkpoints", checkpoint.id)] + self._temporary_keys([checkpoint.id]))
 
         def change(document: Dict[str, Any]) -> None:
             for key in self.journals().get(experiment.id, ()):
@@ -4364,20 +4356,17 @@ class Repository:
 
     def _append_removal(self, key: str, checkpoint_id: str) -> None:
         """Note in a journal that nobody may fold this checkpoint."""
+        path = self.storage.path(key)  # type: ignore[attr-defined]
         try:
-            descriptor = os.open(self.storage.path(key), os.O_WRONLY | os.O_APPEND | BINARY | CLOEXEC)  # type: ignore
-        except FileNotFoundError:
-            return
-        try:
-            os.write(descriptor, b"\n" + encode_json({"removed": checkpoint_id}, indent=None) + b"\n")
-        finally:
-            os.close(descriptor)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | BINARY), "ab", 0) as file:
+                file.write(b"\n" + encode_json({"removed": checkpoint_id}, indent=None) + b"\n")
+        except FileNotFoundError:  # folded since it was listed
+            pass
 
     def _temporary_keys(self, ids: Sequence[str]) -> List[str]:
         """The keys of the files that killed processes left in tmp/ of these experiments and checkpoints."""
-        known = set(ids)
-        return [entry.key for entry in self.storage.list("tmp/") if entry.name.partition(".")[0] in known
-                and not entry.name.endswith(".lock")]
+        entries = self.storage.list("tmp/") if self.storage.has_journals else ()
+        return [entry.key for entry in entries if entry.name.partition(".")[0] in ids and not entry.name.endswith(".lock")]
 
     # -- files
 
