@@ -2270,17 +2270,17 @@ class DiskStorage(Storage):
 
         Our files count if nobody has them locked; any file in tmp/ counts if it is older than a day and not locked.
         """
-        for entry in self.list(folder):
-            old = folder == "tmp/" and entry.modified < time.time() - 86400
-            if old or entry.name.endswith((".part", ".lock", ".jsonl")):
+        for entry in sorted(self.list(folder), key=lambda entry: entry.name):
+            old = entry.modified < time.time() - LEFTOVER_SECONDS
+            if entry.name.endswith((".part", ".lock", ".jsonl")) or old and folder == "tmp/":
+                lock = FileLock(self.path(entry.key), create=False)
                 try:
-                    lock = FileLock(self.path(entry.key), create=False)
-                    if lock.acquire(wait=False):
-                        if old or lock.is_held:
-                            yield entry, lock
-                        lock.release(remove=False)
+                    if lock.acquire(wait=False) and (old or lock.is_held):
+                        yield entry, lock
                 except OSError:  # it is gone, or we may not open it
                     continue
+                finally:
+                    lock.release(remove=False)
 
     def sync(self, keys: Iterable[str]) -> None:
         """Flush these objects to the physical disk; skips those that are gone."""
@@ -4447,27 +4447,17 @@ def fold_abandoned(repository: Repository) -> None:
     if not isinstance(storage, DiskStorage):
         return
     remove_leftovers(repository)
-    for experiment_id, keys in repository.journals().items():
-        for key in keys:
-            lock = FileLock(storage.path(key), os.O_APPEND)
+    for entry, lock in storage.leftovers(JOURNALS):
+        experiment_id = entry.name.partition(".")[0]
+        if is_id(experiment_id) and entry.name.endswith(".jsonl"):
             try:
-                if not lock.acquire(wait=False):
-                    continue
-                if not lock.is_held and os.fstat(lock.descriptor).st_mtime > time.time() - LEFTOVER_SECONDS:
-                    lock.release(remove=False)  # on a disk without locks, a live run may write to it
-                    continue
-            except OSError:  # no permission to write: every reader merges it
-                return
-            done = False
-            try:
-                repository.fold(experiment_id, [key])
-                done = True
+                repository.fold(experiment_id, [entry.key])
             except (ExperimentGone, DoesNotExist):
-                done = True
+                pass
             except ReplicateError as error:
                 console.debug("A journal could not be folded: %s" % error)
-            finally:
-                lock.release(remove=done)
+                continue
+            lock.release()
 
 
 class Usage:
@@ -4521,7 +4511,7 @@ class Pruning:
         return len(ids), sum(self._sizes.get(item_id, 0) for item_id in ids)
 
 
-LEFTOVER_SECONDS = 86400.0  # before an archive of no experiment is a leftover: recording writes archives first
+LEFTOVER_SECONDS = 86400.0  # before what nobody locks is a leftover; an archive without a document, too: it is written first
 
 
 class Verification:
