@@ -4380,16 +4380,16 @@ class Repository:
         return Archive(self.storage, archive_key(kind, item_id))
 
 
-def layers_of(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> List[Tuple[str, str]]:
-    """(kind, ID) of each archive that makes up a checkout, the one that wins last."""
-    found = [("experiments", experiment.id)] if experiment.path else []
-    return found + ([("checkpoints", checkpoint.id)] if checkpoint and checkpoint.path else [])
+def archives_of(experiment: Experiment, checkpoints: Sequence[Optional[Checkpoint]]) -> List[Tuple[str, str]]:
+    """(kind, ID) of each archive that an experiment and these of its checkpoints should have."""
+    items = [("experiments", experiment), *[("checkpoints", checkpoint) for checkpoint in checkpoints]]
+    return [(kind, item.id) for kind, item in items if item and item.path]
 
 
 def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
     """A saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist, ReadError."""
     import tempfile
-    for kind, item_id in reversed(layers_of(experiment, checkpoint)):
+    for kind, item_id in reversed(archives_of(experiment, [checkpoint])):
         with reading_archive(repository, kind, item_id):
             file = tempfile.TemporaryFile()
             if repository.archive(kind, item_id).copy_file(path, item_id, file):
@@ -4544,7 +4544,8 @@ class Verification:
             self._leftovers(unowned("checkpoints", {checkpoint.id for checkpoint in checkpoints if not checkpoint.pruned}))
         self._leftovers([entry.key for entry in self.storage.list(HEARTBEATS)
                          if entry.name[:-5] not in present and not self.repository.is_recent(entry)])
-        return len(present), [place for experiment in experiments for place in archives_of(experiment)]
+        return len(present), [(*place, experiment) for experiment in experiments
+                              for place in archives_of(experiment, experiment.checkpoints)]
 
     def _age_limit(self, experiments: Sequence[Experiment]) -> float:
         """The time in seconds since the epoch before which an archive without a document is a leftover.
@@ -4615,13 +4616,7 @@ class Verification:
             now = Experiment(self.repository.load(experiment_id))
         except DoesNotExist:
             return False
-        return (kind, item_id) in [place[:2] for place in archives_of(now)]
-
-
-def archives_of(experiment: Experiment) -> List[Tuple[str, str, Experiment]]:
-    """(kind, ID, the experiment) of each archive that an experiment should have."""
-    items = [("experiments", experiment), *[("checkpoints", checkpoint) for checkpoint in experiment.checkpoints]]
-    return [(kind, item.id, experiment) for kind, item in items if item.path]
+        return (kind, item_id) in archives_of(now, now.checkpoints)
 
 
 # Rows list experiments, and find them by name or ID.
@@ -7032,7 +7027,7 @@ class Project:
 
         Raises DoesNotExist, ReadError, WriteError.
         """
-        layers = layers_of(experiment, checkpoint)
+        layers = archives_of(experiment, [checkpoint])
         pruned = pruned_files(checkpoint) if checkpoint and checkpoint.pruned else ""
         if not layers:
             raise DoesNotExist("Nothing to check out: %s" % (
@@ -9585,7 +9580,8 @@ def verify_command(args: argparse.Namespace) -> int:
     verification = Verification(repository, args.fix)
     if args.ids:
         found = find_items(repository, args.ids)
-        places = [place for experiment, checkpoint in found for place in archives_of(experiment)
+        places = [(*place, experiment) for experiment, checkpoint in found
+                  for place in archives_of(experiment, experiment.checkpoints)
                   if checkpoint is None or place[1] == checkpoint.id]
         count = len({experiment.id for experiment, _ in found})
     else:
