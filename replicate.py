@@ -5035,12 +5035,10 @@ class Checkout:
 
     def _remove_leftovers(self) -> None:
         """Remove the staging folders of processes that were killed."""
-        with os.scandir(self.directory) as entries:
-            for entry in entries:
-                pid = entry.name[len(STAGING_PREFIX):].partition("-")[0]
-                if entry.name.startswith(STAGING_PREFIX) and pid.isdigit() and not entry.is_symlink():
-                    if not process_is_alive(int(pid)):
-                        shutil.rmtree(entry.path, ignore_errors=True)
+        for name in os.listdir(self.directory):
+            pid = name[len(STAGING_PREFIX):].partition("-")[0]
+            if name.startswith(STAGING_PREFIX) and pid.isdecimal() and not process_is_alive(int(pid)):
+                shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)  # it leaves links alone
 
     def stage(self, repository: Repository, layers: Sequence[Tuple[str, str]], path: Optional[str],
               quiet: bool) -> None:
@@ -5142,13 +5140,10 @@ def _configured_url(directory: str, config: Optional[str] = None) -> Optional[st
 
 
 def same_content(left: str, right: str) -> bool:
-    """Whether two paths are regular files, not links, with the same content."""
+    """Whether two paths are regular files with the same content, and the second one is no link."""
+    import filecmp
     try:
-        with open_regular(left) as one, open_regular(right) as other:
-            if os.fstat(one.fileno()).st_size != os.fstat(other.fileno()).st_size:
-                return False
-            pairs = iter(lambda: (read_up_to(one, MEMBER_BYTES), read_up_to(other, MEMBER_BYTES)), (b"", b""))
-            return all(piece == opposite for piece, opposite in pairs)
+        return not os.path.islink(right) and filecmp.cmp(left, right, shallow=False)
     except OSError:
         return False
 
@@ -5161,8 +5156,8 @@ def process_is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:
-        return True
+    except OSError:  # it is another user's
+        pass
     return True
 
 
