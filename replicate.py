@@ -3258,13 +3258,13 @@ def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
         if part != "." and (is_unsafe(part) or is_protected(part)):
             raise ValueError("path %r is not saved: a file with this name could not be checked out" % path)
     top = os.path.join(directory, path)
-    rules = IgnoreRules()
-    rules.read(directory, "")
-    if os.path.isdir(top) and path != ".":
-        rules.read(top, path + "/")
     if os.path.isdir(top):
-        left_out = {os.path.realpath(item) for item in excluded}
-        found = _files_below(top, "" if path == "." else path + "/", rules, left_out, warn)
+        prefix = "" if path == "." else path + "/"
+        rules = IgnoreRules()
+        rules.read(directory, "")
+        if prefix:
+            rules.read(top, prefix)
+        found = _files_below(top, prefix, rules, {os.path.realpath(item) for item in excluded}, warn)
     else:
         found = _regular_file(path, top, warn)
     return sorted(found, key=lambda source: source.name)
@@ -3409,8 +3409,7 @@ class Table:
             return None
         if sum(compressed for compressed, _ in members) != start:
             return None
-        if not all(18 < compressed <= 2 * MAX_MEMBER_BYTES and 0 < size <= MAX_MEMBER_BYTES
-                   for compressed, size in members):
+        if not all(18 < compressed <= 2 * MAX_MEMBER_BYTES and 0 < size <= MAX_MEMBER_BYTES for compressed, size in members):
             return None
         return cls(members, files)
 
@@ -3741,7 +3740,10 @@ class Archive:
     def read_range(self, start: int, end: int) -> bytes:
         """The bytes [start, end) of the archive. Raises ReadError."""
         with self._open(start, end) as stream:
-            return read_fully(stream, end - start)
+            data = read_up_to(stream, end - start)
+        if len(data) < end - start:
+            raise ReadError("it is cut off")
+        return data
 
     def files(self, wanted: Callable[[str], bool], archive_id: str,
               name: Optional[str] = None) -> Iterator[Tuple[tarfile.TarInfo, Iterator[Any]]]:
@@ -3818,14 +3820,6 @@ class Archive:
             for piece in gunzip(stream):
                 yield piece[skip:]
                 skip = max(0, skip - len(piece))
-
-
-def read_fully(stream: BinaryIO, length: int) -> bytes:
-    """The next length bytes of a stream. Raises ReadError if it ends early."""
-    data = read_up_to(stream, length)
-    if len(data) < length:
-        raise ReadError("it is cut off")
-    return data
 
 
 def _limited(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
@@ -4203,8 +4197,7 @@ class Repository:
         try:
             data = self.storage.read(document_key(experiment_id))
         except DoesNotExist as error:
-            raise DoesNotExist("Experiment %s does not exist in %s." %
-                               (experiment_id[:SHORT_ID], self.url)) from error
+            raise DoesNotExist("Experiment %s does not exist in %s." % (experiment_id[:SHORT_ID], self.url)) from error
         document = decode_document(data, experiment_id)
         merge_journals(document, waiting)
         return document
@@ -4397,8 +4390,7 @@ def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: 
                 return file
             file.close()
     if checkpoint and checkpoint.pruned:
-        raise DoesNotExist("%s Experiment %s itself has no file %s." % (
-            pruned_files(checkpoint), experiment.short_id(), path))
+        raise DoesNotExist("%s Experiment %s itself has no file %s." % (pruned_files(checkpoint), experiment.short_id(), path))
     raise DoesNotExist("%s has no file %s." % ((checkpoint or experiment).short_id(), path))
 
 
@@ -5040,8 +5032,7 @@ class Checkout:
             if name.startswith(STAGING_PREFIX) and pid.isdecimal() and not process_is_alive(int(pid)):
                 shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)  # it leaves links alone
 
-    def stage(self, repository: Repository, layers: Sequence[Tuple[str, str]], path: Optional[str],
-              quiet: bool) -> None:
+    def stage(self, repository: Repository, layers: Sequence[Tuple[str, str]], path: Optional[str], quiet: bool) -> None:
         """Unpack all files of archives, or those at or below path; the last archive that has a file wins.
 
         If path is a directory of which a later archive has files, an earlier archive that is gone only draws a warning.

@@ -2206,7 +2206,7 @@ def test_storage_primitives(place, tmp_path):
     if place.proxy is None:
         assert storage.open(entry.key, 20000, 30000).read() == b""
     with storage.open(entry.key, 3, 1000) as stream:
-        assert replicate.read_fully(stream, 500) + replicate.read_fully(stream, 497) == data[3:1000] and stream.read(10) == b""
+        assert replicate.read_up_to(stream, 500) + replicate.read_up_to(stream, 497) == data[3:1000] and stream.read(10) == b""
     storage.write(entry.key, b"other")
     assert storage.stat(entry.key).version != entry.version and storage.read(entry.key, entry) == b"other"
     storage.update("n", lambda old: b"1" if old is None else b"wrong")
