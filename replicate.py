@@ -4071,30 +4071,25 @@ class ExperimentGone(ReplicateError):
     """Somebody removed an experiment that is being recorded."""
 
 
-class Journal:
-    """A file of checkpoints that are not in their experiment's document yet, one JSON line each.
+class Journal(FileLock):
+    """A locked file of checkpoints that are not in their experiment's document yet, one JSON line each.
 
     `{"checkpoint": {...}}` adds a checkpoint, `{"removed": "<id>"}` removes it again, `{"pruned": "<id>"}` only its files.
-    The experiment's ID and the time make the file's name, and its writer keeps it locked. A full disk or a killed process
-    leaves a torn line, which readers skip.
+    The experiment's ID and the time make the file's name. A full disk or a killed process leaves a torn line, which readers
+    skip. Once its lines are in the document, release() removes it.
     """
 
     def __init__(self, storage: DiskStorage, experiment_id: str) -> None:
         """Raises OSError."""
         self.key = "%s%s.%016x-%s.jsonl" % (JOURNALS, experiment_id, time.time_ns(), os.urandom(4).hex())
-        self._lock = FileLock(storage.path(self.key), os.O_APPEND)
-        self._lock.acquire()
+        super().__init__(storage.path(self.key), os.O_APPEND)
+        self.acquire()
 
     def append(self, line: bytes) -> None:
         """Add a line, which then survives the death of the process. Raises OSError."""
         data = b"\n" + line + b"\n"
-        written = os.write(self._lock.descriptor, data)
-        if written < len(data):
+        if os.write(self.descriptor, data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def close(self, remove: bool) -> None:
-        """Unlock the file. remove: delete it, since its lines are in the document."""
-        self._lock.release(remove)
 
 
 def read_journals(journals: Iterable[bytes], known: Container[str]) -> Tuple[List[Dict[str, Any]], Set[str]]:
@@ -5910,19 +5905,19 @@ class LiveDocument:
                 self.unwritten = [line for line in self.unwritten if line not in written]
                 del self._journals[:len(journals)]
                 for journal in journals:
-                    journal.close(remove=True)
+                    journal.release()
 
     def close(self, remove: bool) -> None:
         """Give up the journals: remove them if the experiment is gone, else leave them to the next process."""
         with self._folding, self._changed:
             for journal in self._journals:
-                journal.close(remove)
+                journal.release(remove)
             self._journals, self._needs_journal, self._is_gone, self.fold_at = [], True, remove, float("inf")
 
     def forget(self) -> None:
         """Do what close() does, without locks: in a forked child, the threads that hold them do not exist."""
         for journal in self._journals:
-            journal.close(remove=False)
+            journal.release(remove=False)
 
 
 class Hurry(ReplicateError):

@@ -1427,7 +1427,7 @@ def test_journals_locks_and_what_is_being_written_have_the_permissions_of_the_re
         journal = replicate.Journal(storage, hex_id("1e"))
         storage.update("x", lambda old: storage.create("y", lambda file: seen.extend(root.rglob("*")) or seen.extend(
             oct(path.stat().st_mode & 0o777) for path in root.rglob("*"))))
-        journal.close(remove=True)
+        journal.release()
     finally:
         os.umask(before)
     assert len(seen) == 10  # two folders, a journal, a lock and a temporary file
@@ -4651,7 +4651,7 @@ def test_several_journals_are_merged_in_order_of_time(repo):
             journal = replicate.Journal(storage, document["id"])
             journal.append(json.dumps({"checkpoint": checkpoint_document(hex_id("c%d" % number), step=number,
                                        created="2006-01-02T15:00:0%dZ" % number)}).encode())
-            journal.close(remove=False)
+            journal.release(remove=False)
     assert [item.checkpoints.step for item in opened(repo).experiments()] == [[0, 1, 2]] * 10
     assert run("ls").returncode == 0 and names_in(repo / "journals") == []
     assert [[item["step"] for item in document["checkpoints"]] for document in stored_documents(repo)] == [[0, 1, 2]] * 10
