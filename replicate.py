@@ -4612,6 +4612,7 @@ def list_rows(repository: Repository) -> List[Row]:
     """A row for each readable experiment, oldest first. Reads only documents that changed since the last listing."""
     storage = repository.storage
     running, waiting = repository.running(), repository.journal_contents()
+    listed = time.time()
     entries = {entry.name[:-5]: entry for entry in repository.document_entries()}
     cache = RowCache(repository.url)
     cached = cache.rows()
@@ -4623,9 +4624,9 @@ def list_rows(repository: Repository) -> List[Row]:
         new = {row.id: row for row in read_index(storage, stale)}
     missing = [entry for entry in stale if entry.name[:-5] not in new]
     for document in repository.documents(missing, waiting):
-        experiment_id = document["id"]
-        settled = experiment_id not in waiting and cache.is_settled(entries[experiment_id], storage)
-        new[experiment_id] = Row.of(document, entries[experiment_id].version if settled else "")
+        entry = entries[document["id"]]
+        is_settled = not storage.has_journals or entry.modified < listed - RowCache.SETTLED_SECONDS
+        new[document["id"]] = Row.of(document, entry.version if is_settled and document["id"] not in waiting else "")
     if new or len(cached) > len(found):
         cache.update([row for row in new.values() if row.version], entries)
     found.update(new)
@@ -4715,7 +4716,6 @@ class RowCache:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-100:]
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         self._path = os.path.join(base, "replicate", "%s-%08x.%d" % (name, zlib.crc32(os.fsencode(url)), self.FORMAT))
-        self._listed = time.time()
 
     def rows(self) -> List[Row]:
         """Every row in the file."""
@@ -4730,10 +4730,6 @@ class RowCache:
             return found
 
         return (self._attempt(read) if os.path.exists(self._path) else None) or []
-
-    def is_settled(self, entry: Entry, storage: Storage) -> bool:
-        """Whether any further change would give a document another version."""
-        return not storage.has_journals or entry.modified < self._listed - self.SETTLED_SECONDS
 
     def update(self, new: Sequence[Row], present: Container[str]) -> None:
         """Store new rows, and remove those of experiments that are not present any more."""
