@@ -3335,7 +3335,7 @@ def _regular_file(name: str, path: str, warn: Callable[[str], None]) -> Iterator
 
 
 # An archive is a .tar.gz of many gzip members, which every reader takes for one file. A member starts at a file or at
-# each MEMBER_BYTES of a large one, so that threads can pack and unpack members and a reader can fetch one file alone.
+# each MEMBER_BYTES of the content of a large one, so that threads can pack members and a reader can fetch one file alone.
 # Data that does not shrink is stored uncompressed. Empty gzip members at the end hold a table of contents in their extra
 # fields (RFC 1952, subfield "RV"): zlib-compressed JSON {"members": [[compressed size, size]...], "files": [[name, offset
 # in the tar, size, CRC-32]...]}. The last one has a fixed length and says where the first one starts.
@@ -3372,7 +3372,7 @@ class Table:
         fields = b"".join(_extra_member(packed[start:start + MAX_FIELD_BYTES])
                          for start in range(0, len(packed), MAX_FIELD_BYTES))
         start = sum(compressed for compressed, _ in self.members)
-        return fields + _extra_member(start.to_bytes(8, "little") + len(fields).to_bytes(8, "little"))
+        return fields + _extra_member(struct.pack("<QQ", start, len(fields)))
 
     @classmethod
     def read(cls, read_range: Callable[[int, int], bytes], size: int) -> Optional[Table]:
@@ -3380,9 +3380,9 @@ class Table:
         tail_start = max(0, size - 65536)
         tail = read_range(tail_start, size)
         field = _extra_field(tail[-FOOTER_BYTES:])
-        if field is None or field[1] != FOOTER_BYTES or len(field[0]) != 16:
+        if field is None or len(field[0]) != 16:
             return None
-        start, length = int.from_bytes(field[0][:8], "little"), int.from_bytes(field[0][8:], "little")
+        start, length = struct.unpack("<QQ", field[0])
         if start + length + FOOTER_BYTES != size:
             return None
         fields = tail[start - tail_start:-FOOTER_BYTES] if start >= tail_start else read_range(start, start + length)
@@ -3618,8 +3618,7 @@ def crc_shift(length: int) -> int:
 
 def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
     """Whether nobody wrote to a file between two looks at it."""
-    return ((before.st_size, before.st_mtime_ns, before.st_ctime_ns) ==
-            (after.st_size, after.st_mtime_ns, after.st_ctime_ns))
+    return (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (after.st_size, after.st_mtime_ns, after.st_ctime_ns)
 
 
 def settle(status: os.stat_result) -> None:
@@ -4647,13 +4646,12 @@ def find_item(repository: Repository, name: str) -> Tuple[Experiment, Optional[C
 
 def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Experiment, Optional[Checkpoint]]]:
     """Find each of several names like find_item(). Raises DoesNotExist for the first that fits none or several."""
+    from functools import lru_cache
     rows: Optional[List[Row]] = None
-    loaded: Dict[str, Experiment] = {}
 
+    @lru_cache(maxsize=None)
     def load(experiment_id: str) -> Experiment:
-        if experiment_id not in loaded:
-            loaded[experiment_id] = Experiment(repository.load(experiment_id))
-        return loaded[experiment_id]
+        return Experiment(repository.load(experiment_id))
 
     found: List[Tuple[Experiment, Optional[Checkpoint]]] = []
     for name in names:
