@@ -42,6 +42,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -4192,7 +4193,11 @@ class Repository:
             data = self.storage.read(document_key(experiment_id))
         except DoesNotExist as error:
             raise DoesNotExist("Experiment %s does not exist in %s." % (experiment_id[:SHORT_ID], self.url)) from error
-        document = decode_document(data, experiment_id)
+        try:
+            document = decode_document(data, experiment_id)
+        except ReadError as error:
+            raise ReadError("The document of experiment %s cannot be read: %s." % (
+                experiment_id[:SHORT_ID], str(error).rstrip("."))) from error
         merge_journals(document, waiting)
         return document
 
@@ -4860,22 +4865,17 @@ def encoded_checkpoints(items: Optional[Sequence[Dict[str, Any]]]) -> bytes:
     return encode_json(items).replace(b"\n", b"\n ")  # no JSON string holds a line break
 
 
-class reading_archive:
-    """A context that turns what is wrong with an archive into a ReadError or DoesNotExist that names it."""
-
-    def __init__(self, repository: Repository, kind: str, item_id: str) -> None:
-        self.repository, self.name = repository, "%s %s" % (kind[:-1], item_id[:SHORT_ID])
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, DoesNotExist):
-            raise DoesNotExist("The files of %s are gone from %s: its archive is missing." %
-                               (self.name, self.repository.url)) from error
-        if isinstance(error, (ReadError, EOFError, UnicodeError, ValueError, OverflowError, tarfile.TarError, zlib.error)):
-            raise ReadError("The archive of %s in %s cannot be used: %s." %
-                            (self.name, self.repository.url, short_reason(error).rstrip("."))) from error
+@contextmanager
+def reading_archive(repository: Repository, kind: str, item_id: str) -> Iterator[None]:
+    """Turn what is wrong with an archive into a ReadError or DoesNotExist that names it."""
+    name = "%s %s" % (kind[:-1], item_id[:SHORT_ID])
+    try:
+        yield
+    except DoesNotExist as error:
+        raise DoesNotExist("The files of %s are gone from %s: its archive is missing." % (name, repository.url)) from error
+    except (ReadError, EOFError, UnicodeError, ValueError, OverflowError, tarfile.TarError, zlib.error) as error:
+        raise ReadError("The archive of %s in %s cannot be used: %s." % (
+            name, repository.url, short_reason(error).rstrip("."))) from error
 
 
 # `diff` and resuming compare two sets of files, each a SavedFiles or a PresentFiles.
@@ -7415,11 +7415,7 @@ class ExperimentCollection:
             raise DoesNotExist("Experiment not found: %s." % experiment_id)
         if len(found) > 1:
             raise DoesNotExist("The ID %s is ambiguous: %d experiment IDs start with it." % (experiment_id, len(found)))
-        try:
-            return Experiment(project.repository.load(found[0]), project)
-        except ReadError as error:
-            raise ReadError("The document of experiment %s cannot be read: %s." % (
-                found[0][:SHORT_ID], str(error).rstrip("."))) from error
+        return Experiment(project.repository.load(found[0]), project)
 
     def list(self, filter: Optional[Callable[[Experiment], bool]] = None) -> ExperimentList:
         """All experiments, or those for which filter(experiment) is true; oldest first."""

@@ -4337,6 +4337,9 @@ def test_unreadable_documents_are_named_once_and_the_rest_is_listed(repo):
         assert len(warnings) == len(bad_documents()) and "\x1b" not in done.stderr
     assert run("rm", "-f", "1e").returncode == 0
     assert run("show", "2e").returncode == 0
+    (repo / "metadata/experiments" / (A + ".json")).write_text("{")
+    for done in run("show", A), run_script("import replicate\nreplicate.experiments.get('%s')" % A, check=False):
+        assert done.returncode == 1 and "The document of experiment 1eeeeee cannot be read: it is not valid JSON" in done.stderr
 
 
 def test_what_is_no_file_among_the_documents_neither_hangs_nor_hides_the_rest_nor_leaves_files_open(repo):
