@@ -5337,51 +5337,30 @@ def merge_final_keys(document: Dict[str, Any], values: Dict[str, Any]) -> bool:
     return changed
 
 
-ANSWER_SECONDS = 0.5  # for git and nvidia-smi
+ANSWER_SECONDS = 0.5  # that git and nvidia-smi are given
 
 
-class MachineFacts:
-    """What git and nvidia-smi say about the project and the machine: started at once, read later."""
+def machine_keys(directory: str) -> Dict[str, Any]:
+    """The keys `git` and `gpus` of a document, as far as git and nvidia-smi answer."""
+    has_git = _search_upward(directory, (".git",), CONFIG_SEARCH_DEPTH)
+    lines = output_of(directory, "git", "status", "--porcelain=v2", "--branch", "--untracked-files=no") if has_git else []
+    header = dict(line[2:].split(" ", 1) for line in lines if re.match("# [a-z.]+ ", line))
+    git = {"commit": header.get("branch.oid"), "branch": header.get("branch.head"),
+           "dirty": any(line[:1] != "#" for line in lines)}
+    names = output_of(directory, "nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    gpus = [name.strip() for name in names if name.strip()]
+    return dict({"git": git} if header else {}, **({"gpus": gpus} if gpus else {}))
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._deadline = time.monotonic() + ANSWER_SECONDS
-        self._git = self._gpus = None
-        if _search_upward(directory, (".git",), CONFIG_SEARCH_DEPTH):
-            self._git = self._started("git", "status", "--porcelain=v2", "--branch", "--untracked-files=no")
-        if shutil.which("nvidia-smi"):
-            self._gpus = self._started("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
-    def keys(self) -> Dict[str, Any]:
-        """The keys `git` and `gpus` of a document, if they are known."""
-        lines = self._output(self._git)
-        header = dict(line[2:].split(" ", 1) for line in lines if re.match("# [a-z.]+ ", line))
-        git = {"commit": header.get("branch.oid"), "branch": header.get("branch.head"),
-               "dirty": any(line[:1] != "#" for line in lines)}
-        gpus = [line.strip() for line in self._output(self._gpus) if line.strip()]
-        return dict({"git": git} if header else {}, **({"gpus": gpus} if gpus else {}))
-
-    def _started(self, *words: str) -> Any:
-        import subprocess
-        try:
-            return subprocess.Popen(words, cwd=self._directory, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"),
-                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        except OSError:  # there is no such program
-            return None
-
-    def _output(self, process: Any) -> List[str]:
-        """The lines that a process printed; [] if it failed. Kills a process that is late."""
-        import subprocess
-        if process is None:
-            return []
-        try:
-            output, _ = process.communicate(timeout=max(0.0, self._deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.stdout.close()  # not read to its end: a child process may hold it open
-            process.wait()
-            return []
-        return output.decode("utf-8", "replace").splitlines() if process.returncode == 0 else []
+def output_of(directory: str, *words: str) -> List[str]:
+    """The lines that a program prints; [] if there is no such program, it fails or it is late, when it is killed."""
+    import subprocess
+    try:
+        done = subprocess.run(words, cwd=directory, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"), timeout=ANSWER_SECONDS,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.decode("utf-8", "replace").splitlines() if done.returncode == 0 else []
 
 
 def checked_labels(name: Any = None, tags: Any = None, note: Any = None) -> Dict[str, Any]:
@@ -7158,7 +7137,6 @@ def create_experiment(project: Project, path: Optional[str], params: Any, settin
     if saved and not sources:
         console.warning("init() saves no files: path %r is empty, or everything in it is ignored." % saved)
         saved = None
-    facts = MachineFacts(project.directory)
     is_new = project.location.url is None
     prepared = project.prepare()
     experiment = Experiment(new_document(project.location, saved, values, settings.heartbeat, settings.program), project)
@@ -7166,7 +7144,7 @@ def create_experiment(project: Project, path: Optional[str], params: Any, settin
     try:
         if sources:
             _save_code(recorder, sources)
-        experiment._document.update(labels, **facts.keys())
+        experiment._document.update(labels, **machine_keys(project.directory))
         recorder.repository.create(experiment._document)
         recorder.start(beat=prepared)
     except BaseException:
