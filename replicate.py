@@ -5148,7 +5148,6 @@ def process_is_alive(pid: int) -> bool:
 FOLD_INTERVAL = 1.0     # seconds between two writes of a document, at least;
 FOLD_SHARE = 50         # longer if a write is slow: this many times its duration,
 MAX_FOLD_INTERVAL = 8   # but at most this many seconds
-FOLD_HELP = 1.0         # seconds that the clock may be late before the worker folds in its place
 MAX_PACKING = 2         # archives waiting for compression before checkpoint() waits too
 TERMINATION_SECONDS = 10.0  # for stopping after SIGTERM, and for waiting until a bucket answers
 JOIN_SECONDS = 3.5          # the part of that for the last heartbeat: one request, see Storage.deadline
@@ -5898,7 +5897,9 @@ class Hurry(ReplicateError):
 
 
 class Worker:
-    """A recorder's thread that compresses archives and, for a bucket, uploads from the pending area what is ready."""
+    """A recorder's thread that folds the journal into the document, compresses archives and, for a bucket, uploads from the
+    pending area what is ready.
+    """
 
     def __init__(self, recorder: Recorder, remote: Optional[Repository], prepared: bool, lock: Optional[FileLock]) -> None:
         self.recorder, self.remote = recorder, remote
@@ -5933,16 +5934,14 @@ class Worker:
             with self.changed:
                 if recorder.gone or recorder.over:  # read under the lock, so that no notification is missed
                     return
-                late_fold = recorder.document.fold_at + FOLD_HELP if self.remote else float("inf")
-                pause = min(self._upload_at, late_fold) - time.monotonic()
+                pause = min(self._upload_at, recorder.document.fold_at) - time.monotonic()
                 if not (self.packing or self.stopping) and pause > 0:
                     self.changed.wait(min(pause, threading.TIMEOUT_MAX))
                     continue
                 last = self.stopping and len(self.packing) <= 1
             if self.packing:
                 self._compress(*self.packing[0])
-            if time.monotonic() >= late_fold:  # a slow heartbeat holds up the clock
-                recorder.fold()
+            self._fold_if_due()
             if self.remote and not recorder.over and (last or time.monotonic() >= self._upload_at):
                 self._upload(self.remote, last)
             if last:
@@ -5953,6 +5952,10 @@ class Worker:
         with self.changed:
             if self.lock:
                 self.lock.release()
+
+    def _fold_if_due(self) -> None:
+        if time.monotonic() >= self.recorder.document.fold_at:
+            self.recorder.fold()
 
     # -- compression
 
@@ -5980,9 +5983,9 @@ class Worker:
             hurry = self.limit < float("inf") if self.remote else time.monotonic() >= self.limit
             if hurry or self.recorder.over:
                 raise Hurry("The process is ending.")
+            self._fold_if_due()  # readers do not wait for the compression of a large archive
 
         try:
-            check()
             shrink_archive(self.recorder.storage, kind, item_id, check)
         except (DoesNotExist, Hurry):
             pass
@@ -6084,8 +6087,8 @@ class Worker:
                         "'%s push' uploads it." % (self.remote.url, self.recorder.repository.url, program_name()))
 
 
-class Clock:
-    """A recorder's thread that folds the journal into the document and writes heartbeats."""
+class Pulse:
+    """A recorder's thread that writes heartbeats, and notices when the experiment is removed."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -6103,38 +6106,29 @@ class Clock:
     def _work(self) -> None:
         import copy
         recorder = self.recorder
-        pulse = Repository(recorder.target.url, copy.copy(recorder.target.storage))  # with a deadline of its own
-        next_beat = time.monotonic()
-        while True:
+        target = Repository(recorder.target.url, copy.copy(recorder.target.storage))  # with a deadline of its own
+        while not (recorder.gone or recorder.over):
+            next_beat = time.monotonic() + HEARTBEAT_INTERVAL
+            target.storage.deadline = time.monotonic() + max(HEARTBEAT_INTERVAL, JOIN_SECONDS)
+            self._beat(target)
             with recorder.changed:
-                if recorder.gone or recorder.over:
-                    break
-                pause = min(next_beat, recorder.document.fold_at) - time.monotonic()
-                if pause > 0:
-                    recorder.changed.wait(pause)
-                    continue
-            if time.monotonic() >= recorder.document.fold_at:
-                recorder.fold()
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + HEARTBEAT_INTERVAL
-                pulse.storage.deadline = time.monotonic() + max(HEARTBEAT_INTERVAL, JOIN_SECONDS)
-                self._beat(pulse)
+                recorder.changed.wait_for(lambda: recorder.gone or recorder.over, next_beat - time.monotonic())
         if recorder.settings.heartbeat and not recorder.gone and active_recorder(recorder.key()) is None:
-            pulse.storage.deadline = time.monotonic() + JOIN_SECONDS
+            target.storage.deadline = time.monotonic() + JOIN_SECONDS
             try:
-                pulse.storage.delete([heartbeat_key(recorder.experiment.id)])
+                target.storage.delete([heartbeat_key(recorder.experiment.id)])
             except ReplicateError as error:
                 recorder.messages.report(error)
 
-    def _beat(self, pulse: Repository) -> None:
+    def _beat(self, target: Repository) -> None:
         """Write a heartbeat, if the experiment still exists."""
         recorder = self.recorder
         try:
             recorder.storage.stat(document_key(recorder.experiment.id))
             if recorder.settings.heartbeat:
-                pulse.beat(recorder.experiment.id)
+                target.beat(recorder.experiment.id)
                 if recorder.gone:  # removed while it was written
-                    pulse.storage.delete([heartbeat_key(recorder.experiment.id)])
+                    target.storage.delete([heartbeat_key(recorder.experiment.id)])
         except DoesNotExist as error:
             if isinstance(error, NoBucket):
                 recorder.messages.report(error)
@@ -6221,8 +6215,8 @@ class Recorder:
     """Records one experiment of this process into a repository on disk: the user's own, or the pending area of a bucket.
 
     checkpoint() writes the files and a line of the journal; as these survive a crash, nothing is lost. Two threads do the
-    rest: the clock folds the journal into the document and writes heartbeats; the worker compresses and uploads, and folds
-    while a slow heartbeat holds up the clock. Only they use the network, so stop() never waits longer than its limits.
+    rest: the worker folds the journal into the document, compresses and uploads; the pulse writes heartbeats. Only they use
+    the network, so stop() never waits longer than its limits.
     """
 
     def __init__(self, repository: Repository, experiment: Experiment, directory: str, settings: RecordingSettings,
@@ -6240,7 +6234,7 @@ class Recorder:
         self.over = False                             # both threads have to end
         self.changed = Condition()                    # guards this object, its document and its worker
         self.document = LiveDocument(repository, experiment, self.changed)
-        self.clock = Clock(self)
+        self.pulse = Pulse(self)
         self.worker = Worker(self, remote, prepared, lock)
         self.messages = Messages()
         self.code: Dict[str, Tuple[int, int]] = {}    # size and CRC-32 of each file that init() saved
@@ -6273,21 +6267,21 @@ class Recorder:
         install_exit_hooks()
         exit_calls.watch()
         if termination.ending:  # read after the recorder is in the list; set before those in the list are stopped
-            self.clock.failure = WriteError("The process is ending: nothing more is recorded.")
-            self.clock.ended.set()
+            self.pulse.failure = WriteError("The process is ending: nothing more is recorded.")
+            self.pulse.ended.set()
             self.worker.ended.set()
         else:
-            for name, task in (("clock", self.clock), ("packer", self.worker)):
+            for name, task in (("pulse", self.pulse), ("packer", self.worker)):
                 try:
                     threading.Thread(target=task.run, name="replicate-" + name, daemon=True).start()
                 except RuntimeError as error:  # the system allows no more threads
-                    self.clock.failure = WriteError("Recording needs two threads: %s." % error)
-                    self.clock.has_beaten.set()
+                    self.pulse.failure = WriteError("Recording needs two threads: %s." % error)
+                    self.pulse.has_beaten.set()
                     task.ended.set()
-            self.clock.has_beaten.wait(REACH_SECONDS if beat else 0)
-        if self.clock.failure is not None:
+            self.pulse.has_beaten.wait(REACH_SECONDS if beat else 0)
+        if self.pulse.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
-            raise self.clock.failure
+            raise self.pulse.failure
 
     # -- called by the training script
 
@@ -6359,7 +6353,7 @@ class Recorder:
     # -- called by the threads
 
     def fold(self, final: Optional[Dict[str, Any]] = None) -> None:
-        """Fold the journal and final keys into the document; if that fails, the clock tries the journal again later."""
+        """Fold the journal and final keys into the document; if that fails, the worker tries the journal again later."""
         try:
             if not self.gone:
                 self.document.fold(final)
@@ -6427,13 +6421,13 @@ class Recorder:
         self.worker.finish_by(deadline - JOIN_SECONDS)
 
     def finish(self) -> None:
-        """Wait for the worker, then for the clock, which removes the heartbeat, and for the disk itself."""
+        """Wait for the worker, then for the pulse, which removes the heartbeat, and for the disk itself."""
         self.worker.wait()
         with self.changed:
             self.over = True
             self.worker.finish_by(time.monotonic())
         until = time.monotonic() + JOIN_SECONDS
-        for ended in (self.clock.ended, self.worker.ended):
+        for ended in (self.pulse.ended, self.worker.ended):
             ended.wait(max(0.0, until - time.monotonic()))
         self.worker.warn_of_rest()
         if self._live:

@@ -2233,7 +2233,7 @@ def test_storage_primitives(place, tmp_path):
 @pytest.mark.parametrize("place, locks, count", [
     ("file", True, 50), ("file", False, 100), ("s3/deep/root", True, 6), ("gs", True, 6)], indirect=["place"])
 def test_concurrent_updates_lose_nothing(place, hasty, monkeypatch, locks, count):
-    """Without locks at least those of one storage: a clock folds checkpoints into a pending document that a worker changes."""
+    """Without locks at least those of one storage: stop() folds checkpoints into a pending document that a worker changes."""
     storages = [replicate.open_storage(place.url) for _ in range(4)]
     if not locks:
         monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
@@ -2410,7 +2410,7 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training, ho
 
 def test_the_end_of_the_upload_is_not_taken_for_a_removal(bucket, project, monkeypatch, capsys):
     monkeypatch.setattr(replicate, "HEARTBEAT_INTERVAL", 0.01)
-    wait = replicate.Worker.wait  # after which the clock looks once more
+    wait = replicate.Worker.wait  # after which the pulse looks once more
     monkeypatch.setattr(replicate.Worker, "wait", lambda worker: (wait(worker), time.sleep(0.5)))
     experiment = replicate.init(quiet=True)
     save(experiment, 0)
