@@ -5910,9 +5910,8 @@ class Worker:
         self.is_done = False                     # everything was uploaded
         self.limit = float("inf")                # monotonic seconds, when the thread has to end
         self.packing: List[Tuple[str, str]] = []
-        self.offline = not prepared
         self.is_uploading = False
-        self.failure: Optional[Exception] = None
+        self.failure: Optional[Exception] = None if prepared else Unreachable("%s does not answer." % recorder.target.url)
         self._prepared = prepared
         self._bytes = 0                          # uploaded by this process
         self._last_progress = 0.0                # monotonic seconds, when the bucket last took data
@@ -6010,24 +6009,22 @@ class Worker:
 
     def _upload(self, remote: Repository, last: bool) -> None:
         """Upload what is in the document, except for archives that wait for compression; retry later if that fails."""
-        self.is_uploading, self._upload_at, self.failure = True, float("inf"), None
+        self.is_uploading, self._upload_at = True, float("inf")
         self._count(0)
         try:
             self._send(remote, last)
             self.is_done, self._pause = last, FIRST_SEND_PAUSE
-            if self.offline:
-                self.offline = False
+            if self.failure:
+                self.failure, self._upload_at = None, 0.0  # upload_soon() has waited for this
                 console.info("%s can be reached again." % remote.url)
         except ExperimentGone:
             self.recorder.lose()
         except Exception as error:  # recording goes on, whatever it is
-            self.failure = error
-            self._upload_at = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, LONGEST_SEND_PAUSE)
             console.debug("Uploading failed: %s" % error)
-            if not (self.offline or last):
-                self.offline = True
+            if not (self.failure or last):
                 console.warning("%s.\nRecording continues; uploads will be retried." % _problem(error))
+            self.failure, self._upload_at = error, time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_SEND_PAUSE)
         finally:
             self.is_uploading = False
 
@@ -6259,8 +6256,9 @@ class Recorder:
             self._live = live
         return True
 
-    def start(self, beat: bool = True) -> None:
-        """Start the threads and mark the experiment as running (beat: wait for that). Raises WriteError and the like."""
+    def start(self) -> None:
+        """Start the threads and mark the experiment as running. Raises WriteError and the like."""
+        patience = 0 if self.worker.failure else REACH_SECONDS
         if self.settings.role != "guest":
             self.claim()
         _recorders.append(self)
@@ -6278,7 +6276,7 @@ class Recorder:
                     self.pulse.failure = WriteError("Recording needs two threads: %s." % error)
                     self.pulse.has_beaten.set()
                     task.ended.set()
-            self.pulse.has_beaten.wait(REACH_SECONDS if beat else 0)
+            self.pulse.has_beaten.wait(patience)
         if self.pulse.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
             raise self.pulse.failure
@@ -6416,7 +6414,7 @@ class Recorder:
             console.error("%s of experiment %s could not be written and will be lost." % (
                 plural(len(self.document.unwritten), "checkpoint"), self.experiment.short_id()))
         self.document.close(remove=self.gone)
-        if self.worker.offline:
+        if self.worker.failure:
             deadline = min(deadline, time.monotonic() + TERMINATION_SECONDS)
         self.worker.finish_by(deadline - JOIN_SECONDS)
 
@@ -7140,7 +7138,7 @@ def create_experiment(project: Project, path: Optional[str], params: Any, settin
             _save_code(recorder, sources)
         experiment._document.update(labels, **machine_keys(project.directory))
         recorder.repository.create(experiment._document)
-        recorder.start(beat=prepared)
+        recorder.start()
     except BaseException:
         recorder.abandon()
         recorder.storage.remove(document_key(experiment.id))
