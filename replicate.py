@@ -5820,7 +5820,7 @@ class LiveDocument:
         self.fold_at = float("inf")          # monotonic seconds
         self._repository, self._id, self._changed = repository, experiment.id, changed
         self._text: Optional[DocumentText] = DocumentText(experiment._document)
-        self._journals: List[Journal] = []   # append() writes to the last one
+        self.journals: List[Journal] = []    # append() writes to the last one
         self._needs_journal = True           # none is open, or the last one is being folded or could not be
         self._is_gone = False
         self._folding = threading.RLock()
@@ -5837,9 +5837,9 @@ class LiveDocument:
                 self._changed.notify_all()
             try:
                 if self._needs_journal:
-                    self._journals.append(Journal(self.storage, self._id))
+                    self.journals.append(Journal(self.storage, self._id))
                     self._needs_journal = False
-                journal = self._journals[-1]
+                journal = self.journals[-1]
                 while self.unwritten:
                     line = self.unwritten.pop(0)  # before it is written: a signal handler may append, too
                     try:
@@ -5858,7 +5858,7 @@ class LiveDocument:
         """
         with self._folding:
             with self._changed:
-                journals, lines = list(self._journals), list(self.unwritten)
+                journals, lines = list(self.journals), list(self.unwritten)
                 self._needs_journal, self.fold_at = True, float("inf")
             if not (journals or lines or final):
                 return
@@ -5875,21 +5875,16 @@ class LiveDocument:
                 self._pause = min(MAX_FOLD_INTERVAL, max(FOLD_INTERVAL, FOLD_SHARE * (self._last_fold - started)))
                 written = set(lines)
                 self.unwritten = [line for line in self.unwritten if line not in written]
-                del self._journals[:len(journals)]
+                del self.journals[:len(journals)]
                 for journal in journals:
                     journal.release()
 
     def close(self, remove: bool) -> None:
         """Give up the journals: remove them if the experiment is gone, else leave them to the next process."""
         with self._folding, self._changed:
-            for journal in self._journals:
+            for journal in self.journals:
                 journal.release(remove)
-            self._journals, self._needs_journal, self._is_gone, self.fold_at = [], True, remove, float("inf")
-
-    def forget(self) -> None:
-        """Do what close() does, without locks: in a forked child, the threads that hold them do not exist."""
-        for journal in self._journals:
-            journal.release(remove=False)
+            self.journals, self._needs_journal, self._is_gone, self.fold_at = [], True, remove, float("inf")
 
 
 class Hurry(ReplicateError):
@@ -5903,7 +5898,7 @@ class Worker:
 
     def __init__(self, recorder: Recorder, remote: Optional[Repository], prepared: bool, lock: Optional[FileLock]) -> None:
         self.recorder, self.remote = recorder, remote
-        self.lock = lock                         # owner_lock() of the pending experiment
+        self.lock = lock                         # live_lock() on a disk; owner_lock() in the pending area, held already
         self.changed = recorder.changed
         self.ended = threading.Event()
         self.stopping = False                    # it finishes what is left
@@ -5924,8 +5919,8 @@ class Worker:
         try:
             self._work()
         finally:
-            self.ended.set()
             self.release()
+            self.ended.set()
 
     def _work(self) -> None:
         recorder = self.recorder
@@ -5947,7 +5942,7 @@ class Worker:
                 return
 
     def release(self) -> None:
-        """Let other processes upload what is still pending."""
+        """Let other processes go on with the experiment, and upload what is still pending."""
         with self.changed:
             if self.lock:
                 self.lock.release()
@@ -6236,7 +6231,6 @@ class Recorder:
         self.messages = Messages()
         self.code: Dict[str, Tuple[int, int]] = {}    # size and CRC-32 of each file that init() saved
         self._saving: List[Tuple[int, Any]] = []      # of each running checkpoint(): its thread, a lock that it holds
-        self._live: Optional[FileLock] = None         # see live_lock(); the pending area has owner_lock() instead
         self._keys = [archive_key("experiments", experiment.id)]  # and the other archives that this run writes
 
     def key(self) -> Tuple[str, str]:
@@ -6245,15 +6239,15 @@ class Recorder:
 
     def claim(self) -> bool:
         """Show that this process records the experiment; return False if another process on this disk does."""
-        if self._live is None and not self.worker.remote:
-            live = live_lock(self.storage, self.experiment.id)
+        if self.worker.lock is None:
+            lock = live_lock(self.storage, self.experiment.id)
             try:
-                if not live.acquire(wait=False):
+                if not lock.acquire(wait=False):
                     return False
-                os.write(live.descriptor, os.fsencode(platform.node()))
+                os.write(lock.descriptor, os.fsencode(platform.node()))
             except OSError as error:
                 console.debug("Experiment %s cannot be locked: %s" % (self.experiment.short_id(), error))
-            self._live = live
+            self.worker.lock = lock
         return True
 
     def start(self) -> None:
@@ -6279,6 +6273,7 @@ class Recorder:
             self.pulse.has_beaten.wait(patience)
         if self.pulse.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
+            self.worker.release()
             raise self.pulse.failure
 
     # -- called by the training script
@@ -6428,8 +6423,6 @@ class Recorder:
         for ended in (self.pulse.ended, self.worker.ended):
             ended.wait(max(0.0, until - time.monotonic()))
         self.worker.warn_of_rest()
-        if self._live:
-            self._live.release()
         # last, since a slow disk may take longer than a scheduler waits before it kills
         self.storage.sync(self._keys + [document_key(self.experiment.id)])
 
@@ -6441,13 +6434,11 @@ class Recorder:
             self.document.unwritten.clear()
             self.changed.notify_all()
         self.document.close(remove=True)
-        if self._live:
-            self._live.release()
+        self.worker.release()
         keys = self._keys + [heartbeat_key(self.experiment.id)]
         try:
             self.storage.delete(keys)
             if self.worker.remote:
-                self.worker.release()
                 self.repository.remove_experiment(self.experiment)
                 if from_bucket:
                     self.target.storage.delete(keys)
@@ -6455,10 +6446,11 @@ class Recorder:
             console.debug(str(error))
 
     def forget(self) -> None:
-        """In a forked child, let go of the parent's locks, which the child would hold on to."""
-        self.document.forget()
-        for lock in filter(None, (self._live, self.worker.lock)):
-            lock.release(remove=False)
+        """In a forked child, let go of the parent's files; without our own locks, whose threads do not exist there."""
+        for journal in self.document.journals:
+            journal.release(remove=False)
+        if self.worker.lock:
+            self.worker.lock.release(remove=False)
 
 
 def _problem(error: BaseException) -> str:
