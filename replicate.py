@@ -5963,7 +5963,7 @@ class Worker:
         """Wait while too many archives are queued for compression, but never for an upload."""
         def must_wait() -> bool:
             return len(self.packing) >= MAX_PACKING and not (
-                self.is_uploading or self.recorder.gone or self.recorder.closed or termination.requested or
+                self.is_uploading or self.recorder.gone or self.recorder.closed or termination.deferred or
                 self.ended.is_set())
 
         with self.changed:
@@ -6057,7 +6057,7 @@ class Worker:
                 while not self.ended.wait(0.05) and time.monotonic() < self.limit:
                     if self.is_uploading and time.monotonic() > self._last_progress + TERMINATION_SECONDS:
                         return
-                    if termination.requested:
+                    if termination.deferred:
                         self.finish_by(time.monotonic() + TERMINATION_SECONDS - JOIN_SECONDS)
                     if self.packing or not self.remote:
                         progress.show("Compressing the last checkpoints: %d of %d" % (total - len(self.packing), total))
@@ -6597,34 +6597,28 @@ class Termination:
 
     def __init__(self) -> None:
         self.ending = False             # nothing new is recorded
+        self.deferred: Any = None       # the arguments of _finish() for a signal that came inside the context
         self._frame: Any = None         # that entered the context
-        self._deferred: Optional[Tuple[int, Any]] = None
-        self._previous: Dict[int, List[Any]] = {}  # by signal: the handlers that ours replaced, the latest last
-        self._active: List[int] = []    # signals, one for each running call of ours: a script's handler may call it, too
+        self._first: Dict[int, Any] = {}  # by signal: the handler that was there before ours
         self._mask: Any = None
         self._watches_forks = False     # in this process, or in one that it was forked from
 
     def install(self) -> None:
         """Handle the signals from now on, except those that the program ignores; does nothing outside the main thread."""
+        from functools import partial
         if threading.current_thread() is not threading.main_thread():
             return
         if not self._watches_forks and hasattr(os, "register_at_fork"):
             self._watches_forks = True
-            os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
-                                after_in_child=self._in_child)
+            os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
         for number in termination_signals():
             current = signal.getsignal(number)
             if current not in (None, signal.SIG_IGN) and not self._is_ours(current):
-                self._previous.setdefault(number, []).append(current)
-                signal.signal(number, self._handle)
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal is deferred."""
-        return self._deferred is not None
+                self._first.setdefault(number, current)
+                signal.signal(number, partial(self._handle, current))  # which a script's later handler may call in turn
 
     def _is_ours(self, handler: Any) -> bool:
-        return getattr(handler, "__self__", None) is self
+        return getattr(handler, "func", None) == self._handle
 
     def _is_inside(self, frame: Any) -> bool:
         """Whether a frame of the main thread is the one that entered the context, or was called from it."""
@@ -6634,28 +6628,23 @@ class Termination:
             frame = frame.f_back
         return False
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, previous: Any, number: int, frame: Any) -> None:
         if self._is_inside(frame):
-            self._deferred = (number, frame)
+            self.deferred = (previous, number, frame)
         else:
-            self._finish(number, frame)
+            self._finish(previous, number, frame)
 
-    def _finish(self, number: int, frame: Any) -> None:
-        handlers = self._previous[number]
-        previous = handlers[-1 - min(self._active.count(number), len(handlers) - 1)]
-        self._active.append(number)
+    def _finish(self, previous: Any, number: int, frame: Any) -> None:
         was_ending, self.ending = self.ending, True
         try:
             stop_all(TERMINATION_SECONDS, outcome=dict(ending(), status="terminated"))
             if not callable(previous):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self.ending = was_ending
-            if callable(previous):
-                previous(number, frame)
         finally:
             self.ending = was_ending
-            self._active.remove(number)
+        if callable(previous):
+            previous(number, frame)
 
     def __enter__(self) -> None:
         frame = sys._getframe(1)
@@ -6665,8 +6654,8 @@ class Termination:
     def __exit__(self, *exc_info: Any) -> None:
         if self._frame is sys._getframe(1):
             self._frame = None
-            if self._deferred:
-                deferred, self._deferred = self._deferred, None
+            if self.deferred:
+                deferred, self.deferred = self.deferred, None
                 self._finish(*deferred)
 
     # A forked child records nothing, so it gets the first handlers back. The signals are blocked while the child starts,
@@ -6681,11 +6670,11 @@ class Termination:
     def _in_child(self) -> None:
         global _resuming
         _resuming, DiskStorage.updating = threading.RLock(), threading.RLock()
-        self.ending, self._frame, self._deferred = False, None, None
-        for number, handlers in self._previous.items():
+        self.ending, self._frame, self.deferred = False, None, None
+        for number, first in self._first.items():
             if self._is_ours(signal.getsignal(number)):
-                signal.signal(number, handlers[0])
-        self._previous.clear()
+                signal.signal(number, first)
+        self._first.clear()
         for recorder in _recorders:
             recorder.forget()
         _recorders.clear()
