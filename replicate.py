@@ -6258,19 +6258,16 @@ class Recorder:
         _recorders.append(self)
         install_exit_hooks()
         exit_calls.watch()
-        if termination.ending:  # read after the recorder is in the list; set before those in the list are stopped
-            self.pulse.failure = WriteError("The process is ending: nothing more is recorded.")
-            self.pulse.ended.set()
-            self.worker.ended.set()
-        else:
-            for name, task in (("pulse", self.pulse), ("packer", self.worker)):
-                try:
-                    threading.Thread(target=task.run, name="replicate-" + name, daemon=True).start()
-                except RuntimeError as error:  # the system allows no more threads
-                    self.pulse.failure = WriteError("Recording needs two threads: %s." % error)
-                    self.pulse.has_beaten.set()
-                    task.ended.set()
-            self.pulse.has_beaten.wait(patience)
+        for name, task in (("pulse", self.pulse), ("packer", self.worker)):
+            try:
+                if termination.ending:  # read after the recorder is in the list; set before those in the list are stopped
+                    raise RuntimeError("the process is ending")
+                threading.Thread(target=task.run, name="replicate-" + name, daemon=True).start()
+            except RuntimeError as error:  # or the system allows no more threads
+                self.pulse.failure = WriteError("Recording needs two threads: %s." % error)
+                self.pulse.has_beaten.set()
+                task.ended.set()
+        self.pulse.has_beaten.wait(patience)
         if self.pulse.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
             self.worker.release()
