@@ -6073,8 +6073,6 @@ class Worker:
             return
         if self.failure:
             console.warning("%s." % _problem(self.failure))
-        elif self.is_uploading:
-            console.warning("%s does not answer." % self.remote.url)
         console.warning("Not everything was uploaded to %s. The rest is safe in %s; the next run in this project or "
                         "'%s push' uploads it." % (self.remote.url, self.recorder.repository.url, program_name()))
 
@@ -6360,13 +6358,11 @@ class Recorder:
         """
         if self.gone:
             return
-        only_here = False
-        if self.worker.remote:
-            try:
-                self.target.storage.stat(document_key(self.experiment.id))
-                only_here = True
-            except ReplicateError as error:  # after any other error, what the bucket may have stays
-                only_here = not isinstance(error, DoesNotExist)
+        try:
+            self.target.storage.stat(document_key(self.experiment.id))
+            only_here = True
+        except ReplicateError as error:  # after any other error, what the bucket may have stays
+            only_here = not isinstance(error, DoesNotExist)
         self.abandon(from_bucket=not only_here)
         self.messages.report_gone(self.experiment, (self.repository if only_here else self.target).url)
 
