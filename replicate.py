@@ -5311,8 +5311,7 @@ def top_level_names(folder: str) -> Set[str]:
     return set()
 
 
-FINAL_KEYS = ("imported_packages", "outcome")
-"""Keys of an experiment's document that are written when recording stops or resumes."""
+FINAL_KEYS = ("imported_packages", "outcome")  # of a document: written when recording stops or resumes
 
 
 def final_keys(document: Dict[str, Any]) -> Dict[str, Any]:
@@ -5591,8 +5590,7 @@ def pending_areas(pending: Repository) -> List[Repository]:
     """The pending area, and the extra ones that own_pending_area() made."""
     base, name = os.path.split(pending.storage.root)  # type: ignore[attr-defined]
     names = sorted(os.listdir(base)) if os.path.isdir(base) else []
-    return [Repository("file://" + os.path.join(base, item)) for item in names
-            if item == name or item.startswith(name + ".")]
+    return [Repository("file://" + os.path.join(base, item)) for item in names if item == name or item.startswith(name + ".")]
 
 
 def own_pending_area(pending: Repository, experiment_id: str) -> Tuple[Repository, FileLock]:
