@@ -2576,8 +2576,8 @@ class CloudStorage(Storage):
         """The error to raise for one of the SDK's."""
         raise NotImplementedError
 
-    def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
-        """(up to 1,000 entries below prefix, token of the next page or None); starts after a key or at a page's token."""
+    def list_page(self, prefix: str, token: Any) -> Tuple[List[Entry], Any]:
+        """(up to 1,000 entries below prefix, token of the next page or None)."""
         raise NotImplementedError
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
@@ -2633,28 +2633,12 @@ class CloudStorage(Storage):
         self.delete([probe])
 
     def list(self, folder: str) -> Iterator[Entry]:
-        """List page by page; after the first page, list the names of each first hex digit in parallel."""
-        def page(prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
-            entries, token = self.call(lambda: self.list_page(self.root + prefix, after, token), "")
-            return [entry for entry in entries if "/" not in entry.key[len(folder):]], token
-
-        def rest(request: Tuple[str, str]) -> List[Entry]:
-            prefix, after = request
-            entries, token = page(prefix, after, None)
-            while token:
-                more, token = page(prefix, "", token)
-                entries += more
-            return entries
-
-        entries, token = page(folder, "", None)
-        yield from entries
-        if not token:
-            return
-        last = entries[-1].key if entries else folder
-        digits = [digit for digit in "0123456789abcdef" if folder + digit >= last[:len(folder) + 1]]
-        requests = [(folder + digit, self.root + last if last.startswith(folder + digit) else "") for digit in digits]
-        for found in self.in_parallel(rest, requests):
-            yield from found
+        token: Any = None
+        while True:
+            entries, token = self.call(lambda: self.list_page(self.root + folder, token), "")  # noqa: B023
+            yield from (entry for entry in entries if "/" not in entry.key[len(folder):])
+            if not token:
+                return
 
     def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
         if entry is not None:
@@ -2845,8 +2829,8 @@ class S3Storage(CloudStorage):
             return Unreachable("%s cannot be reached: %s." % (self.url, reason))
         return ReadError("%s: %s." % (name, reason))
 
-    def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
-        extra = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
+    def list_page(self, prefix: str, token: Any) -> Tuple[List[Entry], Any]:
+        extra = {"ContinuationToken": token} if token else {}
         page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1000, **extra)
         entries = [Entry(item["Key"][len(self.root):], item["Size"], item["LastModified"].timestamp(),
                          item["ETag"].strip('"')) for item in page.get("Contents", ())]
@@ -2988,14 +2972,11 @@ class GCSStorage(CloudStorage):
     def _blob(self, key: str, chunk_size: Optional[int] = None) -> Any:
         return self._bucket.blob(self.root + key, chunk_size)
 
-    def list_page(self, prefix: str, after: str, token: Any) -> Tuple[List[Entry], Any]:
-        extra = {"start_offset": after} if after else {}
+    def list_page(self, prefix: str, token: Any) -> Tuple[List[Entry], Any]:
         pages = self._client.list_blobs(self._bucket, prefix=prefix, page_token=token, max_results=None, page_size=1000,
-                                        fields="items(name,size,updated,generation),nextPageToken", **self._limits(),
-                                        **extra)
-        page = next(pages.pages, ())
+                                        fields="items(name,size,updated,generation),nextPageToken", **self._limits())
         entries = [Entry(blob.name[len(self.root):], blob.size or 0, blob.updated.timestamp(), str(blob.generation))
-                   for blob in page if blob.name != after]
+                   for blob in next(pages.pages, ())]
         return entries, pages.next_page_token
 
     def _loaded(self, key: str) -> Any:
