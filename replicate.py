@@ -2081,8 +2081,12 @@ class Storage:
         """The entry of one object."""
         raise NotImplementedError
 
-    def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        """Open the bytes [start, end) of an object as a binary stream; only of the entry's version, if given."""
+    def open(self, key: str, entry: Optional[Entry] = None) -> BinaryIO:
+        """Open an object as a binary stream; on a server only the entry's version, if given."""
+        raise NotImplementedError
+
+    def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
+        """The entry of an object, and a function that opens the bytes [start, end) of exactly this version."""
         raise NotImplementedError
 
     def write(self, key: str, data: bytes) -> None:
@@ -2110,13 +2114,8 @@ class Storage:
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         """The bytes of an object; of the entry's version, if given and still there."""
-        with self.open(key, entry=entry) as stream:
+        with self.open(key, entry) as stream:
             return stream.read()
-
-    def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
-        """The entry of an object, and a function that opens the bytes [start, end) of exactly this version."""
-        entry = self.stat(key)
-        return entry, lambda start, end: self.open(key, start, end, entry)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
         """Yield function(item) for each item, in order; on a server, several at a time."""
@@ -2172,23 +2171,16 @@ class DiskStorage(Storage):
         except OSError as error:
             raise self._read_failure(key, error) from error
 
-    def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        file = self._open(key)
-        if end is None and not start:
-            return file
-        end = os.fstat(file.fileno()).st_size if end is None else end
-        return FileRange(file, start, end)  # type: ignore[return-value]
-
-    def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
-        file = self._open(key)
-        return (disk_entry(key, os.fstat(file.fileno())),
-                lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
-
-    def _open(self, key: str) -> RegularFile:
+    def open(self, key: str, entry: Optional[Entry] = None) -> RegularFile:
         try:
             return open_regular(self.path(key), follow=True)
         except OSError as error:
             raise self._read_failure(key, error) from error
+
+    def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
+        file = self.open(key)
+        return (disk_entry(key, os.fstat(file.fileno())),
+                lambda start, end: FileRange(file, start, end))  # type: ignore[return-value]
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
@@ -2341,7 +2333,9 @@ class FileRange:
     def read(self, size: int = -1) -> bytes:
         """Up to size bytes (-1: all), b"" at the end."""
         left = self._end - self._position
-        data = self._file.read_at(self._position, left if size < 0 else min(size, left))
+        with self._file.reading:
+            self._file.seek(self._position)
+            data = self._file.read(left if size < 0 else min(size, left))
         self._position += len(data)
         return data
 
@@ -2379,13 +2373,7 @@ class RegularFile(io.FileIO):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "rb")
-        self._reading = threading.Lock()
-
-    def read_at(self, position: int, size: int) -> bytes:
-        """Up to size bytes from a position."""
-        with self._reading:
-            self.seek(position)
-            return self.read(size)
+        self.reading = threading.Lock()  # held from a seek() to its read()
 
     def __del__(self) -> None:
         self.close()
@@ -2529,6 +2517,7 @@ class Changed(ReplicateError):
     """An object has another version than expected."""
 
 
+BEYOND = 1 << 62  # the end of any object
 NO_BUCKET = "There is no bucket for %s. Check the name: recording creates a missing bucket, reading does not."
 
 
@@ -2545,7 +2534,7 @@ class CloudStorage(Storage):
     LAST_TIMEOUT = 3.0     # the same once there is a deadline
     PARALLEL = 16          # requests at a time
     PART_BYTES = 8 << 20   # of an upload in parts
-    RANGE_BYTES = 1 << 62  # that one request reads at most
+    RANGE_BYTES = BEYOND   # that one request reads at most
     LARGE_UPLOADS = 2      # files at a time; a part of each is in memory
     has_index = True
     package = ""           # the SDK's, to install
@@ -2581,8 +2570,9 @@ class CloudStorage(Storage):
         raise NotImplementedError
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
-        """(stream of the bytes [start, end), version, size of the object). With a version, raises Changed for any other;
-        the size is that of the object only without one.
+        """(stream of the bytes [start, end), version, size of the object, or BEYOND if it is not known).
+
+        With a version, raises Changed for any other; without, the size is known.
         """
         raise NotImplementedError
 
@@ -2640,11 +2630,12 @@ class CloudStorage(Storage):
             if not token:
                 return
 
-    def open(self, key: str, start: int = 0, end: Optional[int] = None, entry: Optional[Entry] = None) -> BinaryIO:
-        if entry is not None:
-            end = entry.size if end is None else min(end, entry.size)
-        version = entry.version if entry is not None else None
-        return ResumingStream(self, key, start, end, version)  # type: ignore[return-value]
+    def open(self, key: str, entry: Optional[Entry] = None) -> BinaryIO:
+        return ResumingStream(self, key, 0, BEYOND, entry)  # type: ignore[return-value]
+
+    def pin(self, key: str) -> Tuple[Entry, Callable[[int, int], BinaryIO]]:
+        entry = self.stat(key)
+        return entry, lambda start, end: ResumingStream(self, key, start, end, entry)  # type: ignore[return-value]
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         try:
@@ -2681,41 +2672,35 @@ class CloudStorage(Storage):
 class ResumingStream:
     """The bytes [start, end) of one version of an object; if the connection breaks, it reconnects and goes on."""
 
-    def __init__(self, storage: CloudStorage, key: str, start: int = 0, end: Optional[int] = None,
-                 version: Optional[str] = None) -> None:
+    def __init__(self, storage: CloudStorage, key: str, start: int = 0, end: int = BEYOND,
+                 entry: Optional[Entry] = None) -> None:
         self._storage, self._key = storage, key
-        self._position, self._end = start, end
-        self._stream: Any = None
+        self._position, self._end = start, min(end, entry.size) if entry else end
+        self._stream: Any = None  # of the bytes up to _stream_end
         self._stream_end = start
-        self.version = version
-        if end is None or end > start:
+        self.version = entry.version if entry else None
+        if start < self._end:
             storage.call(self._connect, key)
 
     def _connect(self) -> None:
-        start, size_is_known = self._position, self.version is not None
-        end = 1 << 62 if self._end is None else self._end
-        self._stream_end = min(end, start + self._storage.RANGE_BYTES)
-        self._stream, self.version, size = self._storage.read_part(self._key, start, self._stream_end, self.version)
-        if not size_is_known:
-            self._end = min(end, size)
+        self._stream_end = min(self._end, self._position + self._storage.RANGE_BYTES)
+        self._stream, self.version, size = self._storage.read_part(
+            self._key, self._position, self._stream_end, self.version)
+        self._end = min(self._end, size)
 
     def _read_once(self, size: int) -> bytes:
         if self._stream is None or self._position == self._stream_end:
             self._connect()
-        try:
-            data = self._stream.read(min(size, self._stream_end - self._position))
-            if not data:
-                raise Unreachable("%s closed the connection too early." % self._storage.url)
-            return data
-        except Exception:
-            self.close()
-            raise
+        data = self._stream.read(min(size, self._stream_end - self._position))
+        if not data:
+            raise Unreachable("%s closed the connection too early." % self._storage.url)
+        return data
 
     def read(self, size: int = -1) -> bytes:
         """Up to size bytes (-1: all), b"" at the end. Raises ReadError, Changed."""
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 20), b""))
-        size = min(size, (self._end or 0) - self._position)
+        size = min(size, self._end - self._position)
         if size <= 0:
             return b""
         for attempts_left in reversed(range(self._storage.ATTEMPTS)):
@@ -2724,23 +2709,16 @@ class ResumingStream:
                 self._position += len(data)
                 return data
             except Unreachable:
+                self._stream = None
                 if not attempts_left or self._storage.deadline is not None:
                     raise
         return b""
-
-    def close(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            try:
-                stream.close()
-            except Exception:  # the connection is broken anyway
-                pass
 
     def __enter__(self) -> ResumingStream:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        self.close()
+        self._stream = None  # closes the connection
 
 
 class S3Storage(CloudStorage):
@@ -2843,8 +2821,8 @@ class S3Storage(CloudStorage):
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
         from urllib3.exceptions import ProtocolError
         extra = {"IfMatch": '"%s"' % version} if version else {}
-        if start or end < 1 << 62:
-            extra["Range"] = "bytes=%d-%s" % (start, end - 1 if end < 1 << 62 else "")
+        if start or end < BEYOND:
+            extra["Range"] = "bytes=%d-%s" % (start, end - 1 if end < BEYOND else "")
         target = {"Bucket": self.bucket, "Key": self.root + key}
         try:
             answer = self._client.get_object(**target, **extra)
@@ -2989,7 +2967,7 @@ class GCSStorage(CloudStorage):
         return Entry(key, blob.size or 0, blob.updated.timestamp(), str(blob.generation))
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
-        size = end
+        size = BEYOND
         if version is None:
             blob = self._loaded(key)
             size, version = blob.size or 0, str(blob.generation)
