@@ -2580,8 +2580,8 @@ class CloudStorage(Storage):
         """Store an object. With a version, only if that is still the current one ('': no object); raises Changed if not."""
         raise NotImplementedError
 
-    def find_bucket(self) -> bool:
-        """Whether the bucket exists. Raises if it belongs to somebody else."""
+    def find_bucket(self) -> Any:
+        """Ask for the bucket: raises if it does not exist or belongs to somebody else."""
         raise NotImplementedError
 
     def create_bucket(self) -> None:
@@ -2610,14 +2610,17 @@ class CloudStorage(Storage):
         return in_threads(function, items, self.LARGE_UPLOADS if large else self.PARALLEL)
 
     def prepare(self) -> None:
-        if not self.call(self.find_bucket, ""):
+        try:
+            self.call(self.find_bucket, "")
+        except NoBucket:
             try:
                 self.call(self.create_bucket, "")
-            except ReplicateError:  # another machine may have made it, or a request of ours whose answer was lost
-                if not self.call(self.find_bucket, ""):
-                    raise
-            console.warning("Created the bucket %s, which did not exist. If the name is misspelled, delete it." %
-                            self.bucket)
+            except ReplicateError as error:
+                try:  # another machine may have made it, or a request of ours whose answer was lost
+                    self.call(self.find_bucket, "")
+                except NoBucket:
+                    raise error from None
+            console.warning("Created the bucket %s, which did not exist. If the name is misspelled, delete it." % self.bucket)
         probe = "tmp/probe.%s" % os.urandom(6).hex()
         self.write(probe, b"")
         self.delete([probe])
@@ -2867,14 +2870,8 @@ class S3Storage(CloudStorage):
                     raise WriteError("%s in %s cannot be removed: %s." % (
                         str(error.get("Key", ""))[len(self.root):], self.url, error.get("Message")))
 
-    def find_bucket(self) -> bool:
-        try:
-            self._client.head_bucket(Bucket=self.bucket)
-            return True
-        except self._errors.ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-                return False
-            raise
+    def find_bucket(self) -> Any:
+        self._client.head_bucket(Bucket=self.bucket)
 
     def create_bucket(self) -> None:
         region = self._client.meta.region_name
@@ -3004,8 +3001,8 @@ class GCSStorage(CloudStorage):
         for _ in self.in_parallel(remove, keys):
             pass
 
-    def find_bucket(self) -> bool:
-        return self._client.lookup_bucket(self.bucket, **self._limits()) is not None
+    def find_bucket(self) -> Any:
+        self._client.get_bucket(self.bucket, **self._limits())
 
     def create_bucket(self) -> None:
         self._client.create_bucket(self.bucket, **self._limits())
