@@ -2533,7 +2533,6 @@ class CloudStorage(Storage):
     TIMEOUT = 20.0         # seconds without a byte before a request fails
     LAST_TIMEOUT = 3.0     # the same once there is a deadline
     PARALLEL = 16          # requests at a time
-    PART_BYTES = 8 << 20   # of an upload in parts
     RANGE_BYTES = BEYOND   # that one request reads at most
     LARGE_UPLOADS = 2      # files at a time; a part of each is in memory
     has_index = True
@@ -2736,12 +2735,15 @@ class S3Storage(CloudStorage):
 
     def start_sdk(self) -> None:
         import boto3
-        import botocore.config
         import botocore.exceptions
-        self._errors, self._new_config = botocore.exceptions, botocore.config.Config
+        import botocore.session
+        self._errors = botocore.exceptions
         self._clients: Dict[bool, Any] = {}
         self._creating = threading.Lock()
-        self._session = boto3.session.Session()
+        core = botocore.session.get_session()
+        for name in ("request_checksum_calculation", "response_checksum_validation"):  # some servers refuse the default
+            core.set_config_variable(name, "when_required")
+        self._session = boto3.session.Session(botocore_session=core)
         self._client  # so that bad settings are reported at once
 
     def __copy__(self) -> S3Storage:
@@ -2760,16 +2762,10 @@ class S3Storage(CloudStorage):
             return self._clients[hurried]
 
     def _new_client(self, hurried: bool) -> Any:
+        from botocore.config import Config
         timeout = self.LAST_TIMEOUT if hurried else self.TIMEOUT
-        settings = {"connect_timeout": min(5.0, timeout), "read_timeout": timeout,
-                    "max_pool_connections": 2 * self.PARALLEL,
-                    "retries": {"total_max_attempts": 1 if hurried else self.ATTEMPTS, "mode": "standard"}}
-        new_settings = {"request_checksum_calculation": "when_required",  # some servers refuse the default
-                        "response_checksum_validation": "when_required"}
-        try:
-            config = self._new_config(**settings, **new_settings)
-        except TypeError:  # an older botocore, which adds no checksums
-            config = self._new_config(**settings)
+        config = Config(connect_timeout=min(5.0, timeout), read_timeout=timeout, max_pool_connections=2 * self.PARALLEL,
+                        retries={"total_max_attempts": 1 if hurried else self.ATTEMPTS, "mode": "standard"})
         client = self._session.client("s3", config=config)
         client.meta.events.register("after-call.s3", self._note_clock)
         client.meta.events.register("before-send.s3", self.check_deadline)
@@ -2851,14 +2847,9 @@ class S3Storage(CloudStorage):
     def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
         """Upload in this thread: the SDK's own threads refuse to work while the interpreter shuts down, and block it."""
         from boto3.s3.transfer import TransferConfig
-        config = TransferConfig(self.PART_BYTES + 1, multipart_chunksize=self.PART_BYTES, use_threads=False)
-        try:
-            with open(path, "rb") as file:
-                self.call(lambda: self._client.upload_fileobj(file, self.bucket, self.root + key, Callback=progress,
-                                                              Config=config), key)
-        except Unreachable as error:  # perhaps the upload is complete and only the answer was lost
-            if "NoSuchUpload" not in str(error) or self.stat(key).size != os.path.getsize(path):
-                raise
+        with open(path, "rb") as file:
+            self.call(lambda: self._client.upload_fileobj(file, self.bucket, self.root + key, Callback=progress,
+                                                          Config=TransferConfig(use_threads=False)), key)
 
     def delete(self, keys: Iterable[str]) -> None:
         names = [{"Key": self.root + key} for key in keys]
@@ -2887,6 +2878,7 @@ class GCSStorage(CloudStorage):
     package = "google-cloud-storage"
     PARALLEL = 10          # the size of the SDK's connection pool
     RANGE_BYTES = 8 << 20  # an answer is held in memory
+    PART_BYTES = 8 << 20   # of an upload in parts
 
     def start_sdk(self) -> None:
         import google.api_core.exceptions
