@@ -2321,7 +2321,6 @@ def disk_entry(key: str, status: os.stat_result) -> Entry:
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # not on Windows
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 BINARY = getattr(os, "O_BINARY", 0)      # only on Windows
-CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 
 class FileRange:
@@ -2352,7 +2351,7 @@ class Unreadable(OSError):
 
 def open_regular(path: str, follow: bool = False) -> RegularFile:
     """Open a regular file for reading; never waits, even if path is a FIFO. Raises Unreadable."""
-    flags = os.O_RDONLY | NONBLOCK | BINARY | CLOEXEC | (0 if follow else NOFOLLOW)
+    flags = os.O_RDONLY | NONBLOCK | BINARY | (0 if follow else NOFOLLOW)
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
@@ -2389,7 +2388,7 @@ class FileLock:
         self.path = path
         self.descriptor = -1
         self.is_held = False  # stays False after acquire() if the file system has no locks
-        self._flags = os.O_RDWR | BINARY | CLOEXEC | flags | (os.O_CREAT if create else NONBLOCK)
+        self._flags = os.O_RDWR | BINARY | flags | (os.O_CREAT if create else NONBLOCK)
 
     def acquire(self, wait: bool = True) -> bool:
         """Take the lock; False if another process holds it and wait is False. Raises OSError."""
