@@ -2060,8 +2060,7 @@ class Storage:
     """
 
     scheme = ""
-    has_journals = False  # journals and locks are kept beside the documents
-    has_index = False     # reading many documents is slow enough to keep an index of them
+    has_journals = False  # journals and locks are kept beside the documents, instead of an index
     clock_skew = 0.0      # seconds by which the storage's clock is ahead of ours
 
     deadline: Optional[float] = None
@@ -2534,7 +2533,6 @@ class CloudStorage(Storage):
     PARALLEL = 16          # requests at a time
     RANGE_BYTES = BEYOND   # that one request reads at most
     LARGE_UPLOADS = 2      # files at a time; a part of each is in memory
-    has_index = True
     package = ""           # the SDK's, to install
 
     def __init__(self, rest: str) -> None:
@@ -4571,7 +4569,7 @@ def list_rows(repository: Repository) -> List[Row]:
              if row.id in entries and row.id not in waiting and row.version == entries[row.id].version}
     stale = [entry for experiment_id, entry in entries.items() if experiment_id not in found]
     new: Dict[str, Row] = {}
-    if storage.has_index and len(stale) >= INDEX_MIN_STALE:  # one object instead of many documents
+    if not storage.has_journals and len(stale) >= INDEX_MIN_STALE:  # one object instead of many documents
         new = {row.id: row for row in read_index(storage, stale)}
     missing = [entry for entry in stale if entry.name[:-5] not in new]
     for document in repository.documents(missing, waiting):
@@ -4581,7 +4579,7 @@ def list_rows(repository: Repository) -> List[Row]:
     if new or len(cached) > len(found):
         cache.update([row for row in new.values() if row.version], entries)
     found.update(new)
-    if storage.has_index and len(missing) >= max(INDEX_MIN_STALE, len(entries) // 10):
+    if not storage.has_journals and len(missing) >= max(INDEX_MIN_STALE, len(entries) // 10):
         write_index(storage, found.values())
     for experiment_id in running & found.keys():
         found[experiment_id].running = True
