@@ -2885,12 +2885,7 @@ class GCSStorage(CloudStorage):
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # saves a request
         self._errors, self._auth_errors = google.api_core.exceptions, google.auth.exceptions
         self._retry = DEFAULT_RETRY.with_delay(self.FIRST_PAUSE, self.LONGEST_PAUSE, 2.0)
-        project = os.environ.get("GOOGLE_CLOUD_PROJECT")
-        if os.environ.get("STORAGE_EMULATOR_HOST"):
-            from google.auth.credentials import AnonymousCredentials
-            self._client = storage.Client(project or "replicate", AnonymousCredentials())
-        else:
-            self._client = storage.Client(project)
+        self._client = storage.Client(os.environ.get("GOOGLE_CLOUD_PROJECT"))  # None: only creating a bucket needs one
         self._client._http.hooks["response"].append(self._note_clock)
         self._bucket = self._client.bucket(self.bucket)
 
