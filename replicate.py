@@ -1917,11 +1917,9 @@ def read_config(path: str) -> str:
     values = read_flat_yaml(text)
     if values is None:
         values = _read_yaml(text, path)
-    if not values:
-        raise RepositoryConfigurationError("%s is empty. It needs a line such as 'repository: s3://my-bucket'." % path)
-    if not isinstance(values, dict):
-        raise RepositoryConfigurationError("%s has no 'key: value' lines. It needs one such as "
-                                           "'repository: s3://my-bucket'." % path)
+    if not values or not isinstance(values, dict):
+        raise RepositoryConfigurationError("%s %s. It needs a line such as 'repository: s3://my-bucket'." % (
+            path, "has no 'key: value' lines" if values else "is empty"))
     unknown = [str(key) for key in values if key not in ("repository", "storage")]
     if unknown:
         raise RepositoryConfigurationError("%s has the unknown key %r. The valid keys are 'repository' and its old "
@@ -1970,9 +1968,7 @@ def absolute_url(url: str, directory: str) -> str:
     """url, with a file:// path made absolute from directory. Raises RepositoryConfigurationError if it is invalid."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in BACKENDS:
-        *first, last = ["%s://" % name for name in BACKENDS]
-        raise RepositoryConfigurationError("%r is not a repository URL: it must start with %s or %s." % (
-            url, ", ".join(first), last))
+        raise RepositoryConfigurationError("%r is not a repository URL: it must start with file://, s3:// or gs://." % url)
     if not rest or (scheme != "file" and rest.startswith("/")):
         raise RepositoryConfigurationError("%r names no %s." % (url, "directory" if scheme == "file" else "bucket"))
     if "\0" in rest:
@@ -2280,14 +2276,12 @@ class DiskStorage(Storage):
             for path in (self.path(key), os.path.dirname(self.path(key))):
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
                 except OSError:
                     continue
-                try:
-                    os.fsync(descriptor)
-                except OSError:
-                    pass
-                finally:
-                    os.close(descriptor)
 
     def write_failure(self, key: str, error: OSError) -> WriteError:
         """The error for a failed write of key."""
@@ -3009,12 +3003,10 @@ class CountingFile(io.FileIO):
 
 
 def http_date_skew(date: Optional[str]) -> float:
-    """The seconds by which an HTTP Date header is ahead of our clock; 0 without one."""
-    if not date:
-        return 0.0
+    """The seconds by which an HTTP Date header is ahead of our clock; 0 without a valid one."""
     from email.utils import parsedate_to_datetime
     try:
-        return parsedate_to_datetime(date).timestamp() - time.time()
+        return parsedate_to_datetime(date or "").timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return 0.0
 
