@@ -524,14 +524,6 @@ def parse_time(text: str) -> datetime.datetime:
         raise ValueError("a time outside the years 1 to 9999: %r" % text) from error
 
 
-def is_time(text: str) -> bool:
-    """Whether parse_time() accepts text."""
-    try:
-        return bool(parse_time(text))
-    except ValueError:
-        return False
-
-
 def local_time(moment: datetime.datetime) -> datetime.datetime:
     """moment in the local time zone, or in UTC at the far ends of the calendar."""
     try:
@@ -1058,10 +1050,13 @@ STATUSES = ("running", "stopped", *ENDINGS, "lost")  # that a filter may name; a
 
 def outcome_of(document: Dict[str, Any]) -> Dict[str, str]:
     """How the run of a document or summary ended: {"status", "time", "error"}, or {} if it does not say."""
-    outcome = document.get("outcome")
-    if type(outcome) is not dict or not {type(value) for value in outcome.values()} <= {str}:
-        return {}
-    return outcome if outcome.get("status") in ENDINGS + (OPEN,) and is_time(outcome.get("time", "")) else {}
+    outcome: Any = document.get("outcome")
+    try:
+        parse_time(outcome["time"])
+        valid = outcome["status"] in (*ENDINGS, OPEN) and {type(value) for value in outcome.values()} == {str}
+    except (TypeError, KeyError, ValueError):
+        valid = False
+    return outcome if valid else {}
 
 
 def status_of(document: Dict[str, Any], running: bool) -> str:
