@@ -1144,25 +1144,30 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "<table>%s%s</table>" % (row(header, "th"), "".join(row(cells, "td") for cells in rows))
 
 
-def _axes(ax: Any) -> Any:
-    """ax, or matplotlib's current axes if it is None. Raises ReplicateError without matplotlib."""
+def _axes(ax: Any, x: str, y: str, logx: bool, logy: bool) -> Any:
+    """ax, or matplotlib's current axes if it is None, with labels and scales. Raises ReplicateError without matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ReplicateError("Plots need matplotlib: install it with 'pip install matplotlib'. "
                              "Everything else works without it.") from error
-    return pyplot.gca() if ax is None else ax
+    axes = pyplot.gca() if ax is None else ax
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if logx:
+        axes.set_xscale("log")
+    if logy:
+        axes.set_yscale("log")
+    return axes
 
 
 def _primary_name(lists: Iterable[CheckpointList], metric: Optional[str]) -> str:
     """metric, or the name of the primary metric of the first list that has one. Raises ReplicateError if none has."""
-    for checkpoints in () if metric else lists:
-        primary = checkpoints.primary_metric()
-        if primary:
-            return primary["name"]
-    if not metric:
-        raise ReplicateError("There is no primary metric to plot: pass the name of a metric, as in plot('loss').")
-    return metric
+    names = [metric] + [primary["name"] for primary in map(CheckpointList.primary_metric, lists) if primary]
+    for name in names:
+        if name:
+            return name
+    raise ReplicateError("There is no primary metric to plot: pass the name of a metric, as in plot('loss').")
 
 
 def _is_number(value: Any) -> bool:
@@ -1172,14 +1177,10 @@ def _is_number(value: Any) -> bool:
 def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[str], logy: bool, ax: Any) -> Any:
     """Plot one line for each (label, checkpoints): the metric against steps, with gaps where it is missing."""
     name = _primary_name([checkpoints for _, checkpoints in curves], metric)
-    axes = _axes(ax)
+    axes = _axes(ax, "step", name, False, logy)
     for label, checkpoints in curves:
         values = [value if _is_number(value) else float("nan") for value in checkpoints.metrics[name]]
         axes.plot(checkpoints.step, values, label=label, marker="." if len(values) < 50 else None)
-    axes.set_xlabel("step")
-    axes.set_ylabel(name)
-    if logy:
-        axes.set_yscale("log")
     if len(axes.get_legend_handles_labels()[1]) > 1:  # counts the lines of earlier calls, too
         axes.legend()
     return axes
@@ -1196,18 +1197,12 @@ def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str],
         params = experiment.flat_params
         if param in params and _is_number(value):
             points.append((params[param], value, experiment.short_id()))
-    axes = _axes(ax)
+    axes = _axes(ax, param, name, logx, logy)
     if not all(_is_number(x) for x, _, _ in points):
         points = [(format_value(x), y, label) for x, y, label in points]
     axes.scatter([x for x, _, _ in points], [y for _, y, _ in points])
     for x, y, label in points:
         axes.annotate(label, (x, y))
-    axes.set_xlabel(param)
-    axes.set_ylabel(name)
-    if logx:
-        axes.set_xscale("log")
-    if logy:
-        axes.set_yscale("log")
     return axes
 
 
