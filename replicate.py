@@ -662,9 +662,9 @@ def flat_params(params: Dict[str, Any]) -> Dict[str, Any]:
 # 3  Model: Experiment, Checkpoint, their lists
 # ------------------------------------------------------------------------------------------------------------------
 
-def _stored(key: str, doc: str) -> property:
-    """A property that reads one key of the stored document; "", which the peer writes for null, becomes None."""
-    return property(lambda self: self._document.get(key) or None, doc=doc)
+def _text(key: str, doc: str) -> property:
+    """A property that reads a text of the stored document; "", which the peer writes for null, becomes None."""
+    return property(lambda self: text_in(self._document, key), doc=doc)
 
 
 class _Stored:
@@ -673,7 +673,7 @@ class _Stored:
     __slots__ = ("_document",)
 
     _document: Dict[str, Any]
-    id = _stored("id", "64 hex digits.")
+    id = _text("id", "64 hex digits.")
 
     @property
     def created(self) -> datetime.datetime:
@@ -690,7 +690,7 @@ class Checkpoint(_Stored):
 
     __slots__ = ("_experiment",)
 
-    path = _stored("path", "The saved file or directory, relative to the project directory; None: no files.")
+    path = _text("path", "The saved file or directory, relative to the project directory; None: no files.")
 
     def __init__(self, document: Dict[str, Any], experiment: Optional[Experiment] = None) -> None:
         self._document = document
@@ -872,12 +872,14 @@ class Experiment(_Stored):
 
     __slots__ = ("project", "checkpoints", "__weakref__")
 
-    host = _stored("host", "The name or address of the machine, or None.")
-    user = _stored("user", "Who ran it, or None.")
-    config = _stored("config", "{'repository': URL, 'storage': ''}, or None.")
-    command = _stored("command", "The program's arguments, shell-quoted, without secrets.")
-    path = _stored("path", "The file or directory that init() saved, relative to the project directory; None: no files.")
-    python_version = _stored("python_version", "Such as '3.11.7'.")
+    host = _text("host", "The name or address of the machine, or None.")
+    user = _text("user", "Who ran it, or None.")
+    command = _text("command", "The program's arguments, shell-quoted, without secrets.")
+    path = _text("path", "The file or directory that init() saved, relative to the project directory; None: no files.")
+    python_version = _text("python_version", "Such as '3.11.7'.")
+    name = _text("name", "Its name, or None.")
+    note = _text("note", "Its note, or None.")
+    code = _text("code", "A short digest of the names and contents of what init(path=...) saved: the same for the same code.")
 
     def __init__(self, document: Dict[str, Any], project: Any = None) -> None:
         self.project = project
@@ -894,10 +896,14 @@ class Experiment(_Stored):
         self.project.stop(self, error)
 
     @property
+    def config(self) -> Optional[Dict[str, str]]:
+        """{'repository': URL, 'storage': ''}, or None."""
+        return self._document.get("config") or None
+
+    @property
     def full_command(self) -> Optional[str]:
         """The command that runs it again in the project directory, `python train.py`; `command` if that is unknown."""
-        command = self._document.get("full_command")
-        return command if command and isinstance(command, str) else self.command
+        return text_in(self._document, "full_command") or self.command
 
     @property
     def params(self) -> Dict[str, Any]:
@@ -920,24 +926,9 @@ class Experiment(_Stored):
         return self._document.get("replicate_version") or self._document.get("keepsake_version")
 
     @property
-    def name(self) -> Optional[str]:
-        """Its name, or None."""
-        return text_in(self._document, "name")
-
-    @property
     def tags(self) -> List[str]:
         """Its tags, sorted."""
         return texts_in(self._document, "tags")
-
-    @property
-    def note(self) -> Optional[str]:
-        """Its note, or None."""
-        return text_in(self._document, "note")
-
-    @property
-    def code(self) -> Optional[str]:
-        """A short digest of the file names and contents that init(path=...) saved: the same for the same code. Or None."""
-        return text_in(self._document, "code")
 
     @property
     def outcome(self) -> Optional[Dict[str, str]]:
