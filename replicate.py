@@ -1465,14 +1465,6 @@ def column_names(rows: Sequence[Row]) -> List[str]:
     return [*fields, *params.values(), *metrics.values()]
 
 
-class Filter:
-    """A parsed filter."""
-
-    def __init__(self, names: List[str], matches: Callable[[Row], bool]) -> None:
-        self.names = names      # the names that it uses
-        self.matches = matches  # whether an experiment satisfies it
-
-
 class Comparison:
     """<name> <operator> <value>"""
 
@@ -1518,14 +1510,9 @@ FILTER_HELP = """Filters have the format "<name> <operator> <value>", where <ope
 Join several with and, or, not and parentheses."""
 
 
-def parse_filter(text: str) -> Filter:
-    """The filter that text describes. Raises ReplicateError, which names the position and shows the format."""
-    return FilterParser(text).parse()
-
-
-class FilterParser:
-    """A recursive-descent parser: each production of the grammar is the docstring of a method, which returns a function
-    that tells whether an experiment matches.
+class Filter:
+    """A filter, read from its text by recursive descent: each production of the grammar is the docstring of a method, which
+    returns a function that tells whether an experiment matches.
     """
 
     MAX_DEPTH = 50
@@ -1535,20 +1522,17 @@ class FilterParser:
             r"""\s*(?:([=!<>~]+)|(?<=\s)(in)\s*(?=\[))""")
 
     def __init__(self, text: str) -> None:
+        """filter := either END. Raises ReplicateError, which names the position and shows the format."""
         self.text = text
         self.position = 0
         self.depth = 0
-        self.names: List[str] = []
-
-    def parse(self) -> Filter:
-        """filter := either END"""
-        if not self.text.strip():
+        self.names: List[str] = []  # that it uses
+        if not text.strip():
             self.fail("it is empty")
-        matches = self.either()
+        self.matches = self.either()
         self.take(r"\s*")
-        if self.position < len(self.text):
-            self.fail("unexpected %r" % self.text[self.position])
-        return Filter(self.names, matches)
+        if self.position < len(text):
+            self.fail("unexpected %r" % text[self.position])
 
     def either(self) -> Callable[[Row], bool]:
         """either := both ("or" both)*"""
@@ -8950,7 +8934,7 @@ GLOBAL_OPTIONS: Options = (
 ID = option("id", metavar="ID", help="Experiment or checkpoint ID, the start of one, or the name of an experiment")
 IDS = option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs, or names of experiments")
 JSON = option("--json", action="store_true", help="Print output in JSON format")
-FILTER = option("-f", "--filter", action="append", default=[], metavar="FILTER", type=parse_filter,
+FILTER = option("-f", "--filter", action="append", default=[], metavar="FILTER", type=Filter,
                 help='Filter, repeatable (format: "<name> <operator> <value>")')
 LIST_OPTIONS = (
     option("--all", action="store_true", help="Output all params and metrics (default: only those that differ)"),

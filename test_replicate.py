@@ -865,7 +865,7 @@ def test_damaged_document_bytes_raise_only_read_errors(data):
 # ------------------------------------------------------------------------------------------------------------------
 
 def matches(text, row):
-    return replicate.parse_filter(text).matches(row)
+    return replicate.Filter(text).matches(row)
 
 
 FILTERED = dict(params={"lr": 0.1, "n": 3, "name": "adam", "on": True, "nothing": None, "layers": [1, 2], "o": {"a": 1},
@@ -930,7 +930,7 @@ def test_filters_on_a_metric_use_the_best_checkpoint_or_the_latest():
 def test_dates_as_people_write_them(text, start, seconds):
     if start is None:
         with pytest.raises(replicate.ReplicateError, match="character"):
-            replicate.parse_filter("started = " + text)
+            replicate.Filter("started = " + text)
         return
     first, end = replicate.read_date(text)
     assert (first, end - first) == (utc(*start), datetime.timedelta(seconds=seconds))
@@ -985,7 +985,7 @@ def test_started_is_local_and_relative_to_now(monkeypatch):
     "status = stoped", "status == 'Failed'", "not status != open", "status in [lost, lots]"])
 def test_malformed_filters_show_the_format(text):
     with pytest.raises(replicate.ReplicateError) as caught:
-        replicate.parse_filter(text)
+        replicate.Filter(text)
     assert '"<name> <operator> <value>"' in str(caught.value) and "character" in str(caught.value)
     assert json.dumps(text) in str(caught.value)
 
@@ -997,7 +997,7 @@ def test_malformed_filters_show_the_format(text):
 @hypothesis.settings(max_examples=500)
 def test_parsing_any_filter_raises_only_our_error(text):
     try:
-        tree = replicate.parse_filter(text)
+        tree = replicate.Filter(text)
     except replicate.ReplicateError as error:
         assert '"<name> <operator> <value>"' in str(error)
         return
@@ -6642,9 +6642,9 @@ def test_labels_are_fields_of_filters_behind_params_and_metrics():
             "code in [1234567, 9]": 1, "commit = %s" % ("f" * 7): 1, "dirty = false": 1, "gpu = A100": 1, "status = failed": 1,
             "status = stopped": 7, "status in [stopped]": 7, "status ~ fail": 1, "status ~ stop": 7, "tag != good": 4,
             "name = 5": 4, "name > 4": 5, "name = null": 2, "code < 8": 5, "params.name = 5": 4, "status != failed": 6}.items():
-        tree = replicate.parse_filter(text)
+        tree = replicate.Filter(text)
         assert sum(bit for bit, row in ((1, labelled), (2, bare), (4, param)) if tree.matches(row)) == wanted, text
-    assert not replicate.parse_filter("status != stopped").matches(labelled)
+    assert not replicate.Filter("status != stopped").matches(labelled)
     assert replicate.sort_rows([labelled, bare], "name", True) == [labelled, bare]
 
 
