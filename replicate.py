@@ -1716,12 +1716,8 @@ def read_list(text: str) -> List[Any]:
 
 
 TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
-# A year, then optionally month, day, time, fraction of a second and zone, as people and other programs write them.
-DATE_FORM = (r"(?P<year>\d{4})(?:(?P<separator>[-/])(?P<month>\d{1,2})(?:(?P=separator)(?P<day>\d{1,2}))?"
-             r"|(?P<month2>\d\d)(?P<day2>\d\d))")
-NAMED_DATE_FORM = (r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?"  # as `show` prints it, and Oct 7, 2020
-                   r"(?:(?P<day>\d{1,2})\s+(?P<name>[A-Za-z]{3,9})\.?,?|(?P<name2>[A-Za-z]{3,9})\.?\s+(?P<day2>\d{1,2}),?)"
-                   r"\s+(?P<year>\d{4})")
+DATE_FORM = r"(?P<year>\d{4})(?P<separator>[-/])(?P<month>\d{1,2})(?:(?P=separator)(?P<day>\d{1,2}))?"
+SHOWN_DATE_FORM = r"(?:[A-Z][a-z]{2}, )?(?P<day>\d{1,2}) (?P<month>%s) (?P<year>\d{4})" % "|".join(MONTHS)
 CLOCK_FORM = (r"(?:[ T]\s*(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d))?(?:\.(?P<fraction>\d+))?"
               r"\s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?|[A-Z]{3,5})?)?")
 
@@ -1729,9 +1725,9 @@ CLOCK_FORM = (r"(?:[ T]\s*(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)
 def read_date(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
     """A time as a person types it, as the span [start, end) in UTC. Raises ValueError.
 
-    2026-01-31, 2026/01/31, 20260131, 2026-01, or Jan 31, 2026, optionally followed by a time (local unless a zone is
-    given); '2 hours ago'; seconds since 1970; the form that `show` prints. A month means all of it, a date the whole day,
-    a time without seconds the whole minute.
+    2026-01-31, 2026/01/31, 2026-01 or 31 Jan 2026, optionally followed by a time (local unless a zone is given);
+    '2 hours ago'; the form that `show` prints. A month means all of it, a date the whole day, a time without seconds the
+    whole minute.
     """
     try:
         return _parse_span(text)
@@ -1746,16 +1742,12 @@ def _parse_span(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
         distance = datetime.timedelta(seconds=count * TIME_UNITS[ago.group(2).lower()])
         start = datetime.datetime.now(datetime.timezone.utc) - distance
         return start, start + datetime.timedelta(seconds=1)
-    if re.fullmatch(r"\d{9,11}(\.\d*)?", text):
-        start = datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc)
-        return start, start + datetime.timedelta(seconds=1e-6 if "." in text else 1)
-    match = re.fullmatch(DATE_FORM + CLOCK_FORM, text) or re.fullmatch(NAMED_DATE_FORM + CLOCK_FORM, text)
+    match = re.fullmatch(DATE_FORM + CLOCK_FORM, text) or re.fullmatch(SHOWN_DATE_FORM + CLOCK_FORM, text)
     if match is None:
         raise ValueError("write 2026-01-31, 2026-01-31 23:59 or '2 hours ago'")
     found = match.groupdict()
-    year = int(found["year"])
-    month = int(found.get("month") or found.get("month2") or _month_number(found.get("name") or found["name2"]))
-    day = found.get("day") or found.get("day2")
+    year, day = int(found["year"]), found["day"]
+    month = MONTHS.index(found["month"]) + 1 if found["month"] in MONTHS else int(found["month"])
     if not day:
         if found["hour"]:
             raise ValueError("it has a time but no day")
@@ -1766,13 +1758,6 @@ def _parse_span(text: str) -> Tuple[datetime.datetime, datetime.datetime]:
     start = _in_utc(datetime.datetime(year, month, int(day), hour, minute, second), found["zone"]) + fraction
     seconds = 1e-6 if found["fraction"] else 1 if found["second"] else 60 if found["hour"] else 86400
     return start, start + datetime.timedelta(seconds=seconds)
-
-
-def _month_number(name: str) -> int:
-    """1 to 12 for Jan, January, ... Raises ValueError for any other word."""
-    if name[:3].title() not in MONTHS:
-        raise ValueError("%s is not a month" % name)
-    return MONTHS.index(name[:3].title()) + 1
 
 
 def _in_utc(naive: datetime.datetime, zone: Optional[str]) -> datetime.datetime:
