@@ -331,8 +331,7 @@ def plain_value(value: Any, where: str = "value") -> Any:
         return value
     if isinstance(value, int):
         if value.bit_length() > MAX_INT_BITS:
-            raise TypeError("%s is a number of %d bits: at most %d can be stored" % (where, value.bit_length(),
-                                                                                    MAX_INT_BITS))
+            raise TypeError("%s is a number of %d bits: at most %d can be stored" % (where, value.bit_length(), MAX_INT_BITS))
         return int(value)
     if isinstance(value, float):
         return float(value)
@@ -743,8 +742,7 @@ class Checkpoint(_Stored):
         return self._document
 
     def _repr_html_(self) -> str:
-        rows = [("ID", self.short_id()), ("Created", full_time(self.created)), ("Path", self.path or ""),
-                ("Step", self.step)]
+        rows = [("ID", self.short_id()), ("Created", full_time(self.created)), ("Path", self.path or ""), ("Step", self.step)]
         return html_table(("Checkpoint", ""), rows + sorted(self.metrics.items()))
 
 
@@ -1177,8 +1175,7 @@ def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[s
     return axes
 
 
-def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str], logx: bool, logy: bool,
-                 ax: Any) -> Any:
+def plot_scatter(experiments: ExperimentList, param: str, metric: Optional[str], logx: bool, logy: bool, ax: Any) -> Any:
     """Plot one point for each experiment that has both the param and the metric."""
     name = _primary_name([experiment.checkpoints for experiment in experiments], metric)
     points = []
@@ -1711,8 +1708,7 @@ def read_list(text: str) -> List[Any]:
     items = [item.strip() for item in text[1:-1].split(",")]
     if not all(items):
         raise ValueError("the list has an empty item")
-    return [item[1:-1] if item[0] in "\"'" and item[-1] == item[0] and len(item) > 1 else read_value(item)
-            for item in items]
+    return [item[1:-1] if item[0] in "\"'" and item[-1] == item[0] and len(item) > 1 else read_value(item) for item in items]
 
 
 TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
@@ -1875,8 +1871,7 @@ def read_config(path: str) -> str:
         raise RepositoryConfigurationError("%s has the unknown key %r. The valid keys are 'repository' and its old "
                                            "name 'storage'." % (path, unknown[0]))
     if len(values) == 2:
-        raise RepositoryConfigurationError("%s has both 'repository' and its old name 'storage'. Remove 'storage'." %
-                                           path)
+        raise RepositoryConfigurationError("%s has both 'repository' and its old name 'storage'. Remove 'storage'." % path)
     key, url = next(iter(values.items()))
     if not isinstance(url, str) or not url:
         raise RepositoryConfigurationError("%s: '%s' must be a URL such as 's3://my-bucket'." % (path, key))
@@ -2627,8 +2622,7 @@ class ResumingStream:
 
     def _connect(self) -> None:
         self._stream_end = min(self._end, self._position + self._storage.RANGE_BYTES)
-        self._stream, self.version, size = self._storage.read_part(
-            self._key, self._position, self._stream_end, self.version)
+        self._stream, self.version, size = self._storage.read_part(self._key, self._position, self._stream_end, self.version)
         self._end = min(self._end, size)
 
     def _read_once(self, size: int) -> bytes:
@@ -2718,8 +2712,7 @@ class S3Storage(CloudStorage):
 
     def _give_up(self, caught_exception: Optional[Exception] = None, **kwargs: Any) -> None:
         """Raise the error of a request that the SDK is about to retry, if another try is useless."""
-        if caught_exception is not None and (self.deadline is not None or
-                                             isinstance(caught_exception, self._errors.SSLError)):
+        if caught_exception is not None and (self.deadline is not None or isinstance(caught_exception, self._errors.SSLError)):
             raise caught_exception
 
     def translate(self, error: Exception, key: str) -> ReplicateError:
@@ -2862,8 +2855,7 @@ class GCSStorage(CloudStorage):
             return DoesNotExist("%s does not exist." % name)
         if isinstance(error, self._errors.PreconditionFailed):
             return Changed("Another process changed %s." % name)
-        if isinstance(error, self._auth_errors.GoogleAuthError) and not isinstance(
-                error, self._auth_errors.TransportError):
+        if isinstance(error, self._auth_errors.GoogleAuthError) and not isinstance(error, self._auth_errors.TransportError):
             return ReadError("%s cannot be used: %s." % (self.url, reason))
         if isinstance(code, int) and code < 500 and code not in (408, 429):
             return ReadError("The server refused a request for %s: %s." % (name, reason))
@@ -2904,8 +2896,7 @@ class GCSStorage(CloudStorage):
 
     def read(self, key: str, entry: Optional[Entry] = None) -> bytes:
         """The bytes of an object in one request; the inherited method first asks for the version."""
-        return self.call(lambda: self._blob(key).download_as_bytes(raw_download=True, checksum=None, **self._limits()),
-                         key)
+        return self.call(lambda: self._blob(key).download_as_bytes(raw_download=True, checksum=None, **self._limits()), key)
 
     def put(self, key: str, data: bytes, version: Optional[str]) -> None:
         self._blob(key).upload_from_string(data, "application/octet-stream", **self._limits(),
