@@ -1322,7 +1322,7 @@ def checked_summary(summary: Any, experiment_id: str) -> Dict[str, Any]:
     """summary, if summarize() can have returned it for the experiment with that ID. Raises ReadError otherwise."""
     _check_fields([summary], dict(_EXPERIMENT_FIELDS, **_SUMMARY_FIELDS))
     _check_depth(summary)
-    if not summary.keys() >= _SUMMARY_FIELDS.keys():
+    if not summary.keys() >= _SUMMARY_FIELDS.keys() or summary["num_checkpoints"] is None:
         raise ReadError("a field is missing")
     if summary["id"] != experiment_id:
         raise ReadError("its id is that of another experiment")
@@ -1332,16 +1332,10 @@ def checked_summary(summary: Any, experiment_id: str) -> Dict[str, Any]:
 
 # Every document is untrusted until it has passed these checks.
 
-_TEXT_OR_NULL = (str, type(None))
-_EXPERIMENT_FIELDS = {"params": (dict, type(None)), "host": _TEXT_OR_NULL, "user": _TEXT_OR_NULL,
-                      "config": (dict, type(None)), "command": _TEXT_OR_NULL, "path": _TEXT_OR_NULL,
-                      "python_version": _TEXT_OR_NULL, "python_packages": (dict, type(None)),
-                      "replicate_version": _TEXT_OR_NULL, "keepsake_version": _TEXT_OR_NULL,
-                      "checkpoints": (list, type(None))}
-_CHECKPOINT_FIELDS = {"metrics": (dict, type(None)), "step": (int, type(None)), "path": _TEXT_OR_NULL,
-                      "primary_metric": (dict, type(None))}
-_SUMMARY_FIELDS = {"num_checkpoints": (int,), "latest_checkpoint": (dict, type(None)),
-                   "best_checkpoint": (dict, type(None)), "primary_metric": _TEXT_OR_NULL}
+_EXPERIMENT_FIELDS = {"params": dict, "config": dict, "python_packages": dict, "checkpoints": list, "host": str, "user": str,
+                      "command": str, "path": str, "python_version": str, "replicate_version": str, "keepsake_version": str}
+_CHECKPOINT_FIELDS = {"metrics": dict, "step": int, "path": str, "primary_metric": dict}
+_SUMMARY_FIELDS = {"num_checkpoints": int, "latest_checkpoint": dict, "best_checkpoint": dict, "primary_metric": str}
 
 
 def checked_experiment(document: Any, experiment_id: str) -> Dict[str, Any]:
@@ -1374,7 +1368,7 @@ def _check_checkpoints(items: Sequence[Any]) -> None:
 
 
 def _check_fields(documents: Sequence[Any], fields: Dict[str, Any]) -> None:
-    """Raise ReadError unless each document has a valid id and creation time, and the fields are of the given types."""
+    """Raise ReadError unless each document has a valid id and creation time, and the fields are of these types or null."""
     if not {type(document) for document in documents} <= {dict}:
         raise ReadError("it is not a JSON object")
     if not all([is_id(document.get("id")) for document in documents]):
@@ -1384,8 +1378,8 @@ def _check_fields(documents: Sequence[Any], fields: Dict[str, Any]) -> None:
             parse_time(document["created"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReadError("created is not an RFC 3339 time") from error
-    for key, kinds in fields.items():
-        wrong = {type(document.get(key)) for document in documents}.difference(kinds)
+    for key, kind in fields.items():
+        wrong = {type(document.get(key)) for document in documents} - {kind, type(None)}
         if wrong:
             raise ReadError("%s has the wrong type (%s)" % (key, wrong.pop().__name__))
 
