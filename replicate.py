@@ -567,9 +567,6 @@ def full_time(moment: datetime.datetime) -> str:
                                        local.strftime("%H:%M:%S"), local.tzname())
 
 
-CELL_CHARACTERS = 20
-
-
 def format_cell(value: Any) -> str:
     """A param or metric as a table cell: text cut to 20 characters, floats with 5 significant digits."""
     kind = type(value)
@@ -582,7 +579,7 @@ def format_cell(value: Any) -> str:
     if kind is int:
         return str(value)
     text = value if kind is str else value_text(value)
-    return escape_control(text if len(text) <= CELL_CHARACTERS else text[:CELL_CHARACTERS - 3] + "...")
+    return escape_control(text if len(text) <= 20 else text[:17] + "...")
 
 
 def format_value(value: Any) -> str:
@@ -960,10 +957,8 @@ class Experiment(_Stored):
         """Whether its last heartbeat is less than 30 seconds old."""
         return self.project.is_running(self)
 
-    def checkpoint(self, path: Optional[str] = None, step: Optional[int] = None,
-                   metrics: Optional[Dict[str, Any]] = None,
-                   primary_metric: Optional[Tuple[str, str]] = None, quiet: bool = False,
-                   **unknown: Any) -> Checkpoint:
+    def checkpoint(self, path: Optional[str] = None, step: Optional[int] = None, metrics: Optional[Dict[str, Any]] = None,
+                   primary_metric: Optional[Tuple[str, str]] = None, quiet: bool = False, **unknown: Any) -> Checkpoint:
         """Record a checkpoint: a snapshot of the file or directory at path, and metrics.
 
         path is relative to the project directory; step defaults to one more than the last, starting at 0;
@@ -1063,9 +1058,7 @@ class ExperimentList(List[Experiment] if TYPE_CHECKING else list):  # type: igno
 
     def scatter(self, param: str, metric: Optional[str] = None, logx: bool = False, logy: bool = False, *,
                 ax: Any = None) -> Any:
-        """Plot a metric of each best (or else latest) checkpoint against a param, on ax or the current axes; returns the
-        axes.
-        """
+        """Plot a metric of each best (or latest) checkpoint against a param, on ax or the current axes; returns the axes."""
         return plot_scatter(self, param, metric, logx, logy, ax)
 
     def to_dataframe(self) -> Any:
@@ -2369,9 +2362,7 @@ class FileLock:
 
 
 def lock_descriptor(descriptor: int, wait: bool) -> Optional[bool]:
-    """Lock an open file until it is closed, and return True; False if another process holds the lock, None if there are
-    no locks here.
-    """
+    """Lock an open file until it is closed: True; False if another process holds the lock, None if there are no locks."""
     try:
         import fcntl
     except ImportError:  # on Windows, where nothing is recorded
