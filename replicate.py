@@ -1869,11 +1869,9 @@ def read_config(path: str) -> str:
 
 def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
     """The values of YAML with only `key: text` lines, quotes and comments; None for richer YAML, which needs PyYAML."""
-    if not text.translate({9: " ", 10: " ", 13: " "}).isprintable():
-        return None
     values = {}
-    for line in text.splitlines():
-        if re.fullmatch(r"[ ]*(#.*)?", line):
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if line.isprintable() and re.fullmatch(r"[ ]*(#.*)?", line):
             continue
         match = re.fullmatch(r"""([a-z_]+):[ ]+(?:"([^"\\]*)"|'([^']*)'|([a-z0-9]+://[^\s"'#,\[\]{}&*!|>%@`]*[^\s"'#,"""
                              r"""\[\]{}&*!|>%@`:]))[ ]*(?:[ ]#.*)?""", line)
