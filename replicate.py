@@ -2278,8 +2278,6 @@ def open_regular(path: str, follow: bool = False) -> RegularFile:
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        if not follow and os.path.islink(path):
-            raise Unreadable(error.errno, "it has become a link") from error
         raise Unreadable(error.errno, error.strerror) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
