@@ -2909,18 +2909,16 @@ class GCSStorage(CloudStorage):
 
 
 class CountingFile(io.FileIO):
-    """A file opened for reading that calls check before each read, and reports the bytes read for the first time."""
+    """A file opened for reading that calls check before each read, and reports the bytes read."""
 
     def __init__(self, path: str, progress: Callable[[int], None], check: Callable[[], None]) -> None:
         super().__init__(path, "rb")
-        self._progress, self._check, self._furthest = progress, check, 0
+        self._progress, self._check = progress, check
 
     def read(self, size: Optional[int] = -1) -> bytes:
         self._check()
         data = super().read(size)
-        ahead = max(0, self.tell() - self._furthest)
-        self._furthest += ahead
-        self._progress(ahead)
+        self._progress(len(data))
         return data
 
 
