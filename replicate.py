@@ -1193,7 +1193,8 @@ class Row:
     Filters, sorting, tables and `ls --json` all use it.
     """
 
-    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "_params", "created", "checkpoints")
+    __slots__ = ("summary", "id", "version", "checkpoint_ids", "running", "created", "latest", "best", "params", "metrics",
+                 "checkpoints")
 
     def __init__(self, summary: Dict[str, Any], version: str, checkpoint_ids: str) -> None:
         self.summary = summary                # what summarize() returns
@@ -1201,8 +1202,11 @@ class Row:
         self.version = version                # of the document; "" if the row must not be cached
         self.checkpoint_ids = checkpoint_ids  # the first ROW_ID_DIGITS digits of each, joined with spaces
         self.running = False
-        self._params: Optional[Dict[str, Any]] = None
         self.created = parse_time(summary["created"])
+        self.latest: Optional[Dict[str, Any]] = summary["latest_checkpoint"]  # as stored
+        self.best: Optional[Dict[str, Any]] = summary["best_checkpoint"]      # as stored
+        self.params = flat_params(unpack_floats(summary.get("params") or {}))  # by dotted name
+        self.metrics: Dict[str, Any] = unpack_floats((self.best or self.latest or {}).get("metrics") or {})
         self.checkpoints = CheckpointList()   # all of them if they have been read, or else none
 
     @classmethod
@@ -1212,31 +1216,9 @@ class Row:
         return cls(summarize(document), version, " ".join(ids))
 
     @property
-    def best(self) -> Optional[Dict[str, Any]]:
-        """The best checkpoint as stored, or None."""
-        return self.summary["best_checkpoint"]
-
-    @property
-    def latest(self) -> Optional[Dict[str, Any]]:
-        """The latest checkpoint as stored, or None."""
-        return self.summary["latest_checkpoint"]
-
-    @property
     def status(self) -> str:
         """As status_of() returns it."""
         return status_of(self.summary, self.running)
-
-    @property
-    def params(self) -> Dict[str, Any]:
-        """Hyperparameters by dotted name."""
-        if self._params is None:
-            self._params = flat_params(unpack_floats(self.summary.get("params") or {}))
-        return self._params
-
-    @property
-    def metrics(self) -> Dict[str, Any]:
-        """Metric values of the best (or else latest) checkpoint."""
-        return unpack_floats((self.best or self.latest or {}).get("metrics") or {})
 
     def may_have_checkpoint(self, prefix: str) -> bool:
         """Whether a checkpoint's ID may start with prefix, judged by the digits that the row keeps."""
@@ -1252,13 +1234,12 @@ class Row:
             return self.metrics.get(name[len("metrics."):], ABSENT)
         if self.is_label(name):
             return next(iter(self.alternatives(name)), ABSENT)
-        metrics = self.metrics
-        return metrics[name] if name in metrics else self._param(name)
+        return self.metrics[name] if name in self.metrics else self._param(name)
 
     def _param(self, name: str) -> Any:
         """A param by its dotted name, or a whole nested param by its top-level name."""
-        params = self.params
-        return params[name] if name in params else unpack_floats((self.summary.get("params") or {}).get(name, ABSENT))
+        nested = self.summary.get("params") or {}
+        return self.params[name] if name in self.params else unpack_floats(nested.get(name, ABSENT))
 
     def plain(self, name: str) -> Any:
         """value() in a form for JSON: a time as stored, the list of all tags or GPUs, for ~loss the list of its values in
