@@ -2421,7 +2421,7 @@ NO_BUCKET = "There is no bucket for %s. Check the name: recording creates a miss
 
 
 class CloudStorage(Storage):
-    """What S3 and Google Cloud Storage share: reads that resume, merging updates, parallel listing.
+    """What S3 and Google Cloud Storage share: reads that resume, merging updates, parallel requests.
 
     A backend makes the requests, which its SDK retries, and translates the SDK's errors.
     """
@@ -2836,20 +2836,16 @@ class GCSStorage(CloudStorage):
                    for blob in next(pages.pages, ())]
         return entries, pages.next_page_token
 
-    def _loaded(self, key: str) -> Any:
-        blob = self._blob(key)
-        blob.reload(**self._limits())
-        return blob
-
     def stat(self, key: str) -> Entry:
-        blob = self.call(lambda: self._loaded(key), key)
+        blob = self._blob(key)
+        self.call(lambda: blob.reload(**self._limits()), key)
         return Entry(key, blob.size or 0, blob.updated.timestamp(), str(blob.generation))
 
     def read_part(self, key: str, start: int, end: int, version: Optional[str]) -> Tuple[BinaryIO, str, int]:
         size = BEYOND
         if version is None:
-            blob = self._loaded(key)
-            size, version = blob.size or 0, str(blob.generation)
+            entry = self.stat(key)
+            size, version = entry.size, entry.version
         data = b""
         if start < min(end, size):
             data = self._blob(key).download_as_bytes(start=start, end=min(end, size) - 1, raw_download=True, checksum=None,
