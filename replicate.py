@@ -7767,14 +7767,16 @@ def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
     return goals.pop() if len(goals) == 1 else None
 
 
-def fitting(columns: Sequence[WideColumn], width: Optional[int]) -> List[Optional[WideColumn]]:
-    """The columns that fit into a width (None: all of them), with None for each gap where some are left out."""
-    by_rank = sorted(range(1, len(columns)), key=lambda number: (columns[number].rank, -number))
+def fitting(widths: Sequence[int], ranks: Sequence[int], width: Optional[int]) -> List[Optional[int]]:
+    """The numbers of the columns that fit into a terminal's width (None: all of them), with None for each gap where some are
+    left out: those of the lowest rank first, from the right, and the first column never.
+    """
+    by_rank = sorted(range(1, len(widths)), key=lambda number: (ranks[number], -number))
     gone: Set[int] = set()
     while True:
-        shown = [None if number in gone else column for number, column in enumerate(columns)
+        shown = [None if number in gone else number for number in range(len(widths))
                  if number not in gone or number - 1 not in gone]
-        total = sum(column.width if column else len("...") for column in shown) + 2 * (len(shown) - 1)
+        total = sum(len("...") if number is None else widths[number] for number in shown) + 2 * (len(shown) - 1)
         if width is None or total <= width or len(gone) == len(by_rank):
             return shown
         gone.add(by_rank[len(gone)])
@@ -7782,10 +7784,10 @@ def fitting(columns: Sequence[WideColumn], width: Optional[int]) -> List[Optiona
 
 def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Paint) -> Iterator[str]:
     """Yield the lines of `ls --wide`: the titles, then one for each row."""
-    shown = fitting(columns, width)
+    shown = fitting([column.width for column in columns], [column.rank for column in columns], width)
     for row in range(-1, len(columns[0].texts)):
         gap = "..." if row < 0 else "   "
-        yield "  ".join([column.cell(row, paint) if column else gap for column in shown]).rstrip() + "\n"
+        yield "  ".join([gap if number is None else columns[number].cell(row, paint) for number in shown]).rstrip() + "\n"
 
 
 def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> Iterator[str]:
@@ -7861,12 +7863,13 @@ def render_checkpoint(experiment: Experiment, checkpoint: Checkpoint, running: b
         ("Python Packages", value_rows(shown_packages(experiment, show_all)))], paint)
 
 
-def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool, paint: Paint) -> str:
+def render_experiment(experiment: Experiment, running: bool, now: datetime.datetime, show_all: bool, paint: Paint,
+                      width: Optional[int]) -> str:
     """`show` of an experiment."""
     blocks = [("", experiment_facts(experiment, running)), *experiment_blocks(experiment)]
     packages = [("Python Packages", value_rows(shown_packages(experiment, show_all)))]
     return "\n".join([render_blocks("Experiment: " + experiment.id, blocks, paint),
-                      render_checkpoints(experiment, now, paint), render_blocks("", packages, paint)])
+                      render_checkpoints(experiment, now, paint, width), render_blocks("", packages, paint)])
 
 
 def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, Optional[str]]]:
@@ -7911,8 +7914,8 @@ def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
     return {name: version for name, version in experiment.python_packages.items() if name in imported}
 
 
-def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Paint) -> str:
-    """The table of an experiment's checkpoints, with the best value marked."""
+def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Paint, width: Optional[int]) -> str:
+    """The table of an experiment's checkpoints, with the best value marked, and as many of the metrics as fit into a width."""
     heading = paint("Checkpoints", "bold") + "\n"
     if not experiment.checkpoints:
         return heading + paint("(none)", "faint") + "\n"
@@ -7927,7 +7930,12 @@ def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Pa
                   (" (best)" if checkpoint is best and name == primary else "") for name in names]
         rows.append(cells)
     titles = ["ID", "STEP", "CREATED"] + [escape_control(name.upper()) for name in names]
-    return heading + "\n".join(table_rows(list(zip(titles, zip(*rows))))) + "\n"
+    columns: List[Column] = list(zip(titles, zip(*rows)))
+    widths = [max(map(display_width, [title, *cells])) for title, cells in columns]
+    ranks = [2, 2, 1] + [2 if name == primary else 0 for name in names]
+    gap = "...", [""] * len(rows)
+    return heading + "\n".join(table_rows([gap if number is None else columns[number]
+                                           for number in fitting(widths, ranks, width)])) + "\n"
 
 
 def facts_to_compare(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> Dict[str, Dict[str, Any]]:
@@ -9025,7 +9033,8 @@ def show_command(args: argparse.Namespace) -> None:
     if checkpoint:
         say(render_checkpoint(experiment, checkpoint, running, args.all, paint))
     else:
-        say(render_experiment(experiment, running, datetime.datetime.now(datetime.timezone.utc), args.all, paint))
+        now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
+        say(render_experiment(experiment, running, now, args.all, paint, width))
         if experiment.checkpoints:
             console.info("To see more of a checkpoint, run:\n  %s show <checkpoint ID>" % program_name())
     if hidden:

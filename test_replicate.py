@@ -7144,6 +7144,17 @@ def test_show_says_none_widens_its_columns_and_cuts_nothing(project, call):
     assert "0.123456789012\n" in out and json.dumps([1] * 99, separators=(",", ":")) in out
 
 
+@pytest.mark.parametrize("columns, titles", [
+    (90, "ID STEP CREATED ACC AUC F1 LOSS VAL_LOSS"), (54, "ID STEP CREATED ACC AUC ... VAL_LOSS"),
+    (45, "ID STEP CREATED ... VAL_LOSS"), (35, "ID STEP ... VAL_LOSS"), (12, "ID ...")])
+def test_show_leaves_out_metrics_that_do_not_fit_the_terminal_but_the_primary_one(project, columns, titles):
+    metrics = {"val_loss": 0.5, "acc": 0.25, "auc": 1, "f1": 2, "loss": None}
+    write_repository(project / "repo", experiment_document(A, checkpoints=[
+        checkpoint_document(C, metrics=metrics, primary=("val_loss", "minimize"))]))
+    lines = on_terminal("show", A, COLUMNS=str(columns), NO_COLOR="1").split("Checkpoints\n")[1].split("\n")
+    assert lines[0].split() == titles.split() and ("0.5 (best)" in lines[1]) == ("VAL_LOSS" in titles)
+
+
 def test_show_prints_the_stored_document_as_json(project, call):
     document = experiment_document(A, params={"big": 2 ** 70, "nan": "[NaN]", "none": None}, keepsake_version="0.4.2",
                                    checkpoints=[dict(checkpoint_document(C, metrics={"é": 1e-9}), more=[1])], unknown={"kept": True})
