@@ -2022,13 +2022,11 @@ def hasty(monkeypatch):
 
 
 HASTY = """
-import os, sys, time, replicate
+import json, os, resource, signal, sys, threading, time, replicate
 replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.005, 0.02
-try:
+if "AWS_ENDPOINT_URL" in os.environ:
     from botocore.retries.standard import ExponentialBackoff
     ExponentialBackoff.delay_amount = lambda self, context: 0.01
-except ImportError:
-    pass
 replicate.FIRST_SEND_PAUSE, replicate.LONGEST_SEND_PAUSE = 0.05, 0.2
 def wait(word):
     print(word, flush=True)
@@ -2038,6 +2036,7 @@ def save(step, path="model.bin", **more):
         file.write(b"step %d" % step + os.urandom(1000))
     return experiment.checkpoint(path=path, step=step, metrics={"loss": 1.0 / (step + 1)}, quiet=True, **more)
 """
+TRAINING = HASTY + "experiment = replicate.init(quiet=True)\n"
 
 
 def save(experiment, step):
@@ -2049,10 +2048,10 @@ def save(experiment, step):
 class Training:
     """A training script that runs beside the test, and stops where it calls wait(word)."""
 
-    def __init__(self, source, cwd=None, env=None):
-        self.process = subprocess.Popen([sys.executable, "-c", HASTY + textwrap.dedent(source)], cwd=cwd, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                                        env=dict(os.environ, PYTHONWARNINGS="ignore", **(env or {})))
+    def __init__(self, source, *arguments, prefix=HASTY, cwd=None, env=None, python=sys.executable):
+        self.process = subprocess.Popen(
+            [python, "-c", prefix + textwrap.dedent(source), *map(str, arguments)], cwd=cwd, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore", **(env or {})})
         self.lines, self.errors = queue.Queue(), []
         self._readers = [threading.Thread(target=self._read, args=(self.process.stdout, self.lines.put), daemon=True),
                          threading.Thread(target=self._read, args=(self.process.stderr, self.errors.append), daemon=True)]
@@ -2068,7 +2067,13 @@ class Training:
     def stderr(self):
         return "\n".join(self.errors)
 
+    @property
+    def rest(self):
+        """The lines of its output that were not expected yet."""
+        return list(self.lines.queue)
+
     def expect(self, word):
+        """Wait for a line that starts with a word; returns what follows it."""
         try:
             line = self.lines.get(timeout=60)
         except queue.Empty:
@@ -2077,11 +2082,19 @@ class Training:
         return line[len(word):].strip()
 
     def go(self, text=""):
-        self.process.stdin.write(text + "\n")
+        self.process.stdin.write("%s\n" % text)
         self.process.stdin.flush()
 
-    def end(self, timeout=60, code=0):
-        """Its messages once it has ended."""
+    def terminate(self, code=-signal.SIGTERM):
+        """Its messages once it has ended by SIGTERM, which it gets when it is ready."""
+        self.expect("ready")
+        self.process.terminate()
+        return self.end(code=code)
+
+    def end(self, timeout=90, code=0):
+        """Its messages once it has ended; it gets no more lines to read."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -2100,11 +2113,11 @@ class Training:
 
 @pytest.fixture
 def training():
-    """training(source) starts a script; it is killed at the end of the test."""
+    """training(source, argument...) starts a script; it is killed at the end of the test."""
     started = []
 
-    def start(source, **settings):
-        started.append(Training(source, **settings))
+    def start(*arguments, **settings):
+        started.append(Training(*arguments, **settings))
         return started[-1]
 
     yield start
@@ -4205,61 +4218,17 @@ def names_in(directory):
     return sorted(os.listdir(str(directory))) if os.path.isdir(str(directory)) else []
 
 
-def start_script(source, *arguments, env=None, cwd=None):
-    """A training script that runs beside the test; its output is in pipes."""
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)], cwd=cwd,
-                            env=dict(os.environ, **(env or {})), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, universal_newlines=True)
-
-
-def tell(process, line):
-    """Write a line to a script, and return the one that it answers."""
-    process.stdin.write("%s\n" % line)
-    process.stdin.flush()
-    return process.stdout.readline().strip()
-
-
 def saved_files(repo, item_id, kind="checkpoints"):
     """{name: content} of an archive, read by tarfile."""
     with tarfile.open(str(repo / kind / (item_id + ".tar.gz"))) as tar:
         return {member.name[65:]: tar.extractfile(member).read() for member in tar}
 
 
-TRAINING = """
-import json, os, resource, signal, sys, threading, time, replicate
-experiment = replicate.init(quiet=True)
-"""
-
-
-def train(body, *arguments, **options):
-    """Run a script that records; `body` finds its modules imported and `experiment` begun."""
-    return run_script(TRAINING + textwrap.dedent(body), *arguments, **options)
-
-
-def start_training(body, *arguments):
-    """The same as a process beside the test."""
-    return start_script(TRAINING + textwrap.dedent(body), *arguments)
-
-
-def finish(process, timeout=90):
-    """(rest of stdout, stderr) of a script once it has ended; it is killed if that takes too long."""
-    killer = threading.Timer(timeout, process.kill)
-    killer.start()
-    with process, concurrent.futures.ThreadPoolExecutor(1) as thread:
-        errors = thread.submit(process.stderr.read)
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        out = process.stdout.read()  # communicate() would miss what readline() has buffered
-    killer.cancel()
-    return out, errors.result()
-
-
-def terminated(process):
-    """(exit code, rest of stdout, stderr) of a script that gets SIGTERM once it has printed "ready"."""
-    assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    out, err = finish(process)
-    return process.returncode, out, err
+def train(body, *arguments, code=0):
+    """Run a script that records to its end; `body` finds its modules imported and `experiment` begun."""
+    done = run_script(TRAINING + textwrap.dedent(body), *arguments, check=False)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def leftovers(repo):
@@ -4579,8 +4548,7 @@ LEAVES_A_JOURNAL = """
 
 def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_command(repo):
     """Without the checkpoint that is removed between the two."""
-    done = train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
-    assert done.returncode == -signal.SIGKILL
+    done = train(LEAVES_A_JOURNAL, "SIGKILL", code=-signal.SIGKILL)
     assert len(stored_documents(repo)[0]["checkpoints"]) == 1 and len(names_in(repo / "journals")) == 1
     assert [len(ids) for ids in listed(repo).values()] == [3]
     assert [item.metrics for item in replicate.experiments.list()[0].checkpoints] == [{"n": 0}, {"n": 1}, {"n": 2}]
@@ -4598,28 +4566,24 @@ def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_comm
 def test_where_files_cannot_be_locked_a_killed_process_s_journal_is_folded_a_day_later(repo, call, monkeypatch):
     """A live process folds its journals within seconds, so a journal of yesterday belongs to none."""
     monkeypatch.setattr(replicate, "lock_descriptor", lambda descriptor, wait: None)
-    train(LEAVES_A_JOURNAL, "SIGKILL", check=False)
+    train(LEAVES_A_JOURNAL, "SIGKILL", code=-signal.SIGKILL)
     assert call("ls")[0] == 0 and len(stored_documents(repo)[0]["checkpoints"]) == 1
     for name in names_in(repo / "journals"):
         os.utime(repo / "journals" / name, (time.time() - 90000,) * 2)
     assert call("ls")[0] == 0 and len(stored_documents(repo)[0]["checkpoints"]) == 3 and names_in(repo / "journals") == []
 
 
-def test_a_live_process_s_journal_is_shown_but_left_to_it(repo):
-    process = start_training(LEAVES_A_JOURNAL, "SIGSTOP")
-    try:
-        process.stdout.readline()
-        until(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
-        journals = names_in(repo / "journals")
-        assert len(journals) == 1
-        assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 3
-        assert names_in(repo / "journals") == journals and len(stored_documents(repo)[0]["checkpoints"]) == 1
-        process.send_signal(signal.SIGCONT)
-        until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 3)
-        until(lambda: names_in(repo / "journals") == [])
-    finally:
-        process.kill()
-        finish(process)
+def test_a_live_process_s_journal_is_shown_but_left_to_it(repo, training):
+    script = training(LEAVES_A_JOURNAL, "SIGSTOP", prefix=TRAINING)
+    script.expect("")
+    until(lambda: os.waitid(os.P_PID, script.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
+    journals = names_in(repo / "journals")
+    assert len(journals) == 1
+    assert json.loads(run("ls", "--json").stdout)[0]["num_checkpoints"] == 3
+    assert names_in(repo / "journals") == journals and len(stored_documents(repo)[0]["checkpoints"]) == 1
+    script.process.send_signal(signal.SIGCONT)
+    until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 3)
+    until(lambda: names_in(repo / "journals") == [])
 
 
 def test_torn_and_foreign_lines_of_a_journal_are_passed_over(repo):
@@ -4668,8 +4632,7 @@ def test_what_a_killed_recorder_left_goes_at_once(project, repo, by):
         experiment.checkpoint(metrics={"n": 2}, quiet=True)
         print(experiment.id, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-        """, check=False)
-    assert done.returncode == -signal.SIGKILL
+        """, code=-signal.SIGKILL)
     beat = repo / "metadata/heartbeats" / (done.stdout.strip() + ".json")
     assert beat.exists() and [name for name in names_in(repo / "tmp") if ".tar.gz." in name]
     if by == "rm":
@@ -4723,8 +4686,7 @@ def test_a_checkpoint_that_was_returned_survives_kill_9(project, repo, kind, cou
             if os.path.isfile("model"):
                 os.unlink("model")
         os.kill(os.getpid(), signal.SIGKILL)
-        """, kind, count, check=False)
-    assert done.returncode == -signal.SIGKILL
+        """, kind, count, code=-signal.SIGKILL)
     ids = done.stdout.split()
     assert len(ids) == count and list(listed(repo).values()) == [ids]
     experiment = replicate.experiments.list()[0]
@@ -4739,18 +4701,17 @@ def test_a_checkpoint_that_was_returned_survives_kill_9(project, repo, kind, cou
     assert names_in(repo / "journals") == []
 
 
-def test_kill_9_at_any_moment_loses_nothing_that_was_returned(repo):
+def test_kill_9_at_any_moment_loses_nothing_that_was_returned(repo, training):
     for number in range(6):
-        process = start_training("""
+        script = training("""
             open("model", "wb").write(b"abcdefgh" * 50000)
             while True:
                 print(experiment.checkpoint(metrics={"x": 1}, quiet=True).id, flush=True)
                 print(experiment.checkpoint(path="model", quiet=True).id, flush=True)
-            """)
+            """, prefix=TRAINING)
         for _ in range(20 + 37 * number):
-            process.stdout.readline()
-        process.kill()
-        finish(process)
+            script.expect("")
+        script.kill()
     experiments = replicate.experiments.list()
     for item in experiments:
         for checkpoint in item.checkpoints[:6] + item.checkpoints[-3:]:
@@ -4762,47 +4723,45 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_returned(repo):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_record_into_one_experiment_lose_nothing(repo, processes):
+def test_processes_that_record_into_one_experiment_lose_nothing(repo, training, processes):
     write_repository(repo, experiment_document(hex_id("1e")))
-    script = """
-        import sys, replicate
+    scripts = [training("""
         experiment = replicate.experiments.get("1e")
         for number in range(300):
             experiment.checkpoint(metrics={"who": int(sys.argv[1]), "n": number}, quiet=True)
             if number % 50 == 0:
                 experiment.stop()
-        """
-    running = [start_script(script, number) for number in range(processes)]
-    assert [(*finish(process), process.returncode) for process in running] == [("", "", 0)] * processes
+        """, number) for number in range(processes)]
+    assert [(script.end(), script.rest) for script in scripts] == [("", [])] * processes
     stored = [(item["metrics"]["who"], item["metrics"]["n"]) for item in stored_documents(repo)[0]["checkpoints"]]
     assert sorted(stored) == [(who, number) for who in range(processes) for number in range(300)]
     assert leftovers(repo) == []
 
 
-def test_recording_while_others_list_and_remove(repo):
+def test_recording_while_others_list_and_remove(repo, training):
     """A checkpoint that is removed while its experiment is recorded is not put back, and no other is lost."""
-    process = start_training("""
+    script = training("""
         open("model", "wb").write(b"text " * 200000)
         for line in sys.stdin:
             print(experiment.checkpoint(path="model", metrics={"n": int(line)}, quiet=True).id, flush=True)
-        """)
+        """, prefix=TRAINING)
     kept = []
     for number in range(12):
-        kept.append(tell(process, number))
+        script.go(number)
+        kept.append(script.expect(""))
         if number in (1, 4, 7):
             assert run("rm", "-f", kept.pop(0 if number == 4 else -1)).returncode == 0
         assert list(listed(repo).values()) == [kept]
-    assert finish(process) == ("", "") and process.returncode == 0
+    assert script.end() == "" and script.rest == []
     assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]] == kept
     assert names_in(repo / "checkpoints") == sorted(item + ".tar.gz" for item in kept)
     assert names_in(repo / "journals") == names_in(repo / "tmp") == []
 
 
 @pytest.mark.parametrize("moment", ["at rest", "journal open", "before stop"])
-def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(project, repo, moment):
+def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(project, repo, training, moment):
     (project / "model").write_bytes(b"text " * 2000000)
-    process = start_script("""
-        import sys, replicate
+    script = training("""
         experiment = replicate.init(path="model", quiet=True)
         experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True)
         print(experiment.id, flush=True)
@@ -4812,18 +4771,19 @@ def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(projec
             print("done", flush=True)
         experiment.checkpoint(metrics={"n": 1}, quiet=True)
         """)
-    experiment_id = process.stdout.readline().strip()
+    experiment_id = script.expect("")
     if moment == "journal open":
-        assert tell(process, 3) == "done"
+        script.go(3)
+        script.expect("done")
     elif moment == "at rest":
         until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and names_in(repo / "tmp") == [
             experiment_id + ".live.lock"])
     assert run("rm", "-f", experiment_id).returncode == 0
     if moment != "before stop":
         for _ in range(2):
-            assert tell(process, 20) == "done"
-    out, err = finish(process)
-    assert process.returncode == 0
+            script.go(20)
+            script.expect("done")
+    err = script.end()
     assert len(err.splitlines()) == 1 and "was removed" in err and experiment_id[:7] in err
     assert list(tree(repo)) == ["repository.json"]
 
@@ -5005,20 +4965,19 @@ def test_init_again_stops_the_earlier_experiment_and_create_does_not(repo):
 @pytest.mark.parametrize("count, path, work", [
     (3, "", "time.sleep(60)"), (3, "", "while True: pass"), (3, "model", "time.sleep(60)"), (303, "", "while True: save()")],
     ids=["sleep", "busy", "compressing", "inside checkpoint"])
-def test_sigterm_flushes_marks_stopped_and_kills(project, repo, count, path, work):
+def test_sigterm_flushes_marks_stopped_and_kills(project, repo, training, count, path, work):
     (project / "model").write_bytes(b"0123456789abcdef" * (2 << 20))
-    process = start_training(r"""
+    script = training(r"""
         def save():
             os.write(1, experiment.checkpoint(path=sys.argv[2] or None, quiet=True).id.encode() + b"\n")
         for _ in range(int(sys.argv[1])):
             save()
         os.write(1, b"ready\n")
         exec(sys.argv[3])
-        """, count, path, work)
-    ids = [process.stdout.readline().strip() for _ in range(count)]
-    code, out, err = terminated(process)
-    assert code == -signal.SIGTERM and err == ""
-    ids += out.split("\n")[:-1]
+        """, count, path, work, prefix=TRAINING)
+    ids = [script.expect("") for _ in range(count)]
+    assert script.terminate() == ""
+    ids += script.rest
     assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]][:len(ids)] == ids
     assert names_in(repo / "metadata/heartbeats") == names_in(repo / "journals") == []
 
@@ -5026,9 +4985,8 @@ def test_sigterm_flushes_marks_stopped_and_kills(project, repo, count, path, wor
 @pytest.mark.parametrize("first, handler, code", [
     ("", "sys.exit(3)", 3), ("", "raise KeyError(number)", 1), ("", "", 0),
     ("replicate.init(quiet=True)", "before(number, frame)", -signal.SIGTERM)])  # around the one of the first init()
-def test_sigterm_is_handed_to_the_handler_that_was_there(repo, first, handler, code):
-    ended, out, err = terminated(start_script(r"""
-        import os, signal, sys, time, replicate
+def test_sigterm_is_handed_to_the_handler_that_was_there(repo, training, first, handler, code):
+    script = training(r"""
         exec(sys.argv[1])
         before = signal.getsignal(signal.SIGTERM)
         def mine(number, frame):
@@ -5044,15 +5002,16 @@ def test_sigterm_is_handed_to_the_handler_that_was_there(repo, first, handler, c
         while not handled:
             time.sleep(0.01)
         experiment.checkpoint(metrics={"n": 3}, quiet=True)
-        """, first, handler))
-    assert out == "mine 15 True []\n" and ended == code, err
+        """, first, handler)
+    script.terminate(code)
+    assert script.rest == ["mine 15 True []"]
     assert sum(len(item["checkpoints"]) for item in stored_documents(repo)) == (3 if code == 0 else 2)
     assert names_in(repo / "metadata/heartbeats") == []
 
 
-def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
+def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo, training):
     """It may fall between putting the signal off and the block that ends this."""
-    ended = terminated(start_training("""
+    script = training("""
         def interrupted():
             replicate.termination.__enter__()
             raise KeyboardInterrupt
@@ -5063,8 +5022,8 @@ def test_a_ctrl_c_on_the_way_into_recording_code_leaves_sigterm_working(repo):
                 experiment.checkpoint(metrics={"n": number}, quiet=True)
         print("ready", flush=True)
         time.sleep(60)
-        """))
-    assert ended == (-signal.SIGTERM, "", "")
+        """, prefix=TRAINING)
+    assert script.terminate() == "" and script.rest == []
     assert len(stored_documents(repo)[0]["checkpoints"]) == 2 and names_in(repo / "metadata/heartbeats") == []
 
 
@@ -5174,8 +5133,8 @@ def test_threads_share_one_recorder_of_an_experiment(repo, monkeypatch):
 
 
 @pytest.mark.parametrize("daemon, end", [(False, "signal"), (True, "signal"), (True, "exit")])
-def test_nothing_is_resumed_when_the_process_ends(repo, daemon, end):
-    process = start_training("""
+def test_nothing_is_resumed_when_the_process_ends(repo, training, daemon, end):
+    script = training("""
         def work():
             while True:
                 experiment.checkpoint(metrics={"x": 1}, quiet=True)
@@ -5186,12 +5145,13 @@ def test_nothing_is_resumed_when_the_process_ends(repo, daemon, end):
             time.sleep(0.01)
         print("ready", flush=True)
         sys.stdin.readline()
-        """, daemon)
+        """, daemon, prefix=TRAINING)
     if end == "signal":
-        assert terminated(process) == (-signal.SIGTERM, "", "")
+        assert script.terminate() == ""
     else:
-        assert process.stdout.readline() == "ready\n"
-        assert finish(process) == ("", "") and process.returncode == 0
+        script.expect("ready")
+        assert script.end() == ""
+    assert script.rest == []
     assert leftovers(repo) == [] and stored_documents(repo)[0]["checkpoints"]
 
 
@@ -5261,7 +5221,7 @@ def test_multiprocessing_children_neither_record_nor_stop_and_die_when_they_are_
         print(terminated(hang, started.wait), experiment.is_running())
         print({terminated(lambda: time.sleep(60), lambda: None) for _ in range(20)})  # perhaps while they are forked
         experiment.checkpoint(metrics={"n": 1}, quiet=True)
-        """, check=False)
+        """)
     assert done.stdout == "%s\n-15 True\n{-15}\n" % [n * n for n in range(10)], done.stderr
     assert [item["metrics"] for item in stored_documents(repo)[0]["checkpoints"]] == [{"n": 1}]
     assert names_in(repo / "metadata/heartbeats") == []
@@ -5952,18 +5912,18 @@ def test_nothing_on_stderr_can_break_training(repo, trouble):
     assert done.stdout == "end\n" and len(stored_documents(repo)[0]["checkpoints"]) == 1
 
 
-def test_a_ctrl_c_at_exit_leaves_the_rest_to_the_next_command(project, repo):
+def test_a_ctrl_c_at_exit_leaves_the_rest_to_the_next_command(project, repo, training):
     """Compression of the last file is cut short; the file is whole and readable."""
     (project / "model").write_bytes(os.urandom(1 << 16) * 40 + b"0123456789abcdef" * (4 << 20))
-    process = start_training("""
+    script = training("""
         print(experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True).id, flush=True)
         print(experiment.checkpoint(metrics={"n": 2}, quiet=True).id, flush=True)
         print("ready", flush=True)
-        """)
-    ids = [process.stdout.readline().strip() for _ in range(3)][:2]
+        """, prefix=TRAINING)
+    ids = [script.expect("") for _ in range(3)][:2]
     until(lambda: names_in(repo / "tmp"))
-    process.send_signal(signal.SIGINT)
-    finish(process)
+    script.process.send_signal(signal.SIGINT)
+    script.end(code=None)
     assert list(listed(repo).values()) == [ids]
     assert replicate.experiments.list()[0].checkpoints[0].open("model").read() == (project / "model").read_bytes()
     run("ls")
@@ -8988,10 +8948,10 @@ class Peer:
         return done
 
     def start(self, source):
-        """A training script with the peer's library, as a running process."""
-        environment = outside(PATH="%s:%s" % (self.directory / "bin", os.environ["PATH"]))
-        return subprocess.Popen([str(self.directory / "bin/python"), "-c", textwrap.dedent(source)], env=environment,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        """A training script with the peer's library, which runs beside the test."""
+        programs = self.directory / "bin"
+        return Training(source, prefix="", python=str(programs / "python"),
+                        env={"PATH": "%s:%s" % (programs, os.environ["PATH"]), "PYTHONPATH": ""})
 
 
 @pytest.fixture
@@ -9110,9 +9070,7 @@ def test_big_ints_do_not_stop_the_peer(project, peer):
 
 def test_we_read_what_the_peer_records(project, peer, call):
     files_of_every_kind(project)
-    process = peer.start(RECORDING.format("keepsake", {}, {"inf": math.inf}, {"loss": 7.0, "nan": 2}))
-    _, errors = finish(process)
-    assert process.returncode == 0, errors
+    peer.start(RECORDING.format("keepsake", {}, {"inf": math.inf}, {"loss": 7.0, "nan": 2})).end()
     (document,) = stored_documents(project / "repo")
     experiment, checkpoints = document["id"], [item["id"] for item in document["checkpoints"]]
     (theirs,), (ours,) = json.loads(peer("ls", "--json").stdout), json.loads(call("ls", "--json")[1])
@@ -9145,8 +9103,8 @@ def test_diff_of_both_programs(project, peer, call):
 
 
 @pytest.mark.parametrize("library", ["keepsake", "replicate"])
-def test_both_programs_show_who_runs(project, peer, library):
-    process = (peer.start if library == "keepsake" else start_script)("""
+def test_both_programs_show_who_runs(project, peer, training, library):
+    script = (peer.start if library == "keepsake" else training)("""
         import sys, %s as library
         experiment = library.init()
         experiment.checkpoint(step=1)
@@ -9154,33 +9112,31 @@ def test_both_programs_show_who_runs(project, peer, library):
         sys.stdin.read()
         experiment.stop()
         """ % library)
-    assert process.stdout.readline() == "on\n"
+    script.expect("on")
     until(lambda: names_in(project / "repo/metadata/heartbeats") and stored_documents(project / "repo"), 60)
     assert peer("ps", "-q").stdout == run("ps", "-q").stdout == stored_documents(project / "repo")[0]["id"] + "\n"
-    finish(process)
+    script.end()
     assert peer("ps", "-q").stdout == run("ps", "-q").stdout == ""
 
 
-def test_the_peer_lists_while_we_record(project, peer):
+def test_the_peer_lists_while_we_record(project, peer, training):
     """Whatever moment the peer reads at, it finds whole documents and archives."""
     (project / "model").write_bytes(os.urandom(100000))
-    process = start_script("""
-        import replicate, sys
+    script = training("""
         experiment = replicate.init(path="model", quiet=True)
         for step in range(200):
             experiment.checkpoint(path="model", step=step, metrics={"x": step}, quiet=True)
             if step == 1:
-                print("begun", flush=True)
-                sys.stdin.readline()
+                wait("begun")
         """)
-    assert process.stdout.readline() == "begun\n"
-    process.stdin.close()
+    script.expect("begun")
+    script.go()
     seen = 0
-    while not seen or process.poll() is None:
+    while not seen or script.process.poll() is None:
         done = peer("ls", "--json")
         assert done.stderr == ""
         seen += len(json.loads(done.stdout))
-    assert finish(process)[1] == "" and process.returncode == 0
+    assert script.end() == ""
     assert json.loads(peer("ls", "--json").stdout)[0]["num_checkpoints"] == 200
 
 
