@@ -1358,7 +1358,15 @@ def test_removing_leftovers_never_takes_a_file_in_use(storage, monkeypatch, mome
     assert seen and tree(storage.root) == {"x": b"data"}
 
 
-TWO_USERS = """
+@pytest.mark.parametrize("umask", ["022", "077"])
+@pytest.mark.parametrize("root_mode", [0o2775, 0o2770, 0o3777])
+def test_users_of_one_group_share_a_repository_whatever_their_umask(shared_project, umask, root_mode):
+    repo = shared_project / "repo"
+    (shared_project / "train.py").write_text("print(1)")
+    repo.mkdir()
+    os.chown(str(repo), -1, 3000)
+    repo.chmod(root_mode)
+    done = run_script(BECOMES_NOBODY.partition("os.setgid")[0] + """
         def as_user(number, work):
             if os.fork():
                 assert os.wait()[1] == 0
@@ -1393,18 +1401,7 @@ TWO_USERS = """
 
         for user, work in ((2001, record), (2002, resume_and_record), (2001, remove)):
             as_user(user, work)
-"""
-
-
-@pytest.mark.parametrize("umask", ["022", "077"])
-@pytest.mark.parametrize("root_mode", [0o2775, 0o2770, 0o3777])
-def test_users_of_one_group_share_a_repository_whatever_their_umask(shared_project, umask, root_mode):
-    repo = shared_project / "repo"
-    (shared_project / "train.py").write_text("print(1)")
-    repo.mkdir()
-    os.chown(str(repo), -1, 3000)
-    repo.chmod(root_mode)
-    done = run_script(BECOMES_NOBODY.partition("os.setgid")[0] + TWO_USERS, umask, cwd=str(shared_project))
+        """, umask, cwd=str(shared_project))
     assert done.stdout.split() == ["2", "1"] and done.stderr == ""
     assert len(stored_documents(repo)) == 2
     for folder, folders, files in os.walk(str(repo)):
@@ -1450,14 +1447,10 @@ def test_what_waits_to_be_uploaded_is_private(s3_bucket, project, umask):
 # 5b  Cloud storage, sending
 # ------------------------------------------------------------------------------------------------------------------
 
-
-CLOUD_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-              "AWS_EC2_METADATA_DISABLED": "true", "GOOGLE_CLOUD_PROJECT": "test"}
-
-
 def use_cloud(monkeypatch, **variables):
     """Have credentials for every store, and these variables too."""
-    for variable, value in dict(CLOUD_KEYS, **variables).items():
+    for variable, value in dict(variables, AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1",
+                                AWS_EC2_METADATA_DISABLED="true", GOOGLE_CLOUD_PROJECT="test").items():
         monkeypatch.setenv(variable, value)
 
 
@@ -1865,8 +1858,8 @@ class Place:
 
     proxy = None
 
-    def __init__(self, url, root):
-        self.url, self.root = url, root
+    def __init__(self, root, url=None):
+        self.root, self.url = root, url
 
     def document(self, item_id):
         return json.loads(self.get(document_key(item_id)).decode())
@@ -1901,22 +1894,21 @@ class DiskPlace(Place):
         return sorted(tree(self.root))
 
     def get(self, key):
-        return (Path(self.root) / key).read_bytes()
+        return (self.root / key).read_bytes()
 
     def put(self, key, data):
-        (Path(self.root) / key).parent.mkdir(parents=True, exist_ok=True)
-        (Path(self.root) / key).write_bytes(data)
+        fill(self.root, {key: data})
 
     def remove(self, key):
-        (Path(self.root) / key).unlink()
+        (self.root / key).unlink()
 
     def create(self):
-        Path(self.root).mkdir(exist_ok=True)
+        self.root.mkdir(exist_ok=True)
 
 
 class S3Place(Place):
     def __init__(self, url, bucket, root, client, proxy):
-        super().__init__(url, root)
+        super().__init__(root, url)
         self.bucket, self.client, self.proxy = bucket, client, proxy
 
     def create(self):
@@ -1973,7 +1965,7 @@ def new_place(request, tmp_path, monkeypatch):
     def make(kind):
         name = "t%s-bucket" % uuid.uuid4().hex[:20]
         if kind == "file":
-            return DiskPlace("file://%s" % (tmp_path / name), str(tmp_path / name))
+            return DiskPlace(tmp_path / name, "file://%s" % (tmp_path / name))
         scheme, slash, root = kind.partition("/")
         port, client = request.getfixturevalue(scheme + "_server")
         proxy = WireProxy(port)
@@ -2363,8 +2355,9 @@ def test_the_peer_reads_what_we_write_to_a_bucket(peer, new_place, project, tmp_
 # The pending area: what is recorded while the bucket is away, or when the process dies.
 
 def messages_of(text):
-    """The messages on stderr, announcements of experiments aside."""
-    return [line for line in text.splitlines() if line.startswith("═══╡") and ": recording " not in line]
+    """The messages on stderr that are neither announcements of experiments nor of checkpoints."""
+    announcements = r"═══╡ (Experiment \w{7}: recording|Recording experiment|Saved |Checkpoint \w{7} \(step|Waiting for)"
+    return [line for line in text.splitlines() if line.startswith("═══╡") and not re.match(announcements, line)]
 
 
 def take_away(proxy, how):
@@ -4218,12 +4211,6 @@ def names_in(directory):
     return sorted(os.listdir(str(directory))) if os.path.isdir(str(directory)) else []
 
 
-def saved_files(repo, item_id, kind="checkpoints"):
-    """{name: content} of an archive, read by tarfile."""
-    with tarfile.open(str(repo / kind / (item_id + ".tar.gz"))) as tar:
-        return {member.name[65:]: tar.extractfile(member).read() for member in tar}
-
-
 def train(body, *arguments, code=0):
     """Run a script that records to its end; `body` finds its modules imported and `experiment` begun."""
     done = run_script(TRAINING + textwrap.dedent(body), *arguments, check=False)
@@ -4234,12 +4221,6 @@ def train(body, *arguments, code=0):
 def leftovers(repo):
     """What a recorder leaves only while it works or when it was killed."""
     return names_in(repo / "journals") + names_in(repo / "tmp") + names_in(repo / "metadata/heartbeats")
-
-
-def errors_in(text):
-    """The messages on stderr that are neither announcements of experiments nor of checkpoints."""
-    return [line for line in text.splitlines() if line.startswith("═══╡")
-            and not re.match(r"═══╡ (Experiment \w{7}: recording|Recording experiment|Saved |Checkpoint \w{7} \(step|Waiting for)", line)]
 
 
 @pytest.fixture
@@ -4275,33 +4256,26 @@ def test_a_missing_repository_json_is_a_repository_not_yet_written_to(repo):
     assert opened(repo).check_version() is True
 
 
-def bad_documents():
-    """{file name: content} of documents that must be passed over."""
+def test_unreadable_documents_are_named_once_and_the_rest_is_listed(repo):
+    write_repository(repo, experiment_document(A), experiment_document(B))
     whole = json.dumps(GOOD_DOCUMENT).encode()
-    found = {"notes.txt": b"hello", "README.json": b"{}", hex_id("bc"): whole, hex_id("bd") + ".json~": whole,
-             "evil\x1b[2J.json": b"{}"}
+    bad = {"notes.txt": b"hello", "README.json": b"{}", hex_id("bc"): whole, hex_id("bd") + ".json~": whole,
+           "evil\x1b[2J.json": b"{}"}
     for number, content in enumerate([b"", b"[]", b"\xff\xfe{}", b"[" * 200000, whole[:len(whole) // 2], whole,
                                       {"params": {"x": math.nan}}, *WRONG_FIELDS]):
         item = "%064x" % number
-        found[item + ".json"] = content if isinstance(content, bytes) else json.dumps(
+        bad[item + ".json"] = content if isinstance(content, bytes) else json.dumps(
             {**GOOD_DOCUMENT, "id": item, **content}).encode()
-    return found
-
-
-def test_unreadable_documents_are_named_once_and_the_rest_is_listed(repo):
-    good = [experiment_document(hex_id(letter)) for letter in ("1e", "2e")]
-    write_repository(repo, *good)
-    for name, content in bad_documents().items():
-        (repo / "metadata/experiments" / name).write_bytes(content)
+    fill(repo / "metadata/experiments", bad)
     for arguments in (["ls", "-q"], ["ls", "-q", "-f", "user = andreas"]):
         done = run(*arguments)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == [hex_id("1e"), hex_id("2e")]
+        assert done.stdout.split() == [A, B]
         warnings = done.stderr.splitlines()
-        for name in bad_documents():
+        for name in bad:
             shown = name.replace("\x1b", "\\x1b") + ":"
             assert sum(shown in line for line in warnings) == 1, (name, done.stderr)
-        assert len(warnings) == len(bad_documents()) and "\x1b" not in done.stderr
+        assert len(warnings) == len(bad) and "\x1b" not in done.stderr
     assert run("rm", "-f", "1e").returncode == 0
     assert run("show", "2e").returncode == 0
     (repo / "metadata/experiments" / (A + ".json")).write_text("{")
@@ -5364,21 +5338,21 @@ def test_a_full_disk(small_disk, then):
     assert len(before.splitlines()) == done.stderr.count("is nearly full") == before.count("is nearly full") == 1
     assert "Traceback" not in done.stderr
     assert "weights" in during.splitlines()[0] or "No space left" in during.splitlines()[0]
-    assert all("No space left" in line for line in errors_in(during))
+    assert all("No space left" in line for line in messages_of(during))
     document, = stored_documents(small_disk / "repo")
     numbers = [item["metrics"]["n"] for item in document["checkpoints"]]
     if then == "no room":
         assert numbers[0] == 0 and listed(small_disk / "repo")[document["id"]][0] == document["checkpoints"][0]["id"]
-        assert 1 <= len(errors_in(stopping)) <= 2 and after == ""  # the journal and the document, once each
+        assert 1 <= len(messages_of(stopping)) <= 2 and after == ""  # the journal and the document, once each
     else:
         assert numbers == list(range(201 if then == "room and a checkpoint" else 200))
-        assert errors_in(stopping) == []
+        assert messages_of(stopping) == []
         assert names_in(small_disk / "repo/journals") == []
     assert names_in(small_disk / "repo/tmp") == names_in(small_disk / "repo/metadata/heartbeats") == []
     saved = [item["id"] for item in document["checkpoints"] if item["path"]]
     assert names_in(small_disk / "repo/checkpoints") == sorted(item + ".tar.gz" for item in saved)
     for item in saved:
-        assert saved_files(small_disk / "repo", item) == {"weights": (small_disk / "weights").read_bytes()}
+        assert DiskPlace(small_disk / "repo").files("checkpoints", item) == {"weights": (small_disk / "weights").read_bytes()}
 
 
 def test_what_no_journal_could_take_comes_into_the_document_at_stop(repo):
@@ -5391,7 +5365,7 @@ def test_what_no_journal_could_take_comes_into_the_document_at_stop(repo):
         os.unlink("repo/journals")
         os.rename("elsewhere", "repo/journals")
         """)
-    assert len(errors_in(done.stderr)) >= 1 and "Traceback" not in done.stderr
+    assert len(messages_of(done.stderr)) >= 1 and "Traceback" not in done.stderr
     assert [item["metrics"]["n"] for item in stored_documents(repo)[0]["checkpoints"]] == [0, 1]
 
 
@@ -5412,7 +5386,7 @@ def test_a_file_size_limit(project, repo):
     print("end")
     """)
     assert done.stdout == "end\n" and "Traceback" not in done.stderr
-    errors = errors_in(done.stderr)
+    errors = messages_of(done.stderr)
     assert "File too large" in errors[0] and "The rest of it was recorded" in errors[0]
     document, = stored_documents(repo)
     assert [item["metrics"]["n"] for item in document["checkpoints"]] == list(range(1501))
@@ -5895,7 +5869,7 @@ def test_files_that_shrink_grow_or_vanish_while_they_are_saved(project, repo, mo
         assert "files/d is not saved" in message
         with pytest.raises(replicate.DoesNotExist):
             checkpoint.open("files/d")
-    assert saved_files(repo, checkpoint.id) == {
+    assert DiskPlace(repo).files("checkpoints", checkpoint.id) == {
         "files/a": b"a" * (size // 3), "files/b": b"b" * size, "files/c": b"c" * size + b"more"}
     assert stored_documents(repo)[0]["checkpoints"][0]["metrics"] == {"x": 1}
 
@@ -6109,7 +6083,7 @@ def test_the_embedded_default_repository_is_announced_in_one_line(tmp_path, caps
     assert re.fullmatch(r"═══╡ Recording experiment \w{7} in file://\S+/storage \(saved train.py\)\n", capsys.readouterr().err)
     assert len(replicate.experiments.list()) == 2
     for item in replicate.experiments.list():
-        assert list(saved_files(directory / ".replicate/storage", item.id, "experiments")) == ["train.py"]
+        assert list(DiskPlace(directory / ".replicate/storage").files("experiments", item.id)) == ["train.py"]
 
 
 @pytest.mark.parametrize("ignored", [True, False])
@@ -6120,7 +6094,7 @@ def test_init_that_finds_no_file_to_save_says_so(project, repo, capsys, ignored)
         (project / "src/train.py").write_text("pass")
     with replicate.init(path="src") as experiment:
         assert experiment.path is None
-    warning, line = messages_of(capsys.readouterr().err)
+    warning, line = capsys.readouterr().err.splitlines()
     assert "'src'" in warning and "no file" in warning and "saved" not in line
     assert names_in(repo / "experiments") == [] and stored_documents(repo)[0]["path"] is None
 
@@ -6418,7 +6392,7 @@ def test_how_a_run_ends(project, repo, source):
     done = run_script(ENDS + source, check=False)
     code, status, error = ENDINGS[source]
     told = ["═══╡ Interrupted: the next replicate command here finishes the rest."] if "imported_packages" in source else []
-    assert done.returncode == code and errors_in(done.stderr) == told and (code or done.stderr == "")
+    assert done.returncode == code and messages_of(done.stderr) == told and (code or done.stderr == "")
     (experiment,) = replicate.experiments.list()
     assert (experiment.outcome["status"], experiment.outcome.get("error")) == (status, error)
     assert started <= replicate.parse_time(experiment.outcome["time"]) <= datetime.datetime.now(datetime.timezone.utc)
@@ -6428,7 +6402,7 @@ def test_how_a_run_ends(project, repo, source):
     assert leftovers(repo) == [] and len(stored_documents(repo)[0]["checkpoints"]) == 3 + source.count("checkpoint")
     for name in names_in(repo / "checkpoints"):
         assert told or (repo / "checkpoints" / name).stat().st_size < 1 << 19  # compressed before the end
-        assert saved_files(repo, name[:64]) == {"model": (project / "model").read_bytes()}
+        assert DiskPlace(repo).files("checkpoints", name[:64]) == {"model": (project / "model").read_bytes()}
 
 
 @pytest.mark.parametrize("source, wanted", [("begin(); raise ValueError('x')", "failed"), ("begin()", "completed"),
