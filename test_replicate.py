@@ -1463,7 +1463,7 @@ class WireRequest:
         self.path = urllib.parse.unquote(parts.path)
         self.query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
         self.range = headers.get("Range")
-        self.status, self.served = None, 0
+        self.served = 0  # bytes of the answer
         self.is_gcs = bool(re.match(r"/(upload/|download/)?storage/v1/|/resumable/", self.path))
         self.bucket, self.key, self.kind = self._gcs() if self.is_gcs else self._s3()
 
@@ -1507,8 +1507,8 @@ class WireProxy:
     after(request, status, headers, body) is called before an answer is sent.
     """
 
-    def __init__(self, upstream):
-        self.upstream = upstream
+    def __init__(self, upstream=None, is_gcs=False):
+        self.upstream, self.is_gcs = upstream, is_gcs
         self.requests = []
         self.rule = lambda request: None
         self.after = lambda request, status, headers, body: None
@@ -1590,8 +1590,7 @@ class WireProxy:
         return len([request for request in self.seen(kind, prefix) if kind or request.kind != "BUCKET"])
 
     def seen(self, kind=None, prefix=""):
-        return [request for request in list(self.requests)
-                if (kind is None or request.kind == kind) and prefix in request.key]
+        return [request for request in list(self.requests) if kind in (None, request.kind) and prefix in request.key]
 
     # -- work
 
@@ -1615,7 +1614,6 @@ class WireProxy:
             self.after(request, status, headers, body)
             if action == "lost":
                 raise WireCut
-            request.status = status
             self._send(handler, request, status, headers, body, action if isinstance(action, int) else None)
             request.body = request.body[:1 << 16]  # of the rest nobody asks
         except WireCut:
@@ -1703,7 +1701,7 @@ class WireProxy:
             status, headers, _ = self.forward(WireRequest("HEAD", request.target, {
                 "Authorization": request.headers.get("Authorization", "")}, b""))
             if wanted and (status != 200 or headers["etag"].strip('"') != wanted.strip('"')) or absent and status == 200:
-                return self.s3_error(412, "PreconditionFailed", "At least one of the pre-conditions did not hold.")
+                return self.precondition_failed()
         return self.forward(request)
 
     def _enforce(self, request):
@@ -1714,7 +1712,7 @@ class WireProxy:
             status, _, body = self.forward(probe)
             current = json.loads(body)["generation"] if status == 200 else "0"
             if current != wanted and not (current == "0" and request.kind in ("GET", "HEAD")):
-                return self.gcs_error(412, "At least one of the pre-conditions you specified did not hold.")
+                return self.precondition_failed()
         if request.kind != "LIST":
             return self.forward(request)
         query = {name: value for name, value in request.query.items() if name == "prefix"}
@@ -1729,19 +1727,16 @@ class WireProxy:
             page["nextPageToken"] = items[limit - 1]["name"]
         return 200, {"Content-Type": "application/json"}, json.dumps(page).encode()
 
-    @staticmethod
-    def gcs_error(status, message):
-        return status, {"Content-Type": "application/json"}, json.dumps(
-            {"error": {"code": status, "message": message, "errors": [{"message": message}]}}).encode()
+    def precondition_failed(self):
+        return self.refusal(412, "PreconditionFailed", "At least one of the pre-conditions did not hold.")
 
-    @staticmethod
-    def s3_error(status, code, message):
-        return status, {"Content-Type": "application/xml"}, ("<Error><Code>%s</Code><Message>%s</Message></Error>" % (
-            code, message)).encode()
-
-    def refusal(self, request, status=403, code="AccessDenied", message="You may not do that"):
+    def refusal(self, status=403, code="AccessDenied", message="You may not do that"):
         """The answer of a store that refuses, in the words of its protocol."""
-        return self.gcs_error(status, message) if request.is_gcs else self.s3_error(status, code, message)
+        if self.is_gcs:
+            return status, {"Content-Type": "application/json"}, json.dumps(
+                {"error": {"code": status, "message": message, "errors": [{"message": message}]}}).encode()
+        return status, {"Content-Type": "application/xml"}, (
+            "<Error><Code>%s</Code><Message>%s</Message></Error>" % (code, message)).encode()
 
 
 class Shelf(WireProxy):
@@ -1749,7 +1744,7 @@ class Shelf(WireProxy):
 
     def __init__(self):
         self.objects = {}
-        super().__init__(None)
+        super().__init__()
 
     def put(self, key, data, age=60.0):
         self.objects[key] = (data, hashlib.md5(data).hexdigest(), time.time() - age)
@@ -1769,12 +1764,12 @@ class Shelf(WireProxy):
             if request.kind not in ("GET", "HEAD"):
                 return 200, {}, b""
             if request.key not in self.objects:
-                return self.s3_error(404, "NoSuchKey", "The specified key does not exist.")
+                return self.refusal(404, "NoSuchKey", "The specified key does not exist.")
             data, tag, modified = self.objects[request.key]
             headers = {"etag": '"%s"' % tag, "last-modified": email.utils.formatdate(modified, usegmt=True),
                        "content-length": str(len(data))}
             if (request.headers.get("If-Match") or tag).strip('"') != tag:
-                return self.s3_error(412, "PreconditionFailed", "At least one of the pre-conditions did not hold.")
+                return self.precondition_failed()
             if request.range:
                 first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range).groups()
                 part = data[int(first):int(last) + 1 if last else None]
@@ -1968,7 +1963,7 @@ def new_place(request, tmp_path, monkeypatch):
             return DiskPlace(tmp_path / name, "file://%s" % (tmp_path / name))
         scheme, slash, root = kind.partition("/")
         port, client = request.getfixturevalue(scheme + "_server")
-        proxy = WireProxy(port)
+        proxy = WireProxy(port, scheme == "gs")
         use_cloud(monkeypatch, **{"AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST": proxy.address})
         places.append((S3Place if scheme == "s3" else GSPlace)(
             "%s://%s%s%s" % (scheme, name, slash, root), name, root and root + "/", client, proxy))
@@ -2303,19 +2298,29 @@ def test_the_library(place, project, tmp_path):
     (project / "model/weights").write_bytes(b"resumed")
     added = fetched.checkpoint(path="model", metrics={"loss": 0.0}, quiet=True)
     assert added.step == 3 and added.open("model/weights").read() == b"resumed"
+    assert experiment.is_running()
     fetched.stop()
+    assert not experiment.is_running()
+    assert [item.step for item in experiment.checkpoints] == [0, 1, 2]
     experiment.refresh()
-    assert [item.step for item in experiment.checkpoints] == [0, 1, 2, 3]
+    assert experiment.checkpoints.step == [0, 1, 2, 3] and experiment.checkpoints.metrics["loss"] == [3, 2, 1, 0]
     assert place.files("checkpoints", added.id) == {"model/weights": b"resumed"}
-    other = replicate.Project(repository=place.url, directory=str(project)).experiments.create(params={"lr": 1}, quiet=True)
-    other.stop()
-    assert [item.id for item in replicate.experiments.list()] == [experiment.id, other.id]
-    assert [item.id for item in replicate.experiments.list(lambda item: item.params["lr"] == 1)] == [other.id]
-    experiment.delete()
-    other.delete()
+    elsewhere = replicate.Project(repository=place.url, directory=str(project))
+    others = [elsewhere.experiments.create(params={"lr": number}, quiet=True) for number in (1, 2, 3)]
+    for other in others:
+        other.stop()
+    ids = [experiment.id] + [other.id for other in others]
+    assert [item.id for item in replicate.experiments.list()] == ids
+    assert [item.id for item in replicate.experiments.list(lambda item: item.params["lr"] == 1)] == ids[1:2]
+    replicate.experiments.list()[1:3].delete()
+    assert [item.id for item in replicate.experiments.list()] == [ids[0], ids[3]]
+    for _ in range(2):  # the second time is no error
+        experiment.delete()
+    others[-1].delete()
     assert place.keys() == ["repository.json"] and list(replicate.experiments.list()) == []
-    with pytest.raises(replicate.DoesNotExist):
-        replicate.experiments.get(experiment.id)
+    for use in (experiment.refresh, lambda: replicate.experiments.get(experiment.id)):
+        with pytest.raises(replicate.DoesNotExist):
+            use()
 
 
 @pytest.mark.parametrize("place, times", [("file", 60), ("s3", 2), ("gs", 2)], indirect=["place"])
@@ -2363,7 +2368,7 @@ def take_away(proxy, how):
     if how == "away":
         proxy.down()
     else:
-        proxy.rule = lambda request: proxy.refusal(request, 404, "NoSuchBucket", "The specified bucket does not exist")
+        proxy.rule = lambda request: proxy.refusal(404, "NoSuchBucket", "The specified bucket does not exist")
 
 
 @pytest.mark.parametrize("how", ["away", "deleted"])
@@ -2560,7 +2565,7 @@ def test_a_push_that_is_refused_or_interrupted_can_be_run_again(bucket, project,
     script = training(KILLED)
     script.expect("saved")
     script.kill()
-    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request) if is_upload(request) else None
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal() if is_upload(request) else None
     done = run("push")
     assert done.returncode == 1 and "You may not do that" in done.stderr and "Traceback" not in done.stderr
     assert len(pending_documents(project)[0]["checkpoints"]) == 6
@@ -2601,7 +2606,7 @@ def test_push_from_copies_between_repositories(new_place, project, source, targe
 
 def test_what_a_live_process_records_is_left_to_it_and_once_it_is_killed_goes_with_a_resumed_run(
         bucket, project, hasty, training):
-    away = WireProxy(bucket.proxy.upstream)
+    away = WireProxy(bucket.proxy.upstream, bucket.proxy.is_gcs)
     script = training(SAVES_ONCE, env={"AWS_ENDPOINT_URL": away.address, "STORAGE_EMULATOR_HOST": away.address})
     item = record_offline(script, bucket, project, lambda request: "reset", away)
     until(lambda: not [key for key in pending_leftovers(project) if key.endswith(".jsonl")])
@@ -2620,8 +2625,8 @@ def test_what_a_live_process_records_is_left_to_it_and_once_it_is_killed_goes_wi
 @pytest.mark.parametrize("what", ["everything", "writing"])
 def test_a_refusal_at_init_is_raised_at_once(bucket, project, what):
     bucket.create()
-    bucket.proxy.rule = lambda request: bucket.proxy.refusal(
-        request, message="User ben is not authorized to do that") if what == "everything" or request.method in ("PUT", "POST") else None
+    refusal = bucket.proxy.refusal(message="User ben is not authorized to do that")
+    bucket.proxy.rule = lambda request: refusal if what == "everything" or request.method in ("PUT", "POST") else None
     with pytest.raises(replicate.ReplicateError, match="ben is not authorized|Forbidden|not authorized") as raised:
         replicate.init(quiet=True)
     assert bucket.url in str(raised.value) and "\n" not in str(raised.value)
@@ -2850,7 +2855,7 @@ def record_file(project, size):
 def test_an_upload_that_the_store_forgot_is_no_missing_file(s3_bucket, project, hasty):
     """NoSuchUpload is a 404 too, and must not be taken for 'there are no files to send'."""
     failed = once(s3_bucket.proxy, lambda request: request.kind == "PART",
-                  s3_bucket.proxy.s3_error(404, "NoSuchUpload", "The specified upload does not exist"))
+                  s3_bucket.proxy.refusal(404, "NoSuchUpload", "The specified upload does not exist"))
     checkpoint = record_file(project, 9 << 20)
     run("push")
     assert failed and s3_bucket.checkpoints()
@@ -2877,8 +2882,7 @@ def test_what_is_removed_from_the_bucket_is_not_put_back(bucket, project, hasty,
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_misspelt_bucket_is_created_and_said_loudly(bucket, hasty, capsys, at_once):
     """At once: the answer to the creation is lost, and the second try meets the bucket that the first has made."""
-    taken = bucket.proxy.refusal(types.SimpleNamespace(is_gcs=bucket.url.startswith("gs")), 409, "BucketAlreadyOwnedByYou",
-                                 "You already own this bucket.")
+    taken = bucket.proxy.refusal(409, "BucketAlreadyOwnedByYou", "You already own this bucket.")
     answers = ["lost", taken] if at_once else [None]
     bucket.proxy.rule = lambda request: answers.pop(0) if request.kind == "CREATE" and answers else None
     assert not bucket.exists()
@@ -2899,8 +2903,8 @@ def test_nothing_is_lost_or_doubled_where_a_third_of_the_requests_fail(bucket, p
         if dice.random() >= 0.3:
             return None
         failures.append(request)
-        return dice.choice([bucket.proxy.refusal(request, 500, "InternalError", "We encountered an internal error."),
-                            bucket.proxy.refusal(request, 503, "SlowDown", "Please reduce your rate."), "reset", "lost",
+        return dice.choice([bucket.proxy.refusal(500, "InternalError", "We encountered an internal error."),
+                            bucket.proxy.refusal(503, "SlowDown", "Please reduce your rate."), "reset", "lost",
                             dice.choice([0, 10, 1000, 50000]) if request.kind == "GET" else "reset"])
 
     bucket.proxy.rule = rule
@@ -2998,7 +3002,7 @@ def test_a_stalled_connection_is_given_up(bucket, monkeypatch, hasty, call):
                                              (["ls"], 503)])
 def test_a_refusal_is_one_sentence_and_tried_again_only_where_the_service_is_down(bucket, hasty, call, command, status):
     sample(bucket)
-    bucket.proxy.rule = lambda request: bucket.proxy.refusal(request, status, message="Ben may not do that")
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal(status, message="Ben may not do that")
     code, out, errors = call(*command)
     assert code == 1 and out == "" and "Ben may not do that" in one_message(errors) and bucket.url in errors
     assert bucket.proxy.count() == (1 if status == 403 else replicate.CloudStorage.ATTEMPTS)
@@ -3190,7 +3194,7 @@ def test_the_index_is_rewritten_only_when_a_tenth_is_out_of_date(shelf, call, fr
 
 def test_a_reader_without_permission_to_write(shelf, call, fresh_machine):
     shelf.fill(150)
-    shelf.rule = lambda request: shelf.refusal(request) if request.method in ("PUT", "POST", "DELETE") else None
+    shelf.rule = lambda request: shelf.refusal() if request.method in ("PUT", "POST", "DELETE") else None
     assert len(listed_params(call)) == 150  # which asserts that there is no message
     assert shelf.count("PUT") == 1 and "index/rows-1.gz" not in shelf.objects
     fresh_machine()
@@ -5985,28 +5989,6 @@ def test_get(repo, prefixes):
     for wrong in (5, None, b"ab1", ["ab1"]):
         with pytest.raises((TypeError, replicate.ReplicateError)):
             get(wrong)
-
-
-def test_refresh_and_delete(project, repo):
-    (project / "model").write_text("x")
-    kept = replicate.init(quiet=True)
-    experiment = replicate.init(path="model", quiet=True)
-    experiment.checkpoint(path="model", metrics={"n": 1}, quiet=True)
-    other = replicate.Project().experiments.get(experiment.id)
-    experiment.checkpoint(metrics={"n": 2}, quiet=True)
-    assert len(other.checkpoints) == 1
-    other.refresh()
-    assert other.checkpoints.metrics["n"] == [1, 2]
-    experiment.stop()
-    assert not other.is_running()
-    replicate.init(quiet=True).stop()
-    also = replicate.Project().experiments.create(quiet=True)
-    replicate.experiments.list()[1:3].delete()
-    assert {item["id"] for item in stored_documents(repo)} == {kept.id, also.id} and names_in(repo / "checkpoints") == []
-    for use in (experiment.refresh, lambda: replicate.experiments.get(experiment.id)):
-        with pytest.raises(replicate.DoesNotExist):
-            use()
-    other.delete()  # twice is no error
 
 
 def test_slices_of_checkpoints_and_their_columns(repo):
