@@ -4525,7 +4525,6 @@ def test_a_killed_process_s_journal_is_shown_at_once_and_folded_by_the_next_comm
     """Without the checkpoint that is removed between the two."""
     done = train(LEAVES_A_JOURNAL, "SIGKILL", code=-signal.SIGKILL)
     assert len(stored_documents(repo)[0]["checkpoints"]) == 1 and len(names_in(repo / "journals")) == 1
-    assert [len(ids) for ids in listed(repo).values()] == [3]
     assert [item.metrics for item in replicate.experiments.list()[0].checkpoints] == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert len(replicate.experiments.get(done.stdout.strip()).checkpoints) == 3
     assert len(names_in(repo / "journals")) == 1
@@ -6619,7 +6618,7 @@ def test_resuming_needs_the_same_params_and_keeps_the_code(project, resumable):
 
 
 def test_resuming_does_not_warn_of_the_files_that_its_checkpoints_saved(project, capsys):
-    (project / "train.py").write_text("1")
+    fill(project, {"train.py": b"1"})
     experiment = replicate.init(path=".", quiet=True)
     for path in ("model.bin", "weights/last.bin"):
         fill(project, {path: b"2"})
