@@ -1151,7 +1151,7 @@ def test_a_typed_relative_url_is_relative_to_the_working_directory(project, tmp_
         assert location.directory == str(project / "sub" if directory and how != "configuration" else project)
 
 
-def test_file_urls_are_made_absolute(project, monkeypatch):
+def test_file_urls_are_made_absolute(project):
     for url, wanted in [("file://a/../b", "%s/b" % project), ("file:///x/y/", "/x/y"), ("file://./r", "%s/r" % project),
                         ("file://~/r", "%s/r" % os.environ["HOME"]), ("file:///", "/")]:
         assert replicate.absolute_url(url, str(project)) == "file://" + wanted
@@ -1449,8 +1449,8 @@ def test_what_waits_to_be_uploaded_is_private(s3_bucket, project, umask):
 
 def use_cloud(monkeypatch, **variables):
     """Have credentials for every store, and these variables too."""
-    for variable, value in dict(variables, AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1",
-                                AWS_EC2_METADATA_DISABLED="true", GOOGLE_CLOUD_PROJECT="test").items():
+    for variable, value in dict(variables, AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", GOOGLE_CLOUD_PROJECT="test",
+                                AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true").items():
         monkeypatch.setenv(variable, value)
 
 
@@ -2036,9 +2036,9 @@ class Training:
     """A training script that runs beside the test, and stops where it calls wait(word)."""
 
     def __init__(self, source, *arguments, prefix=HASTY, cwd=None, env=None, python=sys.executable):
-        self.process = subprocess.Popen(
-            [python, "-c", prefix + textwrap.dedent(source), *map(str, arguments)], cwd=cwd, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore", **(env or {})})
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", **(env or {})}
+        self.process = subprocess.Popen([python, "-c", prefix + textwrap.dedent(source), *map(str, arguments)], cwd=cwd, text=True,
+                                        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.lines, self.errors = queue.Queue(), []
         self._readers = [threading.Thread(target=self._read, args=(self.process.stdout, self.lines.put), daemon=True),
                          threading.Thread(target=self._read, args=(self.process.stderr, self.errors.append), daemon=True)]
@@ -4087,7 +4087,7 @@ def test_what_floods_a_reader_is_refused_in_one_sentence(tmp_path, name, path):
     assert problem in printed and len(printed) < 400
 
 
-def test_very_many_empty_gzip_members_are_read_in_time_of_their_number(tmp_path):
+def test_very_many_empty_gzip_members_are_read_in_time_of_their_number():
     sizes = []
     stream = io.BytesIO(gzip.compress(b"") * 20000 + gzip.compress(b"end"))
     read = stream.read
@@ -6680,7 +6680,7 @@ def test_of_many_processes_that_resume_at_once_one_does(place, training):
     assert replicate.init(resume=experiment.id, quiet=True).id == experiment.id
 
 
-def test_resuming_what_is_not_there_is_an_error_and_auto_starts_anew(project, capsys):
+def test_resuming_what_is_not_there_is_an_error_and_auto_starts_anew(project):
     with pytest.raises(replicate.DoesNotExist):
         replicate.init(resume="1e", quiet=True)
     assert replicate.init(resume="auto", quiet=True).latest() is None
