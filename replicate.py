@@ -37,29 +37,28 @@ To follow one task through the code, read in this order:
 """
 from __future__ import annotations
 
+import argparse
+import datetime
+import errno
 import io
+import json
 import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import stat
+import struct
 import sys
+import tarfile
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
-    import datetime
-    import difflib
-    import errno
-    import json
-    import platform
-    import re
-    import shlex
-    import shutil
-    import signal
-    import stat
-    import struct
-    import tarfile
-    import zlib
     from typing import (Any, BinaryIO, Callable, Container, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence,
                         Set, TextIO, Tuple, Union)
     Column = Tuple[str, Sequence[str]]  # a table column: its title, and one cell (of one or more lines) per row
@@ -71,23 +70,6 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------------------------
 # 0  Imports and constants
 # ------------------------------------------------------------------------------------------------------------------
-
-class _LazyModule:
-    """A standard library module that is imported on first use: most commands need only a few."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        module = __import__(self._name)
-        globals()[self._name] = module
-        return getattr(module, attribute)
-
-
-if not TYPE_CHECKING:
-    for _name in ("argparse", "datetime", "difflib", "errno", "json", "platform", "re", "shlex", "shutil", "signal",
-                  "stat", "struct", "tarfile", "zlib"):
-        globals()[_name] = _LazyModule(_name)
 
 __version__ = "1.0.0"
 __all__ = ["init", "experiments", "keras_callback", "lightning_callback", "transformers_callback", "Project", "Experiment",
@@ -616,6 +598,7 @@ def plural(count: int, noun: str) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """' Did you mean X?' with the closest of names, or '' if none is close."""
+    import difflib
     close = difflib.get_close_matches(name, list(names), 1)
     return " Did you mean %r?" % close[0] if close else ""
 
@@ -4805,6 +4788,7 @@ def compare_files(old: Any, new: Any, wanted: Callable[[str], bool] = lambda nam
 
 def changed_lines(old: Optional[bytes], new: Optional[bytes]) -> List[bytes]:
     """The hunks of a unified diff between two texts, as lines with their line ends."""
+    import difflib
     pair = [[line + b"\n" for line in (text or b"").split(b"\n")] for text in (old, new)]
     for lines in pair:
         last = lines.pop()[:-1]  # after the last line end
