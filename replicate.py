@@ -5730,8 +5730,9 @@ class Worker:
         try:
             self._work()
         finally:
-            self.release()
             self.ended.set()
+            if self.recorder.over:  # finish() may not have waited for this
+                self.release()
 
     def _work(self) -> None:
         recorder = self.recorder
@@ -6079,7 +6080,6 @@ class Recorder:
         self.pulse.has_beaten.wait(patience)
         if self.pulse.failure is not None:
             stop_all(TERMINATION_SECONDS, [self])
-            self.worker.release()
             raise self.pulse.failure
 
     # -- called by the training script
@@ -6224,8 +6224,12 @@ class Recorder:
             self.over = True
             self.worker.finish_by(time.monotonic())
         until = time.monotonic() + JOIN_SECONDS
-        for ended in (self.pulse.ended, self.worker.ended):
-            ended.wait(max(0.0, until - time.monotonic()))
+        try:
+            for ended in (self.pulse.ended, self.worker.ended):
+                ended.wait(max(0.0, until - time.monotonic()))
+        finally:
+            if self.worker.ended.is_set():
+                self.worker.release()
         self.worker.warn_of_rest()
         # last, since a slow disk may take longer than a scheduler waits before it kills
         self.storage.sync(self._keys + [document_key(self.experiment.id)])

@@ -4762,6 +4762,26 @@ def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(projec
     assert list(tree(repo)) == ["repository.json"]
 
 
+def test_a_run_is_locked_until_its_heartbeat_is_gone(repo, monkeypatch):
+    """Or it would remove the heartbeat of the process that resumes it."""
+    experiment = replicate.init(quiet=True)
+    lock = replicate.live_lock(replicate.DiskStorage(str(repo)), experiment.id)
+    recorder, delete, locked = experiment.project.recorders.find(experiment), replicate.DiskStorage.delete, []
+
+    def delete_noting(storage, keys):
+        if replicate.heartbeat_key(experiment.id) in keys:
+            locked.append(not lock.acquire(wait=False))
+        delete(storage, keys)
+
+    def wait():
+        recorder.worker.ended.wait()
+    monkeypatch.setattr(replicate.DiskStorage, "delete", delete_noting)
+    monkeypatch.setattr(recorder.worker, "wait", wait)
+    experiment.stop()
+    assert locked == [True] and names_in(repo / "tmp") == [] and lock.acquire(wait=False)
+    lock.release()
+
+
 @pytest.mark.parametrize("by_itself", [True, False])
 def test_a_removed_experiment_is_noticed_by_the_next_heartbeat(repo, monkeypatch, capsys, by_itself):
     """Which says so once; checkpoints go on and write nothing."""
