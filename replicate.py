@@ -5802,7 +5802,7 @@ class Worker:
             del self.packing[:1]
             self.changed.notify_all()
             if self.recorder.gone or item_id in self.recorder.pruned:  # its archive was deleted, and has just been replaced
-                self.recorder.storage.delete([archive_key(kind, item_id)])
+                self.recorder.discard([archive_key(kind, item_id)])
         self.upload_soon()
 
     # -- uploads
@@ -6144,12 +6144,16 @@ class Recorder:
             if any(self.document.append({"pruned": item_id}) for item_id in ids):
                 return  # the disk is full: the next checkpoint tries again
             self.pruned |= strip_files(items, ids)
-        try:
-            self.storage.delete([archive_key("checkpoints", item_id) for item_id in ids])
-        except ReplicateError as error:
-            self.messages.report(error)
+        self.discard([archive_key("checkpoints", item_id) for item_id in ids])
 
     # -- called by the threads
+
+    def discard(self, keys: Sequence[str]) -> None:
+        """Remove archives that nobody needs; recording goes on if that fails."""
+        try:
+            self.storage.delete(keys)
+        except ReplicateError as error:
+            self.messages.report(error)
 
     def fold(self, final: Optional[Dict[str, Any]] = None) -> None:
         """Fold the journal and final keys into the document; if that fails, the worker tries the journal again later."""

@@ -7641,6 +7641,22 @@ def test_init_keeps_the_files_of_the_best_and_latest(place, project, call):
     assert call("prune", "--force")[2].endswith("There is nothing to prune\n")
 
 
+def test_recording_goes_on_after_files_that_were_pruned_while_they_were_compressed_cannot_be_removed(
+        project, repo, monkeypatch, capsys):
+    def fail(storage, keys):
+        if threading.current_thread() is not threading.main_thread():
+            raise replicate.WriteError("It cannot be removed.")
+    experiment = replicate.init(keep_latest=1, quiet=True)
+    experiment.project.recorders.find(experiment).pruned.add("b" * 64)
+    monkeypatch.setattr(replicate.DiskStorage, "delete", fail)
+    experiment.project.recorders.find(experiment).worker.pack_later("checkpoints", "b" * 64)
+    until(lambda: "It cannot be removed." in capsys.readouterr().err)
+    experiment.checkpoint(metrics={"n": 1}, quiet=True)
+    until(lambda: stored_documents(repo)[0]["checkpoints"])
+    monkeypatch.undo()
+    experiment.stop()
+
+
 KEEPS_THE_BEST = """
 def save(*losses):
     for loss in losses:
