@@ -6074,7 +6074,7 @@ class Recorder:
                     raise RuntimeError("the process is ending")
                 threading.Thread(target=task.run, name="replicate-" + name, daemon=True).start()
             except RuntimeError as error:  # or the system allows no more threads
-                self.pulse.failure = WriteError("Recording needs two threads: %s." % error)
+                self.pulse.failure = WriteError("Recording cannot start: %s." % error)
                 self.pulse.has_beaten.set()
                 task.ended.set()
         self.pulse.has_beaten.wait(patience)

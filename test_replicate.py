@@ -5447,13 +5447,17 @@ def test_init_that_fails_half_way_leaves_no_files_behind(project, repo):
     assert [name for name in tree(repo) if name != "repository.json"] == []
 
 
-def test_init_without_a_thread_to_spare_is_an_error(project, repo, monkeypatch):
+@pytest.mark.parametrize("reason", ["can't start new thread", "the process is ending"])
+def test_init_without_a_thread_to_spare_or_at_the_end_is_an_error(project, repo, monkeypatch, reason):
     def start(self):
-        raise RuntimeError("can't start new thread")
+        raise RuntimeError(reason)
     (project / "small").write_text("code")
     with monkeypatch.context() as limited:
-        limited.setattr(threading.Thread, "start", start)
-        with pytest.raises(replicate.WriteError, match="two threads"):
+        if "thread" in reason:
+            limited.setattr(threading.Thread, "start", start)
+        else:
+            limited.setattr(replicate.termination, "ending", True)
+        with pytest.raises(replicate.WriteError, match="Recording cannot start: %s" % reason):
             replicate.init(path="small", quiet=True)
     assert [name for name in tree(repo) if name != "repository.json"] == []
 
