@@ -1835,7 +1835,7 @@ def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
     """The values of YAML with only `key: text` lines, quotes and comments; None for richer YAML, which needs PyYAML."""
     values = {}
     for line in text.replace("\r\n", "\n").split("\n"):
-        if line.isprintable() and re.fullmatch(r"[ ]*(#.*)?", line):
+        if re.fullmatch(r"[ ]*(#.*)?", line) and line.replace("\t", " ").isprintable():
             continue
         match = re.fullmatch(r"""([a-z_]+):[ ]+(?:"([^"\\]*)"|'([^']*)'|([a-z0-9]+://[^\s"'#,\[\]{}&*!|>%@`]*[^\s"'#,"""
                              r"""\[\]{}&*!|>%@`:]))[ ]*(?:[ ]#.*)?""", line)

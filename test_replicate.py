@@ -1161,7 +1161,7 @@ def test_file_urls_are_made_absolute(project):
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("repository: file://b\n", "file://PROJECT/b"), ("# c\nrepository: 'file://b' # d\n", "file://PROJECT/b"),
+    ("repository: file://b\n", "file://PROJECT/b"), ("# c\tc\nrepository: 'file://b' # d\n", "file://PROJECT/b"),
     ('repository: "file://b"\n', "file://PROJECT/b"), ("repository: >-\n  file://b\n", "pip install PyYAML"),
     ("unknown: 'x'\n", "unknown key")])
 def test_flat_configurations_need_no_pyyaml(project, monkeypatch, text, wanted):
