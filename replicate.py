@@ -2726,9 +2726,13 @@ class S3Storage(CloudStorage):
     def upload(self, key: str, path: str, progress: Callable[[int], None] = lambda count: None) -> None:
         """Upload in this thread: the SDK's own threads refuse to work while the interpreter shuts down, and block it."""
         from boto3.s3.transfer import TransferConfig
-        with open(path, "rb") as file:
-            self.call(lambda: self._client.upload_fileobj(file, self.bucket, self.root + key, Callback=progress,
-                                                          Config=TransferConfig(use_threads=False)), key)
+        try:
+            with open(path, "rb") as file:
+                self.call(lambda: self._client.upload_fileobj(file, self.bucket, self.root + key, Callback=progress,
+                                                              Config=TransferConfig(use_threads=False)), key)
+        except Unreachable as error:  # perhaps the upload is complete, and only the answer was lost
+            if "NoSuchUpload" not in str(error) or self.stat(key).size != os.path.getsize(path):
+                raise
 
     def delete(self, keys: Iterable[str]) -> None:
         names = [{"Key": self.root + key} for key in keys]

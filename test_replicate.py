@@ -2862,6 +2862,16 @@ def test_an_upload_that_the_store_forgot_is_no_missing_file(s3_bucket, project, 
     assert s3_bucket.files("checkpoints", checkpoint.id) == {"model": (project / "model").read_bytes()}
 
 
+def test_an_upload_whose_last_answer_was_lost_is_complete(s3_bucket, project, hasty):
+    """The SDK completes it a second time, and some servers then say that there is no such upload."""
+    s3_bucket.create()
+    (project / "model").write_bytes(os.urandom(9 << 20))
+    answers = ["lost", s3_bucket.proxy.refusal(404, "NoSuchUpload", "The specified upload does not exist")]
+    s3_bucket.proxy.rule = lambda request: answers.pop(0) if request.kind == "COMPLETE" and answers else None
+    replicate.open_storage(s3_bucket.url).upload("model", "model")
+    assert answers == [] and s3_bucket.get("model") == (project / "model").read_bytes()
+
+
 @pytest.mark.parametrize("removed", ["experiment", "checkpoint"])
 def test_what_is_removed_from_the_bucket_is_not_put_back(bucket, project, hasty, capsys, removed):
     experiment = replicate.init(quiet=True)
