@@ -4122,7 +4122,8 @@ class Repository:
             if text is None or text.data() != old:
                 text = DocumentText(decode_document(old, experiment_id))
             text.merge(self._contents(keys) + [more], final or {})
-            return text.data()
+            data = text.data()
+            return data if data != old else None
 
         self.storage.update(document_key(experiment_id), change)
         return text
