@@ -7554,13 +7554,14 @@ def wrapped(text: str, width: int) -> List[str]:
     return lines + [line]
 
 
-def narrowed(widths: Sequence[int], words: Sequence[int], total: int) -> List[int]:
+def narrowed(widths: Sequence[int], words: Sequence[Sequence[int]], total: int) -> List[int]:
     """The widths of columns two spaces apart, with the widest shrunk until all fit into a total width.
 
-    words: the longest word of each column; words break only where that is not enough, and the IDs in the first column never.
+    words: the longest word of each column, then only of its title; each breaks only where that is not enough, and the IDs in
+    the first column never.
     """
     narrow = list(widths)
-    for least in (words, [2] * len(narrow)):
+    for least in (*words, [2] * len(narrow)):
         floors = [max(SHORT_ID, least[0]), *least[1:]]
         while sum(narrow) + 2 * (len(narrow) - 1) > total and any(map(int.__gt__, narrow, floors)):
             widest = max((width, -number) for number, width in enumerate(narrow) if width > floors[number])
@@ -7582,7 +7583,7 @@ def table_rows(columns: Sequence[Column], width: Optional[int] = None) -> Iterat
     table = [(title, *cells) for title, cells in columns]
     widths = natural = [longest(cells, str.splitlines) for cells in table]
     if width and sum(natural) + 2 * (len(natural) - 1) > width:
-        widths = narrowed(natural, [longest(cells, str.split) for cells in table], width)
+        widths = narrowed(natural, [[longest(cells[:end], str.split) for cells in table] for end in (None, 1)], width)
 
     def lines_of(cell: str, column: int) -> List[str]:
         lines = cell.split("\n")
@@ -7835,7 +7836,7 @@ def render_blocks(title: str, blocks: Sequence[Block], paint: Paint, least: int 
     longest = [max(map(display_width, column)) for column in columns]
     widths = [max(least, length + 2) for length in longest[:-1]]
     if width and sum(widths + longest[-1:]) > width:
-        longest = narrowed(longest, [*longest[:1], *[SHORT_ID] * len(widths)], width)
+        longest = narrowed(longest, [[*longest[:1], *[SHORT_ID] * len(widths)]], width)
         widths = [length + 2 for length in longest[:-1]]
         tables = [[list(map(shortened, cells, longest)) for cells in table] for table in tables]
     parts = [paint(title, "heading") + "\n"] if title else []
