@@ -7610,7 +7610,7 @@ def render_list(rows: Sequence[Row], now: datetime.datetime, show_all: bool = Fa
 def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) -> List[Column]:
     """The columns of `ls`, leaving out those that say nothing, such as a HOST that all experiments share."""
     columns: List[Column] = [("EXPERIMENT", [row.id[:SHORT_ID] for row in rows])]
-    names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
+    names = [escape_control(text_in(row.summary, "name") or "") for row in rows]
     if any(names):
         columns.append(("NAME", names))
     columns += [("STARTED", [relative_time(row.created, now) for row in rows]), ("STATUS", [row.status for row in rows])]
@@ -7673,13 +7673,14 @@ def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str
 class WideColumn:
     """A column of `ls --wide`, with a text for each row.
 
-    cut: whether to shorten texts to 20 characters; rank: columns of the lowest rank are the first to be left out.
+    cut: whether to shorten texts to 20 characters, titles to their last 20; rank: columns of the lowest rank are the first to
+    be left out.
     """
 
     def __init__(self, name: str, rows: Sequence[Row], now: datetime.datetime, cut: bool, rank: int = 0) -> None:
         self.rank = rank
         is_field = name in FIELDS or all(row.is_label(name) for row in rows)
-        self.title = name.upper() if is_field else format_cell(name) if cut else escape_control(name)
+        self.title = name.upper() if is_field else escape_control("..." + name[-17:] if cut and len(name) > 20 else name)
         values = [row.plain(name) for row in rows]
         self.is_number = set(map(type, values)) <= {int, float, type(None)}
         self.texts = [wide_cell(row, name, value, now, cut) for row, value in zip(rows, values)]
@@ -7712,7 +7713,7 @@ def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
 
 
 def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool) -> str:
-    """The cell of `ls --wide` for value, which is row.plain(name); cut: at most 20 characters."""
+    """The cell of `ls --wide` for value, which is row.plain(name); cut: at most 20 characters, unless it is a name to type."""
     if name in TIME_FIELDS:
         return relative_time(row.created, now)
     if name[:1] == "~":
@@ -7724,7 +7725,7 @@ def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool
     if type(value) in (int, float):
         return format_cell(value)
     text = full_text(row, name, value)
-    return format_cell(text) if cut else escape_control(text)
+    return format_cell(text) if cut and name != "name" else escape_control(text)
 
 
 def full_text(row: Row, name: str, value: Any) -> str:
@@ -7796,7 +7797,7 @@ def render_usage(rows: Sequence[Row], usage: Usage, now: datetime.datetime) -> I
         return title.rjust(width), [text.rjust(width) for text in texts]
 
     columns: List[Column] = [("EXPERIMENT", [*(row.id[:SHORT_ID] for row in rows), "total"])]
-    names = [format_cell(text_in(row.summary, "name") or "") for row in rows]
+    names = [escape_control(text_in(row.summary, "name") or "") for row in rows]
     if any(names):
         columns.append(("NAME", [*names, ""]))
     columns += [("STARTED", [*(relative_time(row.created, now) for row in rows), ""]),
@@ -8236,7 +8237,7 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
     names = differing_names(params)
     lines = []
     for curve, values in zip(curves, params):
-        words = [curve.experiment.short_id(), format_cell(curve.experiment.name or ""), *value_lines(values, names)]
+        words = [curve.experiment.short_id(), escape_control(curve.experiment.name or ""), *value_lines(values, names)]
         last = format_cell(curve.values()[-1][1])
         lines.append("%s  %s" % (shortened("  ".join(filter(None, words)), width - len(last) - 2), last))
     return lines

@@ -6858,10 +6858,13 @@ def test_columns_of_a_wide_table_are_left_out_the_least_telling_first(project, c
     assert on_terminal("ls", "--wide", COLUMNS=str(columns)).split("\n")[0].split() == titles.split()
 
 
-def test_a_wide_table_cuts_texts_on_a_terminal_but_no_number(project):
-    write_repository(project / "repo", experiment_document(A, params={"n": -10 ** 25, "text": "x" * 30}))
-    output = on_terminal("ls", "--columns", "n,text", NO_COLOR="1")
-    assert output.split("\n")[1].split() == [str(-10 ** 25), "x" * 17 + "..."]
+def test_a_wide_table_cuts_texts_on_a_terminal_but_no_number_and_no_name(project, call):
+    name, param = "resnet50-cosine-seed-17", "model.encoder.attention.heads"
+    write_repository(project / "repo", experiment_document(A, params={"n": -10 ** 25, "text": "x" * 30, param: 4}, name=name))
+    output = on_terminal("ls", "--columns", "n,text,name," + param, NO_COLOR="1", COLUMNS="100")
+    assert [line.split() for line in output.split("\n")[:2]] == [
+        ["n", "text", "NAME", "...r.attention.heads"], [str(-10 ** 25), "x" * 17 + "...", name, "4"]]
+    assert name in call("ls")[1] and name in call("du")[1] and " %s " % param in call("ls", "--columns", "n," + param + ",text")[1]
 
 
 def test_a_wide_table_marks_the_best_only_where_the_goal_is_clear(project, call):
