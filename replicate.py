@@ -8389,6 +8389,7 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .scroll { overflow: auto; max-height: 60vh; border: 1px solid var(--line); }
 table { border-collapse: collapse; white-space: nowrap; }
 th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid var(--line); }
+td { max-width: 25rem; overflow: hidden; text-overflow: ellipsis; }
 th { position: sticky; top: 0; background: var(--back); }
 th button, td button { all: unset; cursor: pointer; }
 td button { text-decoration: underline; }
@@ -8621,13 +8622,12 @@ function curveOf(run, metric) {  // its points are null where a value is missing
   return { run, points, known: points.filter(point => point) };
 }
 
-function linePath(points) {  // through [x, y] pairs, with gaps for null
-  let path = "", isOpen = false;
-  for (const point of points) {
-    if (point) path += `${isOpen ? "L" : "M"}${point[0].toFixed(1)} ${point[1].toFixed(1)}${isOpen ? "" : "h.01"}`;
-    isOpen = point !== null;
-  }
-  return path;
+function linePath(points) {  // through [x, y] pairs, with gaps for null, and a ring around a point without neighbors
+  return points.map((point, place) => {
+    if (!point) return "";
+    const at = point.map(value => value.toFixed(1)).join(" ");
+    return points[place - 1] ? `L${at}` : points[place + 1] ? `M${at}` : `M${at}m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0`;
+  }).join("");
 }
 
 function curveChart(metric, found) {

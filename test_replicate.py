@@ -8081,6 +8081,14 @@ def test_curves_of_a_report_overlay_the_chosen_runs_and_tell_values(project, pag
     assert report.locator("#parallel path.curve").count() == 3 and "lr" in report.inner_text("#parallel")
 
 
+def test_a_report_shows_single_checkpoints_and_long_texts_at_a_size_to_read(project, page):
+    curves_repository(project, [1], [2], name="x" * 1000)
+    report = page()
+    rings = [line.bounding_box() for line in report.locator("#curves path.curve").all()]
+    assert rings and all(ring["width"] > 4 and ring["height"] > 4 for ring in rings)
+    assert report.locator("tbody tr").first.bounding_box()["width"] < 1200
+
+
 def test_a_report_shows_what_differs_in_the_code_of_two_runs(project, page):
     for number, text in enumerate(("a\nb\nc\n", "a\n<b>B</b>\nc\n", "a\nb\nc\n")):
         (project / "train.py").write_text(text)
