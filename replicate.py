@@ -9275,8 +9275,8 @@ def rm_command(args: argparse.Namespace) -> None:
                    if checkpoint is not None and experiment.id not in experiments}
     if not args.force:
         running = repository.running()
-        items = [(item.id, "Experiment %s (%s)" % (item.short_id(), plural(len(item.checkpoints), "checkpoint")))
-                 for item in experiments.values()]
+        items = [(item.id, "Experiment %s (%s)" % (" ".join(filter(None, (item.short_id(), escape_control(item.name or "")))),
+                                                   plural(len(item.checkpoints), "checkpoint"))) for item in experiments.values()]
         items += [(experiment.id, "Checkpoint %s of experiment %s" % (item.short_id(), experiment.short_id()))
                   for experiment, item in checkpoints.values()]
         lines = ["* %s%s" % (text, ", which is running" if experiment_id in running else "") for experiment_id, text in items]

@@ -286,6 +286,8 @@ def test_messages_go_to_stderr_with_a_prefix_and_continuation_lines_with_their_o
     assert terminal.wait() == 1 and "═══╡ You are about" in terminal.output and "\r\n   │ * Experiment" in terminal.output
     assert run("rm", A).stderr.startswith("═══╡ You are about to delete the following:\n"
                                           "   │ * Experiment 1eeeeee (0 checkpoints)\n   │ Nothing was changed. Pass -f")
+    write_repository(project / "repo", experiment_document(A, name="base line"))
+    assert "* Experiment 1eeeeee base line (0 checkpoints)\n" in run("rm", "base line").stderr
 
 
 def test_an_error_is_one_clear_message_and_a_traceback_only_with_verbose(project, call, monkeypatch):
