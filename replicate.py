@@ -4487,7 +4487,7 @@ def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Exper
             rows = list_rows(repository)
         matches = _matches(name, rows, load)
         if not matches:
-            known = [text_in(row.summary, "name") or "" for row in rows]
+            known = filter(None, (text_in(row.summary, "name") for row in rows))
             raise DoesNotExist("Experiment or checkpoint not found: %s.%s" % (name or "the ID is empty", nearest(name, known)))
         if len(matches) > 1:
             raise _ambiguous(name, matches)
