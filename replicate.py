@@ -9481,7 +9481,8 @@ def run_program(words: Sequence[str], directory: str, environment: Dict[str, str
             pass_on(number, None)
         return process.wait()
     except (OSError, ValueError) as error:
-        raise ReplicateError("%s cannot be run: %s." % (words[0], short_reason(error))) from error
+        hint = " A script needs a first line such as #!/bin/sh." if getattr(error, "errno", 0) == errno.ENOEXEC else ""
+        raise ReplicateError("%s cannot be run: %s.%s" % (words[0], short_reason(error), hint)) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -7719,12 +7719,16 @@ def test_a_program_in_any_language_is_recorded_and_run_again(place, shell_script
     (["./train.sh", "1", "3"], 3, "failed", "exit code 3"), (["sh", "-c", "kill -9 $$"], 137, "failed", "ended by SIGKILL"),
     (["sh", "-c", "kill -15 $$"], 143, "terminated", None), (["sh", "-c", "kill -1 $$"], 129, "terminated", None),
     (["sh", "-c", "exit 130"], 130, "interrupted", None), (["./no-shell"], 1, "failed", "it could not be started"),
+    (["./no-line"], 1, "failed", "it could not be started"),
     ([sys.executable, "-c", "pass"], 0, "completed", None)], ids=lambda value: str(value)[:9])
 def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, code, status, error):
     (shell_script / "no-shell").write_text("#!/nonsense/interpreter\n")
-    (shell_script / "no-shell").chmod(0o755)
+    (shell_script / "no-line").write_text("echo 1\n")
+    for name in ("no-shell", "no-line"):
+        (shell_script / name).chmod(0o755)
     done = run("run", "--", *program)
-    assert done.returncode == code and ("./no-shell cannot be run" in done.stderr) == (program == ["./no-shell"])
+    assert done.returncode == code and (program[0] + " cannot be run" in done.stderr) == (program[0][:5] == "./no-")
+    assert ("first line such as #!" in done.stderr) == (program == ["./no-line"])
     (document,) = stored_documents(shell_script / "repo")
     assert document["outcome"]["status"] == status and document["outcome"].get("error") == error
     if program[0] == sys.executable:  # the program has its packages
