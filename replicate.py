@@ -4207,7 +4207,8 @@ def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: 
             file.close()
     if checkpoint and checkpoint.pruned:
         raise DoesNotExist("%s Experiment %s itself has no file %s." % (pruned_files(checkpoint), experiment.short_id(), path))
-    raise DoesNotExist("%s has no file %s." % ((checkpoint or experiment).short_id(), path))
+    raise DoesNotExist("There is no file %s in %sexperiment %s." % (
+        path, "checkpoint %s or " % checkpoint.short_id() if checkpoint else "", experiment.short_id()))
 
 
 def pruned_files(checkpoint: Checkpoint) -> str:

@@ -5956,7 +5956,7 @@ def test_a_run_from_beginning_to_end(project, repo, capsys):
     assert found.created.utcoffset() == datetime.timedelta(0)
     assert abs((datetime.datetime.now(datetime.timezone.utc) - found.created).total_seconds()) < 60
     assert first.open("model.pth").read() == b"first" and second.open("./model.pth").read() == b"second"
-    with pytest.raises(replicate.DoesNotExist, match="nothing"):
+    with pytest.raises(replicate.DoesNotExist, match="There is no file nothing in checkpoint %s or experiment" % first.short_id()):
         first.open("nothing")
     found.checkout("out", quiet=True)  # the best
     assert tree("out") == {"train.py": b"print('hello')\n", "model.pth": b"first"}
