@@ -8867,9 +8867,10 @@ GLOBAL_OPTIONS: Options = (
            metavar="true|false", help="Display color in output (default: on a terminal, unless NO_COLOR is set)"),
     option("--no-color", dest="color", action="store_const", const="false", help="Same as --color=false"),
     option("-D", "--project-directory", metavar="DIRECTORY",
-           help="Project directory (default: nearest parent directory with replicate.yaml)"),
+           help="Project directory (default: nearest parent directory with replicate.yaml or .replicate/storage)"),
     option("-R", "--repository", metavar="URL",
-           help="Repository URL, e.g. s3://my-bucket (default: the one in replicate.yaml)"),
+           help="Repository URL, e.g. s3://my-bucket (default: the one in REPLICATE_REPOSITORY or replicate.yaml, "
+                "else .replicate/storage)"),
     option("-v", "--verbose", action="store_true", help="Verbose output"))
 ID = option("id", metavar="ID", help="Experiment or checkpoint ID, the start of one, or the name of an experiment")
 IDS = option("ids", nargs="+", metavar="ID", help="Experiment or checkpoint IDs, or names of experiments")
@@ -8888,6 +8889,11 @@ LIST_OPTIONS = (
     option("-s", "--sort", metavar="KEY",
            help="Sort key. Suffix with '-desc' for descending sort, e.g. --sort=started-desc (default: started)"),
     option("-n", "--number", type=number_from(1), metavar="N", help="Only the last N experiments (with --sort: the first N)"))
+LIST_NAMES = FILTER_HELP + """
+
+Filters, --sort and --columns know all params (model.depth if nested), metrics
+and these fields: started, step, user, host, command, status, id, duration,
+checkpoints, name, tag, note, code, commit, branch, dirty, gpu."""
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
@@ -8907,7 +8913,7 @@ Compare the last 20 line by line, or five columns of the 20 most accurate:
 Export everything to a spreadsheet:
   replicate ls --csv > experiments.csv
 
-""" + FILTER_HELP
+""" + LIST_NAMES
 
 
 def say(data: Union[str, bytes]) -> None:
@@ -9013,7 +9019,7 @@ def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[s
     return [row for row in rows if all(tree.matches(row) for tree in filters)]
 
 
-@Command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=FILTER_HELP)
+@Command("ps", *LIST_OPTIONS, aliases=("processes",), epilog=LIST_NAMES)
 def ps_command(args: argparse.Namespace) -> None:
     """List running experiments in this project"""
     ls_command(args, only_running=True)
@@ -9405,7 +9411,7 @@ def prune_command(args: argparse.Namespace) -> int:
 @Command("tag", option("id", metavar="ID", help="Experiment ID, the start of one, or a name"),
          option("changes", nargs="*", metavar="CHANGE", help="name=NAME or note=TEXT (empty text removes it), +TAG to add a "
                                                              "tag, -TAG to remove one"),
-         usage="<experiment ID> [name=NAME] [note=TEXT] [+TAG...] [-TAG...] [flags]", epilog="""\
+         usage="<ID> [name=NAME] [note=TEXT] [+TAG...] [-TAG...] [flags]", epilog="""\
 Name an experiment, add the tag "good" and remove the tag "new":
   replicate tag a1b2c3d name=baseline +good -new
 Add a note to the experiment of that name:
@@ -9549,7 +9555,7 @@ def run_command(args: argparse.Namespace) -> int:
          option("--primary", type=read_primary, metavar="NAME:GOAL",
                 help="The metric that tells which checkpoint is best, and its goal: minimize or maximize"),
          option("-q", "--quiet", action="store_true", help="Only print errors"),
-         usage="[--path PATH] [--step N] [--metric NAME=VALUE...] [--primary NAME:GOAL] [flags]", epilog="""\
+         usage="[--path PATH] [--metric NAME=VALUE...] [flags]", epilog="""\
 In a program that 'replicate run' has started, record the results of an epoch:
   replicate checkpoint --path model.bin --step 1 --metric loss=0.25 \\
     --primary loss:minimize""")
@@ -10057,7 +10063,8 @@ def command_parser(chosen: Command) -> argparse.ArgumentParser:
 
 def general_help() -> str:
     """`replicate --help`."""
-    lines = ["  %-10s %s" % (name, chosen.description.split("\n")[0].rstrip(".")) for name, chosen in COMMANDS.items()]
+    lines = ["  %-10s  %s" % (name, ("\n" + 14 * " ").join(wrapped(chosen.description.split("\n")[0].rstrip("."), 66)))
+             for name, chosen in COMMANDS.items()]
     version = option("--version", action="store_true", help="Print the version")
     flags = argument_parser((*GLOBAL_OPTIONS, version), usage=argparse.SUPPRESS).format_help()
     return ("Replicate: version control for machine learning\n\nusage: replicate [flags] <command> [flags]\n\n"

@@ -8420,6 +8420,9 @@ def test_help_and_version(call):
            "show": "--json"}
     code, out, err = call("--help")
     assert (code, err) == (0, "") and call("-h")[1] == call("help")[1] == call()[1] == out
+    assert max(map(len, out.split("\n"))) <= 80
+    fields = call("help", "ls")[1].partition("these fields: ")[2].rstrip(".\n").replace("\n", " ").split(", ")
+    assert fields == [name for name in [*replicate.FIELDS, *replicate.LABELS] if name != "created"]
     for name in ("analytics", "checkout", "demo", "diff", "feedback", "help", "ls", "ps", "rm", "show"):
         assert re.search(r"(?m)^  %s " % name, out)
         code, text, err = call("help", name)
