@@ -4195,10 +4195,16 @@ def archives_of(experiment: Experiment, checkpoints: Sequence[Optional[Checkpoin
     return [(kind, item.id) for kind, item in items if item and item.path]
 
 
+def archive_names(layers: Sequence[Tuple[str, str]], word: str) -> str:
+    """'checkpoint 1a2b3c4 and experiment 2b3c4d5' for archives_of() them, joined by a word."""
+    return (" %s " % word).join("%s %s" % (kind[:-1], item_id[:SHORT_ID]) for kind, item_id in reversed(layers))
+
+
 def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
     """A saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist, ReadError."""
     import tempfile
-    for kind, item_id in reversed(archives_of(experiment, [checkpoint])):
+    layers = archives_of(experiment, [checkpoint])
+    for kind, item_id in reversed(layers):
         with reading_archive(repository, kind, item_id):
             file = tempfile.TemporaryFile()
             if repository.archive(kind, item_id).copy_file(path, item_id, file):
@@ -4207,8 +4213,8 @@ def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: 
             file.close()
     if checkpoint and checkpoint.pruned:
         raise DoesNotExist("%s Experiment %s itself has no file %s." % (pruned_files(checkpoint), experiment.short_id(), path))
-    raise DoesNotExist("There is no file %s in %sexperiment %s." % (
-        path, "checkpoint %s or " % checkpoint.short_id() if checkpoint else "", experiment.short_id()))
+    raise DoesNotExist("There is no file %s in %s." % (
+        path, archive_names(layers, "or") or "experiment " + experiment.short_id()))
 
 
 def pruned_files(checkpoint: Checkpoint) -> str:
@@ -4870,7 +4876,7 @@ class Checkout:
                 if path in self.files:
                     return
         if not self.files:
-            owners = " or ".join("%s %s" % (kind[:-1], item_id[:SHORT_ID]) for kind, item_id in reversed(layers))
+            owners = archive_names(layers, "or")
             raise DoesNotExist("There is no file or directory %s in %s.%s" % (path, owners, nearest(path, names)) if path
                                else "There are no files in %s." % owners)
 
@@ -9256,9 +9262,8 @@ def checkout_command(args: argparse.Namespace) -> None:
                 "Pass -f to overwrite them, or -o to check out elsewhere.")
 
     names = project.checkout(experiment, checkpoint, directory, path=args.path, approve=approve)
-    console.info("Checked out %s from %s%s into %s" % (
-        plural(len(names), "file"), "checkpoint %s and " % checkpoint.short_id() if checkpoint else "",
-        "experiment " + experiment.short_id(), directory))
+    console.info("Checked out %s from %s into %s" % (
+        plural(len(names), "file"), archive_names(archives_of(experiment, [checkpoint]), "and"), directory))
     if experiment.full_command:
         console.info("The experiment ran with this command:\n  %s" % escape_control(experiment.full_command))
 
