@@ -6929,7 +6929,7 @@ def create_experiment(project: Project, path: Optional[str], params: Any, settin
         saved = None if path is None else relative_path(path, project.directory)
         sources = project.files_to_save(saved) if saved else []
     except (TypeError, ValueError) as error:
-        raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
+        raise ArgumentError("init(): %s." % str(error).rstrip(".")) from None
     warn_of_params(values, unknown)
     if saved and not sources:
         console.warning("init() saves no files: path %r is empty, or everything in it is ignored." % saved)
@@ -6988,7 +6988,7 @@ def resume_experiment(project: Project, which: str, path: Optional[str], params:
         check_same_params(experiment, checked_params(params, []))
         sources = [] if path is None else project.files_to_save(relative_path(path, project.directory))
     except (TypeError, ValueError) as error:
-        raise ArgumentError("init(): %s." % str(error).rstrip(".")) from error
+        raise ArgumentError("init(): %s." % str(error).rstrip(".")) from None
     if not falls_silent(project.repository, [experiment.id]):
         raise being_recorded(experiment)
     project.refresh(experiment)
