@@ -8242,12 +8242,12 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
     """Return, for each curve, the experiment's ID, name and params that differ, and the last value."""
     params = [curve.experiment.flat_params for curve in curves]
     names = differing_names(params)
-    lines = []
-    for curve, values in zip(curves, params):
-        words = [curve.experiment.short_id(), escape_control(curve.experiment.name or ""), *value_lines(values, names)]
-        last = format_cell(curve.values()[-1][1])
-        lines.append("%s  %s" % (shortened("  ".join(filter(None, words)), width - len(last) - 2), last))
-    return lines
+    ends = [format_cell(curve.values()[-1][1]) for curve in curves]
+    words = [[curve.experiment.short_id(), escape_control(curve.experiment.name or ""), *value_lines(values, names)]
+             for curve, values in zip(curves, params)]
+    texts = [shortened("  ".join(filter(None, found)), width - max(map(len, ends)) - 2) for found in words]
+    widest = max(map(display_width, texts))
+    return ["%s  %s" % (pad(text, widest), end) for text, end in zip(texts, ends)]
 
 
 # -- report: one page for a browser

@@ -7899,6 +7899,7 @@ def test_curves_in_a_pipe(project, call):
     lines = out.rstrip("\n").split("\n")
     assert code == 0 and max(map(len, lines)) <= 80 and len(lines) == 20 and lines[0] == "loss over step"
     assert [line.split() for line in lines[-2:]] == [["a", "0eeeeee", "lr=0", "0"], ["b", "1eeeeee", "lr=0.1", "4"]]
+    assert lines[-2].endswith("  lr=0    0") and lines[-1].endswith("  lr=0.1  4")
     assert lines[-3].split() == ["0", "10", "20", "30", "40"]
     assert [line[0] for line in lines if line[1:2] == "┤"] == ["4", "3", "2", "1", "0"]
     assert lines[1].rstrip()[-1] == "b" and lines[15].rstrip()[-1] == "a" and not lines[8].rstrip().endswith(("a", "b"))
