@@ -9099,9 +9099,12 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
         if name not in names:
             raise ReplicateError("These experiments have no metric %r.%s" % (name, nearest(name, names)))
     curves = [Curve(experiment, metric, args.axis, args.log, args.smooth) for experiment in experiments]
+    missing = [curve.experiment.short_id() for curve in curves if not curve.values()]
     curves = [curve for curve in curves if curve.values()]
     if not curves:
         raise ReplicateError("There is nothing to plot: %r has no values%s." % (metric, " above 0" if args.log else ""))
+    if missing and not args.watch:
+        console.info("Not drawn, as %r has no values%s: %s" % (metric, " above 0" if args.log else "", ", ".join(missing)))
     size = shutil.get_terminal_size() if is_terminal(sys.stdout) else (80, 21)
     scale = ", ".join(word for word, is_set in (("logarithmic", args.log), ("smoothed", args.smooth)) if is_set)
     title = metric + (" (%s)" % scale if scale else "")

@@ -7926,6 +7926,11 @@ def drawn(project, call, values, *flags):
     return "".join("#" if any(line.ljust(width)[column] >= "\u2800" for line in lines) else " " for column in range(width)).strip()
 
 
+def test_a_run_that_cannot_be_drawn_is_named(project, call):
+    curves_repository(project, [1, 2], ["[NaN]", "[NaN]"])
+    assert call("plot")[2] == call("plot", "1e", "0e")[2] == "═══╡ Not drawn, as 'loss' has no values: 1eeeeee\n"
+
+
 def test_nan_infinity_text_and_missing_values_are_gaps(project, call):
     assert " " not in drawn(project, call, [1, 2, 3, 2, 1])
     for gap in ("[NaN]", "[+Infinity]", "text", None, True):
