@@ -678,7 +678,7 @@ def test_escaped_text_is_printable_everywhere(text):
 # ------------------------------------------------------------------------------------------------------------------
 
 def make_experiment(*checkpoints, **fields):
-    document = experiment_document(hex_id("1e"), checkpoints=checkpoints, **fields)
+    document = experiment_document(A, checkpoints=checkpoints, **fields)
     return replicate.Experiment(replicate.checked_experiment(document, document["id"]))
 
 
@@ -865,7 +865,7 @@ FILTERS_THAT_HOLD = [
     "both = 2.5", "metrics.both = 2.5", "params.both = param", "n in [1, 2, 3]", "n in [3.0]", "name in [sgd, adam]",
     "name in ['adam']", "name in [\"adam\", 3]", "on in [true]", "on != 1", "on != yes", "n != three", "text3 = '3'",
     "text3 != 3", "nan = NaN", "step = 20", "step >= 20", "checkpoints = 1", "user = andreas", "host = 10.1.1.1",
-    "command ~ train", "status = stopped", "status != running", "id ~ ^1eee", "id = " + hex_id("1e"), "duration > 3600",
+    "command ~ train", "status = stopped", "status != running", "id ~ ^1eee", "id = " + A, "duration > 3600",
     "lr = 0.1 and n = 3", "lr = 1 or n = 3", "not lr = 1", "not (lr = 0.1 and n = 4)", "(lr = 1 or n = 3) and name = adam",
     "lr = 1 and n = 4 or name = adam", "name = adam or lr = 1 and n = 4", "not not n = 3", "not lr = 1 and n = 3",
     "note = salt and pepper and n = 3", "note = salt and pepper or lr = 9", "  n   =   3  ", "( n = 3 )", "((n = 3))",
@@ -1022,7 +1022,7 @@ def test_rows_of_equal_values_are_listed_by_start_time_either_way(project, call)
     for key, order in (("user", "012"), ("user-desc", "012"), ("absent", "012"), ("absent-desc", "012"), ("started", "012"),
                        ("started-desc", "210"), ("lr", "120"), ("lr-desc", "021")):
         assert [line[0] for line in call("ls", "-q", "--sort", key)[1].split()] == list(order), key
-    assert call("ls", "-q", "-f", "lr = 0.3 or lr = 0.1")[1].split() == [hex_id("0e"), hex_id("1e")]
+    assert call("ls", "-q", "-f", "lr = 0.3 or lr = 0.1")[1].split() == [hex_id("0e"), A]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1378,7 +1378,7 @@ def test_journals_locks_and_what_is_being_written_have_the_permissions_of_the_re
     root.chmod(mode)
     storage, before = replicate.DiskStorage(str(root)), os.umask(umask)
     try:
-        journal = replicate.Journal(storage, hex_id("1e"))
+        journal = replicate.Journal(storage, A)
         storage.update("x", lambda old: storage.create("y", lambda file: seen.extend(root.rglob("*")) or seen.extend(
             oct(path.stat().st_mode & 0o777) for path in root.rglob("*"))))
         journal.release()
@@ -2030,6 +2030,7 @@ class Training:
     def go(self, text=""):
         self.process.stdin.write("%s\n" % text)
         self.process.stdin.flush()
+        return self
 
     def terminate(self, code=-signal.SIGTERM):
         """Its messages once it has ended by SIGTERM, which it gets when it is ready."""
@@ -2118,16 +2119,15 @@ def furnish(place, *documents, archives=()):
 
 def sample(place):
     """Two experiments with files and metrics."""
-    first = experiment_document(hex_id("1e"), params={"lr": 0.1, "only": "x"}, path=".", checkpoints=[
-        checkpoint_document(hex_id("1c"), step=10, metrics={"loss": 0.5}, path="model", primary=("loss", "minimize")),
-        checkpoint_document(hex_id("2c"), step=20, metrics={"loss": 0.1}, path="model", primary=("loss", "minimize"),
-                            created="2006-01-02T15:02:05Z")])
-    second = experiment_document(hex_id("2e"), created="2006-01-03T14:54:05Z", params={"lr": 0.2}, user="ben", checkpoints=[
+    first = experiment_document(A, params={"lr": 0.1, "only": "x"}, path=".", checkpoints=[
+        checkpoint_document(C, "2006-01-02T15:01:05Z", 10, {"loss": 0.5}, "model", ("loss", "minimize")),
+        checkpoint_document(D, "2006-01-02T15:02:05Z", 20, {"loss": 0.1}, "model", ("loss", "minimize"))])
+    second = experiment_document(B, "2006-01-03T14:54:05Z", {"lr": 0.2}, user="ben", checkpoints=[
         checkpoint_document(hex_id("3c"), step=5, metrics={"loss": 0.3})])
     furnish(place, first, second, archives=[
-        ("experiments", hex_id("1e"), {"train.py": b"print(1)", "data/x": b"old"}),
-        ("checkpoints", hex_id("1c"), {"model/weights": os.urandom(20000), "data/x": b"new"}),
-        ("checkpoints", hex_id("2c"), {"model/weights": b"two" * 1000})])
+        ("experiments", A, {"train.py": b"print(1)", "data/x": b"old"}),
+        ("checkpoints", C, {"model/weights": os.urandom(20000), "data/x": b"new"}),
+        ("checkpoints", D, {"model/weights": b"two" * 1000})])
 
 
 # One contract for all places.
@@ -2349,8 +2349,7 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training, ho
     until(lambda: not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
     bucket.proxy.clear()
     take_away(bucket.proxy, how)
-    script.go()
-    script.expect("offline")
+    script.go().expect("offline")
     until(lambda: "Recording continues" in script.stderr)
     if how == "deleted":
         until(lambda: bucket.proxy.count("GET", "metadata/experiments/"))
@@ -2362,14 +2361,12 @@ def test_training_goes_on_while_the_bucket_is_away(bucket, project, training, ho
     assert listed.returncode == 0 and json.loads(listed.stdout)[0]["num_checkpoints"] == 3, listed.stderr
     done = run("checkout", document["checkpoints"][1]["id"], "-R", "file://%s" % pending_root(project), "-o", "out")
     assert done.returncode == 0 and (project / "out/model.bin").read_bytes().startswith(b"step 2"), done.stderr
-    script.go()
-    script.expect("back")
+    script.go().expect("back")
     mend(bucket.proxy)
     until(lambda: len(bucket.checkpoints()) == 5)
     until(lambda: not [key for key in pending_leftovers(project) if key.startswith("checkpoints/")])
     assert not [key for key in pending_leftovers(project) if "heartbeats" in key]
-    script.go()
-    errors = script.end()
+    errors = script.go().end()
     assert errors.count("Recording continues") == 1 and errors.count("can be reached again") == 1, errors
     assert bucket.steps() == [0, 1, 2, 3, 4] and pending_leftovers(project) == []
     assert not [key for key in bucket.keys() if key.startswith("metadata/heartbeats")]
@@ -2493,8 +2490,7 @@ def record_offline(script, place, project, rule, proxy=None):
     item = script.lines.get(timeout=60)
     until(place.documents)
     (proxy or place.proxy).rule = rule
-    script.go()
-    script.expect("saved")
+    script.go().expect("saved")
     until(lambda: [document for document in pending_documents(project) if document["checkpoints"]])
     return item
 
@@ -2541,24 +2537,22 @@ def test_a_push_that_is_refused_or_interrupted_can_be_run_again(bucket, project,
 
 
 @pytest.mark.parametrize("source, target", [("file", "s3"), ("s3/deep", "file"), ("s3", "gs/root")])
-def test_push_from_copies_between_repositories(new_place, project, source, target, call):
+def test_push_from_copies_between_repositories(new_place, project, source, target, call, says):
     here, there = new_place(source), new_place(target)
+    push_all = ("push", "--from", here.url, "-R", there.url)
     sample(here)
     assert run("push", "--from", here.url, "2e", "-R", there.url).returncode == 0
-    assert [item["id"] for item in there.documents()] == [hex_id("2e")]
-    put_documents(there, experiment_document(hex_id("2e"), checkpoints=[checkpoint_document(hex_id("9c"), step=99)]))
-    code, _, errors = call("push", "--from", here.url, "-R", there.url)
-    assert code == 0 and "Copied 2 experiments and 3 checkpoints" in errors, errors
-    assert there.document(hex_id("1e")) == here.document(hex_id("1e"))
-    assert [item["step"] for item in there.document(hex_id("2e"))["checkpoints"]] == [99, 5]  # what was there stays
+    assert [item["id"] for item in there.documents()] == [B]
+    put_documents(there, experiment_document(B, checkpoints=[checkpoint_document(hex_id("9c"), step=99)]))
+    assert "Copied 2 experiments and 3 checkpoints" in says(*push_all)
+    assert there.document(A) == here.document(A)
+    assert [item["step"] for item in there.document(B)["checkpoints"]] == [99, 5]  # what was there stays
     for key in here.keys():
         if key.endswith(".tar.gz"):
             assert there.get(key) == here.get(key)
-    assert call("push", "--from", here.url, "-R", there.url)[0] == 0
-    assert len(there.checkpoints()) == 4
-    assert call("push", "--from", here.url, "77", "-R", there.url)[0] == 1
-    code, _, errors = call("push", "--from", here.url, "-R", here.url)
-    assert code == 2 and "are the same" in one_message(errors)
+    assert says(*push_all) and len(there.checkpoints()) == 4
+    assert says(*push_all, "77", code=1)
+    assert "are the same" in one_message(says("push", "--from", here.url, "-R", here.url, code=2))
     assert call("push", "1e", "-R", there.url)[0] == 2
     assert call("push", "--from", here.url + "x", "-R", there.url)[0] == 1
 
@@ -2589,9 +2583,8 @@ def test_a_refusal_at_init_is_raised_at_once(bucket, project, what):
     with pytest.raises(replicate.ReplicateError, match="ben is not authorized|Forbidden|not authorized") as raised:
         replicate.init(quiet=True)
     assert bucket.url in str(raised.value) and "\n" not in str(raised.value)
-    assert len([request for request in bucket.proxy.requests if request.kind == "PUT"]) <= 1
-    assert bucket.proxy.count() <= 4 and pending_documents(project) == []
-    assert replicate._recorders == []
+    assert bucket.proxy.count("PUT") <= 1 and bucket.proxy.count() <= 4
+    assert pending_documents(project) == replicate._recorders == []
 
 
 @pytest.mark.parametrize("how", ["nothing listens", "it stalls"])
@@ -2740,8 +2733,7 @@ def test_imported_packages_reach_the_bucket_when_recording_stops(bucket, project
     (document,) = bucket.documents()
     assert "imported_packages" not in document
     put_documents(bucket, dict(document, color="red"))
-    script.go()
-    script.expect("stopped")
+    script.go().expect("stopped")
     (stopped,) = bucket.documents()
     assert "pytest" not in stopped["imported_packages"] and sorted(stopped["imported_packages"]) == stopped["imported_packages"]
     assert (document["outcome"]["status"], stopped["outcome"]["status"]) == ("open", "completed")
@@ -2913,9 +2905,8 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(bucket, hasty):
     starts = [int(re.match(r"bytes=(\d+)-\d+$", request.range).group(1)) for request in requests]
     assert len(cuts) == 1 and starts.count(0) == 1 and len(starts) >= 2, requests
     assert sum(request.served for request in requests) <= len(data) + (8 << 20)
-    for request in requests:
-        version = request.headers.get("If-Match", "").strip('"') or request.query.get("ifGenerationMatch")
-        assert version == entry.version
+    versions = {request.headers.get("If-Match", "").strip('"') or request.query.get("ifGenerationMatch") for request in requests}
+    assert versions == {entry.version}
     if is_s3:
         assert 0 < starts[1] <= 5 << 20 and len(starts) == 2
 
@@ -3282,7 +3273,7 @@ def test_memory_stays_small_while_gigabytes_are_pushed(bucket, project):
     sizes = [(2 if bucket.url.startswith("s3") else 1) << 30] + [(8 << 20) - 1000] * 24
     documents = [checkpoint_document("%064x" % number, path="model", step=number) for number in range(len(sizes))]
     root = Path(replicate.pending_repository(str(project), bucket.url).storage.root)
-    write_repository(root, experiment_document(hex_id("1e"), checkpoints=documents))
+    write_repository(root, experiment_document(A, checkpoints=documents))
     (root / "checkpoints").mkdir()
     for item, size in zip(documents, sizes):
         with open(root / "checkpoints" / (item["id"] + ".tar.gz"), "wb") as file:
@@ -3313,20 +3304,19 @@ def test_memory_stays_small_while_half_a_gigabyte_is_checked_out(shelf, tmp_path
     (tmp_path / "archive").unlink()
 
 
-def test_rm_deletes_in_batches_and_by_exact_key(shelf, call):
+def test_rm_deletes_in_batches_and_by_exact_key(shelf, says):
     ids = ["%064x" % (number * 7919) for number in range(1, 1501)]
-    put_documents(shelf, experiment_document(hex_id("1e"), path=".", checkpoints=[
-        checkpoint_document(item, step=number, path="m") for number, item in enumerate(ids)]), experiment_document(hex_id("2e")))
-    kept = ["checkpoints/%s.tar.gz.bak" % ids[0], "checkpoints/%s.tar.gz" % ("%064x" % 1), "experiments/%s.tar.gz2" % hex_id("1e")]
-    for key in ["checkpoints/%s.tar.gz" % item for item in ids] + kept + [
-            "experiments/%s.tar.gz" % hex_id("1e"), "metadata/heartbeats/%s.json" % hex_id("1e")]:
+    put_documents(shelf, experiment_document(A, path=".", checkpoints=[
+        checkpoint_document(item, step=number, path="m") for number, item in enumerate(ids)]), experiment_document(B))
+    removed = ["checkpoints/%s.tar.gz" % item for item in ids] + ["experiments/%s.tar.gz" % A, "metadata/heartbeats/%s.json" % A]
+    kept = ["checkpoints/%s.tar.gz.bak" % ids[0], "checkpoints/%064x.tar.gz" % 1, "experiments/%s.tar.gz2" % A]
+    for key in removed + kept:
         shelf.put(key, b"x")
-    code, _, errors = call("rm", "-f", "1e")
-    assert code == 0, errors
-    assert sorted(shelf.objects) == sorted(kept + ["repository.json", document_key(hex_id("2e"))])
+    says("rm", "-f", "1e")
+    assert sorted(shelf.objects) == sorted(kept + ["repository.json", document_key(B)])
     batches = [request.deleted for request in shelf.seen("DELETE")]
     assert [len(batch) for batch in batches] == [1000, 502, 1]
-    assert batches[-1] == [document_key(hex_id("1e"))]  # the document goes last
+    assert batches[-1] == [document_key(A)]  # the document goes last
 
 
 # What is missing or wrong on the machine.
@@ -3379,8 +3369,7 @@ def fill(directory, files):
 
 
 def source_names(directory, path=".", **options):
-    warnings = options.pop("warnings", [])
-    return [source.name for source in replicate.find_sources(str(directory), path, warn=warnings.append, **options)]
+    return [source.name for source in replicate.find_sources(str(directory), path, **options)]
 
 
 def pack_tree(tmp_path, directory, path=".", compress=True, name="store"):
@@ -3498,7 +3487,7 @@ def test_links_fifos_and_sockets(project, tmp_path):
     warnings = []
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        assert source_names(project, warnings=warnings) == ["dir/x", "far", "link", "real", "replicate.yaml"]
+        assert source_names(project, warn=warnings.append) == ["dir/x", "far", "link", "real", "replicate.yaml"]
     assert [re.match(r"\w+", warning).group() for warning in warnings] == ["dangling", "dirlink", "loop"]
     assert "link to a directory" in warnings[1]
     files, warnings = packed_and_read(tmp_path, replicate.find_sources(str(project), "."))
@@ -3956,16 +3945,14 @@ def refused(tmp_path, tar):
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
-@pytest.mark.parametrize("how", ["plain", "directory", "gnu long name", "pax path"])
-def test_dangerous_names_are_read_errors(tmp_path, name, how):
-    name = name.replace("{id}", PACKED_ID)
-    harmless = tar_block(PACKED_ID + "/x", b"evil")
-    block = {
-        "plain": lambda: tar_block(name, b"evil"),
-        "directory": lambda: tar_block(name, b"", tarfile.DIRTYPE),
-        "gnu long name": lambda: tar_block("L", name.encode() + b"\0", tarfile.GNUTYPE_LONGNAME) + harmless,
-        "pax path": lambda: pax_block(pax_record(b"path", name.encode())) + harmless}[how]()
-    assert set(refused(tmp_path, tar_block(PACKED_ID + "/good", b"good") + block + bytes(1024))) <= {"good"}
+@pytest.mark.parametrize("member", [
+    lambda name: tar_block(name, b"evil"), lambda name: tar_block(name, b"", tarfile.DIRTYPE),
+    lambda name: tar_block("L", name.encode() + b"\0", tarfile.GNUTYPE_LONGNAME) + tar_block(PACKED_ID + "/x", b"evil"),
+    lambda name: pax_block(pax_record(b"path", name.encode())) + tar_block(PACKED_ID + "/x", b"evil")],
+    ids=["plain", "directory", "gnu long name", "pax path"])
+def test_dangerous_names_are_read_errors(tmp_path, name, member):
+    named = member(name.replace("{id}", PACKED_ID))
+    assert set(refused(tmp_path, tar_block(PACKED_ID + "/good", b"good") + named + bytes(1024))) <= {"good"}
 
 
 def unpack_all(repository, target):
@@ -4291,9 +4278,9 @@ def test_running_means_a_readable_heartbeat_of_the_last_thirty_seconds(repo, cal
 
 
 def test_unknown_keys_survive_adding_and_removing_checkpoints(repo):
-    old = dict(checkpoint_document(hex_id("2c"), metrics={"loss": 0.5}), color="red")
+    old = dict(checkpoint_document(D, metrics={"loss": 0.5}), color="red")
     other = dict(checkpoint_document(hex_id("3c"), step=1), nested={"a": [1, None, {"b": "ü\u2028"}]})
-    document = experiment_document(hex_id("1e"), checkpoints=[old, other], git={"commit": "abc", "dirty": True},
+    document = experiment_document(A, checkpoints=[old, other], git={"commit": "abc", "dirty": True},
                                    params={"x": "[NaN]", "s": "None", "big": 12345678901234567890}, gpus=["A100"])
     write_repository(repo, document)
     experiment = replicate.experiments.get("1e")
@@ -4304,7 +4291,7 @@ def test_unknown_keys_survive_adding_and_removing_checkpoints(repo):
     again.update({key: stored_documents(repo)[0][key] for key in ("imported_packages", "outcome")})
     assert stored_documents(repo) == [again]
     assert added.step == 2
-    assert run("rm", "-f", hex_id("2c")).returncode == 0
+    assert run("rm", "-f", D).returncode == 0
     del again["checkpoints"][0]
     assert stored_documents(repo) == [again]
     experiment.checkpoint(metrics={"loss": 0.2}, quiet=True)
@@ -4315,7 +4302,7 @@ def test_unknown_keys_survive_adding_and_removing_checkpoints(repo):
 
 @pytest.mark.parametrize("checkpoints", [None, [], "absent"])
 def test_a_document_without_checkpoints_takes_the_first(repo, checkpoints):
-    document = experiment_document(hex_id("1e"), zebra=": [", **{"aaa": {"checkpoints": ": null"}})
+    document = experiment_document(A, zebra=": [", **{"aaa": {"checkpoints": ": null"}})
     document["checkpoints"] = checkpoints
     if checkpoints == "absent":
         del document["checkpoints"]
@@ -4395,15 +4382,14 @@ def recorded_pair(project):
     return made
 
 
-def test_rm_leaves_nothing_of_what_it_removes_and_all_of_the_rest(project, repo):
+def test_rm_leaves_nothing_of_what_it_removes_and_all_of_the_rest(project, repo, says):
     """First of a checkpoint, then of the other experiment: if it cannot finish, the document stays, and it runs again."""
     first, second = recorded_pair(project)
     removed = first.checkpoints[0]
     expected = {item["id"]: item for item in stored_documents(repo)}
     expected[first.id]["checkpoints"].pop(0)
     files = tree(repo)
-    done = run("rm", "-f", removed.id[:10])
-    assert (done.returncode, done.stdout) == (0, "") and removed.short_id() in done.stderr
+    assert removed.short_id() in says("rm", "-f", removed.id[:10])
     assert {item["id"]: item for item in stored_documents(repo)} == expected
     assert set(files) - set(tree(repo)) == {"checkpoints/%s.tar.gz" % removed.id} and not set(tree(repo)) - set(files)
     files = tree(repo)
@@ -4413,13 +4399,11 @@ def test_rm_leaves_nothing_of_what_it_removes_and_all_of_the_rest(project, repo)
     content = stuck.read_bytes()
     stuck.unlink()
     (stuck / "x").mkdir(parents=True)
-    done = run("rm", "-f", second.id)
-    assert done.returncode == 1 and str(stuck) in done.stderr and "Traceback" not in done.stderr
+    assert str(stuck) in says("rm", "-f", second.id, code=1)
     assert {item["id"] for item in stored_documents(repo)} == {first.id, second.id}
     shutil.rmtree(str(stuck))
     stuck.write_bytes(content)
-    done = run("rm", "-f", second.id[:10])
-    assert (done.returncode, done.stdout) == (0, "") and second.short_id() in done.stderr
+    assert second.short_id() in says("rm", "-f", second.id[:10])
     assert tree(repo) == rest and run("checkout", "-f", first.id).returncode == 0
 
 
@@ -4458,7 +4442,7 @@ def test_rm_killed_anywhere_can_be_run_again(project, repo, call):
 
 
 def test_a_document_that_is_being_updated_is_not_put_back_after_its_removal(repo):
-    write_repository(repo, experiment_document(hex_id("1e")))
+    write_repository(repo, experiment_document(A))
     inside, go_on = threading.Event(), threading.Event()
 
     def slow_change(old):
@@ -4530,7 +4514,7 @@ def test_a_live_process_s_journal_is_shown_but_left_to_it(repo, training):
 
 
 def test_torn_and_foreign_lines_of_a_journal_are_passed_over(repo):
-    write_repository(repo, experiment_document(hex_id("1e"), checkpoints=[checkpoint_document(hex_id("1c"))]))
+    write_repository(repo, experiment_document(A, checkpoints=[checkpoint_document(C)]))
     (repo / "journals").mkdir()
 
     def line(letter, **fields):
@@ -4538,13 +4522,13 @@ def test_torn_and_foreign_lines_of_a_journal_are_passed_over(repo):
 
     lines = [line("2c"), line("3c")[:60], "null", "[]", "{}", "\0\0\0", "5", line("4c", step="x"), line("1c"), line("5c"),
              line("6c"), json.dumps({"removed": hex_id("5c")}), line("7c")[:-1]]
-    (repo / "journals" / (hex_id("1e") + ".abcd.jsonl")).write_text("\n".join(lines))
-    (repo / "journals" / (hex_id("2e") + ".abcd.jsonl")).write_text(lines[0])  # of an experiment that is gone
+    (repo / "journals" / (A + ".abcd.jsonl")).write_text("\n".join(lines))
+    (repo / "journals" / (B + ".abcd.jsonl")).write_text(lines[0])  # of an experiment that is gone
     (repo / "journals" / "notes.txt").write_text("not ours")
-    expected = [hex_id("1c"), hex_id("2c"), hex_id("6c")]
-    assert listed(repo) == {hex_id("1e"): expected}
+    expected = [C, D, hex_id("6c")]
+    assert listed(repo) == {A: expected}
     done = run("ls", "-q")
-    assert done.stdout.split() == [hex_id("1e")] and done.stderr == ""
+    assert done.stdout.split() == [A] and done.stderr == ""
     assert [item["id"] for item in stored_documents(repo)[0]["checkpoints"]] == expected
     assert names_in(repo / "journals") == ["notes.txt"]
 
@@ -4667,7 +4651,7 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_returned(repo, training):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_that_record_into_one_experiment_lose_nothing(repo, training, processes):
-    write_repository(repo, experiment_document(hex_id("1e")))
+    write_repository(repo, experiment_document(A))
     scripts = [training("""
         experiment = replicate.experiments.get("1e")
         for number in range(300):
@@ -4690,8 +4674,7 @@ def test_recording_while_others_list_and_remove(repo, training):
         """, prefix=TRAINING)
     kept = []
     for number in range(12):
-        script.go(number)
-        kept.append(script.expect(""))
+        kept.append(script.go(number).expect(""))
         if number in (1, 4, 7):
             assert run("rm", "-f", kept.pop(0 if number == 4 else -1)).returncode == 0
         assert list(listed(repo).values()) == [kept]
@@ -4716,16 +4699,14 @@ def test_an_experiment_that_is_removed_while_it_is_recorded_stays_removed(projec
         """)
     experiment_id = script.expect("")
     if moment == "journal open":
-        script.go(3)
-        script.expect("done")
+        script.go(3).expect("done")
     elif moment == "at rest":
         until(lambda: len(stored_documents(repo)[0]["checkpoints"]) == 1 and names_in(repo / "tmp") == [
             experiment_id + ".live.lock"])
     assert run("rm", "-f", experiment_id).returncode == 0
     if moment != "before stop":
         for _ in range(2):
-            script.go(20)
-            script.expect("done")
+            script.go(20).expect("done")
     err = script.end()
     assert len(err.splitlines()) == 1 and "was removed" in err and experiment_id[:7] in err
     assert list(tree(repo)) == ["repository.json"]
