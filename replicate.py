@@ -1900,7 +1900,7 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], count: int 
     started = 0
     for _ in range(count or min(os.cpu_count() or 1, 8)):
         try:
-            threading.Thread(target=work, name="replicate-worker", daemon=True).start()
+            threading.Thread(target=work, name="replicate-pool", daemon=True).start()
         except RuntimeError:
             break
         started += 1
@@ -6080,7 +6080,7 @@ class Recorder:
         _recorders.append(self)
         install_exit_hooks()
         exit_calls.watch()
-        for name, task in (("pulse", self.pulse), ("packer", self.worker)):
+        for name, task in (("pulse", self.pulse), ("worker", self.worker)):
             try:
                 if termination.ending:  # read after the recorder is in the list; set before those in the list are stopped
                     raise RuntimeError("the process is ending")

@@ -2270,7 +2270,7 @@ def test_deleting_right_after_a_checkpoint_leaves_nothing(place, project, times)
             until(place.checkpoints)
         experiment.delete()
     until(lambda: not [item for item in set(threading.enumerate()) - others if item.name.startswith("replicate-")
-                       and item.name != "replicate-worker"])
+                       and item.name != "replicate-pool"])
     assert place.keys() == ["repository.json"]
     assert place.proxy is None or pending_leftovers(project) == []
 
@@ -4721,7 +4721,7 @@ def test_a_removed_experiment_is_noticed_by_the_next_heartbeat(repo, monkeypatch
 
 def test_a_checkpoint_that_is_compressed_when_its_experiment_is_found_removed_leaves_nothing(
         project, repo, monkeypatch, capsys):
-    """The packer stops at once, and stop() waits for that."""
+    """The worker stops compressing at once, and stop() waits for that."""
     fold, compressed, noticed = replicate.Repository.fold, [], threading.Event()
 
     def fold_later(self, *args):
