@@ -5490,6 +5490,7 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
             continue
     header = {key: value for key, value in document.items() if key not in ("checkpoints", SENT_KEY, PRUNED_KEY)}
     gone = ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
+    noted = set(texts_in(document, PRUNED_KEY))
     stripped: Set[str] = set()
     started = time.monotonic()
 
@@ -5513,7 +5514,8 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
         theirs["checkpoints"] = (theirs.get("checkpoints") or []) + new
         newly = strip_files(theirs["checkpoints"], pruned) | strip_files(theirs["checkpoints"], {
             item["id"] for item in checkpoints if item.get("pruned") and not item.get("path")})
-        stripped.update(newly)
+        stripped.update(newly, (item["id"] for item in theirs["checkpoints"]  # an upload that failed may have left its archive
+                                if item["id"] in noted and not item.get("path")))
         is_changed = merge_final_keys(theirs, final_keys(document))
         return DocumentText(theirs).data() if new or newly or is_changed else None
 
@@ -5554,7 +5556,7 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
     noted = set(texts_in(document, PRUNED_KEY))
     pruned.update(noted)
     ready = [item for item in document.get("checkpoints") or () if item["id"] not in unready]
-    if ready or not document.get(SENT_KEY) or finished and (final_keys(document) or pruned):
+    if ready or noted or not document.get(SENT_KEY) or finished and (final_keys(document) or pruned):
         if experiment_id in unready:
             return
         try:

@@ -7577,6 +7577,21 @@ def test_files_that_are_pruned_after_an_upload_failed_leave_the_bucket(bucket, p
     assert first not in archives_in(bucket) and len(archives_in(bucket)) == len(bucket.checkpoints()) - 1 == 2
 
 
+def test_files_leave_the_bucket_although_the_run_was_killed_before_it_could_remove_them(bucket, project, training):
+    script = training(KEEPS_THE_BEST + "save(5)\nwait('one')\nsave(4)\nwait('two')")
+    script.expect("one")
+    until(lambda: bucket.exists() and bucket.checkpoints() and pending_documents(project)[0]["checkpoints"] == [])
+    bucket.proxy.rule = lambda request: "reset" if request.kind == "DELETE" and (
+        "checkpoints/" in request.key or b"checkpoints/" in request.body) else None
+    script.go()
+    script.expect("two")
+    until(lambda: [item["path"] for item in bucket.documents()[0]["checkpoints"]] == [None, "model"])
+    assert len(archives_in(bucket)) == 2
+    script.kill()
+    mend(bucket.proxy)
+    assert run("push").returncode == 0 and len(archives_in(bucket)) == 1
+
+
 @pytest.fixture
 def shell_script(project, monkeypatch):
     """train.sh in the project, a program that is not Python; it and others find `replicate` on the path."""
