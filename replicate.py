@@ -6865,6 +6865,8 @@ class Recorders:
         if recorder.repository is not repository:
             header = DocumentText(dict(document, checkpoints=[], **sent)).data()
             recorder.storage.update(document_key(experiment.id), lambda old: header if old is None else None)
+        if alone:  # a checkpoint that this run prunes may still be in the journal of a killed one
+            fold_abandoned(recorder.repository)
         recorder.start()
         if settings.heartbeat:
             experiment._document["outcome"] = following(opening(), document)

@@ -7592,6 +7592,30 @@ def test_files_leave_the_bucket_although_the_run_was_killed_before_it_could_remo
     assert run("push").returncode == 0 and len(archives_in(bucket)) == 1
 
 
+def test_a_checkpoint_that_a_run_made_just_before_it_was_killed_can_be_pruned_by_the_next(
+        project, call, training, monkeypatch):
+    script = training("""
+        replicate.FOLD_INTERVAL = replicate.MAX_FOLD_INTERVAL = 1000
+        experiment = replicate.init(quiet=True)
+        save(0)
+        wait(experiment.id)
+        save(1)
+        wait("saved")
+        """)
+    experiment_id = script.expect("")
+
+    def falls_silent(repository, ids):
+        script.go()
+        script.expect("saved")
+        script.kill()
+        return True
+
+    monkeypatch.setattr(replicate, "falls_silent", falls_silent)
+    with replicate.init(resume=experiment_id, keep_latest=1, quiet=True) as experiment:
+        save(experiment, 2)
+    assert faults(call) == {} and steps_with_files(experiment) == [2]
+
+
 @pytest.fixture
 def shell_script(project, monkeypatch):
     """train.sh in the project, a program that is not Python; it and others find `replicate` on the path."""
