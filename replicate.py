@@ -5617,9 +5617,22 @@ def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress
                 console.debug(str(error))  # another process has uploaded it
             finally:
                 lock.release()
+        remove_unnamed(area)
         if area.url != pending.url and not busy and next(area.storage.list(EXPERIMENTS), None) is None:
             shutil.rmtree(area.storage.root, ignore_errors=True)  # type: ignore[attr-defined]
     return busy
+
+
+def remove_unnamed(area: Repository) -> None:
+    """Remove the archives that killed processes left in a pending area: no document and no journal names them."""
+    unreadable: List[str] = []
+    experiments = area.experiments(lambda key, reason: unreadable.append(key))
+    named = {place for experiment in experiments for place in archives_of(experiment, experiment.checkpoints)}
+    limit = min([time.time() - LEFTOVER_SECONDS,  # what a running experiment has written may wait for its line in the journal
+                 *(experiment.created.timestamp() for experiment in experiments)])
+    for kind in ("experiments", "checkpoints") if not unreadable else ():
+        area.storage.delete([archive_key(kind, item_id) for item_id, entry in stored_archives(area.storage, kind).items()
+                             if entry.modified < limit and (kind, item_id) not in named])
 
 
 class Condition(threading.Condition):
@@ -9681,6 +9694,8 @@ def push_command(args: argparse.Namespace) -> None:
     areas = pending_areas(pending)
     mention_other_pending(project.directory, pending)
     if not [entry for area in areas for entry in area.storage.list(EXPERIMENTS)]:
+        for area in areas:
+            remove_unnamed(area)
         console.info("Nothing is waiting to be uploaded")
         return
     remote = project.repository

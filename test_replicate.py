@@ -7616,6 +7616,35 @@ def test_a_checkpoint_that_a_run_made_just_before_it_was_killed_can_be_pruned_by
     assert faults(call) == {} and steps_with_files(experiment) == [2]
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+def test_archives_that_a_killed_process_left_in_the_pending_area_go_after_a_day(bucket, project, waiting):
+    experiment = replicate.init(quiet=True)
+    bucket.proxy.down()
+    first = save(experiment, 0)
+    if not waiting:
+        mend(bucket.proxy)
+    replicate.stop_all(1)
+    root, old, new = pending_root(project), hex_id("0d"), hex_id("1d")
+    named = ["checkpoints/%s.tar.gz" % first.id] if waiting else []
+    for key in ["%s/%s.tar.gz" % (kind, item_id) for kind in ("experiments", "checkpoints") for item_id in (old, new)]:
+        write_archive(root / key, old, {"model": b"weights"})
+    for key in ["%s/%s.tar.gz" % (kind, old) for kind in ("experiments", "checkpoints")] + named:
+        os.utime(root / key, (time.time() - 86500, time.time() - 86500))
+    mend(bucket.proxy)
+    assert run("push").returncode == 0 and bucket.steps() == [0]
+    assert pending_leftovers(project) == ["checkpoints/%s.tar.gz" % new, "experiments/%s.tar.gz" % new]
+
+
+def test_what_a_running_experiment_has_written_stays_in_the_pending_area(bucket, project, call, monkeypatch):
+    monkeypatch.setattr(replicate, "LEFTOVER_SECONDS", -60)
+    experiment = replicate.init(quiet=True)
+    path = pending_root(project) / ("checkpoints/%s.tar.gz" % hex_id("0d"))
+    write_archive(path, hex_id("0d"), {"model": b"not in the journal yet"})
+    assert call("push")[0] == 0 and path.exists()
+    experiment.stop()
+    assert call("push")[0] == 0 and not path.exists()
+
+
 @pytest.fixture
 def shell_script(project, monkeypatch):
     """train.sh in the project, a program that is not Python; it and others find `replicate` on the path."""
