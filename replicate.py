@@ -5585,9 +5585,9 @@ def send_pending(pending: Repository, remote: Repository, experiment_id: str, un
         kept[PRUNED_KEY] = sorted(since | {item["id"] for item in items if item["id"] in with_files and not item.get("path")})
         return DocumentText(kept).data()
 
-    pending.storage.update(document_key(experiment_id), change)
-    pending.storage.delete([archive_key("checkpoints", item_id) for item_id in done] +
+    pending.storage.delete([archive_key("checkpoints", item_id) for item_id in done] +  # first: the disk may be full
                            [archive_key("experiments", experiment_id)])
+    pending.storage.update(document_key(experiment_id), change)
 
 
 def send_abandoned(pending: Repository, remote: Repository, sent: Sent, progress: Callable[[int], None]) -> List[str]:

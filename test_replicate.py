@@ -2674,6 +2674,23 @@ def test_a_bucket_that_never_answers_does_not_hold_up_the_end(bucket, project, t
     push_the_rest(bucket, project, [1])
 
 
+def test_a_full_disk_gets_room_from_what_was_uploaded(bucket, project, hasty, monkeypatch):
+    create = replicate.DiskStorage.create
+
+    def fail_without_room(storage, key, write):
+        if names_in(pending_root(project) / "checkpoints") and "checkpoints/" not in key and bucket.checkpoints():
+            raise replicate.WriteError("%s could not be written: No space left on device." % key)
+        return create(storage, key, write)
+
+    experiment = replicate.init(quiet=True)
+    until(bucket.documents)
+    monkeypatch.setattr(replicate.DiskStorage, "create", fail_without_room)
+    save(experiment, 1)
+    until(lambda: bucket.checkpoints() and pending_documents(project)[0]["checkpoints"] == [], seconds=20)
+    experiment.stop()
+    assert bucket.steps() == [1] and pending_leftovers(project) == []
+
+
 @pytest.mark.parametrize("removed", ["before", "meanwhile"])
 def test_push_drops_what_waits_of_a_removed_experiment_and_says_so(bucket, project, training, removed):
     script = training(SAVES_ONCE.replace("save(1)", "[save(1), save(2)]"))
