@@ -5855,7 +5855,7 @@ class Worker:
             self.recorder.lose()
         except Exception as error:  # recording goes on, whatever it is
             console.debug("Uploading failed: %s" % error)
-            if not (self.failure or last):
+            if not (self.failure or self.stopping):
                 console.warning("%s.\nRecording continues; uploads will be retried." % _problem(error))
             self.failure, self._upload_at = error, time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_SEND_PAUSE)

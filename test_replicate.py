@@ -2674,6 +2674,24 @@ def test_a_bucket_that_never_answers_does_not_hold_up_the_end(bucket, project, t
     push_the_rest(bucket, project, [1])
 
 
+def test_an_upload_that_fails_while_the_run_ends_is_not_said_to_be_retried(bucket, project, capsys):
+    experiment = replicate.init(quiet=True)
+    until(bucket.documents)
+
+    def rule(request):
+        if is_upload(request):
+            experiment.project.recorders.find(experiment).worker.finish_by(time.monotonic() + 5)
+            return "reset"
+
+    bucket.proxy.rule = rule
+    save(experiment, 1)
+    until(lambda: bucket.proxy.seen("PUT", "checkpoints/"))
+    experiment.stop()
+    errors = capsys.readouterr().err
+    assert "Not everything was uploaded" in errors and "Recording continues" not in errors, errors
+    push_the_rest(bucket, project, [1])
+
+
 def test_a_full_disk_gets_room_from_what_was_uploaded(bucket, project, hasty, monkeypatch):
     create = replicate.DiskStorage.create
 
