@@ -5822,9 +5822,10 @@ class Worker:
             shrink_archive(self.recorder.storage, kind, item_id, check)
         except (DoesNotExist, Hurry):
             pass
-        except Exception as error:  # the stored archive stays, only larger
+        except Exception as error:
             if not self.recorder.gone:
-                self.recorder.messages.report(error)
+                self.recorder.messages.report(WriteError("Saved files could not be compressed, so they take more space: %s." %
+                                                         short_reason(error.__cause__ or error).rstrip(".")))
         with self.changed:
             del self.packing[:1]
             self.changed.notify_all()

@@ -7562,6 +7562,19 @@ def test_recording_goes_on_after_files_that_were_pruned_while_they_were_compress
     experiment.stop()
 
 
+def test_files_that_cannot_be_compressed_are_kept_as_they_are_and_that_is_said_once(project, monkeypatch, capsys):
+    def fail(archive, file, check):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(replicate, "recompress", fail)
+    (project / "model").write_bytes(b"text " * 100000)
+    with replicate.init(quiet=True) as experiment:
+        for number in range(3):
+            experiment.checkpoint(path="model", quiet=True)
+    message = "Saved files could not be compressed, so they take more space: No space left on device."
+    assert one_message(capsys.readouterr().err) == message
+    assert experiment.checkpoints[2].open("model").read() == (project / "model").read_bytes()
+
+
 KEEPS_THE_BEST = """
 def save(*losses):
     for loss in losses:
