@@ -2645,7 +2645,7 @@ class S3Storage(CloudStorage):
         from botocore.config import Config
         timeout = self.LAST_TIMEOUT if hurried else self.TIMEOUT
         config = Config(connect_timeout=min(5.0, timeout), read_timeout=timeout, max_pool_connections=2 * self.PARALLEL,
-                        retries={"total_max_attempts": 1 if hurried else self.ATTEMPTS, "mode": "standard"})
+                        retries={"total_max_attempts": 1 if hurried else self.ATTEMPTS, "mode": "legacy"})
         client = self._session.client("s3", config=config)
         client.meta.events.register("after-call.s3", self._note_clock)
         client.meta.events.register("before-send.s3", self.check_deadline)

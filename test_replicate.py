@@ -1939,8 +1939,8 @@ def hasty(monkeypatch):
     monkeypatch.setattr(replicate.CloudStorage, "FIRST_PAUSE", 0.005)
     monkeypatch.setattr(replicate.CloudStorage, "LONGEST_PAUSE", 0.02)
     with contextlib.suppress(ImportError):
-        import botocore.retries.standard
-        monkeypatch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
+        import botocore.retryhandler
+        monkeypatch.setattr(botocore.retryhandler, "delay_exponential", lambda **settings: 0.01)
     monkeypatch.setattr(replicate, "FIRST_SEND_PAUSE", 0.05)
     monkeypatch.setattr(replicate, "LONGEST_SEND_PAUSE", 0.2)
 
@@ -1949,8 +1949,8 @@ HASTY = """
 import json, os, resource, signal, sys, threading, time, replicate
 replicate.CloudStorage.FIRST_PAUSE, replicate.CloudStorage.LONGEST_PAUSE = 0.005, 0.02
 if "AWS_ENDPOINT_URL" in os.environ:
-    from botocore.retries.standard import ExponentialBackoff
-    ExponentialBackoff.delay_amount = lambda self, context: 0.01
+    import botocore.retryhandler
+    botocore.retryhandler.delay_exponential = lambda **settings: 0.01
 replicate.FIRST_SEND_PAUSE, replicate.LONGEST_SEND_PAUSE = 0.05, 0.2
 def wait(word):
     print(word, flush=True)
@@ -2968,6 +2968,18 @@ def test_a_stalled_connection_is_given_up(bucket, monkeypatch, hasty, call):
     stalls = once(bucket.proxy, lambda request: request.kind == "LIST", "stall")
     code, out, _ = call("ls", "-q")
     assert code == 0 and len(out.split()) == 2 and stalls
+
+
+def test_the_tries_of_a_request_are_spread_over_seconds(bucket, monkeypatch):
+    """A network that is away for a moment stops no checkout; boto3's standard mode tries five times within half a second."""
+    pauses = []
+    bucket.proxy.rule = lambda request: bucket.proxy.refusal(503)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(random, "random", lambda: 0.5)
+    monkeypatch.setattr(random, "uniform", lambda low, high: (low + high) / 2)
+    with pytest.raises(replicate.ReplicateError, match="cannot be reached"):
+        replicate.open_storage(bucket.url).stat("repository.json")
+    assert len(pauses) == replicate.CloudStorage.ATTEMPTS - 1 and 3 < sum(pauses) < 10, pauses
 
 
 @pytest.mark.parametrize("command, status", [(["ls"], 403), (["show", "1e"], 403), (["checkout", "1e"], 403), (["rm", "-f", "1e"], 403),
