@@ -248,11 +248,11 @@ class Progress:
             self.show(text)
 
     def show(self, text: str) -> None:
-        """Show text as the line, unless it was updated less than INTERVAL ago."""
+        """Show text as the line, cut at the edge of the terminal, unless it was updated less than INTERVAL ago."""
         if self._active and time.monotonic() >= self._next:
             self._next = time.monotonic() + self.INTERVAL
             self._shown = True
-            write_text(sys.stderr, "\r\x1b[K" + escape_control(text))
+            write_text(sys.stderr, "\r\x1b[K" + escape_control(text)[:shutil.get_terminal_size().columns - 1])
 
     def __enter__(self) -> Progress:
         return self
@@ -2483,7 +2483,7 @@ class CloudStorage(Storage):
     def check_deadline(self, *args: Any, **kwargs: Any) -> None:
         """Raise Unreachable if a request that starts now may outlast the deadline."""
         if self.deadline is not None and time.monotonic() > self.deadline - self.LAST_TIMEOUT:
-            raise Unreachable("%s cannot be reached in the time left." % self.url)
+            raise Unreachable("There is no time left for another request to %s." % self.url)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
         """Yield function(item) for each item, in order, several at a time; fewer if each takes much memory (large)."""
@@ -5746,7 +5746,7 @@ class Worker:
         self.is_uploading = False
         self.failure: Optional[Exception] = None if prepared else Unreachable("%s does not answer." % recorder.target.url)
         self._prepared = prepared
-        self._bytes = 0                          # uploaded by this process
+        self._bytes = self._round = 0            # uploaded by this process; up to the last _upload()
         self._last_progress = 0.0                # monotonic seconds, when the bucket last took data
         self._upload_at = 0.0 if remote else float("inf")
         self._pause = FIRST_SEND_PAUSE
@@ -5861,7 +5861,7 @@ class Worker:
             self.failure, self._upload_at = error, time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_SEND_PAUSE)
         finally:
-            self.is_uploading = False
+            self.is_uploading, self._round = False, self._bytes
 
     def _send(self, remote: Repository, last: bool) -> None:
         if not self._prepared:
@@ -5891,7 +5891,7 @@ class Worker:
 
     def wait(self) -> None:
         """Wait until the thread has finished, its limit has passed, or the bucket has stopped answering."""
-        total = len(self.packing)
+        total, size = len(self.packing), 0
         try:
             with Progress("", 0) as progress:
                 while not self.ended.wait(0.05) and time.monotonic() < self.limit:
@@ -5902,10 +5902,18 @@ class Worker:
                     if self.packing or not self.remote:
                         progress.show("Compressing the last checkpoints: %d of %d" % (total - len(self.packing), total))
                     else:
-                        progress.show("Uploading the last checkpoints to %s: %s (Ctrl-C leaves the rest for '%s push')" % (
-                            self.remote.url, format_size(self._bytes), program_name()))
+                        size = size or self._round + self._waiting_bytes()
+                        progress.show("Uploading: %s of %s (Ctrl-C leaves the rest for '%s push')" % (
+                            format_size(self._bytes), format_size(max(size, self._bytes)), program_name()))
         except KeyboardInterrupt:
             console.warning("Interrupted.")
+
+    def _waiting_bytes(self) -> int:
+        """The size of this experiment's archives in the pending area; each stays there until all of an _upload() are sent."""
+        experiment = self.recorder.experiment
+        owners = {experiment.id, *(checkpoint.id for checkpoint in experiment.checkpoints)}
+        return sum(entry.size for kind in ("experiments", "checkpoints")
+                   for item_id, entry in stored_archives(self.recorder.storage, kind).items() if item_id in owners)
 
     def warn_of_rest(self) -> None:
         """Warn if something was not uploaded."""
