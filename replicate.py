@@ -2662,7 +2662,7 @@ class S3Storage(CloudStorage):
 
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
-        reason = short_reason(error).rstrip(".")
+        reason = re.sub(r'(endpoint URL: "\w+://[^/"]+)/[^"]*', r"\1", short_reason(error)).rstrip(".")
         if isinstance(error, self._errors.ClientError):
             answer = error.response.get("Error", {})
             code = str(answer.get("Code", ""))
@@ -2793,7 +2793,10 @@ class GCSStorage(CloudStorage):
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
         error = getattr(error, "cause", None) or error  # what the SDK wraps when its retries run out
-        text = str(getattr(error, "message", None) or short_reason(error))
+        failed = getattr(error.args[0] if error.args else None, "reason", None) or error  # urllib3's, within two others
+        text = re.sub(r"HTTPS?Connection(?:Pool)?\(host='([^']*)', port=(\d+)\)|<urllib3\S* object at \w+>: ",
+                      lambda found: "%s:%s" % found.groups() if found[1] else "",
+                      str(getattr(error, "message", None) or short_reason(failed)))
         inner = re.search(r'"message":\s*"([^"]+)"', text)  # errors of media requests hold the whole answer
         reason = inner.group(1) if inner else re.sub(r"^[A-Z]+ https?://\S+: ", "", text)
         reason = reason.strip().rstrip(".:")
