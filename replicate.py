@@ -5452,11 +5452,11 @@ class Sent:
 
 
 def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[int], None]) -> int:
-    """Copy an object between storages unless the target has it; return its size. Raises DoesNotExist if it is missing."""
+    """Copy an object between storages unless the target has it; return the bytes copied. Raises DoesNotExist if it is missing."""
     entry = source.stat(key)
     try:
         if target.stat(key).size == entry.size:
-            return entry.size
+            return 0
     except DoesNotExist:
         pass
     progress(0)
@@ -5477,8 +5477,8 @@ def copy_object(source: Storage, target: Storage, key: str, progress: Callable[[
 
 
 def send_experiment(source: Repository, target: Repository, document: Dict[str, Any], checkpoints: List[Dict[str, Any]],
-                    sent: Sent, progress: Callable[[int], None], pruned: Container[str] = ()) -> None:
-    """Copy an experiment and these of its checkpoints, the document last.
+                    sent: Sent, progress: Callable[[int], None], pruned: Container[str] = ()) -> bool:
+    """Copy an experiment and these of its checkpoints, the document last; return whether that changed the target's document.
 
     What the target already has stays, except for the files of pruned checkpoints; its document takes our final keys.
     Raises ExperimentGone if the document says that it was uploaded before, but the target no longer has it.
@@ -5495,7 +5495,7 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
     gone = ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
     noted = set(texts_in(document, PRUNED_KEY))
     stripped: Set[str] = set()
-    started = time.monotonic()
+    started, new, is_changed = time.monotonic(), checkpoints, True
 
     def copy(key: str) -> int:
         try:
@@ -5506,6 +5506,7 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
             return 0
 
     def change(old: Optional[bytes]) -> Optional[bytes]:
+        nonlocal new, is_changed
         if old is None:
             if document.get(SENT_KEY):
                 raise gone
@@ -5519,8 +5520,8 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
             item["id"] for item in checkpoints if item.get("pruned") and not item.get("path")})
         stripped.update(newly, (item["id"] for item in theirs["checkpoints"]  # an upload that failed may have left its archive
                                 if item["id"] in noted and not item.get("path")))
-        is_changed = merge_final_keys(theirs, final_keys(document))
-        return DocumentText(theirs).data() if new or newly or is_changed else None
+        is_changed = merge_final_keys(theirs, final_keys(document)) or bool(new or newly)
+        return DocumentText(theirs).data() if is_changed else None
 
     if sizes and document.get(SENT_KEY):
         try:
@@ -5542,7 +5543,8 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
             copy(key)
     if stripped:
         target.storage.delete([archive_key("checkpoints", item_id) for item_id in stripped])
-    sent.checkpoints += len(checkpoints)
+    sent.checkpoints += len(new)
+    return is_changed
 
 
 def send_pending(pending: Repository, remote: Repository, experiment_id: str, unready: Set[str], finished: bool,
@@ -9700,7 +9702,8 @@ def push_command(args: argparse.Namespace) -> None:
         if source.url == target.url:
             raise UsageError("--from and the repository to copy to are the same: %s." % target.url)
         copy_experiments(source, target, args.ids, sent)
-        console.info("Copied %s from %s to %s" % (sent, source.url, project.repository.url))
+        console.info("Copied %s from %s to %s" % (sent, source.url, target.url) if sent.experiments or sent.bytes else
+                     "Nothing was copied: %s has everything already" % target.url)
         return
     pending = project.pending()
     areas = pending_areas(pending)
@@ -9742,8 +9745,7 @@ def copy_experiments(source: Repository, target: Repository, prefixes: Sequence[
     with Progress("Copying", 0) as progress:
         for experiment in experiments:
             document = experiment.to_json()
-            send_experiment(source, target, document, document["checkpoints"], sent, progress.add)
-            sent.experiments += 1
+            sent.experiments += send_experiment(source, target, document, document["checkpoints"], sent, progress.add)
 
 
 # -- demo

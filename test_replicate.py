@@ -2529,7 +2529,8 @@ def test_push_from_copies_between_repositories(new_place, project, source, targe
     for key in here.keys():
         if key.endswith(".tar.gz"):
             assert there.get(key) == here.get(key)
-    assert says(*push_all) and len(there.checkpoints()) == 4
+    assert one_message(says(*push_all)) == "Nothing was copied: %s has everything already" % there.url
+    assert len(there.checkpoints()) == 4
     assert says(*push_all, "77", code=1)
     assert "are the same" in one_message(says("push", "--from", here.url, "-R", here.url, code=2))
     assert call("push", "1e", "-R", there.url)[0] == 2
