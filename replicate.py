@@ -4058,6 +4058,11 @@ class Repository:
                 merge_journals(document, waiting[document["id"]])
             yield document
 
+    def waiting(self) -> List[str]:
+        """The IDs of the experiments that this project has not uploaded yet, or not completely."""
+        entries = self.pending.storage.list(EXPERIMENTS) if self.pending else ()
+        return [entry.name[:-5] for entry in entries]
+
     # -- heartbeats
 
     def beat(self, experiment_id: str) -> None:
@@ -4497,8 +4502,11 @@ def find_items(repository: Repository, names: Sequence[str]) -> List[Tuple[Exper
             rows = list_rows(repository)
         matches = _matches(name, rows, load)
         if not matches:
-            known = filter(None, (text_in(row.summary, "name") for row in rows))
-            raise DoesNotExist("Experiment or checkpoint not found: %s.%s" % (name or "the ID is empty", nearest(name, known)))
+            if name and any(experiment_id.startswith(name) for experiment_id in repository.waiting()):
+                hint = " It has not been uploaded yet: run '%s push'." % program_name()
+            else:
+                hint = nearest(name, filter(None, (text_in(row.summary, "name") for row in rows)))
+            raise DoesNotExist("Experiment or checkpoint not found: %s.%s" % (name or "the ID is empty", hint))
         if len(matches) > 1:
             raise _ambiguous(name, matches)
         found.append(matches[0])
@@ -9018,7 +9026,8 @@ def ls_command(args: argparse.Namespace, only_running: bool = False) -> None:
     name, descending = parse_sort("started" if args.sort is None else args.sort)
     repository = open_project(args).repository
     columns = args.columns or ()
-    rows = matching_rows(list_rows(repository), args.filter, [name, *(column.lstrip("~") for column in columns)])
+    listed = list_rows(repository)
+    rows = matching_rows(listed, args.filter, [name, *(column.lstrip("~") for column in columns)])
     rows = sort_rows([row for row in rows if row.running or not only_running], name, descending)
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
@@ -9040,6 +9049,10 @@ def ls_command(args: argparse.Namespace, only_running: bool = False) -> None:
         say("".join(render_wide(wide, width, paint)))
     else:
         say("".join(render_list(rows, now, args.all, width)))
+    waiting = len(set(repository.waiting()).difference(row.id for row in listed if row.running))
+    if waiting and not (args.quiet or args.json or args.csv):
+        console.info("Still to be uploaded from this project: %s. To upload now, run '%s push'" % (
+            plural(waiting, "experiment"), program_name()))
 
 
 def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[str] = ()) -> List[Row]:

@@ -2474,6 +2474,18 @@ def record_offline(script, place, project, rule, proxy=None):
     return item
 
 
+def test_who_looks_for_a_run_that_is_not_uploaded_yet_is_told(bucket, project, call):
+    bucket.create()
+    bucket.proxy.down()
+    item = run_script(HASTY + "experiment = replicate.init(quiet=True)\nprint(experiment.id)").stdout.strip()
+    bucket.proxy.up()
+    code, _, errors = call("show", item[:9])
+    assert code == 1 and "not found: %s. It has not been uploaded yet: run '" % item[:9] in one_message(errors)
+    for arguments, told in ([], 1), (["--wide"], 1), (["-q"], 0), (["--json"], 0):
+        assert call("ls", *arguments)[2].count("Still to be uploaded from this project: 1 experiment.") == told
+    assert call("push")[0] == 0 and call("ls")[2] == ""
+
+
 @pytest.mark.parametrize("by", ["push", "the next run"])
 def test_what_a_killed_process_left_is_sent(bucket, project, training, by):
     is_stalled = stall_archives(bucket.proxy, 2)
