@@ -2418,6 +2418,8 @@ class CloudStorage(Storage):
     RANGE_BYTES = BEYOND   # that one request reads at most
     LARGE_UPLOADS = 2      # files at a time; a part of each is in memory
     package = ""           # the SDK's, to install
+    _failures = 0          # requests without an answer
+    _has_told = False      # tell_of_retry() has
 
     def __init__(self, rest: str) -> None:
         self.bucket, _, root = rest.partition("/")
@@ -2484,6 +2486,14 @@ class CloudStorage(Storage):
         """Raise Unreachable if a request that starts now may outlast the deadline."""
         if self.deadline is not None and time.monotonic() > self.deadline - self.LAST_TIMEOUT:
             raise Unreachable("There is no time left for another request to %s." % self.url)
+
+    def tell_of_retry(self, error: Exception) -> None:
+        """Tell the user once why a command takes long, not of a single broken connection. Recorders tell by themselves."""
+        self._failures += 1
+        if not self._has_told and (self._failures > 1 or "Timeout" in type(error).__name__) and (
+                threading.current_thread() is threading.main_thread()):
+            self._has_told = True
+            console.info("%s does not answer: trying again" % self.url)
 
     def in_parallel(self, function: Callable[[Any], Any], items: Iterable[Any], large: bool = False) -> Iterator[Any]:
         """Yield function(item) for each item, in order, several at a time; fewer if each takes much memory (large)."""
@@ -2657,8 +2667,10 @@ class S3Storage(CloudStorage):
 
     def _give_up(self, caught_exception: Optional[Exception] = None, **kwargs: Any) -> None:
         """Raise the error of a request that the SDK is about to retry, if another try is useless."""
-        if caught_exception is not None and (self.deadline is not None or isinstance(caught_exception, self._errors.SSLError)):
-            raise caught_exception
+        if caught_exception is not None:
+            if self.deadline is not None or isinstance(caught_exception, self._errors.SSLError):
+                raise caught_exception
+            self.tell_of_retry(caught_exception)
 
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
@@ -2785,8 +2797,11 @@ class GCSStorage(CloudStorage):
         tries = iter(range((attempts or self.ATTEMPTS) - 1))
 
         def worthwhile(error: Exception) -> bool:
-            return (isinstance(self.translate(error, ""), Unreachable) and self.deadline is None
-                    and next(tries, None) is not None)
+            again = (isinstance(self.translate(error, ""), Unreachable) and self.deadline is None
+                     and next(tries, None) is not None)
+            if again and not getattr(error, "code", None):  # an answer is no silence
+                self.tell_of_retry(error)
+            return again
 
         return {"timeout": self.TIMEOUT, "retry": self._retry.with_predicate(worthwhile)}
 

@@ -2985,10 +2985,12 @@ def test_a_stalled_connection_is_given_up(bucket, monkeypatch, hasty, call):
     assert code == 0 and len(out.split()) == 2 and stalls
 
 
-def test_a_server_that_cannot_be_reached_is_named_by_its_address_alone(bucket, hasty, call):
+def test_a_server_that_cannot_be_reached_is_named_by_its_address_alone_once_it_was_tried_again(bucket, hasty, call):
     bucket.proxy.down()
     code, _, errors = call("ls")
-    reason = one_message(errors).partition("cannot be reached: ")[2]
+    told, error = errors.splitlines(True)
+    assert told == "═══╡ %s does not answer: trying again\n" % bucket.url
+    reason = one_message(error).partition("cannot be reached: ")[2]
     assert code == 1 and "127.0.0.1:%d" % bucket.proxy.port in reason and "repository.json" not in reason
     assert reason.rstrip('".\n')[-1].isalnum() and not reason.endswith("...\n"), reason  # not cut
 
