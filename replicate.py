@@ -2808,10 +2808,11 @@ class GCSStorage(CloudStorage):
     def translate(self, error: Exception, key: str) -> ReplicateError:
         name = "%s in %s" % (key, self.url) if key else self.url
         error = getattr(error, "cause", None) or error  # what the SDK wraps when its retries run out
-        failed = getattr(error.args[0] if error.args else None, "reason", None) or error  # urllib3's, within two others
-        text = re.sub(r"HTTPS?Connection(?:Pool)?\(host='([^']*)', port=(\d+)\)|<urllib3\S* object at \w+>: ",
-                      lambda found: "%s:%s" % found.groups() if found[1] else "",
-                      str(getattr(error, "message", None) or short_reason(failed)))
+        failed = error.args[0] if error.args else None  # urllib3's error, which may hold another
+        text = str(getattr(error, "message", None) or short_reason(getattr(failed, "reason", None) or error))
+        pool = getattr(failed, "pool", None)
+        if pool is not None:
+            text = re.sub(r"HTTPS?Connection(Pool)?\(.*?\)|<urllib3\S* object at \w+>", "%s:%s" % (pool.host, pool.port), text)
         inner = re.search(r'"message":\s*"([^"]+)"', text)  # errors of media requests hold the whole answer
         reason = inner.group(1) if inner else re.sub(r"^[A-Z]+ https?://\S+: ", "", text)
         reason = reason.strip().rstrip(".:")
