@@ -2799,7 +2799,7 @@ class GCSStorage(CloudStorage):
         def worthwhile(error: Exception) -> bool:
             again = (isinstance(self.translate(error, ""), Unreachable) and self.deadline is None
                      and next(tries, None) is not None)
-            if again and not getattr(error, "code", None):  # an answer is no silence
+            if again and getattr(error, "response", None) is None:  # an answer is no silence
                 self.tell_of_retry(error)
             return again
 
