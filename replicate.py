@@ -2922,6 +2922,9 @@ BACKENDS: Dict[str, Callable[[str], Storage]] = {kind.scheme: kind for kind in (
 # ------------------------------------------------------------------------------------------------------------------
 
 NEVER_SAVED = (".replicate", ".keepsake", ".git", ".mypy_cache", "__pycache__", ".ipynb_checkpoints", ".env")
+GENERATED = (b"slurm-*.out", b"nohup.out", b"events.out.tfevents.*", b"epoch=*-step=*.ckpt", b"checkpoint-[0-9]*/",
+             b"lightning_logs/", b"mlruns/", b"wandb/", b"/outputs/20[0-9][0-9]-*/", b"/multirun/20[0-9][0-9]-*/")
+# what schedulers, frameworks and trackers write: init() does not save it as code
 STAGING_PREFIX = ".replicate-checkout-"
 SUGGESTED_NAMES = 10000  # remembered by a checkout, so that it can suggest the nearest one
 
@@ -2929,8 +2932,9 @@ SUGGESTED_NAMES = 10000  # remembered by a checkout, so that it can suggest the 
 class IgnoreRules:
     """The ignore patterns of a project, in the syntax of gitignore(5)."""
 
-    def __init__(self) -> None:
+    def __init__(self, patterns: Sequence[bytes] = ()) -> None:
         self._rules: List[Tuple[str, Any, bool, bool]] = []  # folder, compiled pattern, negated, directories only
+        self._add("", patterns)
 
     def read(self, directory: str, folder: str) -> None:
         """Add the ignore files of a directory; folder is its path relative to the project ('' or 'a/b/')."""
@@ -2942,10 +2946,10 @@ class IgnoreRules:
                 continue
             if content.startswith(b"\xef\xbb\xbf"):  # a byte order mark
                 content = content[3:]
-            for line in content.split(b"\n"):
-                rule = _ignore_rule(line[:-1] if line.endswith(b"\r") else line)
-                if rule:
-                    self._rules.append((folder,) + rule)
+            self._add(folder, [line[:-1] if line.endswith(b"\r") else line for line in content.split(b"\n")])
+
+    def _add(self, folder: str, lines: Iterable[bytes]) -> None:
+        self._rules += [(folder,) + rule for rule in map(_ignore_rule, lines) if rule]
 
     def excludes(self, path: str, is_directory: bool) -> bool:
         """Whether the last pattern that matches a path ignores it; none of its parents may be ignored."""
@@ -3081,12 +3085,13 @@ def relative_path(path: Any, directory: str) -> str:
     return relative.replace(os.sep, "/")
 
 
-def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
-                 warn: Callable[[str], None] = console.warning) -> List[Source]:
+def find_sources(directory: str, path: str, excluded: Sequence[str] = (), warn: Callable[[str], None] = console.warning,
+                 patterns: Sequence[bytes] = ()) -> List[Source]:
     """The files to save at path (see relative_path()), sorted by name, without those ignored or never saved.
 
-    excluded: absolute directories to leave out (a repository inside the project). The path itself is saved even if an
-    ignore file lists it: the user asked for it. Raises ValueError if it is never saved.
+    excluded: absolute directories to leave out (a repository inside the project). patterns: ignored unless an ignore file
+    says otherwise. The path itself is saved even if an ignore file lists it: the user asked for it. Raises ValueError if it
+    is never saved.
     """
     for part in path.split("/"):
         if is_never_saved(part):
@@ -3096,7 +3101,7 @@ def find_sources(directory: str, path: str, excluded: Sequence[str] = (),
     top = os.path.join(directory, path)
     if os.path.isdir(top):
         prefix = "" if path == "." else path + "/"
-        rules = IgnoreRules()
+        rules = IgnoreRules(patterns)
         rules.read(directory, "")
         if prefix:
             rules.read(top, prefix)
@@ -6192,7 +6197,7 @@ class Recorder:
         table, large = save_archive(self.storage, "checkpoints", checkpoint.id, sources)
         checkpoint._document["path"] = saved
         is_changed = any(self.code.get(name, (size, crc)) != (size, crc) for name, _, size, crc in table.files)
-        if is_changed and saved != "." and not quiet:
+        if is_changed and saved != ".":
             self.messages.hint_at_outputs(saved, os.path.isdir(os.path.join(self.directory, saved)))
         with self.changed:
             self._keys.append(archive_key("checkpoints", checkpoint.id))
@@ -6749,10 +6754,10 @@ class Project:
         return found
 
     def files_to_save(self, path: str, warn: Callable[[str], None] = console.warning) -> List[Source]:
-        """The files to save at a path as relative_path() returns it, without those of the repository: see find_sources()."""
+        """The code to save at a path as relative_path() returns it, without the repository's files: see find_sources()."""
         url = self.location.url or ""
         excluded = [url[len("file://"):]] if url.startswith("file://") else []
-        return find_sources(self.directory, path, excluded, warn)
+        return find_sources(self.directory, path, excluded, warn, GENERATED)
 
     # -- what Experiment and Checkpoint ask of their project: see their methods of the same names
 

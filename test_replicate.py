@@ -3525,6 +3525,19 @@ def test_what_is_never_saved(project):
             source_names(project, path)
 
 
+def test_what_jobs_and_frameworks_write_is_not_code(project):
+    fill(project, {name: b"x" for name in (
+        "slurm-12.out", "jobs/slurm-12_3.out", "nohup.out", "runs/a/events.out.tfevents.1.host.2.0", "epoch=3-step=28.ckpt",
+        "out/checkpoint-32/model.safetensors", "lightning_logs/version_0/metrics.csv", "wandb/run-1/x", "mlruns/0/meta.yaml",
+        "outputs/2026-01-31/12-00-00/.hydra/config.yaml", "multirun/2026-01-31/12-00-00/0/train.log", "outputs/table.py",
+        "out/checkpoint-utils/x.py", "slurm-job.sh", "train.py")})
+    code = ["out/checkpoint-utils/x.py", "outputs/table.py", "replicate.yaml", "slurm-job.sh", "train.py"]
+    assert [source.name for source in replicate.Project().files_to_save(".")] == code
+    assert len(source_names(project)) == 16, "a checkpoint takes them all"
+    fill(project, {".replicateignore": b"!wandb/\n"})
+    assert [source.name for source in replicate.Project().files_to_save(".")] == [".replicateignore"] + code + ["wandb/run-1/x"]
+
+
 def test_links_fifos_and_sockets(project, tmp_path):
     fill(tmp_path, {"outside/file": b"outside", "outside/dir/x": b""})
     fill(project, {"real": b"content", "dir/x": b"x"})
@@ -7283,7 +7296,7 @@ def test_a_table_that_lies_about_sizes_does_not_fill_the_memory(project, call):
 @pytest.mark.parametrize("ignored, path, written, flags, line", [
     ("", "model.bin", "model.bin", "", "'/model.bin'"), ("", "out", "out/model.bin", "", "'/out/'"),
     ("/out/\n", "out", "out/model.bin", "", ""),
-    ("/model.bin\n", "model.bin", "model.bin", "", ""), ("", "model.bin", "model.bin", ", quiet=True", ""),
+    ("/model.bin\n", "model.bin", "model.bin", "", ""), ("", "model.bin", "model.bin", ", quiet=True", "'/model.bin'"),
     ("", ".", "model.bin", "", ""), ("", "train.py", "model.bin", "", "")])
 def test_outputs_that_are_saved_as_code_draw_one_hint(project, ignored, path, written, flags, line):
     fill(project, {".replicateignore": ignored.encode(), "train.py": b"1"})
