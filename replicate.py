@@ -356,12 +356,21 @@ def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
         if isinstance(value, abc.Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
             return [plain_param(item, where, unknown) for item in value]
         name = name_of(value)
-        return plain_value(value, where) if name is None else name
+        return short_float(plain_value(value, where)) if name is None else name
     except RecursionError:
         raise
     except Exception:  # plain_value() refuses it, or its own methods fail
         unknown.append("%s (%s)" % (where, type(value).__name__))
         return text_of(value)
+
+
+def short_float(value: Any) -> Any:
+    """value, or 0.001 for 0.0010000000474974513: what libraries make of a number when they store it in 32 bits."""
+    try:
+        short = float("%.6g" % value) if type(value) is float else value
+        return short if struct.unpack("f", struct.pack("f", short)) == (value,) else value
+    except (OverflowError, struct.error):
+        return value
 
 
 def fields_of(value: Any) -> Optional[Dict[Any, Any]]:

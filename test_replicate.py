@@ -474,6 +474,9 @@ def test_scalars_arrays_tensors_and_subclasses_become_plain_values():
         assert json.loads(replicate.encode_json(plain)) == wanted
     assert replicate.plain_param([numpy.dtype("float32"), numpy.float32, numpy.add, numpy.arange(2)], "p", []) == [
         "float32", "float32", "add", [0, 1]]
+    for value, wanted in [(numpy.float32(0.1), 0.1), ({"lr": float(numpy.float32(1e-3))}, {"lr": 1e-3}), (0.1, 0.1), (2.0 ** -30, 2.0 ** -30),
+                          (1234567.125, 1234567.125), (1e300, 1e300), (numpy.float32("inf"), math.inf), (3, 3), ("%", "%")]:
+        assert repr(replicate.plain_param(value, "p", [])) == repr(wanted)
 
 
 @dataclasses.dataclass
@@ -8325,7 +8328,8 @@ def test_keras_records_a_fit(project, keras, arguments, steps, path, name):
     done = run_script(KERAS % arguments)
     (document,) = stored_documents(project / "repo")
     assert document["outcome"]["status"] == "completed" and document["params"]["epochs"] == 4
-    assert document["params"]["optimizer"]["name"] == "adam" and None not in document["params"]["optimizer"].values()
+    assert document["params"]["optimizer"]["name"] == "adam" and document["params"]["optimizer"]["learning_rate"] == 0.001
+    assert None not in document["params"]["optimizer"].values()
     assert [item["step"] for item in document["checkpoints"]] == steps
     assert {item["primary_metric"]["name"] for item in document["checkpoints"]} == {name}
     assert {"loss", "mae"} <= document["checkpoints"][0]["metrics"].keys()
