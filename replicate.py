@@ -1788,10 +1788,17 @@ def find_location(repository: Optional[str] = None, directory: Optional[str] = N
     return Location(project, "file://" + found if is_default else absolute_url(read_config(found), project))
 
 
+try:
+    START_DIRECTORY = os.getcwd()  # a script may change it later, as Hydra does
+except OSError:  # it was removed
+    START_DIRECTORY = os.sep
+
+
 def working_directory() -> str:
-    """The working directory (absolute). Raises ConfigNotFound if it was removed."""
+    """The working directory (absolute), or where we started if Hydra has changed it. Raises ConfigNotFound if it was removed."""
     try:
-        return os.getcwd()
+        place = os.getcwd()
+        return START_DIRECTORY if os.path.isdir(os.path.join(place, ".hydra")) else place
     except OSError as error:
         raise ConfigNotFound("The working directory was removed, or cannot be read: %s." % short_reason(error)) from error
 
@@ -3073,7 +3080,8 @@ class Source:
 
 
 def relative_path(path: Any, directory: str) -> str:
-    """A user's path relative to the project directory, with forward slashes ('.' for all of it).
+    """A user's path relative to the project directory, with forward slashes ('.' for all of it). If there is nothing, the path
+    is one in the working directory.
 
     Raises TypeError if it is not a path, ValueError if it is empty, missing or outside the project.
     """
@@ -3090,6 +3098,8 @@ def relative_path(path: Any, directory: str) -> str:
     if relative.split(os.sep)[0] == os.pardir or os.path.isabs(relative):
         raise ValueError("path %r is outside the project directory %s" % (text, directory))
     if not os.path.exists(full):
+        if os.path.exists(text) and full != os.path.abspath(text):  # a script in a subdirectory
+            return relative_path(os.path.abspath(text), directory)
         raise ValueError("path %r does not exist (it is relative to the project directory %s)" % (text, directory))
     return relative.replace(os.sep, "/")
 
@@ -5059,10 +5069,6 @@ def inner_path(path: str, directory: str) -> str:
 
 # How to run a program again: a line to paste in the project directory, with the interpreter or launcher that ran it.
 
-try:
-    START_DIRECTORY = os.getcwd()  # a script may change it later, as Hydra does
-except OSError:  # it was removed
-    START_DIRECTORY = os.sep
 LAUNCHERS = r"python[\d.]*|uv|mpirun|mpiexec|orterun|prterun"  # torchrun, accelerate and the like are Python programs
 
 

@@ -6114,6 +6114,24 @@ def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken
         assert item.path == "." and set(DiskPlace(repo).files(kind, item.id)) == {"replicate.yaml", "sub/model"}  # but not repo
 
 
+@pytest.mark.parametrize("config", [True, False])
+def test_a_script_that_hydra_moves_into_its_output(project, config):
+    fill(project, {"train.py": b"1"})
+    if not config:
+        (project / "replicate.yaml").unlink()
+    err = run_script("""
+        import os, replicate
+        os.makedirs("outputs/2026-01-31/12-00-00/.hydra")
+        os.chdir("outputs/2026-01-31/12-00-00")
+        open("model.pth", "w").write("1")
+        with replicate.init(path=".") as experiment:
+            assert experiment.checkpoint(path="model.pth").path == "outputs/2026-01-31/12-00-00/model.pth"
+        """).stderr
+    place = project / ("repo" if config else ".replicate/storage")
+    (document,) = stored_documents(place)
+    assert DiskPlace(place).files("experiments", document["id"])["train.py"] == b"1" and "does not exist" not in err
+
+
 def test_a_working_directory_that_is_removed(project, repo):
     """As at the end of `with TemporaryDirectory()` in a script that works there."""
     done = train("""
