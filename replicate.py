@@ -9615,7 +9615,7 @@ def run_command(args: argparse.Namespace) -> int:
     exit code: 0 means that the experiment completed. The program adds checkpoints
     with 'replicate checkpoint'.
     """
-    if args.words or not args.program:
+    if not args.program or args.words:
         raise UsageError("There is no program to run. Write it after --, as in: %s run --param lr=0.1 -- ./train.sh" %
                          program_name())
     if shutil.which(args.program[0]) is None:
@@ -10189,7 +10189,8 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[Command, argparse.Namespace]:
     try:
         args = command_parser(chosen).parse_intermixed_args(rest, args)
     except UsageError:
-        if not args.help:  # --help is parsed before a missing argument is noticed
+        # --help is parsed before a missing argument is noticed; run_command() says where its program's flags belong
+        if not args.help and (chosen is not COMMANDS["run"] or args.program):
             raise
     if args.help and chosen.name != "help":
         args.command, chosen = chosen.name, COMMANDS["help"]

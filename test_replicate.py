@@ -8472,6 +8472,7 @@ REFUSED += [(["tag", "a", "name=\n", "+"], 2, []), (["ls", "--columns", ""], 2, 
 REFUSED += [(arguments.split(), 2, [words]) for arguments, words in {
     "ls --wide --json": "--wide", "ls --csv --json": "--csv", "ls -q --csv": "-q", "ls -q --columns id": "-q", "ls -n 0": "-n",
     "ls -n x": "-n", "ls --columns id,,lr": "--columns", "run": "after --", "run train.sh": "after --", "run --": "after --",
+    "run x.py --lr 1": "after --",
     "run --param x -- true": "name=value", "checkpoint --metric =1": "name=value", "checkpoint --step -1": "--step",
     "checkpoint --primary loss": "loss:minimize", "plot --watch": "terminal",
     "plot -n 0": "expected 1, 2, 3, ..., not '0'"}.items()]
