@@ -356,21 +356,12 @@ def plain_param(value: Any, where: str, unknown: List[str]) -> Any:
         if isinstance(value, abc.Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
             return [plain_param(item, where, unknown) for item in value]
         name = name_of(value)
-        return short_float(plain_value(value, where)) if name is None else name
+        return plain_value(value, where) if name is None else name
     except RecursionError:
         raise
     except Exception:  # plain_value() refuses it, or its own methods fail
         unknown.append("%s (%s)" % (where, type(value).__name__))
         return text_of(value)
-
-
-def short_float(value: Any) -> Any:
-    """value, or 0.001 for 0.0010000000474974513: what libraries make of a number when they store it in 32 bits."""
-    try:
-        short = float("%.6g" % value) if type(value) is float else value
-        return short if struct.unpack("f", struct.pack("f", short)) == (value,) else value
-    except (OverflowError, struct.error):
-        return value
 
 
 def fields_of(value: Any) -> Optional[Dict[Any, Any]]:
@@ -1795,7 +1786,10 @@ except OSError:  # it was removed
 
 
 def working_directory() -> str:
-    """The working directory (absolute), or where we started if Hydra has changed it. Raises ConfigNotFound if it was removed."""
+    """The working directory (absolute), or where this process started if that is Hydra's directory for its output.
+
+    Raises ConfigNotFound if it was removed.
+    """
     try:
         place = os.getcwd()
         return START_DIRECTORY if os.path.isdir(os.path.join(place, ".hydra")) else place
@@ -2938,9 +2932,8 @@ BACKENDS: Dict[str, Callable[[str], Storage]] = {kind.scheme: kind for kind in (
 # ------------------------------------------------------------------------------------------------------------------
 
 NEVER_SAVED = (".replicate", ".keepsake", ".git", ".mypy_cache", "__pycache__", ".ipynb_checkpoints", ".env")
-GENERATED = (b"slurm-*.out", b"nohup.out", b"events.out.tfevents.*", b"epoch=*-step=*.ckpt", b"checkpoint-[0-9]*/",
-             b"lightning_logs/", b"mlruns/", b"wandb/", b"/outputs/20[0-9][0-9]-*/", b"/multirun/20[0-9][0-9]-*/")
-# what schedulers, frameworks and trackers write: init() does not save it as code
+LOGS = (b"slurm-*.out", b"nohup.out", b"events.out.tfevents.*", b"lightning_logs/", b"mlruns/", b"wandb/",
+        b"/outputs/20[0-9][0-9]-*/", b"/multirun/20[0-9][0-9]-*/")  # of schedulers, frameworks and trackers: they are no code
 STAGING_PREFIX = ".replicate-checkout-"
 SUGGESTED_NAMES = 10000  # remembered by a checkout, so that it can suggest the nearest one
 
@@ -6772,7 +6765,7 @@ class Project:
         """The code to save at a path as relative_path() returns it, without the repository's files: see find_sources()."""
         url = self.location.url or ""
         excluded = [url[len("file://"):]] if url.startswith("file://") else []
-        return find_sources(self.directory, path, excluded, warn, GENERATED)
+        return find_sources(self.directory, path, excluded, warn, LOGS)
 
     # -- what Experiment and Checkpoint ask of their project: see their methods of the same names
 
@@ -7408,7 +7401,8 @@ def keras_callback(filepath: Optional[str] = "model.keras", params: Any = None,
     class ReplicateCallback(keras.callbacks.Callback):  # type: ignore[name-defined]
         def on_train_begin(self, logs: Any = None) -> None:
             optimizer = getattr(self.model, "optimizer", None)
-            known = {"epochs": self.params.get("epochs"), "optimizer": optimizer.get_config() if optimizer else None}
+            config = {name: typed_float(value) for name, value in optimizer.get_config().items()} if optimizer else None
+            known = {"epochs": self.params.get("epochs"), "optimizer": config}
             self.batches = 0
             self.experiment = init(path, merged_params(known, params), **settings)
 
@@ -7542,6 +7536,15 @@ def merged_params(known: Dict[str, Any], given: Any) -> Dict[str, Any]:
                 for name, value in values.items() if value is not None}
 
     return dict(without_none(known), **{key_text(key): value for key, value in fields.items()})
+
+
+def typed_float(value: Any) -> Any:
+    """A value of Keras's, as a person typed it: 0.001 for 0.0010000000474974513, which is what 32 bits make of it."""
+    try:
+        short = float("%.6g" % value) if type(value) is float else value
+        return short if struct.unpack("f", struct.pack("f", short)) == (value,) else value
+    except (OverflowError, struct.error):
+        return value
 
 
 def number_metrics(logs: Any) -> Dict[str, Any]:
