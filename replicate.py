@@ -7959,7 +7959,8 @@ def render_experiment(experiment: Experiment, running: bool, now: datetime.datet
 def experiment_facts(experiment: Experiment, running: bool) -> List[Tuple[str, Optional[str]]]:
     """The rows Created to Command of `show`."""
     outcome = {} if running else experiment.outcome or {}
-    given = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)), ("Note", experiment.note)]
+    given = [("Name", experiment.name), ("Tags", ", ".join(experiment.tags)),
+             ("Note", " ".join((experiment.note or "").splitlines()))]
     rows = [("Created", full_time(experiment.created)), *[(label, text) for label, text in given if text],
             ("Status", status_of(experiment._document, running))]
     if "error" in outcome:
@@ -7999,24 +8000,28 @@ def shown_packages(experiment: Experiment, show_all: bool) -> Dict[str, str]:
 
 
 def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Paint, width: Optional[int]) -> str:
-    """The table of an experiment's checkpoints, with the best value marked, and as many of the metrics as fit into a width."""
+    """The table of an experiment's checkpoints, with the best value marked, as many of the metrics as fit into a width, and if
+    some were pruned, which still have files.
+    """
     heading = paint("Checkpoints", "bold") + "\n"
     if not experiment.checkpoints:
         return heading + paint("(none)", "faint") + "\n"
     names = sorted({name for checkpoint in experiment.checkpoints for name in checkpoint.metrics})
     best = experiment.best()
     primary = (experiment.primary_metric() or {}).get("name")
+    files = ["FILES"] if any(checkpoint.pruned for checkpoint in experiment.checkpoints) else []
     rows = []
     for checkpoint in experiment.checkpoints:
         metrics = checkpoint.metrics
         cells = [checkpoint.short_id(), str(checkpoint.step), relative_time(checkpoint.created, now)]
+        cells += [format_cell(checkpoint.path or ("(pruned)" if checkpoint.pruned else "")) for _ in files]
         cells += [(format_cell(metrics[name]) if name in metrics else "") +
                   (" (best)" if checkpoint is best and name == primary else "") for name in names]
         rows.append(cells)
-    titles = ["ID", "STEP", "CREATED"] + [escape_control(name.upper()) for name in names]
+    titles = ["ID", "STEP", "CREATED", *files] + [escape_control(name.upper()) for name in names]
     columns: List[Column] = list(zip(titles, zip(*rows)))
     widths = [max(map(display_width, [title, *cells])) for title, cells in columns]
-    ranks = [2, 2, 1] + [2 if name == primary else 0 for name in names]
+    ranks = [2, 2, 1] + [1 for _ in files] + [2 if name == primary else 0 for name in names]
     gap = "...", [""] * len(rows)
     return heading + "\n".join(table_rows([gap if number is None else columns[number]
                                            for number in fitting(widths, ranks, width)])) + "\n"

@@ -6473,6 +6473,7 @@ def test_names_tags_and_notes(place, project, call):
     assert (experiment.name, experiment.tags, experiment.note) == ("baseline", ["a b", "new"], "first\ntry")
     (document,) = place.documents()
     assert (document["name"], document["tags"], document["note"]) == ("baseline", ["a b", "new"], "first\ntry")
+    assert "Note:            first try\n" in call("show", "baseline")[1]
     assert call("tag", "baseline", "+good", "-new", "--no-color", "note=the one", "-missing")[0] == 0
     assert call("tag", document["id"][:9], "name=base 2")[0] == 0
     (changed,) = place.documents()
@@ -7467,6 +7468,10 @@ def test_du_and_prune(place, project, call):
     running.stop()
 
     assert "(pruned: the files are gone)" in call("show", pruned[0])[1]
+    shown = call("show", first.id)[1].split("\nCheckpoints\n")[1].split("\n")[:7]
+    assert {line[shown[0].index("FILES"):].split()[0] for line in shown[1:4]} == {"(pruned)"}
+    assert {line[shown[0].index("FILES"):].split()[0] for line in shown[4:]} == {"model.bin"}
+    assert "FILES" not in call("show", second.id)[1]
     code, out, err = call("checkout", pruned[0], "-o", "out")
     assert code == 0 and "The files of checkpoint %s (model.bin) were pruned" % pruned[0][:7] in err
     assert os.listdir("out") == ["train.py"] and "Checked out 1 file from experiment %s into out" % first.short_id() in err
