@@ -919,6 +919,11 @@ class Experiment(_Stored):
         return outcome if outcome.get("status") in ENDINGS else None
 
     @property
+    def status(self) -> str:
+        """As `ls` shows it: "running", the status of its outcome, "lost" (killed) or "stopped" (not known)."""
+        return status_of(self._document, self.is_running())
+
+    @property
     def duration(self) -> Optional[datetime.timedelta]:
         """The time from its start to its latest checkpoint; None without checkpoints."""
         latest = self.latest()

@@ -4848,9 +4848,10 @@ def test_the_heartbeat(project, repo, monkeypatch):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", first["last_heartbeat"])
     assert -1 <= time.time() - replicate.parse_time(first["last_heartbeat"]).timestamp() < 25
     until(lambda: json.loads(path.read_text())["last_heartbeat"] > first["last_heartbeat"])
-    assert experiment.is_running() and run("ps", "-q").stdout.split() == [experiment.id]
+    assert experiment.is_running() and experiment.status == "running" and run("ps", "-q").stdout.split() == [experiment.id]
     experiment.stop()
     assert not path.exists() and not experiment.is_running() and run("ps", "-q").stdout == ""
+    assert experiment.status == replicate.experiments.get(experiment.id).status == "completed"
     experiment.stop()
 
 
