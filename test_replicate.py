@@ -5146,7 +5146,8 @@ def test_nothing_is_resumed_when_the_process_ends(repo, training, daemon, end):
         script.expect("ready")
         assert script.end() == ""
     assert script.rest == []
-    assert leftovers(repo) == [] and stored_documents(repo)[0]["checkpoints"]
+    # a thread may have just locked the document when the process ends; the next command removes such a file
+    assert [name for name in leftovers(repo) if not name.endswith(".json.lock")] == [] and stored_documents(repo)[0]["checkpoints"]
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)", "raise ValueError", "experiment.stop()",
