@@ -829,6 +829,11 @@ def strip_files(items: Iterable[Dict[str, Any]], ids: Container[str]) -> Set[str
     return {item["id"] for item in changed}
 
 
+def with_metric(checkpoints: Iterable[Checkpoint], metric: str) -> CheckpointList:
+    """The checkpoints that have a metric: its curve joins them, whatever else was recorded in between."""
+    return CheckpointList(item for item in checkpoints if metric in (item._document.get("metrics") or ()))
+
+
 class CheckpointMetrics:
     """A CheckpointList's metrics as columns, by name."""
 
@@ -1145,12 +1150,13 @@ def _is_number(value: Any) -> bool:
 
 
 def plot_metric(curves: Sequence[Tuple[str, CheckpointList]], metric: Optional[str], logy: bool, ax: Any) -> Any:
-    """Plot one line for each (label, checkpoints): the metric against steps, with gaps where it is missing."""
+    """Plot one line for each (label, checkpoints): the metric against steps, with gaps where it is not a number."""
     name = _primary_name([checkpoints for _, checkpoints in curves], metric)
     axes = _axes(ax, "step", name, False, logy)
     for label, checkpoints in curves:
-        values = [value if _is_number(value) else float("nan") for value in checkpoints.metrics[name]]
-        axes.plot(checkpoints.step, values, label=label, marker="." if len(values) < 50 else None)
+        found = with_metric(checkpoints, name)
+        values = [value if _is_number(value) else float("nan") for value in found.metrics[name]]
+        axes.plot(found.step, values, label=label, marker="." if len(values) < 50 else None)
     if len(axes.get_legend_handles_labels()[1]) > 1:  # counts the lines of earlier calls, too
         axes.legend()
     return axes
@@ -1230,13 +1236,14 @@ class Row:
         return self.params[name] if name in self.params else unpack_floats(nested.get(name, ABSENT))
 
     def plain(self, name: str) -> Any:
-        """value() in a form for JSON: a time as stored, the list of all tags or GPUs, for ~loss the list of its values in
-        all checkpoints; None if it is absent.
+        """value() in a form for JSON: a time as stored, the list of all tags or GPUs, for ~loss the list of its values; None
+        if it is absent.
         """
         if name in TIME_FIELDS:
             return self.summary["created"]
         if name[:1] == "~":
-            return [value if _is_number(value) else None for value in self.checkpoints.metrics[name[1:]]]
+            values = with_metric(self.checkpoints, name[1:]).metrics[name[1:]]
+            return [value if _is_number(value) else None for value in values]
         if name in LIST_LABELS and self.is_label(name):
             return LABELS[name](self.summary)
         value = self.value(name)
@@ -8188,7 +8195,7 @@ class Curve:
         self.experiment = experiment
         self.points: List[Optional[Tuple[float, float]]] = []  # None: a gap, where a value cannot be drawn
         average = weight = 0.0
-        for checkpoint in experiment.checkpoints:
+        for checkpoint in with_metric(experiment.checkpoints, metric):
             metrics = checkpoint.metrics
             x = (checkpoint.step if axis == "step" else (checkpoint.created - experiment.created).total_seconds()
                  if axis == "time" else metrics.get(axis))
@@ -8344,6 +8351,7 @@ REPORT_VALUES = 400000       # in all curves of a report
 REPORT_CURVE_VALUES = 1000   # in one of them
 REPORT_CODE_BYTES = 1 << 20  # in all files of code
 REPORT_FILE_BYTES = 64 << 10
+GAP = "gap"                  # for a value that cannot be drawn
 
 
 class ReportCode:
@@ -8388,29 +8396,36 @@ class ReportCode:
 
 
 def thinned(values: Sequence[Any], count: int) -> Set[int]:
-    """The positions of about count of the values: the first, the last, and extremes (or a gap) in between."""
+    """The positions of about count of the values, each a number, GAP or None: the first, the last, and extremes (or a gap) in
+    between.
+    """
     if len(values) <= count:
         return set(range(len(values)))
     kept = {0, len(values) - 1}
     parts = max(1, count // 2)
     for part in range(parts):
         places = range(part * len(values) // parts, (part + 1) * len(values) // parts)
-        known = [place for place in places if values[place] is not None]
-        kept.update((min(known, key=values.__getitem__), max(known, key=values.__getitem__)) if known else places[:1])
+        known = [place for place in places if _is_number(values[place])]
+        gaps = [place for place in places if values[place] == GAP]
+        kept.update((min(known, key=values.__getitem__), max(known, key=values.__getitem__)) if known else gaps[:1])
     return kept
 
 
 def report_curves(experiment: Experiment, names: Sequence[str],
                   count: int) -> Tuple[List[int], List[float], Dict[str, List[Any]]]:
-    """(steps, seconds, {metric: values, None for gaps}) of these metrics, thinned to about count values of each."""
-    found = experiment.checkpoints.metrics
-    columns: Dict[str, List[Any]] = {name: [value if can_draw(value) else None for value in found[name]] for name in names}
-    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    """(steps, seconds, {metric: values, None where it was not recorded}) of these metrics, thinned to about count values of
+    each.
+    """
+    found = [checkpoint.metrics for checkpoint in experiment.checkpoints]
+    columns: Dict[str, List[Any]] = {name: [
+        None if name not in metrics else metrics[name] if can_draw(metrics[name]) else GAP for metrics in found]
+        for name in names}
+    columns = {name: values for name, values in columns.items() if any(map(_is_number, values))}
     places = sorted(set().union(*(thinned(values, count) for values in columns.values())))
     chosen = [experiment.checkpoints[place] for place in places]
     return ([checkpoint.step for checkpoint in chosen],
             [float("%.6g" % (checkpoint.created - experiment.created).total_seconds()) for checkpoint in chosen],
-            {name: [None if values[place] is None else float("%.5g" % values[place]) for place in places]
+            {name: [float("%.5g" % values[place]) if _is_number(values[place]) else values[place] for place in places]
              for name, values in columns.items()})
 
 
@@ -8697,7 +8712,7 @@ function scale(values, start, end, log = false) {
 function smoothed(values) {
   let average = 0, weight = 0;
   return values.map(value => {
-    if (value === null || !state.smooth) return value;
+    if (!isNumber(value) || !state.smooth) return value;
     average = state.smooth * average + (1 - state.smooth) * value;
     weight = state.smooth * weight + (1 - state.smooth);
     return average / weight;
@@ -8711,9 +8726,10 @@ function axes(x, y) {
     ...x.ticks(6).map(value => label(value, x(value), HEIGHT - BOTTOM + 16, "middle"))];
 }
 
-function curveOf(run, metric) {  // its points are null where a value is missing
+function curveOf(run, metric) {  // through the steps with this metric; its points are null where a value cannot be drawn
   const xs = state.axis === "step" ? data.steps[run.steps] : run.seconds;
-  const points = smoothed(run.curves[metric]).map((y, place) => y === null || state.log && y <= 0 ? null : [xs[place], y]);
+  const values = smoothed(run.curves[metric]).map((y, place) => [xs[place], y]).filter(([, y]) => y !== null);
+  const points = values.map(([x, y]) => !isNumber(y) || state.log && y <= 0 ? null : [x, y]);
   return { run, points, known: points.filter(point => point) };
 }
 

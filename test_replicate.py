@@ -8019,9 +8019,14 @@ def test_scales_of_curves_have_round_numbers(project, call, flags, first, last, 
 
 
 def drawn(project, call, values, *flags):
-    """The columns in which a curve of these values has dots, as a string of # and spaces."""
+    """As dotted_columns() of a curve of these values."""
     curves_repository(project, values)
-    lines = [re.split("[┤│]", line, maxsplit=1)[1][:-1] for line in call("plot", *flags)[1].split("\n") if re.match(" *[0-9.e+-]*[┤│]", line)]
+    return dotted_columns(call("plot", *flags)[1])
+
+
+def dotted_columns(plot):
+    """The columns in which a plot has dots, as a string of # and spaces."""
+    lines = [re.split("[┤│]", line, maxsplit=1)[1][:-1] for line in plot.split("\n") if re.match(" *[0-9.e+-]*[┤│]", line)]
     width = max(map(len, lines))
     return "".join("#" if any(line.ljust(width)[column] >= "\u2800" for line in lines) else " " for column in range(width)).strip()
 
@@ -8038,6 +8043,20 @@ def test_nan_infinity_text_and_missing_values_are_gaps(project, call):
         assert len(parts) == 2 and abs(len(parts[0]) - len(parts[1])) <= 1
     assert len(drawn(project, call, [1, 2, 0, 2, 1], "--log").split()) == 2
     assert len(drawn(project, call, [1, "x", 1, "x", 1]).split()) == 3  # a value between two gaps is a dot
+
+
+def test_a_metric_that_some_checkpoints_lack_is_one_curve(project, call, pyplot):
+    """As where a Trainer logs the loss more often than the validation's."""
+    experiment = replicate.init(quiet=True)
+    for step in range(9):
+        experiment.checkpoint(step=step, metrics={"loss": 9 - step, **({"eval_loss": 8 - step} if step % 4 == 0 else {})}, quiet=True)
+    experiment.stop()
+    assert " " not in dotted_columns(call("plot", "-m", "eval_loss")[1])
+    assert json.loads(call("ls", "--columns", "~eval_loss", "--json")[1]) == [{"~eval_loss": [8, 4, 0]}]
+    line, = experiment.plot("eval_loss").get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 4, 8], [8, 4, 0])
+    steps, _, curves = replicate.report_curves(experiment, ["eval_loss", "loss"], 100)
+    assert steps == list(range(9)) and curves["eval_loss"] == [8, None, None, None, 4, None, None, None, 0]
 
 
 def test_smoothing_is_a_moving_average_that_starts_at_the_first_value():
@@ -8166,14 +8185,19 @@ def test_the_table_of_a_report_sorts_filters_and_marks_the_best(project, page):
 
 def test_curves_of_a_report_overlay_the_chosen_runs_and_tell_values(project, page):
     curves_repository(project, [4, 2, 1], [3, "[NaN]", 5], [0, 1, 2])
+    path = next((project / "repo/metadata/experiments").glob("2e*"))
+    document = json.loads(path.read_text())
+    del document["checkpoints"][1]["metrics"]["loss"]
+    path.write_text(json.dumps(document))
     report = page()
     chart = report.locator("#curves figure", has=report.get_by_text("loss", exact=True))
     assert report.locator("#curves figcaption").all_inner_texts() == ["loss", "twice"]  # the primary metric first
     assert chart.locator("path.curve").count() == 3
+    paths = [line.get_attribute("d") for line in chart.locator("path.curve").all()]
+    assert [path.count("M") for path in paths] == [1, 2, 1]  # a gap, and a curve through the steps that have the metric
     report.get_by_label("Select 0eeeeee").check()
     report.get_by_label("Select 1eeeeee").check()
     assert chart.locator("path.curve").count() == 2
-    assert [path.count("M") for path in (line.get_attribute("d") for line in chart.locator("path.curve").all())] == [1, 2]  # a gap
     chart.locator("svg").hover(position={"x": 75, "y": 60})
     assert chart.locator(".tip").inner_text().split() == ["step", "0", "0eeeeee", "4", "1eeeeee", "3"]
     chart.locator("svg").press("ArrowRight")
@@ -8323,7 +8347,7 @@ def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, proje
 
 @pytest.mark.parametrize("values, count, kept", [
     ([1, 2, 3], 5, {0, 1, 2}), ([0, 9, 0, 0, -9, 0, 0, 0], 2, {0, 1, 4, 7}), ([None] * 9, 2, {0, 8}),
-    ([0, None, 0, 0, 5, 0, 0, 0, 0, 1], 4, {0, 4, 5, 9})])
+    ([0, None, 0, 0, 5, 0, 0, 0, 0, 1], 4, {0, 4, 5, 9}), ([0] * 4 + [None, "gap"] * 2 + [0] * 4, 6, {5})])
 def test_long_curves_keep_their_ends_and_extremes(values, count, kept):
     assert replicate.thinned(values, count) >= kept and len(replicate.thinned(values, count)) <= count + 2
 
