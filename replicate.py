@@ -6745,7 +6745,8 @@ class Project:
         repository = Repository(location.url)
         if not repository.storage.has_journals:
             pending = self.pending()
-            repository.pending = pending if os.path.isdir(pending.storage.root) else None  # type: ignore[attr-defined]
+            root = pending.storage.root  # type: ignore[attr-defined]
+            repository.pending = pending if os.access(root, os.R_OK | os.X_OK) else None  # another user's is private
         return repository
 
     def prepare(self) -> bool:

@@ -5506,6 +5506,22 @@ def test_a_repository_that_may_only_be_read(shared_project):
     assert tree(repo) == before
 
 
+def test_what_another_user_has_still_to_upload_is_no_obstacle(s3_bucket, project, shared_project, call):
+    (project / "model.bin").write_bytes(b"1")
+    with replicate.init(path="model.bin", quiet=True) as experiment:
+        pass
+    replicate.make_private_folder(replicate.pending_repository(str(shared_project), s3_bucket.url).storage.root)
+    (shared_project / "out").mkdir()
+    (shared_project / "out").chmod(0o777)
+    place = ["-D", shared_project, "-R", s3_bucket.url]
+    os.setresuid(65534, 65534, 0)
+    try:
+        results = call("ls", *place), call("checkout", "-f", "-o", shared_project / "out", experiment.id, *place)
+    finally:
+        os.setresuid(0, 0, 0)
+    assert [code for code, _, _ in results] == [0, 0] and results[0][2] == "", results
+
+
 def test_a_repository_that_becomes_read_only_while_recording(shared_project):
     repo = shared_project / "repo"
     repo.mkdir()
