@@ -1798,13 +1798,13 @@ except OSError:  # it was removed
 
 
 def working_directory() -> str:
-    """The working directory (absolute), or where this process started if that is Hydra's directory for its output.
+    """The working directory (absolute), or where this process started if Hydra has moved it into its output.
 
     Raises ConfigNotFound if it was removed.
     """
     try:
         place = os.getcwd()
-        return START_DIRECTORY if os.path.isdir(os.path.join(place, ".hydra")) else place
+        return START_DIRECTORY if "hydra" in sys.modules and os.path.isdir(os.path.join(place, ".hydra")) else place
     except OSError as error:
         raise ConfigNotFound("The working directory was removed, or cannot be read: %s." % short_reason(error)) from error
 

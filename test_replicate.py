@@ -6138,7 +6138,8 @@ def test_a_script_that_hydra_moves_into_its_output(project, config):
     if not config:
         (project / "replicate.yaml").unlink()
     err = run_script("""
-        import os, replicate
+        import os, sys, replicate
+        sys.modules["hydra"] = os  # as if a script used it
         os.makedirs("outputs/2026-01-31/12-00-00/.hydra")
         os.chdir("outputs/2026-01-31/12-00-00")
         open("model.pth", "w").write("1")
@@ -6148,6 +6149,12 @@ def test_a_script_that_hydra_moves_into_its_output(project, config):
     place = project / ("repo" if config else ".replicate/storage")
     (document,) = stored_documents(place)
     assert DiskPlace(place).files("experiments", document["id"])["train.py"] == b"1" and "does not exist" not in err
+
+
+def test_a_notebook_moves_to_a_project_in_which_hydra_ran(project, monkeypatch):
+    fill(project, {"inner/replicate.yaml": b"repository: file://here\n", "inner/.hydra/config.yaml": b""})
+    monkeypatch.chdir("inner")
+    assert replicate.Project().directory == str(project / "inner")
 
 
 def test_a_working_directory_that_is_removed(project, repo):
