@@ -5945,7 +5945,7 @@ class Worker:
 
     def wait(self) -> None:
         """Wait until the thread has finished, its limit has passed, or the bucket has stopped answering."""
-        total, size = len(self.packing), 0
+        total, size = len(self.packing), None
         try:
             with Progress("", 0) as progress:
                 while not self.ended.wait(0.05) and time.monotonic() < self.limit:
@@ -5956,7 +5956,7 @@ class Worker:
                     if self.packing or not self.remote:
                         progress.show("Compressing the last checkpoints: %d of %d" % (total - len(self.packing), total))
                     else:
-                        size = size or self._round + self._waiting_bytes()
+                        size = self._round + self._waiting_bytes() if size is None else size
                         progress.show("Uploading: %s of %s (Ctrl-C leaves the rest for '%s push')" % (
                             format_size(self._bytes), format_size(max(size, self._bytes)), program_name()))
         except KeyboardInterrupt:
