@@ -6023,6 +6023,8 @@ def test_get(repo, prefixes):
     (repo / "metadata/experiments" / (hex_id("f0") + ".json")).write_text("{")
     get = replicate.experiments.get
     assert get("ab1").id == get("ab1" + "0" * 61).id == "ab1" + "0" * 61
+    with pytest.raises(replicate.DoesNotExist, match="not found"):
+        get("cd12")  # a checkpoint
     with pytest.raises(replicate.ReadError, match="f00000"):
         get("f0")
     for wrong in (5, None, b"ab1", ["ab1"]):
