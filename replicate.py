@@ -6774,11 +6774,12 @@ class Project:
                 continue
         return found
 
-    def files_to_save(self, path: str, warn: Callable[[str], None] = console.warning) -> List[Source]:
+    def files_to_save(self, path: str, warn: Callable[[str], None] = console.warning,
+                      patterns: Sequence[bytes] = LOGS) -> List[Source]:
         """The code to save at a path as relative_path() returns it, without the repository's files: see find_sources()."""
         url = self.location.url or ""
         excluded = [url[len("file://"):]] if url.startswith("file://") else []
-        return find_sources(self.directory, path, excluded, warn, LOGS)
+        return find_sources(self.directory, path, excluded, warn, patterns)
 
     # -- what Experiment and Checkpoint ask of their project: see their methods of the same names
 
@@ -7167,7 +7168,8 @@ def present_files(project: Project, item: Union[Experiment, Checkpoint]) -> Pres
     if not item.path:
         raise DoesNotExist("There is nothing to compare the project directory with: %s saved no files." % item.short_id())
     try:
-        return PresentFiles(project.files_to_save(normal_path(item.path), console.debug))
+        patterns = LOGS if isinstance(item, Experiment) else ()
+        return PresentFiles(project.files_to_save(normal_path(item.path), console.debug, patterns))
     except ValueError as error:
         raise DoesNotExist("The project directory cannot be compared: %s." % error) from error
 
