@@ -7865,7 +7865,7 @@ def test_how_a_program_ends_is_how_the_run_ends(shell_script, call, program, cod
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_of_a_scheduler_reach_the_program(project, number):
-    patient = "import signal, sys, time\nsignal.signal(%d, lambda *_: sys.exit(5))\nprint('ready', flush=True)\ntime.sleep(60)"
+    patient = "import signal, sys, time\nsignal.signal(%d, lambda *_: sys.exit(5))\nprint('ready', flush=True)\nwhile True: time.sleep(0.1)"
     runner = subprocess.Popen([sys.executable, PROGRAM, "run", "--", sys.executable, "-c", patient % number], stdout=subprocess.PIPE,
                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # under nohup it would be ignored
     assert runner.stdout.readline() == b"ready\n"
