@@ -2681,14 +2681,14 @@ class S3Storage(CloudStorage):
         client = self._session.client("s3", config=config)
         client.meta.events.register("after-call.s3", self._note_clock)
         client.meta.events.register("before-send.s3", self.check_deadline)
-        client.meta.events.register_first("needs-retry.s3", self._give_up)
+        client.meta.events.register_first("needs-retry.s3", self._before_retry)
         return client
 
     def _note_clock(self, parsed: Dict[str, Any], **kwargs: Any) -> None:
         self.clock_skew = http_date_skew(parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
 
-    def _give_up(self, caught_exception: Optional[Exception] = None, **kwargs: Any) -> None:
-        """Raise the error of a request that the SDK is about to retry, if another try is useless."""
+    def _before_retry(self, caught_exception: Optional[Exception] = None, **kwargs: Any) -> None:
+        """Raise the error of a request that the SDK is about to retry if another try is useless; else tell of the retry."""
         if caught_exception is not None:
             if self.deadline is not None or isinstance(caught_exception, self._errors.SSLError):
                 raise caught_exception
@@ -5544,7 +5544,8 @@ def send_experiment(source: Repository, target: Repository, document: Dict[str, 
     gone = ExperimentGone("Experiment %s was removed from %s." % (document["id"][:SHORT_ID], target.url))
     noted = set(texts_in(document, PRUNED_KEY))
     stripped: Set[str] = set()
-    started, new, is_changed = time.monotonic(), checkpoints, True
+    started = time.monotonic()
+    new, is_changed = checkpoints, True  # what the target did not have, and whether its document changes
 
     def copy(key: str) -> int:
         try:
@@ -9117,10 +9118,12 @@ def ls_command(args: argparse.Namespace, only_running: bool = False) -> None:
         say("".join(render_wide(wide, width, paint)))
     else:
         say("".join(render_list(rows, now, args.all, width)))
-    waiting = len(set(repository.waiting()).difference(row.id for row in listed if row.running))
-    if waiting and not (args.quiet or args.json or args.csv):
+    if args.quiet or args.json or args.csv:
+        return
+    waiting = set(repository.waiting()).difference(row.id for row in listed if row.running)
+    if waiting:
         console.info("Still to be uploaded from this project: %s. To upload now, run '%s push'" % (
-            plural(waiting, "experiment"), program_name()))
+            plural(len(waiting), "experiment"), program_name()))
 
 
 def matching_rows(rows: Sequence[Row], filters: Sequence[Any], names: Sequence[str] = ()) -> List[Row]:
