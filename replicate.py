@@ -1390,6 +1390,7 @@ LABELS: Dict[str, Callable[[Dict[str, Any]], List[Any]]] = {
     "branch": lambda summary: [git_in(summary).get("branch")],
     "dirty": lambda summary: [git_in(summary).get("dirty")],
     "gpu": lambda summary: texts_in(summary, "gpus"),
+    "job": lambda summary: [text_in(summary, "job")],
 }
 """Fields of which an experiment may have none or several values. A param or metric of the same name takes precedence."""
 LIST_LABELS = ("tag", "gpu")
@@ -4882,7 +4883,7 @@ class Checkout:
         try:
             os.makedirs(self.directory, exist_ok=True)
             self._remove_leftovers()
-            self._staging = tempfile.mkdtemp(prefix="%s%d-" % (STAGING_PREFIX, os.getpid()), dir=self.directory)
+            self._staging = tempfile.mkdtemp(prefix="%s%d-" % (self._staging_prefix(), os.getpid()), dir=self.directory)
         except OSError as error:
             raise WriteError("%s cannot be written: %s." % (self.directory, short_reason(error))) from error
         return self
@@ -4895,11 +4896,17 @@ class Checkout:
             except OSError:
                 break
 
+    @staticmethod
+    def _staging_prefix() -> str:
+        """How the names of this machine's staging folders start: another machine may check out into a shared folder, too."""
+        return "%s%08x-" % (STAGING_PREFIX, zlib.crc32(os.fsencode(platform.node())))
+
     def _remove_leftovers(self) -> None:
-        """Remove the staging folders of processes that were killed."""
+        """Remove the staging folders of processes of this machine that were killed."""
+        prefix = self._staging_prefix()
         for name in os.listdir(self.directory):
-            pid = name[len(STAGING_PREFIX):].partition("-")[0]
-            if name.startswith(STAGING_PREFIX) and pid.isdecimal() and not process_is_alive(int(pid)):
+            pid = name[len(prefix):].partition("-")[0]
+            if name.startswith(prefix) and pid.isdecimal() and not process_is_alive(int(pid)):
                 shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)  # it leaves links alone
 
     def stage(self, repository: Repository, layers: Sequence[Tuple[str, str]], path: Optional[str], quiet: bool) -> None:
@@ -9007,7 +9014,7 @@ LIST_NAMES = FILTER_HELP + """
 
 Filters, --sort and --columns know all params (model.depth if nested), metrics
 and these fields: started, step, user, host, command, status, id, duration,
-checkpoints, name, tag, note, code, commit, branch, dirty, gpu."""
+checkpoints, name, tag, note, code, commit, branch, dirty, gpu, job."""
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls

@@ -6587,12 +6587,13 @@ def test_programs_that_do_not_answer_are_left_out(project, tmp_path, monkeypatch
 
 def test_labels_are_fields_of_filters_behind_params_and_metrics():
     labelled = row_of(name="base line", tags=["good", "1"], code="1234567", git={"commit": "f" * 40, "branch": "b", "dirty": False},
-                      gpus=["A100"], outcome={"status": "failed", "time": "2006-01-02T15:01:05Z"})
+                      gpus=["A100"], job="4711", outcome={"status": "failed", "time": "2006-01-02T15:01:05Z"})
     bare = row_of()
     param = row_of(params={"name": 5, "tag": "x", "code": 7})
     for text, wanted in {
             "name = base line": 1, "name ~ ^base": 1, "tag = good": 1, "tag = 1": 1, "tag in [x, good]": 5, "code = 1234567": 1,
-            "code in [1234567, 9]": 1, "commit = %s" % ("f" * 7): 1, "dirty = false": 1, "gpu = A100": 1, "status = failed": 1,
+            "code in [1234567, 9]": 1, "commit = %s" % ("f" * 7): 1, "dirty = false": 1, "gpu = A100": 1, "job = 4711": 1,
+            "status = failed": 1,
             "status = stopped": 7, "status in [stopped]": 7, "status ~ fail": 1, "status ~ stop": 7, "tag != good": 4,
             "name = 5": 4, "name > 4": 5, "name = null": 2, "code < 8": 5, "params.name = 5": 4, "status != failed": 6}.items():
         tree = replicate.Filter(text)
@@ -8882,6 +8883,21 @@ def test_a_killed_checkout_can_be_run_again_and_leaves_nothing_behind(project, f
     assert run("checkout", first, "-f", "-o", "out").returncode == 0
     assert tree(project / "out") == whole
     assert not [name for name in os.listdir(project / "out") if name.startswith(replicate.STAGING_PREFIX)]
+
+
+def test_a_checkout_leaves_alone_what_another_machine_checks_out_into_the_folder(project, call, monkeypatch):
+    _, first, _ = recorded(project)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(os, "getpid", lambda: gone.pid)
+        elsewhere.setattr(platform, "node", lambda: "other")
+        others = replicate.Checkout("out").__enter__()
+        elsewhere.setattr(platform, "node", lambda: "this")
+        ours = replicate.Checkout("out").__enter__()
+    monkeypatch.setattr(platform, "node", lambda: "this")
+    assert call("checkout", first, "-f", "-o", "out")[0] == 0
+    assert os.path.isdir(others._staging) and not os.path.exists(ours._staging)
 
 
 # -- analytics and feedback
