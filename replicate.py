@@ -2457,8 +2457,9 @@ class CloudStorage(Storage):
                 "%s:// repositories need %s: install it with 'pip install %s'. Repositories on disk (file://) work "
                 "without it." % (self.scheme, self.package, self.package)) from error
         except Exception as error:
-            raise RepositoryConfigurationError("%s cannot be used: %s." % (
-                self.url, short_reason(error).rstrip("."))) from error
+            file = getattr(error, "filename", None)  # with credentials that cannot be read
+            raise RepositoryConfigurationError("%s cannot be used: %s%s." % (
+                self.url, "%s: " % file if file else "", short_reason(error).rstrip("."))) from error
 
     # -- what a backend provides
 

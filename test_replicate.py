@@ -3393,9 +3393,10 @@ def test_a_missing_sdk_is_one_sentence(project, scheme, module, package):
 
 
 @pytest.mark.parametrize("url, variable, value, words", [
-    ("s3://some-bucket", "AWS_SHARED_CREDENTIALS_FILE", "/nonexistent", ["Unable to locate credentials", "s3://some-bucket"]),
+    ("s3://some-bucket", "AWS_SHARED_CREDENTIALS_FILE", "missing", ["Unable to locate credentials", "s3://some-bucket"]),
     ("s3://some-bucket", "AWS_PROFILE", "nobody", ["nobody", "s3://some-bucket"]),
-    ("gs://some-bucket", "GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent", ["/nonexistent", "gs://some-bucket"]),
+    ("gs://some-bucket", "GOOGLE_APPLICATION_CREDENTIALS", "missing.json", ["missing.json", "gs://some-bucket"]),
+    ("gs://some-bucket", "GOOGLE_APPLICATION_CREDENTIALS", "../home", ["home: Is a directory", "gs://some-bucket"]),
     *[(url, "AWS_PROFILE", "", ["bucket"]) for url in ("s3://", "gs://a", "s3://bad_bucket!", "gs://../x", "s3://-x-")]])
 def test_missing_credentials_and_bad_names_are_one_sentence(shelf, project, call, monkeypatch, url, variable, value, words):
     (project / "replicate.yaml").write_text("repository: %s\n" % url)
