@@ -1255,6 +1255,8 @@ class Row:
 
     def alternatives(self, name: str) -> List[Any]:
         """The values that a filter may match, such as all tags; an experiment that has ended is also "stopped"."""
+        if name == "id":
+            return [self.id, self.id[:SHORT_ID]]
         if name == "status":
             return [self.status] if self.status in ("running", "stopped") else [self.status, "stopped"]
         if self.is_label(name):
