@@ -9017,7 +9017,8 @@ LIST_NAMES = FILTER_HELP + """
 
 Filters, --sort and --columns know all params (model.depth if nested), metrics
 and these fields: started, step, user, host, command, status, id, duration,
-checkpoints, name, tag, note, code, commit, branch, dirty, gpu, job."""
+checkpoints, name, tag, note, code, commit, branch, dirty, gpu, job. Filters take
+the duration in seconds."""
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
@@ -10024,10 +10025,8 @@ def analytics_command(args: argparse.Namespace) -> None:
 
     Nothing is sent unless you set REPLICATE_ANALYTICS_URL. If you do, the following
     data is sent for each command:
-      * A random token for the machine
-        (e.g. "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")
-      * The subcommand you ran, without any options or arguments
-        (e.g. "replicate ls")
+      * A random token for the machine (e.g. "9f3027bb-0eb8-917d-e5bf-c6c1bdb1fd0a")
+      * The subcommand, without any options or arguments (e.g. "replicate ls")
       * The Replicate version (e.g. "1.0.0")
       * Your CPU architecture (e.g. "x86_64")
       * Your operating system (e.g. "linux")
