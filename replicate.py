@@ -4888,7 +4888,8 @@ class Checkout:
             self._remove_leftovers()
             self._staging = tempfile.mkdtemp(prefix="%s%d-" % (self._staging_prefix(), os.getpid()), dir=self.directory)
         except OSError as error:
-            raise WriteError("%s cannot be written: %s." % (self.directory, short_reason(error))) from error
+            reason = "it is not a directory" if isinstance(error, FileExistsError) else short_reason(error)
+            raise WriteError("%s cannot be written: %s." % (self.directory, reason)) from error
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -4970,6 +4971,15 @@ class Checkout:
                 console.warning("%s is left as it is: the saved one %s." % (
                     escape_control(self._target(name)), "names another repository" if saved else "cannot be read"))
                 self.files.remove(name)
+
+    def drop_files_below(self, root: str) -> None:
+        """Leave out, with a warning, what the peer saved of its own repository: it would put old documents in place of new."""
+        top, inside = os.path.realpath(self.directory) + os.sep, os.path.realpath(root) + os.sep
+        below = inside[len(top):].replace(os.sep, "/") if inside.startswith(top) else ""
+        found = {name for name in self.files if below and name.startswith(below)}
+        if found:
+            console.warning("%s is left as it is: it is the repository, not a part of the code." % root)
+            self.files -= found
 
     def _staged(self, name: str) -> str:
         return os.path.join(self._staging, *name.split("/"))
@@ -6881,6 +6891,8 @@ class Project:
             checkout.stage(self.repository, layers, None if wanted == "." else wanted, quiet)
             checkout.check_target()
             checkout.drop_foreign_configs()
+            if isinstance(self.repository.storage, DiskStorage):
+                checkout.drop_files_below(self.repository.storage.root)
             approve(checkout.conflicts())
             checkout.move()
             return sorted(checkout.files)

@@ -8774,6 +8774,19 @@ def test_checkout_leaves_the_configuration_in_use_alone(project, says, call, tmp
     assert (tmp_path / "fresh/train.py").exists()
 
 
+def test_checkout_leaves_the_repository_alone(project, says, call):
+    """The peer saves its repository as code where that is in the project directory."""
+    document = "repo/metadata/experiments/%s.json" % A
+    archived(project, {document: b"{}", "train.py": b"code"}, {"model": b"weights"})
+    before = snapshot(project / "repo")
+    assert "repo is left as it is: it is the repository" in says("checkout", A, "-f")
+    assert snapshot(project / "repo") == before and (project / "train.py").exists() and (project / "model").exists()
+    says("checkout", A, "-o", "out")
+    says("checkout", A, "-o", "repo/new")
+    assert tree(project / "out") == tree(project / "repo/new") and (project / "out" / document).read_text() == "{}"
+    assert "train.py cannot be written: it is not a directory." in says("checkout", A, "-o", "train.py", code=1)
+
+
 def test_checkout_asks_before_it_overwrites(project):
     _, first, last = recorded(project)
     assert run("checkout", last).returncode == 0  # the same files
