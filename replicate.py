@@ -1862,8 +1862,8 @@ def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
     for line in text.replace("\r\n", "\n").split("\n"):
         if re.fullmatch(r"[ ]*(#.*)?", line) and line.replace("\t", " ").isprintable():
             continue
-        match = re.fullmatch(r"""([a-z_]+):[ ]+(?:"([^"\\]*)"|'([^']*)'|([a-z0-9]+://[^\s"'#,\[\]{}&*!|>%@`]*[^\s"'#,"""
-                             r"""\[\]{}&*!|>%@`:]))[ ]*(?:[ ]#.*)?""", line)
+        match = re.fullmatch(r"""([a-z_]+):[ ]+(?:"([^"\\]*)"|'([^']*)'|((?:[a-z0-9]+:/|[a-z.~]*)/"""
+                              r"""[^\s"'#,\[\]{}&*!|>%@`]*[^\s"'#,\[\]{}&*!|>%@`:]))[ ]*(?:[ ]#.*)?""", line)
         if match is None or match.group(1) in values or not line.isprintable():
             return None
         values[match.group(1)] = next(part for part in match.groups()[1:] if part is not None)
@@ -1875,8 +1875,8 @@ def _read_yaml(text: str, path: str) -> Any:
         import yaml
     except ImportError as error:
         raise RepositoryConfigurationError(
-            "%s is more than flat 'key: value' lines, so reading it needs PyYAML: install it with "
-            "'pip install PyYAML'. A plain line such as 'repository: s3://my-bucket' works without it." % path) from error
+            "Without PyYAML, %s can only be a line such as 'repository: file://runs' or 'repository: s3://my-bucket'. "
+            "For anything else, install it with 'pip install PyYAML'." % path) from error
     try:
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML lets exceptions of many kinds escape, even KeyError

@@ -1134,7 +1134,8 @@ def test_file_urls_are_made_absolute(project):
 @pytest.mark.parametrize("text, wanted", [
     ("repository: file://b\n", "file://PROJECT/b"), ("# c\tc\nrepository: 'file://b' # d\n", "file://PROJECT/b"),
     ('repository: "file://b"\n', "file://PROJECT/b"), ("repository: >-\n  file://b\n", "pip install PyYAML"),
-    ("unknown: 'x'\n", "unknown key")])
+    ("unknown: 'x'\n", "unknown key"), ("repository: /data/runs\n", "not a repository URL"),
+    ("repository: ../runs\n", "not a repository URL")])
 def test_flat_configurations_need_no_pyyaml(project, monkeypatch, text, wanted):
     monkeypatch.setitem(sys.modules, "yaml", None)
     write_config(project, text)
@@ -1144,7 +1145,7 @@ def test_flat_configurations_need_no_pyyaml(project, monkeypatch, text, wanted):
 
 @hypothesis.given(st.lists(st.lists(st.sampled_from(
     ["repository", "storage", "a", ": ", ":", " ", "  ", "'", '"', "#", " #", "s3://b", "file://x/y", "-", "http://a:b", "x",
-     "\t", "\\", "%", "é", "1", "0x1", "~", "null", "://", "?", "=", ".", ",", "[", "}", "&", "*", "!", "|", ">", "@", "`",
+     "/x", "/", "\t", "\\", "%", "é", "1", "0x1", "~", "null", "://", "?", "=", ".", ",", "[", "}", "&", "*", "!", "|", ">", "@", "`",
      "\x85", "\u2028", "\x0c", "\x0b", "\x1c", "\x07", "\ufeff", "\u00a0", "\U0001f600"]), max_size=7).map("".join) |
     st.sampled_from(["repository: s3://b", "# comment", "", "a: 'x'", 'storage: "y z"']), max_size=4),
     st.sampled_from(["\n", "\r\n", "\n\n"]))
