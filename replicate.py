@@ -4008,6 +4008,10 @@ def warn_of_skipped(key: str, reason: str) -> None:
     console.warning("Skipped %s: %s." % (escape_control(key), reason))
 
 
+def ignore_skipped(key: str, reason: str) -> None:
+    """Say nothing of a document that cannot be used: list_rows() has warned of it."""
+
+
 class Repository:
     """Experiments and checkpoints in a storage. The README describes the layout.
 
@@ -9268,7 +9272,7 @@ def report_command(args: argparse.Namespace) -> None:
     chosen = {row.id for row in matching_rows(list_rows(repository), args.filter)}
     if args.ids:
         chosen &= {experiment.id for experiment, _ in find_items(repository, args.ids)}
-    experiments = [experiment for experiment in repository.experiments() if experiment.id in chosen]
+    experiments = [experiment for experiment in repository.experiments(ignore_skipped) if experiment.id in chosen]
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
     page = render_report(report_data(repository, experiments, repository.running()))
@@ -9521,8 +9525,8 @@ def prune_command(args: argparse.Namespace) -> int:
     repository = open_project(args).repository
     chosen = {row.id for row in matching_rows(list_rows(repository), args.filter) if not row.running}
     archives = stored_archives(repository.storage, "checkpoints")
-    found = [Pruning(experiment, archives, args.keep_best, args.keep_latest) for experiment in repository.experiments()
-             if experiment.id in chosen]
+    found = [Pruning(experiment, archives, args.keep_best, args.keep_latest)
+             for experiment in repository.experiments(ignore_skipped) if experiment.id in chosen]
     prunings = [pruning for pruning in found if pruning.ids]
     lines = ["* Experiment %s: %d of %s (%s)" % (
         pruning.experiment.short_id(), len(pruning.ids), plural(len(pruning.experiment.checkpoints), "checkpoint"),

@@ -4302,6 +4302,8 @@ def test_unreadable_documents_are_named_once_and_the_rest_is_listed(repo):
             shown = name.replace("\x1b", "\\x1b") + ":"
             assert sum(shown in line for line in warnings) == 1, (name, done.stderr)
         assert len(warnings) == len(bad) and "\x1b" not in done.stderr
+    for arguments in (["prune"], ["report", "-o", "-"]):  # they read the documents twice
+        assert run(*arguments).stderr.count("Skipped metadata/") == len(bad)
     assert run("rm", "-f", "1e").returncode == run("show", "2e").returncode == 0
     (repo / "metadata/experiments" / (A + ".json")).write_text("{")
     for done in run("show", A), run_script("import replicate\nreplicate.experiments.get('%s')" % A, check=False):
