@@ -9034,7 +9034,7 @@ LIST_NAMES = FILTER_HELP + """
 Filters, --sort and --columns know all params (model.depth if nested), metrics
 and these fields: started, step, user, host, command, status, id, duration,
 checkpoints, name, tag, note, code, commit, branch, dirty, gpu, job. Filters take
-the duration in seconds."""
+the duration in seconds. With --wide and --columns, * marks the best value."""
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls
