@@ -10031,7 +10031,9 @@ def post_json(url: str, data: bytes, timeout: float) -> None:
     try:
         urllib.request.urlopen(request, timeout=timeout).close()
     except (OSError, ValueError) as error:
-        raise ReplicateError("%s cannot be reached: %s." % (url, short_reason(error))) from error
+        cause = getattr(error, "reason", None)  # urllib wraps it
+        raise ReplicateError("%s cannot be reached: %s." % (
+            url, short_reason(cause if isinstance(cause, OSError) else error))) from error
 
 
 @Command("analytics", option("switch", nargs="?", choices=("on", "off"), metavar="on|off",

@@ -9038,7 +9038,7 @@ def test_feedback_is_printed_ready_to_paste_or_posted(project, collector, monkey
 
 @pytest.mark.parametrize("arguments, text, env, error", [
     (["feedback"], " \n", {}, ""), (["feedback", ""], "", {}, ""),
-    (["feedback", "x"], "", {"REPLICATE_FEEDBACK_URL": "http://127.0.0.1:1/", "no_proxy": "127.0.0.1"}, "127.0.0.1:1")])
+    (["feedback", "x"], "", {"REPLICATE_FEEDBACK_URL": "http://127.0.0.1:1/", "no_proxy": "127.0.0.1"}, "1/ cannot be reached: Connection refused.")])
 def test_empty_feedback_or_a_url_that_cannot_be_reached_is_an_error(project, arguments, text, env, error):
     done = run(*arguments, input=text, env=env)
     assert (done.returncode, done.stdout) == (1, "") and error in done.stderr and "Traceback" not in done.stderr
