@@ -10282,6 +10282,8 @@ def run(argv: Sequence[str]) -> int:
     if next((word for word in argv if word == "--version" or word[:1] != "-"), None) == "--version":
         say("replicate %s\n" % __version__)
         return 0
+    if any(re.fullmatch("--no-color|--color=(false|0|no|never)", word) for word in argv):
+        console.color = False  # first: what is wrong with the arguments has no color, either
     chosen, args = parse_arguments(argv)
     console.verbose = args.verbose
     console.color = args.color in ("true", "1", "yes", "always") if args.color else None

@@ -313,6 +313,8 @@ def test_colors_on_a_terminal(project, wanted, flags, env):
         assert terminal.wait() == 0, terminal.output
         assert ("\x1b[" in terminal.output) == wanted
         assert "lr:" in terminal.output
+    terminal = Terminal("ls", "-f", "no filter", *flags, env=env)  # an error before all flags are read
+    assert terminal.wait() == 1 and ("\x1b[" in terminal.output) == wanted
     terminal = Terminal(*flags, "show", A, env=env, stdout=subprocess.PIPE)
     out = terminal.process.stdout.read().decode()
     assert terminal.wait() == 0 and "\x1b" not in out and "Experiment: " + A in out
