@@ -4009,7 +4009,7 @@ def warn_of_skipped(key: str, reason: str) -> None:
 
 
 def ignore_skipped(key: str, reason: str) -> None:
-    """Say nothing of a document that cannot be used: list_rows() has warned of it."""
+    """Say nothing of a document that cannot be used: its user does not need it, or has been warned."""
 
 
 class Repository:
@@ -7294,7 +7294,7 @@ class ExperimentCollection:
             experiment, _ = find_item(project.repository, experiment_id)
             experiment.project = project
             return experiment
-        ids = [entry.name[:-5] for entry in project.repository.document_entries(lambda key, reason: None)]
+        ids = [entry.name[:-5] for entry in project.repository.document_entries(ignore_skipped)]
         found = [item for item in ids if item == experiment_id] or [item for item in ids if item.startswith(experiment_id)]
         if not found:
             raise DoesNotExist("Experiment not found: %s." % experiment_id)
