@@ -9284,9 +9284,13 @@ def report_command(args: argparse.Namespace) -> None:
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
-    """Write a file whole or not at all. Raises WriteError."""
+    """Write a file whole or not at all; a link, pipe or device stays what it is. Raises WriteError."""
     temporary = "%s.%s" % (path, os.urandom(6).hex())
     try:
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            with open(path, "wb") as file:
+                file.write(data)
+            return
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
         os.replace(temporary, path)

@@ -8381,6 +8381,9 @@ def test_reports_are_of_chosen_experiments_and_replace_only_reports(place, proje
     assert call("report", "-o", "report.html")[0] == 0
     code, out, err = call("report", "-o", "-")
     assert (code, err) == (0, "") and out.startswith("<!DOCTYPE html>") and out.endswith("</html>\n") and not (project / "-").exists()
+    (project / "link.html").symlink_to("linked.html")  # as /dev/stdout is one
+    assert call("report", "-o", "link.html")[0] == 0
+    assert (project / "link.html").is_symlink() and (project / "linked.html").read_text().endswith("</html>\n")
     assert not list(project.glob("*.html.*"))
 
 
