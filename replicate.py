@@ -739,9 +739,9 @@ class CheckpointList(List[Checkpoint] if TYPE_CHECKING else list):  # type: igno
         """`.metrics["loss"]` is the list of each checkpoint's value of that metric, None where it has none."""
         return CheckpointMetrics(self)
 
-    def primary_metric(self) -> Optional[Dict[str, str]]:
-        """The primary metric of the first checkpoint that has one, or None."""
-        return primary_of([checkpoint._document for checkpoint in self])
+    def primary_metric(self) -> Optional[str]:
+        """The name of the primary metric of the first checkpoint that has one, or None."""
+        return (primary_of([checkpoint._document for checkpoint in self]) or {}).get("name")
 
     def latest(self) -> Optional[Checkpoint]:
         """The newest checkpoint by creation time, or None."""
@@ -942,8 +942,8 @@ class Experiment(_Stored):
         """The best checkpoint by the primary metric, or None."""
         return self.checkpoints.best()
 
-    def primary_metric(self) -> Optional[Dict[str, str]]:
-        """{"name": ..., "goal": ...} of the first checkpoint that has one, or None."""
+    def primary_metric(self) -> Optional[str]:
+        """The name of the primary metric of the first checkpoint that has one, or None."""
         return self.checkpoints.primary_metric()
 
     def is_running(self) -> bool:
@@ -1138,8 +1138,7 @@ def _axes(ax: Any, x: str, y: str, logx: bool, logy: bool) -> Any:
 
 def _primary_name(lists: Iterable[CheckpointList], metric: Optional[str]) -> str:
     """metric, or the name of the primary metric of the first list that has one. Raises ReplicateError if none has."""
-    names = [metric] + [primary["name"] for primary in map(CheckpointList.primary_metric, lists) if primary]
-    for name in names:
+    for name in (metric, *map(CheckpointList.primary_metric, lists)):
         if name:
             return name
     raise ReplicateError("There is no primary metric to plot: pass the name of a metric, as in plot('loss').")
@@ -8050,7 +8049,7 @@ def render_checkpoints(experiment: Experiment, now: datetime.datetime, paint: Pa
         return heading + paint("(none)", "faint") + "\n"
     names = sorted({name for checkpoint in experiment.checkpoints for name in checkpoint.metrics})
     best = experiment.best()
-    primary = (experiment.primary_metric() or {}).get("name")
+    primary = experiment.primary_metric()
     files = ["FILES"] if any(checkpoint.pruned for checkpoint in experiment.checkpoints) else []
     rows = []
     for checkpoint in experiment.checkpoints:
@@ -9231,7 +9230,7 @@ def plotted(experiments: Sequence[Experiment], args: argparse.Namespace) -> Iter
     checkpoints = [checkpoint for experiment in experiments for checkpoint in experiment.checkpoints]
     names = sorted({name for checkpoint in checkpoints for name in checkpoint.metrics})
     primary = [experiment.primary_metric() for experiment in experiments]
-    metric = args.metric or next((found["name"] for found in primary if found), names[0] if len(names) == 1 else None)
+    metric = args.metric or next(filter(None, primary), names[0] if len(names) == 1 else None)
     if not names:
         raise ReplicateError("There is nothing to plot: no metric was recorded." if experiments else
                              "There is nothing to plot: no experiment with a checkpoint was found.")

@@ -721,7 +721,7 @@ def test_best_is_of_equals_the_latest_by_time_and_the_first_primary_metric_decid
         checkpoint_document("a1", "2006-01-02T15:00:01Z", metrics={"loss": 0.1, "acc": 0.1}),
         checkpoint_document("a2", "2006-01-02T15:00:02Z", metrics={"loss": 0.2, "acc": 0.9}, primary=("acc", "maximize")),
         checkpoint_document("a3", "2006-01-02T15:00:03Z", metrics={"loss": 0.3, "acc": 0.5}, primary=("loss", "minimize")))
-    assert experiment.primary_metric() == {"name": "acc", "goal": "maximize"}
+    assert experiment.primary_metric() == experiment.checkpoints.primary_metric() == "acc"
     assert experiment.best().id == "a2"
     assert make_experiment(checkpoint_document("a1", metrics={"loss": 1})).best() is None
 
@@ -5975,7 +5975,7 @@ def test_a_run_from_beginning_to_end(project, repo, capsys):
     found = replicate.experiments.get(experiment.id[:8])
     assert found.params == {"lr": 0.1, "layers": [1, 2], "none": None} and found.path == "train.py"
     assert [item.step for item in found.checkpoints] == found.checkpoints.step == [3, 4]
-    assert found.best().id == first.id and found.primary_metric() == {"name": "loss", "goal": "minimize"}
+    assert found.best().id == first.id and found.best().metrics[found.primary_metric()] == 0.5
     assert found.duration == second.created - experiment.created > datetime.timedelta(0)
     assert found.created.utcoffset() == datetime.timedelta(0)
     assert abs((datetime.datetime.now(datetime.timezone.utc) - found.created).total_seconds()) < 60
