@@ -654,6 +654,12 @@ class _Stored:
     _document: Dict[str, Any]
     id = _text("id", "64 hex digits.")
 
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
     @property
     def created(self) -> datetime.datetime:
         """When it was made (UTC); for an experiment, when it started."""

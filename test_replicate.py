@@ -5976,6 +5976,8 @@ def test_a_run_from_beginning_to_end(project, repo, capsys):
     assert found.params == {"lr": 0.1, "layers": [1, 2], "none": None} and found.path == "train.py"
     assert [item.step for item in found.checkpoints] == found.checkpoints.step == [3, 4]
     assert found.best().id == first.id and found.best().metrics[found.primary_metric()] == 0.5
+    assert found == experiment and {found, experiment} == {experiment} and found.best() == first != second != found
+    assert second in found.checkpoints and experiment in replicate.experiments.list() and first != first.id
     assert found.duration == second.created - experiment.created > datetime.timedelta(0)
     assert found.created.utcoffset() == datetime.timedelta(0)
     assert abs((datetime.datetime.now(datetime.timezone.utc) - found.created).total_seconds()) < 60
