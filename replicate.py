@@ -1272,7 +1272,8 @@ class Row:
     def to_json(self) -> Dict[str, Any]:
         """The experiment in `ls --json`."""
         labels = {key: self.summary[key] for key in LABEL_KEYS if key in self.summary}
-        return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, **labels, status=self.status, running=self.running)
+        return dict({key: self.summary.get(key) for key in SHOWN_KEYS}, params=self.summary.get("params") or {}, **labels,
+                    status=self.status, running=self.running)
 
 
 NOT_LISTED = ("checkpoints", "config", "python_version", "python_packages", "imported_packages", "replicate_version",

@@ -7435,7 +7435,7 @@ def test_the_shape_of_json(project, call):
     first = checkpoint_document(C, step=1, metrics={"loss": 0.1}, path="m", primary=("loss", "minimize"))
     second = checkpoint_document(D, "2006-01-02T15:01:06Z", 2, {"loss": "[NaN]"}, primary=("loss", "minimize"))
     write_repository(project / "repo", experiment_document(A, params={"x": "[NaN]"}, checkpoints=[first, second]),
-                     experiment_document(B, created="2006-01-02T14:55:05Z", host=None), running=[B])
+                     dict(experiment_document(B, created="2006-01-02T14:55:05Z", host=None), params=None), running=[B])
     code, out, err = call("ls", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == [
