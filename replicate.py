@@ -7481,8 +7481,8 @@ def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = Non
                        path: Optional[str] = ".", **settings: Any) -> Any:
     """A callback for the Trainer of Lightning 2 that records fit() as an experiment, with a checkpoint every `period` epochs.
 
-    params are added to the module's hparams; the other arguments are those of keras_callback(). Raises ReplicateError if
-    Lightning is not installed.
+    params are added to the module's hparams; period=0 makes no checkpoints; the other arguments are those of
+    keras_callback(). Raises ReplicateError if Lightning is not installed.
     """
     lightning = framework("lightning.pytorch", "pytorch_lightning")
 
@@ -7495,7 +7495,7 @@ def lightning_callback(filepath: Optional[str] = "model.ckpt", params: Any = Non
                 self.experiment = init(path, merged_params(known, params), **settings)
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            if (trainer.current_epoch + 1) % period:
+            if period < 1 or (trainer.current_epoch + 1) % period:
                 return
             saved = saved_model(lambda place: trainer.save_checkpoint(place, save_weights_only), filepath)
             if self.experiment:  # Lightning needs every process to save; one records

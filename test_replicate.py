@@ -8445,7 +8445,7 @@ def test_keras_records_process_0_alone_and_a_fit_that_fails_has_failed(project, 
 @pytest.mark.parametrize("arguments, validation, fails, steps, name, status", [
     ("path=None, params={'lr': 0.2}", "data", False, [0, 1, 2, 3], "val_loss", "completed"),
     ("'m.pth', None, ('train_loss', 'minimize'), 2, True, path=None", "None", False, [1, 3], "train_loss", "completed"),
-    ("None, path=None", "data", True, [0], "val_loss", "failed")])
+    ("None, period=0", "data", False, [], "val_loss", "completed"), ("None, path=None", "data", True, [0], "val_loss", "failed")])
 def test_lightning_records_a_fit(project, arguments, validation, fails, steps, name, status):
     pytest.importorskip("lightning", reason="lightning is not installed")
     run_script("""
@@ -8475,7 +8475,7 @@ def test_lightning_records_a_fit(project, arguments, validation, fails, steps, n
     for item in document["checkpoints"]:
         assert item["primary_metric"]["name"] == name and name in item["metrics"]
         assert item["path"] == (None if arguments.startswith("None") else "m.pth" if "m.pth" in arguments else "model.ckpt")
-    if not fails:
+    if document["checkpoints"] and not fails:
         import torch
         saved = torch.load(replicate.experiments.list()[0].latest().open(item["path"]), weights_only=False)
         assert "net.weight" in saved["state_dict"] and ("optimizer_states" in saved) == ("m.pth" not in arguments)
