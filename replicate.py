@@ -712,7 +712,7 @@ class Checkpoint(_Stored):
         self._attached().project.checkout(self._experiment, self, output_directory, quiet=quiet)
 
     def open(self, path: str) -> BinaryIO:
-        """Open the saved file at path (relative to the project directory) for reading in binary.
+        """Open the saved file at path for reading in binary. The path is one that checkpoint() accepts.
 
         Looks in the checkpoint, then in its experiment. Raises DoesNotExist, ReadError.
         """
@@ -3106,16 +3106,25 @@ def relative_path(path: Any, directory: str) -> str:
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError("path is empty" if not text else "path %r is not a file name" % (text,))
     full = os.path.abspath(os.path.join(directory, text))
-    relative = os.path.relpath(full, directory)
-    if relative.split(os.sep)[0] == os.pardir:
-        relative = os.path.relpath(os.path.join(os.path.realpath(os.path.dirname(full)), os.path.basename(full)),
-                                   os.path.realpath(directory))
-    if relative.split(os.sep)[0] == os.pardir or os.path.isabs(relative):
+    relative = place_in(directory, full)
+    if relative.split("/")[0] == os.pardir or os.path.isabs(relative):
         raise ValueError("path %r is outside the project directory %s" % (text, directory))
     if not os.path.exists(full):
         if os.path.exists(text) and full != os.path.abspath(text):  # a script in a subdirectory
             return relative_path(os.path.abspath(text), directory)
         raise ValueError("path %r does not exist (it is relative to the project directory %s)" % (text, directory))
+    return relative
+
+
+def place_in(directory: str, path: str) -> str:
+    """An absolute path relative to a directory, with forward slashes; it starts with '..' if it is outside."""
+    try:
+        relative = os.path.relpath(path, directory)
+        if relative.split(os.sep)[0] == os.pardir:
+            relative = os.path.relpath(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)),
+                                       os.path.realpath(directory))
+    except ValueError:  # on another drive of Windows
+        return path
     return relative.replace(os.sep, "/")
 
 
@@ -4267,21 +4276,26 @@ def archive_names(layers: Sequence[Tuple[str, str]], word: str) -> str:
     return (" %s " % word).join("%s %s" % (kind[:-1], item_id[:SHORT_ID]) for kind, item_id in reversed(layers))
 
 
-def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
-    """A saved file as a binary file object: the checkpoint's, else the experiment's. Raises DoesNotExist, ReadError."""
+def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: Optional[Checkpoint],
+                    names: Sequence[str]) -> BinaryIO:
+    """A saved file with one of these names as a binary file object: the checkpoint's, else the experiment's.
+
+    Raises DoesNotExist, ReadError.
+    """
     import tempfile
     layers = archives_of(experiment, [checkpoint])
     for kind, item_id in reversed(layers):
         with reading_archive(repository, kind, item_id):
             file = tempfile.TemporaryFile()
-            if repository.archive(kind, item_id).copy_file(path, item_id, file):
+            if any(repository.archive(kind, item_id).copy_file(name, item_id, file) for name in names):
                 file.seek(0)
                 return file
             file.close()
     if checkpoint and checkpoint.pruned:
-        raise DoesNotExist("%s Experiment %s itself has no file %s." % (pruned_files(checkpoint), experiment.short_id(), path))
+        raise DoesNotExist("%s Experiment %s itself has no file %s." % (
+            pruned_files(checkpoint), experiment.short_id(), names[0]))
     raise DoesNotExist("There is no file %s in %s." % (
-        path, archive_names(layers, "or") or "experiment " + experiment.short_id()))
+        names[0], archive_names(layers, "or") or "experiment " + experiment.short_id()))
 
 
 def pruned_files(checkpoint: Checkpoint) -> str:
@@ -6879,7 +6893,8 @@ class Project:
 
     def open(self, experiment: Experiment, checkpoint: Optional[Checkpoint], path: str) -> BinaryIO:
         """See Checkpoint.open."""
-        return open_saved_file(self.repository, experiment, checkpoint, normal_path(path))
+        names = list(dict.fromkeys([normal_path(path), place_in(self.directory, os.path.abspath(path))]))
+        return open_saved_file(self.repository, experiment, checkpoint, names)
 
     def checkout(self, experiment: Experiment, checkpoint: Optional[Checkpoint], output_directory: str,
                  path: Optional[str] = None, quiet: bool = False,

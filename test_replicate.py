@@ -6140,9 +6140,14 @@ def test_paths_are_relative_to_the_project_and_absolute_ones_inside_it_are_taken
     for path in ("./sub/../sub/model", project / "sub/model", str(tmp_path / "link/sub/model")):
         checkpoint = experiment.checkpoint(path=path, quiet=True)
         assert checkpoint.path == "sub/model" and checkpoint.open("sub/model").read() == b"weights"
+    for path in ("model", project / "sub/model", str(tmp_path / "link/sub/model")):  # as a job that resumes names it
+        assert checkpoint.open(path).read() == b"weights"
+    (project / "model").write_bytes(b"another")
+    assert experiment.checkpoint(path="model", quiet=True).open("model").read() == b"another"
+    (project / "model").unlink()
     whole = experiment.checkpoint(path=str(project), quiet=True)
     experiment.stop()
-    assert [item["path"] for item in stored_documents(repo)[0]["checkpoints"]] == ["sub/model"] * 3 + ["."]
+    assert [item["path"] for item in stored_documents(repo)[0]["checkpoints"]] == ["sub/model"] * 3 + ["model", "."]
     assert {type(item["path"]) for item in stored_documents(repo)[0]["checkpoints"]} == {str}
     for kind, item in (("checkpoints", whole), ("experiments", replicate.init(path=str(project), quiet=True))):
         assert item.path == "." and set(DiskPlace(repo).files(kind, item.id)) == {"replicate.yaml", "sub/model"}  # but not repo
