@@ -7087,7 +7087,7 @@ def _save_code(recorder: Recorder, sources: Sequence[Source]) -> None:
     """Save the code of an experiment, and note its digest in the document. Raises WriteError."""
     experiment = recorder.experiment
     warn_if_code_is_large(sources)
-    warn_if_disk_is_low(recorder.directory, sum(source.size for source in sources), set())
+    warn_if_disk_is_low(recorder.storage.root, sum(source.size for source in sources), recorder.messages.reported)
     table, large = save_archive(recorder.storage, "experiments", experiment.id, sources)
     recorder.code = {name: (size, crc or 0) for name, _, size, crc in table.files}
     experiment._document["code"] = code_digest(recorder.code)

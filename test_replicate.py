@@ -5888,6 +5888,17 @@ def test_a_clock_that_is_set_back_does_not_reorder_checkpoints(repo, monkeypatch
     assert created == sorted(created) and len(set(created)) == 50
 
 
+@pytest.mark.parametrize("full, warnings", [("both", 1), ("repo", 1), ("project", 0)])
+def test_a_full_disk_is_told_once_and_is_that_of_the_repository(project, repo, monkeypatch, capsys, full, warnings):
+    Usage = collections.namedtuple("Usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(
+        5 if full in ("both", "repo" if path.startswith(str(repo)) else "project") else 1 << 50))
+    fill(project, {"train.py": b"", "weights": b""})
+    with replicate.init(path="train.py", quiet=True) as experiment:
+        experiment.checkpoint(path="weights", quiet=True)
+    assert capsys.readouterr().err.count("is nearly full") == warnings
+
+
 def test_much_code_draws_one_warning_that_names_the_largest(project, repo, monkeypatch, capsys):
     fill(project, {"data.bin": bytes(3 << 20), "sub/weights.bin": bytes(5 << 20), "train.py": b"pass"})
     replicate.init(path=".", quiet=True)
