@@ -6847,6 +6847,10 @@ class Project:
             checkpoint = recorder.checkpoint(experiment, path, step, metrics, primary_metric, quiet)
             if checkpoint is not None:  # else another thread has just stopped the recorder
                 return checkpoint
+        else:
+            if threading.current_thread() is threading.main_thread():
+                console.error("This checkpoint is not recorded: experiment %s ended with the program. A function of atexit "
+                              "can make checkpoints if it is registered after init()." % experiment.short_id())
         return unrecorded_checkpoint(experiment, path, step, metrics, primary_metric)
 
     def stop(self, experiment: Experiment, error: Optional[BaseException] = None,

@@ -5162,6 +5162,23 @@ def test_nothing_is_resumed_when_the_process_ends(repo, training, daemon, end):
     assert [name for name in leftovers(repo) if not name.endswith(".json.lock")] == [] and stored_documents(repo)[0]["checkpoints"]
 
 
+@pytest.mark.parametrize("registered, steps, messages", [("after", [0, 1], 0), ("before", [0], 1)])
+def test_a_checkpoint_after_the_end_is_said_not_to_be_recorded(project, repo, registered, steps, messages):
+    done = run_script("""
+        import atexit, replicate, sys
+        def last():
+            experiment.checkpoint(quiet=True)
+        if sys.argv[1] == "before":
+            atexit.register(last)
+        experiment = replicate.init(quiet=True)
+        if sys.argv[1] == "after":
+            atexit.register(last)
+        experiment.checkpoint(quiet=True)
+        """, registered, cwd=str(project))
+    assert [item["step"] for item in stored_documents(repo)[0]["checkpoints"]] == steps
+    assert done.stderr.count("not recorded: experiment") == len(done.stderr.splitlines()) == messages
+
+
 @pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)", "raise ValueError", "experiment.stop()",
                                  "replicate.stop_all()", "os.kill(os.getpid(), 15)"])
 def test_a_forked_child_neither_records_nor_stops(repo, end):
