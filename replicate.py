@@ -2517,7 +2517,7 @@ class CloudStorage(Storage):
     def check_deadline(self, *args: Any, **kwargs: Any) -> None:
         """Raise Unreachable if a request that starts now may outlast the deadline."""
         if self.deadline is not None and time.monotonic() > self.deadline - self.LAST_TIMEOUT:
-            raise Unreachable("There is no time left for another request to %s." % self.url)
+            raise Unreachable("%s cannot take more before the program ends." % self.url)
 
     def tell_of_retry(self, error: Exception) -> None:
         """Tell the user once why a command takes long, not of a single broken connection. Recorders tell by themselves."""

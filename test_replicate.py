@@ -2648,7 +2648,7 @@ def test_a_server_that_never_answers_is_given_up_by_the_deadline(bucket, project
         storage.deadline = time.monotonic() + left
         for name, use in USES.items():
             bucket.proxy.clear()
-            with pytest.raises(replicate.Unreachable, match="(no time left for another request to )?" + bucket.url):
+            with pytest.raises(replicate.Unreachable, match=bucket.url):
                 use(storage)
             until(lambda: len(bucket.proxy.requests) >= requests)  # noqa: B023
             assert len(bucket.proxy.requests) == requests, name
