@@ -6728,8 +6728,8 @@ def install_exit_hooks() -> None:
 # 9  Library: Project, init, experiments
 # ------------------------------------------------------------------------------------------------------------------
 
-NO_REPOSITORY = ("There is no replicate.yaml and no %s in %s or above it. Record a first run with replicate.init() in "
-                 "a script, see how it looks with '%s demo', or name a repository with -R.")
+NO_REPOSITORY = ("Neither replicate.yaml nor %s was found for the project directory %s. Record a first run with replicate.init() "
+                 "in a script, see how it looks with '%s demo', or name a repository with -R.")
 
 
 class ArgumentError(ReplicateError, TypeError, ValueError):
