@@ -4088,10 +4088,14 @@ class Repository:
         merge_journals(document, waiting)
         return document
 
-    def experiments(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Experiment]:
-        """Every readable experiment with all its checkpoints, oldest first; calls skipped(key, reason) for others."""
+    def experiments(self, skipped: Callable[[str, str], None] = warn_of_skipped,
+                    ids: Optional[Container[str]] = None) -> List[Experiment]:
+        """Every readable experiment (of these IDs) with all its checkpoints, oldest first; calls skipped(key, reason) for
+        others.
+        """
         waiting = self.journal_contents()
-        found = list(map(Experiment, self.documents(self.document_entries(skipped), waiting, skipped)))
+        entries = [entry for entry in self.document_entries(skipped) if ids is None or entry.name[:-5] in ids]
+        found = list(map(Experiment, self.documents(entries, waiting, skipped)))
         return sorted(found, key=lambda experiment: (canonical_time(experiment._document["created"]), experiment.id))
 
     def document_entries(self, skipped: Callable[[str, str], None] = warn_of_skipped) -> List[Entry]:
@@ -9153,8 +9157,9 @@ def ls_command(args: argparse.Namespace, only_running: bool = False) -> None:
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
     if any(column[:1] == "~" for column in columns):
+        found = {experiment.id: experiment for experiment in repository.experiments(ignore_skipped, {row.id for row in rows})}
         for row in rows:
-            row.checkpoints = Experiment(repository.load(row.id)).checkpoints
+            row.checkpoints = found[row.id].checkpoints if row.id in found else row.checkpoints
     now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
     if args.json:
         say_json([{name: row.plain(name) for name in columns} if columns else row.to_json() for row in rows])
@@ -9244,7 +9249,7 @@ def plot_command(args: argparse.Namespace) -> None:
             experiments = [experiment for experiment, _ in find_items(repository, args.ids)]
         else:
             rows = [row for row in matching_rows(list_rows(repository), args.filter) if row.latest][-args.number:]
-            experiments = [Experiment(repository.load(row.id)) for row in rows]
+            experiments = repository.experiments(ignore_skipped, {row.id for row in rows})
         say(("\x1b[H\x1b[J" if args.watch else "") + "".join(plotted(experiments, args)))
         if running.isdisjoint(experiment.id for experiment in experiments):
             return
@@ -9297,7 +9302,7 @@ def report_command(args: argparse.Namespace) -> None:
     chosen = {row.id for row in matching_rows(list_rows(repository), args.filter)}
     if args.ids:
         chosen &= {experiment.id for experiment, _ in find_items(repository, args.ids)}
-    experiments = [experiment for experiment in repository.experiments(ignore_skipped) if experiment.id in chosen]
+    experiments = repository.experiments(ignore_skipped, chosen)
     if not experiments:
         raise ReplicateError("There are no experiments to report.")
     page = render_report(report_data(repository, experiments, repository.running()))
@@ -9555,7 +9560,7 @@ def prune_command(args: argparse.Namespace) -> int:
     chosen = {row.id for row in matching_rows(list_rows(repository), args.filter) if not row.running}
     archives = stored_archives(repository.storage, "checkpoints")
     found = [Pruning(experiment, archives, args.keep_best, args.keep_latest)
-             for experiment in repository.experiments(ignore_skipped) if experiment.id in chosen]
+             for experiment in repository.experiments(ignore_skipped, chosen)]
     prunings = [pruning for pruning in found if pruning.ids]
     lines = ["* Experiment %s: %d of %s (%s)" % (
         pruning.experiment.short_id(), len(pruning.ids), plural(len(pruning.experiment.checkpoints), "checkpoint"),

@@ -3133,6 +3133,18 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_mac
     assert kinds(shelf)["GET"] == 2 + 21 and not shelf.count("PUT")
 
 
+@pytest.mark.parametrize("words", [["report", "-f", "n < 3"], ["prune", "--dry-run", "-f", "n < 3"], ["plot", "-n", "3"],
+                                   ["ls", "-c", "id,~loss", "-f", "n < 3"]], ids=lambda words: words[0])
+def test_a_command_reads_only_the_documents_of_the_experiments_that_it_is_about(shelf, call, words):
+    ids = shelf.fill(9)
+    put_documents(shelf, *[experiment_document(item, params={"n": number}, checkpoints=[checkpoint_document("%064x" % number, metrics={"loss": 1})])
+                           for number, item in enumerate(ids)])
+    call("ls")
+    shelf.clear()
+    assert call(*words)[0] == 0
+    assert len(shelf.seen("GET", "metadata/experiments/")) == 3
+
+
 def index_lines(shelf):
     """(ID, version, summary) of each line of the index."""
     lines = [line.split(b" ", 2) for line in gzip.decompress(shelf.objects["index/rows-1.gz"][0]).split(b"\n")]
