@@ -7924,17 +7924,26 @@ def goal_of(rows: Sequence[Row], metric: str) -> Optional[str]:
 
 def fitting(widths: Sequence[int], ranks: Sequence[int], width: Optional[int]) -> List[Optional[int]]:
     """The numbers of the columns that fit into a terminal's width (None: all of them), with None for each gap where some are
-    left out: those of the lowest rank first, from the right, and the first column never.
+    left out: those of the lowest rank first, from the right, unless there is room for one of them; the first column never.
     """
+    def shown(gone: Container[int]) -> List[Optional[int]]:
+        return [None if number in gone else number for number in range(len(widths))
+                if number not in gone or number - 1 not in gone]
+
+    def fits(gone: Container[int]) -> bool:
+        total = sum(2 + (len("...") if number is None else widths[number]) for number in shown(gone)) - 2
+        return width is None or total <= width
+
     by_rank = sorted(range(1, len(widths)), key=lambda number: (ranks[number], -number))
     gone: Set[int] = set()
-    while True:
-        shown = [None if number in gone else number for number in range(len(widths))
-                 if number not in gone or number - 1 not in gone]
-        total = sum(len("...") if number is None else widths[number] for number in shown) + 2 * (len(shown) - 1)
-        if width is None or total <= width or len(gone) == len(by_rank):
-            return shown
-        gone.add(by_rank[len(gone)])
+    for number in by_rank:
+        if fits(gone):
+            break
+        gone.add(number)
+    for number in reversed(by_rank):
+        if number in gone and fits(gone - {number}):
+            gone.remove(number)
+    return shown(gone)
 
 
 def render_wide(columns: Sequence[WideColumn], width: Optional[int], paint: Paint) -> Iterator[str]:

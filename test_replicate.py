@@ -6961,6 +6961,11 @@ def test_columns_of_a_wide_table_are_left_out_the_least_telling_first(project, c
     assert on_terminal("ls", "--wide", COLUMNS=str(columns)).split("\n")[0].split() == titles.split()
 
 
+def test_a_column_for_which_there_is_room_is_not_left_out_because_a_wider_one_is():
+    assert [replicate.fitting([5, 20, 3, 5], [1, 0, 0, 1], width) for width in (39, 22, 21)] == [
+        [0, 1, 2, 3], [0, None, 2, 3], [0, None, 3]]
+
+
 def test_a_wide_table_cuts_texts_on_a_terminal_but_no_number_and_no_name(project, call):
     name, param = "resnet50-cosine-seed-17", "model.encoder.attention.heads"
     write_repository(project / "repo", experiment_document(A, params={"n": -10 ** 25, "text": "x" * 30, param: 4}, name=name))
