@@ -7686,7 +7686,7 @@ def shortened(text: str, width: int) -> str:
 def wrapped(text: str, width: int) -> List[str]:
     """text as lines of at most that display width, broken between words or after a mark as in `learning_rate=0.1`.
 
-    `(step 4)` stays on one line.
+    `(step 4)` stays on one line if it can.
     """
     lines, line = [], ""
     for word in re.split(r" (?!\d+\))", text):
@@ -7700,7 +7700,7 @@ def wrapped(text: str, width: int) -> List[str]:
             end = start + width
             while end > start + 1 and display_width(word[start:end]) > width:
                 end -= 1
-            marks = [word.rfind(mark, start, end) for mark in "=._/-"]
+            marks = [word.rfind(mark, start, end) for mark in "=._/- "]
             mark = marks[0] if marks[0] >= 0 else max(marks)  # `=` first, so that no number is broken at its point
             if mark >= 0:
                 end = mark + 1

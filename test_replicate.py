@@ -7014,7 +7014,7 @@ def test_the_stacked_table_wraps_cells_on_a_narrow_terminal(project, columns):
     ("learning_rate=0.001", 15, ["learning_rate=", "0.001"]), ("ab cd ef", 5, ["ab cd", "ef"]), ("", 5, [""]),
     ("日本語日本", 5, ["日本", "語日", "本"]), ("abcdefgh", 5, ["abcde", "fgh"]), ("a b", 1, ["a", "b"]),
     ("loss=2.4270", 9, ["loss=", "2.4270"]), ("model.depth=2", 8, ["model.", "depth=2"]),
-    ("1cccccc (step 4)", 15, ["1cccccc", "(step 4)"]), ("1cccccc (step 40)", 7, ["1cccccc", "(step 4", "0)"])])
+    ("1cccccc (step 4)", 15, ["1cccccc", "(step 4)"]), ("1cccccc (step 40)", 7, ["1cccccc", "(step ", "40)"])])
 def test_cells_are_wrapped_between_words_and_after_marks(text, width, lines):
     assert replicate.wrapped(text, width) == lines
 
