@@ -1622,7 +1622,10 @@ class Filter:
             return read_date(text)
         if name == "status" and operator in ("=", "==", "!="):
             check_statuses([text])
-        return text if quoted or name in TEXT_FIELDS else read_value(text)
+        value = text if quoted or name in TEXT_FIELDS else read_value(text)
+        if name == "duration" and type(value) not in (int, float):
+            raise ValueError("%r is not a number of seconds" % text)
+        return value
 
     def match(self, pattern: str) -> Optional[re.Match]:
         """The match of pattern at the current position, or None."""
@@ -9071,8 +9074,9 @@ LIST_NAMES = FILTER_HELP + """
 
 Filters, --sort and --columns know all params (model.depth if nested), metrics
 and these fields: started, step, user, host, command, status, id, duration,
-checkpoints, name, tag, note, code, commit, branch, dirty, gpu, job. Filters take
-the duration in seconds. With --wide and --columns, * marks the best value."""
+checkpoints, name, tag, note, code, commit, branch, dirty, gpu, job. The duration
+lasts until the latest checkpoint; filters take the duration in seconds. With
+--wide and --columns, * marks the best value."""
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls

@@ -8614,6 +8614,7 @@ REFUSED += [(arguments.split(), 1, [words]) for arguments, words in {
     "rm -f 2e 1": "1cccccc"}.items()]
 REFUSED += [(["rm", "-f", A, ""], 1, ["empty"])]
 REFUSED += [(["ls", "-f", text], 1, ["<name> <operator> <value>"]) for text in ("", "foo >> bar", "foo", "= 1", "foo =", "  ")]
+REFUSED += [(["ls", "-f", "duration > 1h"], 1, ["'1h' is not a number of seconds"])]
 REFUSED += [(["ls", "-f", "status = Stoped"], 1, [
     "character 10: there is no status 'Stoped'. Did you mean 'stopped'? Choose from running, stopped, completed"])]
 REFUSED += [(["--complete", *words, ""], 2, ["See '", " --help'"]) for words in (["-R"], ["ls", "-D"], ["--color=bogus"])]
@@ -8650,7 +8651,7 @@ def test_help_and_version(call):
     assert max(map(len, out.split("\n"))) <= 80
     fields = call("help", "ls")[1].partition("these fields: ")[2].partition(".")[0].replace("\n", " ").split(", ")
     assert fields == [name for name in [*replicate.FIELDS, *replicate.LABELS] if name != "created"]
-    assert all(words in call("help", "ls")[1] for words in ("duration in seconds", "* marks the best value"))
+    assert all(words in call("help", "ls")[1] for words in ("until the latest checkpoint", "duration in seconds", "* marks the best value"))
     for name in ("analytics", "checkout", "demo", "diff", "feedback", "help", "ls", "ps", "rm", "show"):
         assert re.search(r"(?m)^  %s " % name, out)
         code, text, err = call("help", name)
