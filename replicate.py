@@ -4298,11 +4298,23 @@ def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: 
                 file.seek(0)
                 return file
             file.close()
-    if checkpoint and checkpoint.pruned:
-        raise DoesNotExist("%s Experiment %s itself has no file %s." % (
-            pruned_files(checkpoint), experiment.short_id(), names[0]))
+    absent = absent_files(experiment, checkpoint)
+    if absent:
+        raise DoesNotExist("%s Experiment %s itself has no file %s." % (absent, experiment.short_id(), names[0]))
     raise DoesNotExist("There is no file %s in %s." % (
         names[0], archive_names(layers, "or") or "experiment " + experiment.short_id()))
+
+
+def absent_files(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> str:
+    """A sentence about a checkpoint without files; empty if it has some, or if no checkpoint of the experiment has."""
+    if checkpoint and checkpoint.pruned:
+        return pruned_files(checkpoint)
+    others = CheckpointList(item for item in experiment.checkpoints if item.path)
+    best, latest = others.best(), others.latest()
+    if not checkpoint or checkpoint.path or not latest:
+        return ""
+    return "Checkpoint %s saved no files; the %s one that did is %s (step %d)." % (
+        checkpoint.short_id(), "best" if best else "latest", (best or latest).short_id(), (best or latest).step)
 
 
 def pruned_files(checkpoint: Checkpoint) -> str:
@@ -6916,12 +6928,12 @@ class Project:
         Raises DoesNotExist, ReadError, WriteError.
         """
         layers = archives_of(experiment, [checkpoint])
-        pruned = pruned_files(checkpoint) if checkpoint and checkpoint.pruned else ""
+        absent = absent_files(experiment, checkpoint)
         if not layers:
             raise DoesNotExist("Nothing to check out: %s" % (
-                pruned or "experiment %s saved no files." % experiment.short_id()))
-        if pruned:
-            console.warning(pruned)
+                absent or "experiment %s saved no files." % experiment.short_id()))
+        if absent:
+            console.warning(absent)
         with Checkout(output_directory) as checkout:
             wanted = normal_path(path) if path else "."
             checkout.stage(self.repository, layers, None if wanted == "." else wanted, quiet)

@@ -8751,6 +8751,16 @@ def test_checkout_puts_the_checkpoint_over_the_experiment(project, says):
         assert tree(project / (path + ".out")) == {path: tree(project / "out")[path]}
 
 
+def test_checkout_and_open_of_a_checkpoint_without_files_say_which_has_some(project, says):
+    experiment, _ = recorded_pair(project)
+    first, second = experiment.checkpoints
+    hint = "Checkpoint %s saved no files; the latest one that did is %s (step 0)." % (second.short_id(), first.short_id())
+    assert hint in says("checkout", experiment.id, "-o", "out") and set(tree(project / "out")) == {"code.py"}
+    with pytest.raises(replicate.DoesNotExist, match=re.escape(hint)):
+        second.open("model")
+    assert hint[:9] not in says("checkout", first.id, "-o", "out") and set(tree(project / "out")) == {"code.py", "model"}
+
+
 def test_checkout_of_an_experiment_takes_the_best_checkpoint_and_of_one_path_only_that(project, says):
     (project / "run.sh").write_text("#!/bin/sh\n")
     (project / "run.sh").chmod(0o755)
