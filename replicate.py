@@ -1104,13 +1104,13 @@ def rows_of(experiments: Sequence[Experiment], running: Container[str]) -> List[
 
 
 def html_list(experiments: Sequence[Experiment], show_all: bool) -> str:
-    """`ls --wide` as HTML for a notebook, with sparklines of the primary metrics."""
+    """`ls --wide` as HTML for a notebook, which may be read later: with full times, and sparklines of the primary metrics."""
     rows = rows_of(experiments, running_of(experiments))
     if not rows:
         return html_table(["No experiments"], [])
     primary = sorted({row.summary["primary_metric"] for row in rows} - {None})
     names = [name for name, _ in wide_names(rows, show_all)] + ["~" + name for name in primary]
-    columns = [WideColumn(name, rows, datetime.datetime.now(datetime.timezone.utc), cut=True) for name in names]
+    columns = [WideColumn(name, rows, None, cut=True) for name in names]
     return html_table([column.title for column in columns], zip(*[column.texts for column in columns]))
 
 
@@ -7844,11 +7844,12 @@ def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str
 class WideColumn:
     """A column of `ls --wide`, with a text for each row.
 
-    cut: whether to shorten texts to 20 characters, titles to their last 20; rank: columns of the lowest rank are the first to
-    be left out.
+    now: to which times are relative, or None; cut: whether to shorten texts to 20 characters, titles to their last 20; rank:
+    columns of the lowest rank are the first to be left out.
     """
 
-    def __init__(self, name: str, rows: Sequence[Row], now: datetime.datetime, cut: bool, rank: int = 0) -> None:
+    def __init__(self, name: str, rows: Sequence[Row], now: Optional[datetime.datetime], cut: bool,
+                 rank: int = 0) -> None:
         self.rank = rank
         is_field = name in FIELDS or all(row.is_label(name) for row in rows)
         self.title = name.upper() if is_field else escape_control("..." + name[-17:] if cut and len(name) > 20 else name)
@@ -7883,10 +7884,10 @@ def wide_names(rows: Sequence[Row], show_all: bool) -> List[Tuple[str, int]]:
     return names + [(metrics[name], 4) for name in listed_metrics(rows, show_all) if name in metrics]
 
 
-def wide_cell(row: Row, name: str, value: Any, now: datetime.datetime, cut: bool) -> str:
+def wide_cell(row: Row, name: str, value: Any, now: Optional[datetime.datetime], cut: bool) -> str:
     """The cell of `ls --wide` for value, which is row.plain(name); cut: at most 20 characters, unless it is a name to type."""
     if name in TIME_FIELDS:
-        return relative_time(row.created, now)
+        return relative_time(row.created, now) if now else full_time(row.created)
     if name[:1] == "~":
         return sparkline(value, SPARK_MARKS if can_encode(sys.stdout, SPARK_MARKS) else ASCII_SPARK_MARKS)
     if name == "duration" and value is not None:

@@ -6276,6 +6276,7 @@ def test_html_escapes_hostile_text(repo):
         assert "&lt;script&gt;" in html and "alert('x')" not in html
     html = experiments[0]._repr_html_()
     assert hex_id("1e") in html and "0.25" in html and "(best)" in html
+    assert " ago" not in html and html.count(replicate.full_time(experiments[0].created)) == 2  # a notebook is read later, too
 
 
 @pytest.fixture
