@@ -8320,6 +8320,7 @@ class Scale:
     def ticks(self, count: int) -> Dict[int, str]:
         """About count round numbers by position."""
         import math
+        digits = 6
         if self.is_log and self._span > 1.5:
             exponents = range(math.ceil(self._low), math.floor(self._low + self._span) + 1)
             every = max(1, -(-len(exponents) // count))
@@ -8329,7 +8330,8 @@ class Scale:
             power = 10.0 ** math.floor(math.log10(rough))
             step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
             found = [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-        return {self.position(value): "%.6g" % value for value in found}
+            digits = max(6, min(17, 2 + int(math.log10(max(abs(self.low), abs(self.high)) / step))))  # that tell them apart
+        return {self.position(value): "%.*g" % (digits, value) for value in found}
 
 
 class Canvas:

@@ -8202,6 +8202,13 @@ def test_any_values_can_be_plotted_at_any_size(values, width, height, log, brail
     replicate.sparkline([value if type(value) in (int, float) else None for value in values])
 
 
+@pytest.mark.parametrize("low, high, labels", [
+    (0, 20, ["0", "5", "10", "15", "20"]), (1000000, 1000020, ["1000000", "1000005", "1000010", "1000015", "1000020"]),
+    (0.9999899, 0.9999919, ["0.99999", "0.9999905", "0.999991", "0.9999915"]), (-2.5e7, 0, ["-2e+07", "-1e+07", "0"])])
+def test_the_labels_of_an_axis_differ(low, high, labels):
+    assert list(replicate.Scale([low, high], 100).ticks(4).values()) == labels
+
+
 def test_a_sparkline_is_a_column(project, call):
     curves_repository(project, [0, 7, "x", 3.5], list(range(60)), [])
     lines = call("ls", "--columns", "id,~loss,lr")[1].split("\n")
