@@ -8278,19 +8278,20 @@ class Curve:
     def __init__(self, experiment: Experiment, metric: str, axis: str, log: bool = False, smooth: bool = False) -> None:
         self.experiment = experiment
         self.points: List[Optional[Tuple[float, float]]] = []  # None: a gap, where a value cannot be drawn
+        self.end: Any = None                                   # the last value, even if it cannot be drawn
         average = weight = 0.0
         for checkpoint in with_metric(experiment.checkpoints, metric):
             metrics = checkpoint.metrics
             x = (checkpoint.step if axis == "step" else (checkpoint.created - experiment.created).total_seconds()
                  if axis == "time" else metrics.get(axis))
-            y = metrics.get(metric)
+            self.end = y = metrics.get(metric)
             if not can_draw(x) or not can_draw(y) or log and y <= TINY:
                 self.points.append(None)
                 continue
             if smooth:
                 average = SMOOTHING * average + (1 - SMOOTHING) * y
                 weight = SMOOTHING * weight + (1 - SMOOTHING)  # of the values so far, so that the first counts in full
-                y = average / weight
+                self.end = y = average / weight
             self.points.append((x, y))
 
     def values(self) -> List[Tuple[float, float]]:
@@ -8423,7 +8424,7 @@ def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
     """Return, for each curve, the experiment's ID, name and params that differ, and the last value."""
     params = [curve.experiment.flat_params for curve in curves]
     names = differing_names(params)
-    ends = [format_cell(curve.values()[-1][1]) for curve in curves]
+    ends = [format_cell(curve.end) for curve in curves]
     words = [[curve.experiment.short_id(), escape_control(curve.experiment.name or ""), *value_lines(values, names)]
              for curve, values in zip(curves, params)]
     texts = [shortened("  ".join(filter(None, found)), width - max(map(len, ends)) - 2) for found in words]

@@ -8135,6 +8135,8 @@ def test_nan_infinity_text_and_missing_values_are_gaps(project, call):
         assert len(parts) == 2 and abs(len(parts[0]) - len(parts[1])) <= 1
     assert len(drawn(project, call, [1, 2, 0, 2, 1], "--log").split()) == 2
     assert len(drawn(project, call, [1, "x", 1, "x", 1]).split()) == 3  # a value between two gaps is a dot
+    curves_repository(project, [2, 1, "[NaN]"])
+    assert re.search(r"(?m)^a .* NaN$", call("plot")[1]) and re.search(r"(?m)^a .* NaN$", call("plot", "--smooth")[1])
 
 
 def test_a_metric_that_some_checkpoints_lack_is_one_curve(project, call, pyplot):
