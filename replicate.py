@@ -9091,8 +9091,9 @@ LIST_NAMES = FILTER_HELP + """
 Filters, --sort and --columns know all params (model.depth if nested), metrics
 and these fields: started, step, user, host, command, status, id, duration,
 checkpoints, name, tag, note, code, commit, branch, dirty, gpu, job. The duration
-lasts until the latest checkpoint; filters take the duration in seconds. With
---wide and --columns, * marks the best value."""
+lasts until the latest checkpoint; filters take the duration in seconds, and
+started as 2026-01-31, 2026-01-31 23:59 or '2 hours ago'. With --wide and
+--columns, * marks the best value."""
 LIST_EXAMPLES = """\
 List all experiments in the current project:
   replicate ls

@@ -8661,7 +8661,8 @@ def test_help_and_version(call):
     assert max(map(len, out.split("\n"))) <= 80
     fields = call("help", "ls")[1].partition("these fields: ")[2].partition(".")[0].replace("\n", " ").split(", ")
     assert fields == [name for name in [*replicate.FIELDS, *replicate.LABELS] if name != "created"]
-    assert all(words in call("help", "ls")[1] for words in ("until the latest checkpoint", "duration in seconds", "* marks the best value"))
+    assert all(words in call("help", "ls")[1] for words in (
+        "until the latest checkpoint", "duration in seconds", "started as 2026-01-31, ", "* marks the best value"))
     for name in ("analytics", "checkout", "demo", "diff", "feedback", "help", "ls", "ps", "rm", "show"):
         assert re.search(r"(?m)^  %s " % name, out)
         code, text, err = call("help", name)
