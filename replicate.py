@@ -8374,7 +8374,8 @@ def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[in
     xs, ys = zip(*[point for curve in curves for point in curve.values()])
     unit, x_title = time_unit(max(xs)) if titles[0] == "time" else (1, titles[0])
     legend = legend_lines(curves, width - 3)[:max(1, height // 3)]
-    rows = max(4, height - len(legend) - 3)
+    hidden = len(curves) - len(legend)
+    rows = max(4, height - len(legend) - 3 - bool(hidden))
     labels = Scale(ys, rows, log).ticks(max(2, rows // 3))
     margin = max(map(len, labels.values()), default=0)
     canvas = Canvas(max(8, width - margin - 2 - min(len(curves), 4)), rows, braille)
@@ -8399,6 +8400,8 @@ def render_plot(curves: Sequence[Curve], titles: Tuple[str, str], size: Tuple[in
     yield from x_axis_lines(places, canvas.columns, margin, width, "└─┬" if braille else "+-+")
     for number, text in enumerate(legend):
         yield "%s  %s\n" % (painted(number, paint), text)
+    if hidden:
+        yield "...and %d more\n" % hidden
 
 
 def time_unit(seconds: float) -> Tuple[int, str]:

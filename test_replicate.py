@@ -8171,6 +8171,13 @@ def test_curves_on_a_terminal_fit_it_and_have_colors(project):
     assert ascii_only.isascii() and "aaa" in ascii_only and "+" in ascii_only
 
 
+def test_a_plot_of_more_curves_than_its_legend_has_room_for_says_so(project, call):
+    curves_repository(project, *[[number, 0] for number in range(9)])
+    lines = call("plot", "-n", "9")[1].splitlines()
+    assert lines[-1] == "...and 3 more" and lines[-2].startswith("f  ") and len(lines) == 20
+    assert "more" not in call("plot", "-n", "6")[1]
+
+
 def test_curves_are_drawn_until_no_run_is_running(project, training):
     script = training("experiment = replicate.init(quiet=True)\nfor i in range(3): experiment.checkpoint(metrics={'loss': i}, quiet=True)\n"
                       "wait('one')\nexperiment.checkpoint(metrics={'loss': 77}, quiet=True)\nexperiment.stop()")
