@@ -3045,6 +3045,7 @@ def kinds(proxy):
 @pytest.fixture
 def shelf(new_place, project, monkeypatch):
     """An S3 repository in memory, used by the project; `shelf.fill(count)` adds experiments."""
+    pytest.importorskip("boto3")
     made = Shelf()
     use_cloud(monkeypatch, AWS_ENDPOINT_URL=made.address)
     (project / "replicate.yaml").write_text("repository: s3://shelf\n")
