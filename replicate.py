@@ -7792,7 +7792,7 @@ def list_columns(rows: Sequence[Row], now: datetime.datetime, show_all: bool) ->
     tags = ["\n".join(map(format_cell, texts_in(row.summary, "tags"))) for row in rows]
     if any(tags):
         columns.append(("TAGS", tags))
-    params, metrics = listed_params(rows, show_all), listed_metrics(rows, show_all)
+    params, metrics = labelled(listed_params(rows, show_all)), labelled(listed_metrics(rows, show_all))
     columns.append(("PARAMS", ["\n".join(value_lines(row.params, params)) for row in rows]))
     if any(row.best for row in rows):
         columns.append(("BEST CHECKPOINT", [checkpoint_cell(row.best, metrics) for row in rows]))
@@ -7828,12 +7828,17 @@ def differing_names(rows: Sequence[Dict[str, Any]]) -> List[str]:
     return [name for name in names if any(not same_value(values.get(name), rows[0].get(name)) for values in rows)]
 
 
-def value_lines(values: Dict[str, Any], names: Iterable[str]) -> List[str]:
-    """`name=value` for each of the names that has a value."""
-    return [escape_control(name) + "=" + format_cell(values[name]) for name in names if name in values]
+def labelled(names: Iterable[str]) -> List[Tuple[str, str]]:
+    """Each name with its label, `name=`."""
+    return [(name, escape_control(name) + "=") for name in names]
 
 
-def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[str]) -> str:
+def value_lines(values: Dict[str, Any], names: Iterable[Tuple[str, str]]) -> List[str]:
+    """`name=value` for each of the labelled() names that has a value."""
+    return [label + format_cell(values[name]) for name, label in names if name in values]
+
+
+def checkpoint_cell(item: Optional[Dict[str, Any]], names: Iterable[Tuple[str, str]]) -> str:
     """The short ID and step of a stored checkpoint, then a line for each of these metrics."""
     if not item:
         return ""
@@ -8426,7 +8431,7 @@ def x_axis_lines(labels: Dict[int, str], columns: int, margin: int, width: int, 
 def legend_lines(curves: Sequence[Curve], width: int) -> List[str]:
     """Return, for each curve, the experiment's ID, name and params that differ, and the last value."""
     params = [curve.experiment.flat_params for curve in curves]
-    names = differing_names(params)
+    names = labelled(differing_names(params))
     ends = [format_cell(curve.end) for curve in curves]
     words = [[curve.experiment.short_id(), escape_control(curve.experiment.name or ""), *value_lines(values, names)]
              for curve, values in zip(curves, params)]
