@@ -1872,7 +1872,7 @@ def read_flat_yaml(text: str) -> Optional[Dict[str, str]]:
         if re.fullmatch(r"[ ]*(#.*)?", line) and line.replace("\t", " ").isprintable():
             continue
         match = re.fullmatch(r"""([a-z_]+):[ ]+(?:"([^"\\]*)"|'([^']*)'|((?:[a-z0-9]+:/|[a-z.~]*)/"""
-                              r"""[^\s"'#,\[\]{}&*!|>%@`]*[^\s"'#,\[\]{}&*!|>%@`:]))[ ]*(?:[ ]#.*)?""", line)
+                             r"""[^\s"'#,\[\]{}&*!|>%@`]*[^\s"'#,\[\]{}&*!|>%@`:]))[ ]*(?:[ ]#.*)?""", line)
         if match is None or match.group(1) in values or not line.isprintable():
             return None
         values[match.group(1)] = next(part for part in match.groups()[1:] if part is not None)
@@ -4307,11 +4307,13 @@ def open_saved_file(repository: Repository, experiment: Experiment, checkpoint: 
 
 def absent_files(experiment: Experiment, checkpoint: Optional[Checkpoint]) -> str:
     """A sentence about a checkpoint without files; empty if it has some, or if no checkpoint of the experiment has."""
-    if checkpoint and checkpoint.pruned:
+    if not checkpoint or checkpoint.path:
+        return ""
+    if checkpoint.pruned:
         return pruned_files(checkpoint)
     others = CheckpointList(item for item in experiment.checkpoints if item.path)
     best, latest = others.best(), others.latest()
-    if not checkpoint or checkpoint.path or not latest:
+    if not latest:
         return ""
     return "Checkpoint %s saved no files; the %s one that did is %s (step %d)." % (
         checkpoint.short_id(), "best" if best else "latest", (best or latest).short_id(), (best or latest).step)
@@ -5017,9 +5019,8 @@ class Checkout:
 
     def drop_files_below(self, root: str) -> None:
         """Leave out, with a warning, what the peer saved of its own repository: it would put old documents in place of new."""
-        top, inside = os.path.realpath(self.directory) + os.sep, os.path.realpath(root) + os.sep
-        below = inside[len(top):].replace(os.sep, "/") if inside.startswith(top) else ""
-        found = {name for name in self.files if below and name.startswith(below)}
+        below = place_in(os.path.realpath(self.directory), os.path.realpath(root)) + "/"
+        found = {name for name in self.files if name.startswith(below)}
         if found:
             console.warning("%s is left as it is: it is the repository, not a part of the code." % root)
             self.files -= found
@@ -9066,9 +9067,10 @@ def read_columns(text: str) -> List[str]:
     return names
 
 
+COLOR_WORDS = {"true": True, "1": True, "yes": True, "always": True, "false": False, "0": False, "no": False, "never": False}
 GLOBAL_OPTIONS: Options = (
     option("-h", "--help", action="store_true", help="Show this help"),
-    option("--color", type=str.lower, choices=("true", "1", "yes", "always", "false", "0", "no", "never"),
+    option("--color", type=str.lower, choices=tuple(COLOR_WORDS),
            metavar="true|false", help="Display color in output (default: on a terminal, unless NO_COLOR is set)"),
     option("--no-color", dest="color", action="store_const", const="false", help="Same as --color=false"),
     option("-D", "--project-directory", metavar="DIRECTORY",
@@ -9195,9 +9197,9 @@ def ls_command(args: argparse.Namespace, only_running: bool = False) -> None:
     if args.number:
         rows = rows[-args.number:] if args.sort is None else rows[:args.number]
     if any(column[:1] == "~" for column in columns):
-        found = {experiment.id: experiment for experiment in repository.experiments(ignore_skipped, {row.id for row in rows})}
-        for row in rows:
-            row.checkpoints = found[row.id].checkpoints if row.id in found else row.checkpoints
+        by_id = {row.id: row for row in rows}
+        for experiment in repository.experiments(ignore_skipped, by_id):
+            by_id[experiment.id].checkpoints = experiment.checkpoints
     now, width = datetime.datetime.now(datetime.timezone.utc), terminal_width(sys.stdout)
     if args.json:
         say_json([{name: row.plain(name) for name in columns} if columns else row.to_json() for row in rows])
@@ -10354,11 +10356,11 @@ def run(argv: Sequence[str]) -> int:
     if next((word for word in argv if word == "--version" or word[:1] != "-"), None) == "--version":
         say("replicate %s\n" % __version__)
         return 0
-    if any(re.fullmatch("--no-color|--color=(false|0|no|never)", word) for word in argv):
+    if any(word == "--no-color" or word[:8] == "--color=" and COLOR_WORDS.get(word[8:].lower()) is False for word in argv):
         console.color = False  # first: what is wrong with the arguments has no color, either
     chosen, args = parse_arguments(argv)
     console.verbose = args.verbose
-    console.color = args.color in ("true", "1", "yes", "always") if args.color else None
+    console.color = COLOR_WORDS[args.color] if args.color else None
     status = chosen.run(args) or 0
     Analytics().track(chosen.name)
     return status

@@ -859,7 +859,8 @@ FILTERS_THAT_HOLD = [
     "both = 2.5", "metrics.both = 2.5", "params.both = param", "n in [1, 2, 3]", "n in [3.0]", "name in [sgd, adam]",
     "name in ['adam']", "name in [\"adam\", 3]", "on in [true]", "on != 1", "on != yes", "n != three", "text3 = '3'",
     "text3 != 3", "nan = NaN", "step = 20", "step >= 20", "checkpoints = 1", "user = andreas", "host = 10.1.1.1",
-    "command ~ train", "status = stopped", "status != running", "id ~ ^1eee", "id = " + A, "id = " + A[:7], "id in [abc, %s]" % A[:7], "duration > 3600",
+    "command ~ train", "status = stopped", "status != running", "id ~ ^1eee", "id = " + A, "id = " + A[:7],
+    "id in [abc, %s]" % A[:7], "duration > 3600",
     "lr = 0.1 and n = 3", "lr = 1 or n = 3", "not lr = 1", "not (lr = 0.1 and n = 4)", "(lr = 1 or n = 3) and name = adam",
     "lr = 1 and n = 4 or name = adam", "name = adam or lr = 1 and n = 4", "not not n = 3", "not lr = 1 and n = 3",
     "note = salt and pepper and n = 3", "note = salt and pepper or lr = 9", "  n   =   3  ", "( n = 3 )", "((n = 3))",
@@ -871,8 +872,8 @@ FILTERS_THAT_DO_NOT_HOLD = [
     "nothing != 3", "absent != 3", "absent = 0", "absent < 1", "absent ~ .", "absent in [1]", "nothing in [1]",
     "name = null", "layers = [1]", "layers > [0]", "both = param", "n in [1, 2]", "n in ['3']", "n in []", "on in [1]",
     "status = running", "lr = 0.1 and n = 4", "lr = 1 or n = 4", "not lr = 0.1", "(lr = 1 or n = 3) and name = sgd",
-    "params.loss = 0.25", "metrics.lr = 0.1", "note = salt", "nan > 0", "nan = 0", "o > 1", "user = ben", "step = 0", "id != " + A[:7],
-    "not (n = 3 or lr = 9)", "on > false and n = 4", "foo = bar bar"]
+    "params.loss = 0.25", "metrics.lr = 0.1", "note = salt", "nan > 0", "nan = 0", "o > 1", "user = ben", "step = 0",
+    "id != " + A[:7], "not (n = 3 or lr = 9)", "on > false and n = 4", "foo = bar bar"]
 
 
 @pytest.mark.parametrize("text, wanted", [(text, True) for text in FILTERS_THAT_HOLD] +
@@ -3138,8 +3139,8 @@ def test_a_new_machine_lists_thousands_in_thirty_requests(shelf, call, fresh_mac
                                    ["ls", "-c", "id,~loss", "-f", "n < 3"]], ids=lambda words: words[0])
 def test_a_command_reads_only_the_documents_of_the_experiments_that_it_is_about(shelf, call, words):
     ids = shelf.fill(9)
-    put_documents(shelf, *[experiment_document(item, params={"n": number}, checkpoints=[checkpoint_document("%064x" % number, metrics={"loss": 1})])
-                           for number, item in enumerate(ids)])
+    put_documents(shelf, *[experiment_document(item, params={"n": number}, checkpoints=[
+        checkpoint_document("%064x" % number, metrics={"loss": 1})]) for number, item in enumerate(ids)])
     call("ls")
     shelf.clear()
     assert call(*words)[0] == 0
@@ -9125,7 +9126,8 @@ def test_feedback_is_printed_ready_to_paste_or_posted(project, collector, monkey
 
 @pytest.mark.parametrize("arguments, text, env, error", [
     (["feedback"], " \n", {}, ""), (["feedback", ""], "", {}, ""),
-    (["feedback", "x"], "", {"REPLICATE_FEEDBACK_URL": "http://127.0.0.1:1/", "no_proxy": "127.0.0.1"}, "1/ cannot be reached: Connection refused.")])
+    (["feedback", "x"], "", {"REPLICATE_FEEDBACK_URL": "http://127.0.0.1:1/", "no_proxy": "127.0.0.1"},
+     "1/ cannot be reached: Connection refused.")])
 def test_empty_feedback_or_a_url_that_cannot_be_reached_is_an_error(project, arguments, text, env, error):
     done = run(*arguments, input=text, env=env)
     assert (done.returncode, done.stdout) == (1, "") and error in done.stderr and "Traceback" not in done.stderr
